@@ -100,9 +100,12 @@ def add_graph(report: Report, graph: Graph, program: ir.Model, found: list[Compa
     report.nodes += sum(1 for _ in program.graph)
     whole = Counter(node.op_type for node in program.graph if node.op_type in FUSED)
     report.fused = dict(Counter(report.fused) + whole)
-    report.verified = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
+    run = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
     if parts := max((c.parts for c in found if c.parts > 1), default=0):
-        report.verified += f", in {parts} parts"
+        run += f", in {parts} parts"
+    if report.verified not in ("", run):  # of another graph of this export
+        run = f"{report.verified}; {prefix}{run}"
+    report.verified = run
     add_comparisons(report, found, left_out, prefix)
 
 

@@ -39,9 +39,7 @@ class Recurrent(nn.Module):
 def test_a_mask_with_axes_of_size_1_is_repeated_along_the_others(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Masked().eval()
-    report = export_onnx(
-        model, tmp_path / "out", inputs={"x": torch.randn(2, 5, 8), "mask": torch.randn(2, 1, 1, 5)}
-    )
+    report = export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 5, 8), "mask": torch.randn(2, 1, 1, 5)})
     assert report.inputs == {"x": ["batch", "x.1", 8], "mask": ["batch", 1, 1, "mask.3"]}
     assert any(line.startswith("axis 2 of mask is 1 (as in the example") for line in report.sizes)
     for batch, length in ((1, 1), (3, 7)):

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx_directory import export_onnx
-from peftfx.export.verification import sizes
+from peftfx.export.verification import trial
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
 
@@ -238,7 +238,7 @@ def test_transformers_own_guards_are_not_refused(name: str, tmp_path: Path) -> N
 def test_of_a_large_model_the_smallest_call_is_tried_on_the_other_side(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sizes, "MOST_WORK", 0)  # as little as is tried of any model
+    monkeypatch.setattr(trial, "MOST_WORK", 0)  # as little as is tried of any model
     assert export_onnx(ZOO["llama"].build(), tmp_path / "out", view="decode").sizes == []
 
 

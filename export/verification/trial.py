@@ -1,0 +1,175 @@
+"""Trials: a captured graph beside the model's own code, at chosen sizes of a call."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
+from peftfx.export.verification.float64 import MOST_EXACT, float64
+from peftfx.graph.conditions import Condition
+from peftfx.graph.graph import Graph
+from peftfx.views.capturing.settling import near
+
+Sized = Mapping[str, int]
+Case = dict[str, Tensor]
+Make = Callable[[Sized], Case]
+Eager = Callable[[Case], Sequence[Tensor]]
+SAME, REFUSED = "same", "the model takes no other"  #: answers to a trial
+BRANCHES = "beyond, the model computes something else"
+#: Axes that run along texts.
+_TOKENS = frozenset({"sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"})
+#: The most tokens (rows, pixels) of a tried call; the most tokens times parameters; and the fewest tokens, for a large
+#: model.
+MOST_ROWS, MOST_WORK, LEAST_ROWS = 4096, 2 << 30, 8
+_ROUNDING = 2e-6  #: a difference of float32 results that is rounding alone, relative to the largest magnitude
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A captured graph and the eager model, to be compared at chosen sizes.
+
+    Attributes:
+        graph: the graph of the base, captured as for the export.
+        make: makes inputs, given the sizes of named axes. It raises an error if there are no such inputs.
+        eager: runs the model's own code, and returns outputs like the graph's. It raises an error if the model does not
+            take the sizes.
+        shown: selects what to compare of an output, given its name, the inputs and its value.
+        usual: the sizes of all other axes in a call.
+        parameters: the number of the model's parameters.
+        longest: the number of tokens that the model is made for, by its config.
+    """
+
+    graph: Graph
+    make: Make
+    eager: Eager
+    shown: Callable[[str, Case, Tensor], Tensor]
+    usual: Sized
+    parameters: int
+    longest: int | None = None
+
+    def is_of_images(self, condition: Condition) -> bool:
+        """Say whether a condition is only on the sizes of images. A model is made for one size of images."""
+        images = [spec.shape[2:] for spec in self.graph.inputs if len(spec.shape) > 3 and spec.dtype.is_floating_point]
+        return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape} - _TOKENS
+
+    def is_of_long_texts(self, condition: Condition) -> bool:
+        """Say whether a condition holds for all texts that the model is made for, with their past."""
+        if self.longest is None or not condition.axes or not set(condition.axes) <= _TOKENS:
+            return False
+        texts = (s for s in condition.tried() if s.get("past", 0) + max(s.values()) <= self.longest)
+        return all(map(condition.met, texts))
+
+    def tells(self, condition: Condition, sizes: Sized) -> bool:
+        """Say whether a wrong answer at these sizes is due to this condition: conditions on other axes hold there."""
+        others = (c for c in self.graph.conditions if not c.relation and not set(c.axes) & set(condition.axes))
+        return all(other.met(sizes) for other in others)
+
+    def affords(self, sizes: Sized) -> bool:
+        """Say whether a call of these sizes is small enough to be tried."""
+        most = max(LEAST_ROWS, min(MOST_ROWS, MOST_WORK // max(1, self.parameters)))
+        return self._rows(sizes) <= most
+
+    def _rows(self, sizes: Sized) -> int:
+        return max((math.prod(sizes.get(axis, 1) for axis in axes) for axes in self._free), default=1)
+
+    @functools.cached_property
+    def _free(self) -> frozenset[tuple[str, ...]]:
+        """The free axes of the inputs, each distinct set once: keys and values of all layers have the same axes."""
+        return frozenset(tuple(axis for axis in spec.shape if isinstance(axis, str)) for spec in self.graph.inputs)
+
+    def whole(self, sizes: Sized) -> dict[str, int]:
+        """Complete some sizes with the usual sizes of all other axes, or with 2 if such a call is too large."""
+        found = self._whole(sizes, self.usual)
+        return found if self.affords(found) else self._whole(sizes, dict.fromkeys(self.usual, 2))
+
+    def _whole(self, sizes: Sized, others: Sized) -> dict[str, int]:
+        found = dict(sizes)
+        for condition in self.graph.conditions:
+            if condition.relation:
+                found |= _related(condition, {**others, **found}, found)
+        return {**others, **found}
+
+    def reach(self, condition: Condition, sizes: Sized) -> Case | None:
+        """Make inputs of these sizes that do not meet a condition. Return None if there are no such inputs."""
+        try:
+            case = self.make(sizes)
+        except PeftfxError:
+            return None
+        return None if condition.met(self.graph.sizes_of(case)) else case
+
+    def takes(self, sizes: Sized) -> bool:
+        """Say whether a call of these sizes is small enough to be tried, and the model's own code runs it."""
+        return self.affords(sizes) and self.runs(lambda: self.make(sizes))
+
+    def runs(self, made: Callable[[], Case]) -> bool:
+        """Say whether inputs can be made, and the model's own code runs them."""
+        try:
+            self.eager(made())
+        except Exception as error:  # a model's code raises various errors for a size that it does not take
+            raise_if_memory_is_out(error)
+            return False
+        return True
+
+    def answer(self, case: Case) -> str:
+        """Run the model and the graph on these inputs, and say whether they agree or the model refuses."""
+        try:
+            want = self.eager(case)
+        except Exception as error:  # a model's code raises various errors for a size that it does not take
+            raise_if_memory_is_out(error)
+            return REFUSED
+        try:
+            with torch.no_grad():
+                got = self._run(case)
+        except Exception as error:  # an operator of the graph has a fixed size
+            raise_if_memory_is_out(error)
+            return BRANCHES
+        if not self._agree(case, want, got):
+            return BRANCHES
+        return SAME if self._agree(case, want, got, _ROUNDING) or self._same_in_float64(case) else BRANCHES
+
+    def _run(self, case: Case) -> Sequence[object]:
+        return self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
+
+    def _agree(self, case: Case, want: Sequence[Tensor], got: Sequence[object], bound: float | None = None) -> bool:
+        named = [(name, b) for name, b in zip(self.graph.outputs, got, strict=True) if isinstance(b, Tensor)]
+        pairs = zip(want, named, strict=True)
+        return all(_same(a, b, functools.partial(self.shown, name, case), bound) for a, (name, b) in pairs)
+
+    def _same_in_float64(self, case: Case) -> bool:
+        """Say whether the model and the graph agree in float64: a difference that is more than rounding stays there.
+
+        If the model is too large for it, or cannot be run in float64, the answer is yes.
+        """
+        if self.parameters > MOST_EXACT:
+            return True
+        try:
+            with torch.no_grad(), float64():
+                want, got = self.eager(case), self._run(case)
+        except Exception as error:  # such as an operator without float64 in a model's own code
+            raise_if_memory_is_out(error)
+            return True
+        return self._agree(case, want, got, _ROUNDING)
+
+
+def _related(relation: Condition, sizes: Sized, chosen: Sized) -> dict[str, int]:
+    """Return the size of an axis that follows from the chosen sizes by a relation."""
+    values = {sympy.Symbol(axis, integer=True, positive=True): sympy.Integer(size) for axis, size in sizes.items()}
+    left, right = relation.holds.args
+    for axis, value in ((left, right), (right, left)):
+        number = value.xreplace(values)
+        if axis.is_Symbol and str(axis) not in chosen and number.is_Integer:
+            return {str(axis): int(number)}
+    return {}
+
+
+def _same(want: Tensor, got: Tensor, shown: Callable[[Tensor], Tensor], bound: float | None = None) -> bool:
+    half = want.dtype in (torch.float16, torch.bfloat16)
+    usual = 2e-2 if half else 1e-4
+    return want.shape == got.shape and near(shown(want), shown(got), usual if bound is None else bound)
