@@ -11,6 +11,7 @@ import torch
 
 from peftfx.adapters.recipes import Rounding
 from peftfx.export.coded.place import Choice
+from peftfx.export.reports.series import in_series
 from peftfx.export.rounding.budget import Share
 from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
@@ -155,8 +156,8 @@ class Report:
             *([("tensors", f"{sum(self.tensors.values())} in the file: {went}")] if self.tensors else []),
             *([("merged sites", merged)] if merged else []),
             *((name, f"{count} places") for name, count in self.passes.items()),
-            ("inputs", ", ".join(f"{n} [{', '.join(map(str, s))}]" for n, s in self.inputs.items())),
-            ("outputs", ", ".join(self.outputs)),
+            ("inputs", ", ".join(in_series((n, f" [{', '.join(map(str, s))}]") for n, s in self.inputs.items()))),
+            ("outputs", ", ".join(in_series((name, "") for name in self.outputs))),
             *([("sizes", f"right where {_few(self.sizes)}")] if self.sizes else []),
             *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
