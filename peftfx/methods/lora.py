@@ -36,7 +36,7 @@ from peftfx.contract.common.lora.forms import LoraForms
 from peftfx.contract.common.lora.kasa import DIAG, with_diagonal
 from peftfx.contract.common.lora.refusals import REFUSED, refuse_together
 from peftfx.contract.common.lora.starts import begin, doubt_of, known_start, obstacle_of
-from peftfx.contract.common.low_rank import A, B, dense, is_narrow, padding_in_peft, product, through_narrow
+from peftfx.contract.common.low_rank import A, B, dense, padding_in_peft, product
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -193,8 +193,8 @@ class LoRA(LoraForms):
                 return scaled_linear(x, *base, p[A], p[B], p[MAGNITUDE], self.scaling)
             y = op(x, *base)
         dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
-        delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), training=training)
-        start = self._delta(site, op, x, p[A0], p[B0], None, training=training) if A0 in p else None
+        delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS))
+        start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
         if self.invoked_by:
             delta = where_active(delta, p[ACTIVE])
         if not self.use_dora:
@@ -204,13 +204,11 @@ class LoRA(LoraForms):
             return rescaled(site, y, base.bias, gains, delta if start is None else delta - start).to(y.dtype)
         moved, bare = y, op(dropped, base.weight)
         if start is not None:  # HF PEFT's base is without s B0 A0, so dropout does not reach that part
-            begun = self._delta(site, op, dropped, p[A0], p[B0], None, training=training)
+            begun = self._delta(site, op, dropped, p[A0], p[B0], None)
             moved, delta = y + (begun - start), delta - begun
         return rescaled_dropped(site, moved, bare, gains, delta).to(y.dtype)
 
-    def _delta(
-        self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, *, training: bool = False
-    ) -> Tensor:
+    def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         """Return `B(s A(x))` in the adapter's precision. The scale is applied where that costs least."""
         if site.kind == "embedding":
             return F.linear(self.scaling * op(x, a.T), b)
@@ -218,9 +216,6 @@ class LoRA(LoraForms):
             down, up = of_experts(site.shape[0], a, b)
             return op(self.scaling * op(x.to(a.dtype), down), up)
         bias = None if bias is None else self.scaling * bias
-        if site.kind == "linear" and training and is_narrow(x, a):
-            delta = through_narrow(x.to(a.dtype), a, b, self.scaling)
-            return delta if bias is None else delta + bias
         low = self.scaling * op(x.to(a.dtype), a)
         if site.kind == "linear":
             return F.linear(low, b, bias)

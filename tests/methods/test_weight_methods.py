@@ -24,7 +24,6 @@ from peftfx import IA3, PeftfxError
 from peftfx.contract.common.lora import dora, dora_layer
 from peftfx.contract.common.lora.dora import gain, updated_norms
 from peftfx.contract.common.lora.dora_layer import is_scaled_at_once, scaled_linear
-from peftfx.contract.common.low_rank import through_narrow
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.model.adapted import AdaptedModel
@@ -184,21 +183,6 @@ def test_ia3_follows_another_adapter_at_its_site() -> None:
 def _random(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.double).requires_grad_()
-
-
-@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 1, 5), (2, 0, 5)], ids=str)
-def test_through_few_ranks_is_two_linear_layers(shape: tuple[int, ...]) -> None:
-    x, a, b = _random(*shape), _random(3, 5), _random(7, 3)
-    got, want = through_narrow(x, a, b, 0.5), F.linear(0.5 * F.linear(x, a), b)
-    torch.testing.assert_close(got, want)
-    back = torch.randn_like(want)
-    ours, theirs = (torch.autograd.grad(y, (x, a, b), back) for y in (got, want))
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_gradients_through_few_ranks_have_gradients() -> None:
-    inputs = _random(2, 2, 4), _random(2, 4), _random(3, 2)
-    assert torch.autograd.gradgradcheck(lambda x, a, b: through_narrow(x, a, b, 0.5), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

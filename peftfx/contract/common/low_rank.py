@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.combination import Combination
 from peftfx.contract.common.experts import of_experts
@@ -17,7 +15,6 @@ from peftfx.options import CAT
 from peftfx.sites.site import EXPERTS, Site
 
 A, B = "lora_A", "lora_B"  #: the names of the factors, here and in files
-_COLUMNS = 16
 
 
 def padding_in_peft(module: nn.Module) -> str:
@@ -41,40 +38,6 @@ def product(site: Site, a: Tensor, b: Tensor) -> Tensor:
     left = b.view(site.groups, out // site.groups, r // site.groups)
     right = a.reshape(site.groups, r // site.groups, -1)
     return torch.bmm(left, right).reshape(out, *a.shape[1:])
-
-
-def is_narrow(x: Tensor, a: Tensor) -> bool:
-    """Return whether `through_narrow` computes `B(A(x))` faster: on a CPU, for a rank below 16."""
-    traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling()
-    return len(a) < _COLUMNS and x.device.type == "cpu" and not traced and not torch.is_autocast_enabled("cpu")
-
-
-def through_narrow(x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return `B(s A(x))` of vectors along the last axis, for a small rank, in training.
-
-    The ranks are the rows, not the columns, of all intermediate results, forward and backward. So all matrix products
-    are wide. They take half the time of narrow products.
-    """
-    y: Tensor = _Narrow.apply(x.reshape(-1, x.shape[-1]), a, b, scaling)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], len(b))
-
-
-class _Narrow(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        low = scaling * (a @ x.T)
-        ctx.save_for_backward(x, a, b, low)
-        ctx.scaling = scaling
-        return low.T @ b.T
-
-    @staticmethod
-    def backward(ctx: Any, y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, a, b, low = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for a gradient of gradients, as `low` is neither an input nor an output
-            low = ctx.scaling * (a @ x.T)
-        for_x, for_a, for_b, _ = ctx.needs_input_grad
-        through = ctx.scaling * (b.T @ y.T)
-        return through.T @ a if for_x else None, through @ x if for_a else None, (low @ y).T if for_b else None, None
 
 
 def dense(weight: Tensor, groups: int) -> Tensor:
