@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.verification.trial import BRANCHES, REFUSED, SAME, Sized, Trial
+from peftfx.export.verification.trial import BRANCHES, TAKES_NO_OTHER, SAME, Sized, Trial
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 
@@ -76,7 +76,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     known: dict[tuple[tuple[str, int], ...], str] = {}
     for condition in (*trial.graph.conditions, *trial.graph.filled):
         if condition.relation:
-            limits.append(Limit(condition, REFUSED))
+            limits.append(Limit(condition, TAKES_NO_OTHER))
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
         beyond = [sizes for sizes in around if not condition.met(sizes)]
@@ -96,7 +96,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         if not condition.edge:  # a size of 1 is always verified
             probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == SAME][:1]
             last = _last(condition, around)
-            probes += [sizes for sizes in last if REFUSED not in answers or trial.takes(sizes)]
+            probes += [sizes for sizes in last if TAKES_NO_OTHER not in answers or trial.takes(sizes)]
     found = Sizes(tuple(limits))
     probes = [sizes for sizes in probes if found.allow(sizes) and trial.affords(sizes)]
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))
@@ -115,8 +115,8 @@ def _refusal(condition: Condition, first: bool) -> PeftfxError:
 def _verdict(answers: Sequence[str]) -> str:
     if not answers:
         return UNTRIED
-    why = next((why for why in (BRANCHES, SAME, REFUSED) if why in answers), _UNREACHED)
-    return why if why in (BRANCHES, REFUSED) else ""
+    why = next((why for why in (BRANCHES, SAME, TAKES_NO_OTHER) if why in answers), _UNREACHED)
+    return why if why in (BRANCHES, TAKES_NO_OTHER) else ""
 
 
 def _last(condition: Condition, around: Sequence[Sized]) -> Iterator[Sized]:

@@ -18,10 +18,10 @@ from peftfx.graph.graph import Graph
 from peftfx.views.capturing.settling import near
 
 Sized = Mapping[str, int]
-Case = dict[str, Tensor]
-Make = Callable[[Sized], Case]
-Eager = Callable[[Case], Sequence[Tensor]]
-SAME, REFUSED = "same", "the model takes no other"  #: answers to a trial
+Fed = dict[str, Tensor]
+Make = Callable[[Sized], Fed]
+Eager = Callable[[Fed], Sequence[Tensor]]
+SAME, TAKES_NO_OTHER = "same", "the model takes no other"  #: answers to a trial
 BRANCHES = "beyond, the model computes something else"
 #: Axes that run along texts.
 _TOKENS = frozenset({"sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"})
@@ -49,7 +49,7 @@ class Trial:
     graph: Graph
     make: Make
     eager: Eager
-    shown: Callable[[str, Case, Tensor], Tensor]
+    shown: Callable[[str, Fed, Tensor], Tensor]
     usual: Sized
     parameters: int
     longest: int | None = None
@@ -96,7 +96,7 @@ class Trial:
                 found |= _related(condition, {**others, **found}, found)
         return {**others, **found}
 
-    def reach(self, condition: Condition, sizes: Sized) -> Case | None:
+    def reach(self, condition: Condition, sizes: Sized) -> Fed | None:
         """Make inputs of these sizes that do not meet a condition. Return None if there are no such inputs."""
         try:
             case = self.make(sizes)
@@ -108,7 +108,7 @@ class Trial:
         """Say whether a call of these sizes is small enough to be tried, and the model's own code runs it."""
         return self.affords(sizes) and self.runs(lambda: self.make(sizes))
 
-    def runs(self, made: Callable[[], Case]) -> bool:
+    def runs(self, made: Callable[[], Fed]) -> bool:
         """Say whether inputs can be made, and the model's own code runs them."""
         try:
             self.eager(made())
@@ -117,13 +117,13 @@ class Trial:
             return False
         return True
 
-    def answer(self, case: Case) -> str:
+    def answer(self, case: Fed) -> str:
         """Run the model and the graph on these inputs, and say whether they agree or the model refuses."""
         try:
             want = self.eager(case)
         except Exception as error:  # a model's code raises various errors for a size that it does not take
             raise_if_memory_is_out(error)
-            return REFUSED
+            return TAKES_NO_OTHER
         try:
             with torch.no_grad():
                 got = self._run(case)
@@ -134,15 +134,15 @@ class Trial:
             return BRANCHES
         return SAME if self._agree(case, want, got, _ROUNDING) or self._same_in_float64(case) else BRANCHES
 
-    def _run(self, case: Case) -> Sequence[object]:
+    def _run(self, case: Fed) -> Sequence[object]:
         return self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
 
-    def _agree(self, case: Case, want: Sequence[Tensor], got: Sequence[object], bound: float | None = None) -> bool:
+    def _agree(self, case: Fed, want: Sequence[Tensor], got: Sequence[object], bound: float | None = None) -> bool:
         named = [(name, b) for name, b in zip(self.graph.outputs, got, strict=True) if isinstance(b, Tensor)]
         pairs = zip(want, named, strict=True)
         return all(_same(a, b, functools.partial(self.shown, name, case), bound) for a, (name, b) in pairs)
 
-    def _same_in_float64(self, case: Case) -> bool:
+    def _same_in_float64(self, case: Fed) -> bool:
         """Say whether the model and the graph agree in float64: a difference that is more than rounding stays there.
 
         If the model is too large for it, or cannot be run in float64, the answer is yes.
