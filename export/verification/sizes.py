@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.verification.trial import BRANCHES, TAKES_NO_OTHER, SAME, Sized, Trial
+from peftfx.export.verification.trial import BRANCHES, SAME, TAKES_NO_OTHER, Sized, Trial
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 
