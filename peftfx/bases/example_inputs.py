@@ -77,6 +77,7 @@ def example_inputs(
     return made
 
 
+_PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
 
@@ -107,6 +108,8 @@ class _Maker:
             if shape is None:
                 raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
             made[name] = self._floats(self.sizes["batch"], *shape)
+        for name in (name for name in self.accepted if name.endswith(_PART)):
+            made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():
             made["decoder_input_ids"] = self._decoder_ids()
         return made
@@ -161,6 +164,15 @@ class _Maker:
             made[TYPES] = prompt_types(self.model, ids.eq(image or 0))
         return made
 
+    def _prompt_of_part(self, part: str) -> dict[str, Tensor]:
+        """Make the text that a part of the model reads, such as a Q-Former, by the vocabulary in the part's config."""
+        vocabulary = first_of(getattr(self.config, f"{part}_config", None), "vocab_size")
+        if not isinstance(vocabulary, int):
+            return {}
+        ids = self._integers((self.sizes["batch"], self.sizes["sequence"]), vocabulary)
+        made = {f"{part}{_PART}": ids, f"{part}_attention_mask": torch.ones_like(ids)}
+        return {name: value for name, value in made.items() if name in self.accepted}
+
     def _pools_eos(self) -> bool:
         """Say whether the model reads its text's features at the end token: CLIP, or a classifier with a decoder."""
         two_towers = {"pixel_values", "input_ids"} <= set(self.accepted) and self._image_tokens()[0] is None
@@ -191,13 +203,7 @@ class _Maker:
         """Make random tokens of the vocabulary, without special tokens."""
         vocabulary = first_of(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
         known = [v for v in (vocabulary, first_of(self.text, "vocab_size")) if isinstance(v, int)]
-        if not known:  # for example a model of characters, whose config does not give its ids
-            raise PeftfxError(
-                "the model's config has no vocab_size, which example tokens need",
-                type(self.model).__name__,
-                _PASS_INPUTS,
-            )
-        vocabulary = min(known)
+        vocabulary = min(known, default=128)  # a model without a vocabulary reads characters: here ASCII's
         special = set(special_tokens(self.config))
         plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or [0])
         return plain[self._integers(shape, len(plain))]
