@@ -36,19 +36,23 @@ class Account:
     unread: frozenset[str] = frozenset()
 
 
+UNKNOWN = "unknown"  #: a start that no config can name
+
+
 class Holder(nn.Module):
     """A module in the tree of modules that holds an adapter's tensors.
 
     Attributes:
-        hosted: whether this module is also a child of a module of the base. Code that walks over children and must
-            meet each parameter once, such as `fully_shard`, then finds this module only there.
+        hosted: whether this module is also a child of a module of the base. `fully_shard`, which walks over `children`
+            and must meet each parameter once, then finds this module only there. `Trainer`, which walks over
+            `named_children` for the parameters' names, finds it here too.
     """
 
     hosted = False
 
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+    def children(self) -> Iterator[nn.Module]:
         """Yield the child modules that are not also children of a module of the base."""
-        return ((n, m) for n, m in super().named_children() if not (isinstance(m, Holder) and m.hosted))
+        return (m for m in super().children() if not (isinstance(m, Holder) and m.hosted))
 
 
 class Adapter(Holder):
@@ -60,6 +64,8 @@ class Adapter(Holder):
         accounts: the `Account` of each rule that was loaded from a file, by the rule's number.
         named: the module paths that the keys of a loaded file name, whether or not a rule acts there.
         ran: for a new adapter, the modules that ran in the call from which the rules were placed.
+        start: the start by which HF PEFT moved the weights of the base in memory, such as `pissa`: to be saved with the
+            adapter, so that it fits the base's files. `UNKNOWN` if the adapter was made from several.
     """
 
     def __init__(self, placed: Sequence[Placed], config: Mapping[str, object] | None = None) -> None:
@@ -68,6 +74,7 @@ class Adapter(Holder):
         self.records = {k: v for k, v in (config or {}).items() if k in kept}
         self.named: frozenset[str] = frozenset()
         self.ran: frozenset[str] = frozenset()
+        self.start = ""
         self.placed: tuple[Placed, ...] = ()
         self.accounts: dict[int, Account] = {}
         self._rule: dict[str, int] = {}
@@ -206,6 +213,7 @@ class Adapter(Holder):
         self._take(other.placed)
         self.records = {**other.records, **self.records}
         self.named |= other.named
+        self.start = other.start if not first or self.start == other.start else UNKNOWN
         trained = {name for name, _ in other.named_parameters()}
         moved = {
             shared_key(number, name): shared_key(first + number, name)

@@ -15,6 +15,7 @@ from peftfx.contract.override import Override
 from peftfx.errors import PeftfxError, nearest, shown, warn
 
 _LONGEST = 200  #: the most bytes of an adapter's name, because the name becomes a folder's name
+NO_ADAPTER = "__base__"  #: the name that stands for no adapter, as in HF PEFT
 _NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
 """Without dots, as in HF PEFT, because dots separate module names; and valid as a directory name on every system."""
 
@@ -105,6 +106,9 @@ class AdapterSet:
                 "adapter_name",
                 f"call it {name + '_'!r}, say",
             )
+        if name == NO_ADAPTER:
+            what = f"{name!r} stands for no adapter, in adapter_names"
+            raise PeftfxError(what, "adapter_name", "give it another name")
         if name in self.names():
             hint = "give it another name, or remove it first"
             raise PeftfxError(f"there is already an adapter named {name!r}", name, hint)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.adapter import UNKNOWN, Adapter
 from peftfx.bases.guests import own_modules
 from peftfx.contract.combination import Combination
 from peftfx.contract.method import PLACING, Method, Params
@@ -34,6 +34,7 @@ def settled(adapter: Adapter, values: Mapping[str, int]) -> Adapter:
         placed.append(dataclasses.replace(rule, method=rule.method.settled(own), placements=Placements(places)))
     made = Adapter(placed)
     made.records, made.named, made.ran = dict(adapter.records), adapter.named, adapter.ran
+    made.start = adapter.start
     trained = {name for name, _ in adapter.named_parameters()}
     for name, value in adapter.tensors():
         made.put(name, value.detach(), trained=name in trained)
@@ -113,6 +114,7 @@ def _made(
         options |= {"target": tuple(_expression(p) for p in own), "modules_to_save": saved if i == 0 else None}
         placed.append(Placed(type(first).from_options(options), Placements(own), tuple(copies)))
     made = Adapter(placed, next(iter(adapters.values())).records)
+    made.start = UNKNOWN if any(adapter.start for adapter in adapters.values()) else ""
     for placement in made.placements:
         for name, value in values[placement.key].items():
             trained = not placement.method.is_constant(name, value)

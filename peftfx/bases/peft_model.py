@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, warn
 
 _CONFIG = "adapter_config.json"
-_STARTS = ("init_lora_weights", "init_weights")
-"""Options of how an adapter was initialised. Some of them changed the base at that time. A model that is taken over has
-been initialised already."""
+_START = "init_lora_weights"
+#: Starts that moved the base's weights when the adapter was made. The moved base is in memory alone.
+_MOVES_BASE = re.compile("pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 
 
 #: The names of children of PEFT's layers that are the base's own modules.
@@ -69,15 +71,32 @@ def _inside(module: nn.Module, path: str) -> nn.Module:
     return held
 
 
-def save_peft_adapters(model: Any, directory: Path) -> dict[str, Path]:
-    """Let a HF PEFT model write its adapters, and return the folder of each adapter.
+@dataclass(frozen=True)
+class Taken:
+    """An adapter as HF PEFT writes it.
+
+    Attributes:
+        folder: the folder with its files.
+        start: the start that moved the base's weights, such as `pissa`; empty if none did. The files in `folder` do not
+            name it, because the base in memory has been moved already.
+    """
+
+    folder: Path
+    start: str
+
+
+def save_peft_adapters(model: Any, directory: Path) -> dict[str, Taken]:
+    """Let a HF PEFT model write its adapters, and return what it wrote by their names.
 
     Raises:
-        PeftfxError: PEFT cannot write an adapter.
+        PeftfxError: PEFT cannot write an adapter, or the model is a `PeftMixedModel`.
     """
-    folders: dict[str, Path] = {}
+    if any(cls.__name__ == "PeftMixedModel" for cls in type(model).__mro__):
+        what = "peft writes no files of a model with adapters of several methods, from which they are taken over"
+        raise PeftfxError(what, "PeftMixedModel", "make each adapter a PeftModel, save it, and load it by peftfx.load")
+    found: dict[str, Taken] = {}
     for name, config in model.peft_config.items():
-        own = directory / str(len(folders))
+        own = directory / str(len(found))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -85,16 +104,30 @@ def save_peft_adapters(model: Any, directory: Path) -> dict[str, Path]:
         except Exception as error:
             what = f"peft cannot write this {config.peft_type} adapter: {first_line(error)}"
             raise PeftfxError(what, name, "call delete_adapter(NAME) of the PeftModel first") from error
-        folders[name] = own if name == "default" else own / name
-        _forget_start(folders[name] / _CONFIG)
-    return folders
+        folder = own if name == "default" else own / name
+        found[name] = Taken(folder, _take_start(folder / _CONFIG))
+        if left := _left_out(config):
+            warn(f"adapter {name!r}: {left}")
+    return found
 
 
-def _forget_start(file: Path) -> None:
-    """Mark an adapter as initialised. PiSSA, for example, changed the base, whose weights are used unchanged."""
+def _take_start(file: Path) -> str:
+    """Take a start that moved the base out of a config, and return it: the base in memory is used as it is."""
     config = json.loads(file.read_text(encoding="utf-8"))
-    config |= {name: True for name in _STARTS if isinstance(config.get(name), str)}
-    file.write_text(json.dumps(config), encoding="utf-8")
+    start = config.get(_START)
+    if not isinstance(start, str) or not _MOVES_BASE.match(start):
+        return ""
+    file.write_text(json.dumps(config | {_START: True}), encoding="utf-8")
+    return start
+
+
+def _left_out(config: Any) -> str:
+    """Return what HF PEFT leaves out of an adapter's file, if it trains that."""
+    if getattr(config, "save_only_topk_weights", False):
+        return "it is taken over as peft saves it (save_only_topk_weights), without the logits of its other vectors"
+    if getattr(config, "encoder_reparameterization_type", None) or getattr(config, "prefix_projection", False):
+        return "it is taken over as peft saves it, without the encoder of its prompts, which is not trained further"
+    return ""
 
 
 def active_adapters(model: Any) -> list[str]:

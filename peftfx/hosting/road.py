@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.adapter_set import AdapterSet
+from peftfx.adapters.adapter_set import NO_ADAPTER, AdapterSet
 from peftfx.bases.guests import GUESTS
 from peftfx.contract.placement import SequencePlacement, owner_of
 from peftfx.errors import PeftfxError
@@ -24,7 +24,6 @@ from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, Seat, Sea
 from peftfx.sharding import settle, share_whole
 from peftfx.views.entry import Entry, forward
 
-NO_ADAPTER = "__base__"  #: the name that stands for no adapter, as in HF PEFT
 _NUMBERS = itertools.count()
 
 

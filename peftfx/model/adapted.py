@@ -19,6 +19,7 @@ from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
 from peftfx.model.calls import AdapterCalls
 from peftfx.model.processes.gathered import gathering, whole_base
+from peftfx.model.seen_by_trainers import WITHOUT_MODULES
 from peftfx.passes.base import Pass
 from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites
@@ -261,11 +262,13 @@ class AdaptedModel(AdapterCalls):
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Return an attribute of the base (`config`, `device`, ...); the base's methods are refused."""
+        if isinstance(own := getattr(type(self), name, None), property) and own.fget is not None:
+            return own.fget(self)  # Python comes here if a property raises an AttributeError, which is raised again
         try:
             return super().__getattr__(name)
         except AttributeError:
             value = getattr(super().__getattr__(BASE), name)
-            if inspect.ismethod(value):
+            if inspect.ismethod(value) and name not in WITHOUT_MODULES:
                 raise AttributeError(f"{name}() of the base would run without the adapters") from None
             return value
 

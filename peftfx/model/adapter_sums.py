@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peftfx.adapters.adapter import UNKNOWN
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.by_name import AdaptersByName
@@ -80,7 +81,7 @@ class AdapterSums(AdaptersByName):
         self.named.refuse(new_name)
         adapter = self.adapter(adapter_name)
         made, kept = lora_of(updates_of(self.source, adapter), rank, adapter.records)
-        made.named = adapter.named
+        made.named, made.start = adapter.named, UNKNOWN if adapter.start else ""
         self._install(new_name, made)
         return kept
 

@@ -113,11 +113,13 @@ def load(
 def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str | None) -> AdaptedModel:
     """Return an adapted model with the base and the adapters of a HF PEFT model."""
     with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
-        folders = save_peft_adapters(model, Path(folder))
+        taken = save_peft_adapters(model, Path(folder))
         adapted = bare(plain_base(model), inputs, road)
-        for name, own in folders.items():
-            adapted.load_adapter(own, name)
+        for name, own in taken.items():
+            adapted.load_adapter(own.folder, name)
+            adapted.adapter(name).start = own.start
     adapted.set_adapter(active_adapters(model))
+    adapted.shares_with(model)
     return adapted
 
 

@@ -23,6 +23,7 @@ from peftfx.hosting.seats import Seating
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.graphs.late_modules import may_run_late
 from peftfx.model.graphs.runs import Checkpoints
+from peftfx.model.seen_by_trainers import SeenByTrainers
 from peftfx.model.shared_base import shared
 from peftfx.patterns.pattern import version
 from peftfx.rules.peft_configs import records_of
@@ -35,7 +36,7 @@ Rules = object
 ROADS = ("modules", "graph")
 
 
-class AdaptersByName(nn.Module):
+class AdaptersByName(SeenByTrainers):
     """A base, shared and frozen, and its adapters by name.
 
     Args:
@@ -108,6 +109,10 @@ class AdaptersByName(nn.Module):
         adapter.ran = self.sites.called.union(site.path for site in self.sites)
         self._start(adapter, seed)
         self._install(name, adapter)
+
+    def shares_with(self, model: nn.Module) -> None:
+        """Refuse merges into the base as long as another library's model uses the same tensors."""
+        self._shared.lenders.add(model)
 
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
         """Give one adapter, or all, new initial values, for example after a base on the meta device got values.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from peftfx.adapters.adapter_set import NO_ADAPTER
 from peftfx.errors import PeftfxError, shown
 from peftfx.generation.invocation import OFFSETS
 from peftfx.graph.contexts import TRACING
@@ -20,7 +21,6 @@ from peftfx.hosting.call import CURRENT, acting_by_row
 from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
-from peftfx.hosting.road import NO_ADAPTER
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.peft_surface import PeftSurface
 from peftfx.model.processes.gathered import refuse_graph

@@ -40,6 +40,10 @@ class PeftConfig(SimpleNamespace):
         return dict(vars(self))
 
 
+class NoPeftConfig(PeftfxError, AttributeError):
+    """The error for an adapter that has no config of HF PEFT. Code that asks by `hasattr` first goes on without."""
+
+
 class PeftSurface(Merging):
     """An adapted model by HF PEFT's names. Names that differ from HF PEFT's: `docs/coming-from-peft.md`."""
 
@@ -57,11 +61,14 @@ class PeftSurface(Merging):
         """The config of each adapter, as `save_pretrained` writes it; `add_adapter` takes one as a rule.
 
         Raises:
-            PeftfxError: an adapter was made from several rules.
+            NoPeftConfig: an adapter was made from several rules. `hasattr` then says that there is no config.
         """
         trained = set(self.active)
-        with self.plain():
-            return {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
+        try:
+            with self.plain():
+                return {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
+        except PeftfxError as error:
+            raise NoPeftConfig(error.what, error.where, error.hint) from error
 
     @property
     def active_adapters(self) -> list[str]:

@@ -26,12 +26,18 @@ class OverBase(Protocol):
 class SharedBase:
     """The adapted models over one base.
 
+    Attributes:
+        users: these models.
+        lenders: models of HF PEFT whose base's tensors these are.
+        trained: whether each parameter of the base was trained before.
+
     The base is frozen while one of the models has an adapter. When none has one any more, the parameters that were
     trained before are trained again.
     """
 
     def __init__(self) -> None:
         self.users: WeakSet[OverBase] = WeakSet()
+        self.lenders: WeakSet[nn.Module] = WeakSet()
         self.trained: dict[str, bool] = {}
 
     def freeze(self, base: nn.Module) -> None:
@@ -51,12 +57,15 @@ class SharedBase:
 
     def refuse_others(self, user: OverBase) -> None:
         """Refuse to write into the base while another model has adapters on it."""
-        if any(other.names() for other in self.users if other is not user):
+        if self.lenders or any(other.names() for other in self.users if other is not user):
             gc.collect()  # models that are no longer in use may wait for the garbage collector
         names = [name for other in self.users if other is not user for name in other.names()]
         if names:
             hint = "remove its adapters first, or adapt a copy of the base (copy.deepcopy)"
             raise PeftfxError("a merge would change the base under another adapted model", ", ".join(names), hint)
+        if lenders := ", ".join(type(lender).__name__ for lender in self.lenders):
+            what = "a merge would change the base under the model of peft that the adapters were taken from"
+            raise PeftfxError(what, lenders, "delete that model first (del), or adapt a copy of it (copy.deepcopy)")
 
     def changed(self) -> None:
         """Tell all models over the base that its weights have changed."""

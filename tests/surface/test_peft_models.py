@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import peft
 import pytest
 import torch
@@ -10,7 +12,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 CONFIGS = {
@@ -77,7 +79,52 @@ def test_what_cannot_be_taken_over_is_refused() -> None:
     with pytest.raises(PeftfxError, match="merged into the base"):
         peftfx.transform(theirs)
     mixed = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=3, target_modules=LINEARS), mixed=True)
-    with pytest.raises(PeftfxError, match="peft cannot write this"):
+    with pytest.raises(PeftfxError, match="several methods"):
         peftfx.transform(mixed)
     with pytest.raises(PeftfxError, match="no adapter is named"):
         peftfx.load(ZOO["llama"].build())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "mica", "orthogonal"])
+def test_an_adapter_whose_start_moved_the_base_is_saved_for_the_bases_files(start: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+    theirs = peft.get_peft_model(ZOO["llama"].build(), config)
+    randomise(theirs)
+    want, ours = logits(theirs), peftfx.transform(theirs)
+    trained = {n.rpartition(".lora_")[2][0] for n, p in theirs.named_parameters() if p.requires_grad}
+    assert {n[-1] for n, p in ours.named_parameters() if p.requires_grad} == trained
+    ours.save_pretrained(tmp_path / "own")
+    again = peft.PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "own"))
+    torch.testing.assert_close(logits(again), want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(peftfx.load(ZOO["llama"].build(), tmp_path / "own")), want, rtol=0, atol=1e-5)
+    if start in ("pissa", "olora"):
+        ours.add_weighted_adapter(["default"], [0.5], "halved")
+        with pytest.raises(PeftfxError, match="whose weights their start moved"):
+            ours.save_pretrained(tmp_path / "all")
+
+
+def test_options_that_are_no_starts_stay(tmp_path: Path) -> None:
+    config = peft.MissConfig(r=2, target_modules=["q_proj"], init_weights="bat")
+    theirs = peft.get_peft_model(ZOO["llama"].build(), config)
+    randomise(theirs)
+    torch.testing.assert_close(logits(peftfx.transform(theirs)), logits(theirs), rtol=0, atol=1e-5)
+
+
+def test_a_merge_waits_until_the_peft_model_is_gone() -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    randomise(theirs)
+    want, ours = logits(theirs), peftfx.transform(theirs)
+    for merge in (ours.merge, ours.merge_adapter):
+        with pytest.raises(PeftfxError, match="the model of peft that the adapters were taken from"):
+            merge()
+    assert torch.equal(logits(theirs), want)
+    del theirs
+    ours.merge()
+    torch.testing.assert_close(logits(ours), want, rtol=0, atol=1e-5)
+
+
+def test_prompts_are_taken_over_without_their_encoder_and_that_is_said() -> None:
+    config = peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(ZOO["llama"].build(), config)
+    with pytest.warns(PeftfxWarning, match="without the encoder of its prompts"):
+        peftfx.transform(theirs)

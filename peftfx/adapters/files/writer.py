@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfx.adapters.adapter import Adapter, shared_key
+from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
 from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import name_of, override_name
 from peftfx.adapters.files.parameters import as_parameters, naming_parameters, refuse_turned
@@ -40,6 +40,10 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
     if len(own) > 1 and (both := own.keys() & adapters.keys()):
         hint = "save the adapters one by one, each to a directory of its own"
         raise PeftfxError("two adapters would be written to this one folder", min(both), hint)
+    for name in contents:
+        if adapters[name].start == UNKNOWN:
+            what = "this adapter is made from others that fit the base in memory, whose weights their start moved"
+            raise PeftfxError(what, name, "export it merged, or save the others")
     for name, rules in contents.items():
         target = directory if name == "default" or len(adapters) == 1 else directory / name
         warn_unlike_peft(base, adapters[name].placements, str(target))
@@ -175,6 +179,8 @@ def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, pat
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
     if any(p.site.transposed and p.site.kind == "linear" for p in rule.placements) and "fan_in_fan_out" in options:
         options["fan_in_fan_out"] = True
+    if adapter.start not in ("", UNKNOWN) and "init_lora_weights" in options:
+        options["init_lora_weights"] = adapter.start
     name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
     records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}
     options = {f: v for f, v in options.items() if v is not None}  # HF PEFT's methods do not all have all fields

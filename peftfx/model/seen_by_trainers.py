@@ -1,0 +1,47 @@
+"""The class `SeenByTrainers`: what Trainer, Accelerate and torch.func ask of a model without calling it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from peftfx.bases.guests import is_guest, own_class
+
+_T = TypeVar("_T")
+
+#: Methods of a base that run none of its modules, so that they need no adapters.
+WITHOUT_MODULES = frozenset({"prepare_decoder_input_ids_from_labels"})
+
+
+class SeenByTrainers(nn.Module):
+    """A module around a base: it answers by the base's class, and has each of its parameters under one name."""
+
+    base: nn.Module
+
+    _hf_peft_config_loaded = True
+    """What transformers' `Trainer` asks before it trains a quantised model: the weights that it trains are adapters."""
+
+    def _get_name(self) -> str:
+        """Return the name of the base's class, by which `Trainer` knows whether labels are shifted."""
+        return own_class(self.base).__name__
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters by name. The adapters' have no second name for their places in the base's modules.
+
+        Otherwise `torch.func.functional_call` takes them for tied parameters, and exchanges one tensor twice.
+        """
+        return _once(super().named_parameters(prefix, recurse, remove_duplicate))
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the buffers by name, each of an adapter's under one name."""
+        return _once(super().named_buffers(prefix, recurse, remove_duplicate))
+
+
+def _once(named: Iterator[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:
+    return ((name, value) for name, value in named if not is_guest(name))
