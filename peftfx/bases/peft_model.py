@@ -24,7 +24,7 @@ _MOVES_BASE = re.compile("pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 
 
 #: The names of children of PEFT's layers that are the base's own modules.
-_HOLDS = ("base_layer", "original_module", "model")
+_HOLDS = ("base_layer", "original_module", "token_adapter", "model")
 
 
 def is_peft_model(model: object) -> bool:
@@ -64,7 +64,7 @@ def _find_layers(module: nn.Module, path: str, found: dict[int, nn.Module]) -> N
 
 def _inside(module: nn.Module, path: str) -> nn.Module:
     """Return the base's own module inside a PEFT layer."""
-    held = next((module._modules[name] for name in _HOLDS if name in module._modules), None)
+    held = next((own for name in _HOLDS if (own := module._modules.get(name)) is not None), None)
     if held is None:
         hint = "save the adapter with save_pretrained, and load its directory"
         raise PeftfxError(f"peftfx does not know this layer of PEFT: {type(module).__name__}", path, hint)

@@ -22,6 +22,7 @@ CONFIGS = {
     "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ada": peft.AdaLoraConfig(init_r=3, target_modules=LINEARS, total_step=10),
     "tokens": peft.TrainableTokensConfig(token_indices=[3, 5], target_modules=["embed_tokens"]),
+    "lora and tokens": peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "llama": peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
