@@ -177,6 +177,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "vision_config": {"hidden_size": 64},
         "text_config": {"num_hidden_layers": 4},
     },
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "janus_vision_model": {"num_image_tokens": 16, "projection_dim": 32},
     "janus_vqgan": {**_CODES, "projection_dim": 32, "image_token_embed_dim": 32},
