@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images, why_not_read
+from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images, why_not_in_source, why_not_read
 from peftfx.bases.tasks import HEARING, task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, warn
@@ -126,24 +126,19 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
     check_view(view)
     if view == FORWARD or (view == AUTO and (inputs is not None or not generates(base))):
         return {"model.onnx": FORWARD}
-    if encodes_and_decodes(base):
-        if _sees(base) and "input_ids" in inspect.signature(base.forward).parameters:
-            warn("images are left out, and text alone is served: the graph of an encoder of text takes no images")
-        return {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"}
-    if not reads_images(base):
-        if _sees(base):
-            warn(f"images are left out, and text alone is served: {why_not_read(base)}")
-        return {"model.onnx": DECODE}
-    try:
-        find_images(base)
-    except PeftfxError as error:
-        warn(f"images are left out, and text alone is served: {error.what}")
-        return {"model.onnx": DECODE}
-    return {"vision_encoder.onnx": VISION, "model.onnx": DECODE}
-
-
-def _sees(base: nn.Module) -> bool:
-    return any(name in inspect.signature(base.forward).parameters for name in IMAGES)
+    both = encodes_and_decodes(base)
+    files = {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"} if both else {"model.onnx": DECODE}
+    accepted = inspect.signature(base.forward).parameters
+    sees = any(name in accepted for name in IMAGES) and not (both and "input_ids" not in accepted)
+    why = why_not_in_source(base) if both else why_not_read(base)
+    if not why:
+        try:
+            find_images(base)
+        except PeftfxError as error:
+            sees, why = True, error.what
+    if why and sees:
+        warn(f"images are left out, and text alone is served: {why}")
+    return files if why else {"vision_encoder.onnx": VISION, **files}
 
 
 def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:

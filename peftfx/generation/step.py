@@ -91,8 +91,7 @@ class Generates:
         cache_of(self.view.layers, [outputs[name] for name in self.view.present_names], cache)
         if isinstance(cache, GraphCache):
             cache.seen += input_ids.shape[1]
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = outputs["logits"][:, kept]
+        logits = kept_logits(outputs["logits"], logits_to_keep)
         return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,6 +122,11 @@ class Generates:
 
     def _new_generation_cache(self) -> Cache:
         return self.new_cache()
+
+
+def kept_logits(logits: Tensor, count: int | Tensor) -> Tensor:
+    """Return the logits of the last tokens, as many as `count`; all for 0; or those at the places in a tensor."""
+    return logits[:, slice(-count, None) if isinstance(count, int) else count]
 
 
 def step_inputs(

@@ -12,9 +12,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import cache_names, kept_by
 from peftfx.errors import PeftfxError
-from peftfx.generation.step import Generates, Step, refuse_arguments
+from peftfx.generation.step import Generates, Step, kept_logits, refuse_arguments
 from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder
+from peftfx.views.images import IMAGE_FEATURES
 from peftfx.views.row_adapters import IDS
 
 
@@ -34,6 +35,7 @@ class SourceEncoder:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         adapter_ids: Tensor | None = None,
+        image_features: Tensor | None = None,
         **others: object,
     ) -> BaseModelOutput:
         """Return the encoded input, and the keys and values that each decoder layer attends to."""
@@ -44,7 +46,8 @@ class SourceEncoder:
             raise PeftfxError("the call has nothing for the encoder", where, f"pass {where}")
         mask = self._mask(given, attention_mask)
         rows = {} if adapter_ids is None else {IDS: adapter_ids}
-        found = self.encode({self.main_input_name: given, **mask, **rows}, None)
+        images = {} if image_features is None else {IMAGE_FEATURES: image_features}
+        found = self.encode({self.main_input_name: given, **mask, **images, **rows}, None)
         output = BaseModelOutput(last_hidden_state=found["last_hidden_state"])  # type: ignore[call-arg, arg-type]
         for name, value in {**found, **mask}.items():
             output[name] = value  # stored in the output, as beams and samples repeat all parts of the output
@@ -89,6 +92,7 @@ class GeneratesFromSource(Generates):
         cache: EncoderDecoderCache | None = None,
         adapter_ids: Tensor | None = None,
         decoder_position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **others: object,
     ) -> Seq2SeqLMOutput:
         """Return the logits of the decoder's tokens, and the caches with these tokens added."""
@@ -113,7 +117,8 @@ class GeneratesFromSource(Generates):
         own = self.view.layers.own
         made = [outputs[name] for name in cache_names(PRESENT, own, DECODED)]
         cache_of(own, made, cache.self_attention_cache)  # type: ignore[arg-type]
-        return Seq2SeqLMOutput(logits=outputs["logits"], cache=cache)  # type: ignore[call-arg, arg-type]
+        logits = kept_logits(outputs["logits"], logits_to_keep)
+        return Seq2SeqLMOutput(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
 
     def _inputs(
         self, tokens: Tensor, mask: Tensor | None, encoded: BaseModelOutput, cache: EncoderDecoderCache

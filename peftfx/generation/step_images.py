@@ -17,17 +17,16 @@ from peftfx.generation.step import Generates, Step
 from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
 
 
-class GeneratesWithImages(Generates):
-    """A mixin for a class that generates with the views of a model of text and images.
+class EncodesImages:
+    """A mixin for a class that encodes the images of a call with the view of an image.
 
     Attributes:
         encode: the function that runs the view of an image.
+        images: how the model reads images.
     """
 
-    view: DecodeWithImages
     encode: Step
-    _features: Tensor | None = None
-    _types: Tensor | None = None
+    images: Images
 
     def encoded(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the features of each image, [pieces, width]. Each image is encoded separately.
@@ -35,7 +34,7 @@ class GeneratesWithImages(Generates):
         Args:
             inputs: all arguments of the images, those that are fixed in the graph too.
         """
-        images = self.view.images
+        images = self.images
         ones = split_images(images, inputs)
         for fixed in images.fixed:
             fixed.check(inputs.get(fixed.name), len(ones), images.picture)
@@ -44,6 +43,32 @@ class GeneratesWithImages(Generates):
             what = "a part of this image is empty, and the model's code computes something else there"
             raise PeftfxError(what, images.inputs[0][0], "run the model by transformers")
         return found
+
+    def images_in(self, named: dict[str, Any]) -> dict[str, Tensor]:
+        """Take the arguments of images out of the arguments of a call; nothing if it has no pixels."""
+        given = {name: named.pop(name, None) for name in self.images.names}
+        first = given[self.images.inputs[0][0]]
+        return {n: v for n, v in given.items() if isinstance(v, Tensor)} if isinstance(first, Tensor) else {}
+
+    def check_count(self, tokens: Tensor, count: int) -> None:
+        """Refuse a text that does not have an image token for each piece of its images."""
+        wanted = int((tokens == self.images.token).sum())
+        if wanted != count:
+            what = f"the text has {wanted} image tokens, and its images {count} pieces"
+            raise PeftfxError(what, "input_ids, pixel_values", "make both by the model's processor")
+
+
+class GeneratesWithImages(EncodesImages, Generates):
+    """A mixin for a class that generates with the views of a model of text and images."""
+
+    view: DecodeWithImages
+    _features: Tensor | None = None
+    _types: Tensor | None = None
+
+    @property
+    def images(self) -> Images:  # type: ignore[override]
+        """How the model reads images."""
+        return self.view.images
 
     def forward(  # type: ignore[override]
         self,
@@ -56,7 +81,7 @@ class GeneratesWithImages(Generates):
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits, and the cache with these tokens and their images added."""
-        pixels = self._images_in(others)
+        pixels = self.images_in(others)
         kinds = others.pop(MODALITIES, None)  # positions were made of them, before this call
         if pixels and self.view.images.sections and position_ids is None:
             what, hint = "a call with images needs the positions of its tokens", "use generate, or pass position_ids"
@@ -69,7 +94,7 @@ class GeneratesWithImages(Generates):
         else:
             features = torch.zeros(0, self.view.images.width)
         if input_ids is not None:
-            self._check(input_ids, len(features))
+            self.check_count(input_ids, len(features))
             if self.view.images.typed:
                 before = 0 if cache is None else cache.get_seq_length()
                 self._types = whole_types(self, others.pop(TYPES, kinds), input_ids, before)  # type: ignore[arg-type]
@@ -85,21 +110,9 @@ class GeneratesWithImages(Generates):
         types = {} if self._types is None else {TYPES: self._types}
         return {IMAGE_FEATURES: self._features, **types}
 
-    def _images_in(self, named: dict[str, Any]) -> dict[str, Tensor]:
-        """Take the arguments of images out of the arguments of a call; nothing if it has no pixels."""
-        given = {name: named.pop(name, None) for name in self.view.images.names}
-        first = given[self.view.images.inputs[0][0]]
-        return {n: v for n, v in given.items() if isinstance(v, Tensor)} if isinstance(first, Tensor) else {}
-
-    def _check(self, tokens: Tensor, count: int) -> None:
-        wanted = int((tokens == self.view.images.token).sum())
-        if wanted != count:
-            what = f"the text has {wanted} image tokens, and its images {count} pieces"
-            raise PeftfxError(what, "input_ids, pixel_values", "make both by the model's processor")
-
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Encode images once, before the prefill."""
-        pixels = self._images_in(model_kwargs)
+        pixels = self.images_in(model_kwargs)
         model_kwargs.setdefault("mm_encoder_outputs", {})
         if pixels:
             # a list with one entry for each image, as beams and samples repeat the images of a text together

@@ -17,11 +17,13 @@ from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
+from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesWithImages
 from peftfx.graph.conditions import unmet
 from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import Graph
 from peftfx.views.encoder_decoder import Decoder
+from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.images import VISION, DecodeWithImages
 from peftfx.views.view import View
 
@@ -53,7 +55,11 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
     encoder, decoder = view_named("encoder"), view_named("decoder")
     assert isinstance(decoder, Decoder)
     encodes = SourceEncoder(_runner(encoder, graph_of), decoder.layers.source)
-    return over_graphs(base, GeneratesFromSource, view=decoder, step=_runner(decoder, graph_of), source_encoder=encodes)
+    parts: dict[str, Any] = {"view": decoder, "step": _runner(decoder, graph_of), "source_encoder": encodes}
+    if not isinstance(encoder, EncoderWithImages):
+        return over_graphs(base, GeneratesFromSource, **parts)
+    encode = _runner(view_named(VISION), graph_of)
+    return over_graphs(base, GeneratesFromImages, **parts, encode=encode, images=encoder.images)
 
 
 def _runner(view: View | None, graph_of: GraphOf) -> Step:

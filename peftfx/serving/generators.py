@@ -28,6 +28,7 @@ from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import ONNX_DTYPES, Served
 from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder, EncoderDecoderLayers
+from peftfx.views.images import IMAGE_FEATURES
 from peftfx.views.row_adapters import IDS
 
 
@@ -111,16 +112,26 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         super().__init__(directory, model)
         self.graphs = {"encoder_model": encoder, "decoder_model": model}
         width = int(encoder.axes["last_hidden_state"][-1])
-        source = next(name for name in encoder.inputs if name not in ("attention_mask", IDS))
+        source = next(name for name in encoder.inputs if name not in ("attention_mask", IMAGE_FEATURES, IDS))
         layers = EncoderDecoderLayers(_layers_of(model, DECODED), _layers_of(model, ENCODED), width, source=source)
         self.view, self.main_input_name = Decoder(layers), source
         self.source_encoder = SourceEncoder(lambda inputs, _: encoder(**self.with_ids(inputs)), source)
 
     def generate(self, *args: object, **options: object) -> object:
         """Generate by transformers' `generate`; for sound or images, by that of the model's own class."""
-        if self.view.layers.source == TEXT_INPUT:
+        if self.view.layers.source == TEXT_INPUT and self.way is _Sourced:
             return super().generate(*args, **options)
         return self._stand_in.generate(*args, **options)
+
+    @property
+    def way(self) -> type[Generates]:
+        """The mixin with the forward of the stand-in for the model's own class."""
+        return _Sourced
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The attributes that the mixin needs."""
+        return {"view": self.view, "step": self.step, "source_encoder": self.source_encoder}
 
     @property
     def options(self) -> frozenset[str]:
@@ -131,8 +142,7 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
 
     @cached_property
     def _stand_in(self) -> Any:
-        parts = {"view": self.view, "step": self.step, "source_encoder": self.source_encoder}
-        return over_graphs(skeleton(self), _Sourced, **parts, generation_config=self.generation_config)
+        return over_graphs(skeleton(self), self.way, **self.parts, generation_config=self.generation_config)
 
 
 class _Sourced(Buffered, GeneratesFromSource):  # type: ignore[misc]

@@ -11,10 +11,12 @@ from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
 from peftfx.bases.processors.token_types import TYPES
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
+from peftfx.generation.step import Generates, Step
+from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesWithImages
-from peftfx.serving.generators import Buffered, ServedGenerator, skeleton
+from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, skeleton
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import ONNX_DTYPES
+from peftfx.serving.served import ONNX_DTYPES, Served
 from peftfx.views.entry import POSITIONS
 from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
 from peftfx.views.row_adapters import IDS
@@ -26,23 +28,8 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
         super().__init__(directory, model)
         self.graphs = {"vision_encoder": encoder, "model": model}
-        token = first_of(self.config, "image_token_id", "image_token_index")
-        if not isinstance(token, int):
-            what, hint = "the config names no image token", "copy the base model's config.json again"
-            raise PeftfxError(what, str(directory / "config.json"), hint)
-        inputs = tuple((name, tuple(map(int, encoder.axes[name]))) for name in encoder.inputs if name != IDS)
-        fixed, picture = from_text(encoder.metadata.get(IMAGES_KEY, ""))
-        width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
-        axes = model.axes.get(POSITIONS, ())
-        images = Images(
-            *(token, width, dtype, None, True, inputs, TYPES in model.inputs, fixed),
-            reads=IMAGES_KEY in encoder.metadata,
-            sections=int(axes[0]) if len(axes) == 3 else 0,
-            picture=picture,
-        )
+        images, self.encode = _images_of(self, model, encoder)
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
-        dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
-        self.encode = lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})
 
     def generate(self, *args: object, **options: object) -> Any:
         """Generate by the `generate` of the model's own class."""
@@ -52,6 +39,55 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
     def _own(self) -> Any:
         parts = {"view": self.view, "step": self.step, "encode": self.encode}
         return over_graphs(skeleton(self), _OwnClass, **parts, generation_config=self.generation_config)
+
+
+class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: ignore[misc]
+    """An encoder-decoder of text with images in ONNX Runtime. A graph of its own encodes the images once."""
+
+    def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel, vision: OnnxModel) -> None:
+        super().__init__(directory, model, encoder)
+        self.graphs = {"vision_encoder": vision, **self.graphs}
+        self.images, self.encode = _images_of(self, encoder, vision)
+
+    @property
+    def way(self) -> type[Generates]:
+        """The mixin with the forward of the stand-in for the model's own class."""
+        return _FromImages
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The attributes that the mixin needs."""
+        return {**super().parts, "encode": self.encode, "images": self.images}
+
+
+class _FromImages(Buffered, GeneratesFromImages):  # type: ignore[misc]
+    """The forward of an encoder-decoder's own class, which calls the graphs. The class's tensors are empty."""
+
+
+def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Images, Step]:
+    """Return how a model reads images, as its graphs tell, and the function that encodes an image.
+
+    Args:
+        served: the model.
+        model: the graph that takes the features of images.
+        encoder: the graph that makes them.
+    """
+    token = first_of(served.config, "image_token_id", "image_token_index")
+    if not isinstance(token, int):
+        what, hint = "the config names no image token", "copy the base model's config.json again"
+        raise PeftfxError(what, str(served.directory / "config.json"), hint)
+    inputs = tuple((name, tuple(map(int, encoder.axes[name]))) for name in encoder.inputs if name != IDS)
+    fixed, picture = from_text(encoder.metadata.get(IMAGES_KEY, ""))
+    width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
+    axes = model.axes.get(POSITIONS, ())
+    images = Images(
+        *(token, width, dtype, None, True, inputs, TYPES in model.inputs, fixed),
+        reads=IMAGES_KEY in encoder.metadata,
+        sections=int(axes[0]) if len(axes) == 3 else 0,
+        picture=picture,
+    )
+    dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
+    return images, lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})
 
 
 class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]

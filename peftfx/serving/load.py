@@ -52,7 +52,7 @@ def load(
         PeftfxError: there is no such model, or ONNX Runtime cannot open it or lacks a provider.
     """
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
-    from peftfx.serving.image_generators import ServedWithImages
+    from peftfx.serving.image_generators import ServedSeq2SeqWithImages, ServedWithImages
     from peftfx.serving.sentences import ServedSentences
 
     directory = Path(directory)
@@ -64,7 +64,11 @@ def load(
             OnnxModel(directory / name, threads=threads, options=options, providers=providers)
             for name in (ENCODER, DECODER)
         )
-        made: Served = ServedSeq2Seq(directory, decoder, encoder)
+        if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in encoder.inputs:
+            vision = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
+            made: Served = ServedSeq2SeqWithImages(directory, decoder, encoder, vision)
+        else:
+            made = ServedSeq2Seq(directory, decoder, encoder)
     else:
         model = OnnxModel(directory, threads=threads, options=options, providers=providers)
         if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in model.inputs:

@@ -107,9 +107,13 @@ class Encoder:
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the encoder, and the parts of the decoder that read only the encoder's output."""
-        encoded, cross = _encode(base, inputs)
+        encoded, cross = _encoded_for(base, inputs, self.encode(base, inputs))
         names = cache_names(PRESENT, self.layers.cross, ENCODED)
         return {"last_hidden_state": encoded, **dict(zip(names, cross, strict=True))}
+
+    def encode(self, base: nn.Module, inputs: Mapping[str, object]) -> Any:
+        """Return the output of the model's own encoder."""
+        return base.get_encoder()(**inputs, return_dict=True)  # type: ignore[operator]
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """Return the values of the tokens that the mask shows."""
@@ -234,9 +238,9 @@ def _behind(given: Tensor, made: Tensor) -> Tensor:
     return made if not ahead.shape[2] else torch.cat([ahead * made.std(), made], dim=2)
 
 
-def _encode(base: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, list[Tensor]]:
+def _encoded_for(base: nn.Module, inputs: Mapping[str, object], encoded: Any) -> tuple[Tensor, list[Tensor]]:
+    """Return the encoded source, and the keys and values that the decoder's layers make of it."""
     given: dict[str, Any] = dict(inputs)
-    encoded = base.get_encoder()(**given, return_dict=True)  # type: ignore[operator]
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     mask = {name: given[name] for name in ("attention_mask",) if name in given}
     seen = encoded.last_hidden_state

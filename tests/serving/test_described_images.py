@@ -93,9 +93,21 @@ def test_each_image_is_described_as_by_transformers(describing: Describing, peft
     assert json.loads(found.out) == {"image": str(paths[0]), "text": want[0]}
 
 
-def test_a_prompt_is_refused(describing: Describing, peftfx: Run) -> None:
-    image = ("--image", describing.root / "0.png")
-    assert_refused(peftfx("run", describing.root / "out", *image, "-p", "w1"), "without a prompt", "leave it out")
+def test_a_text_begins_with_the_prompt(describing: Describing, peftfx: Run) -> None:
+    path = describing.root / "0.png"
+    words = describing.tokenizer("w7", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    pixels = describing.prepare(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+    tokens = describing.peft.generate(pixels, decoder_input_ids=words, do_sample=False)[0]
+    assert tokens[:2].tolist() == [ENDS["decoder_start_token_id"], words.item()]
+    want = describing.tokenizer.decode(tokens[2:], skip_special_tokens=True)
+    for prompt in ("w7", "<sot>w7"):
+        asked = ("run", describing.root / "out", "--image", path, "-p", prompt)
+        assert peftfx(*asked).out.strip() == want
+        assert json.loads(peftfx(*asked, "--json").out) == {"prompt": prompt, "image": str(path), "text": want}
+    assert want != describing.says(path)
+
+
+def test_a_prompt_without_an_image_is_refused(describing: Describing, peftfx: Run) -> None:
     assert_refused(peftfx("run", describing.root / "out", "-p", "w1"), "pixel_values, not a text", "--image")
 
 

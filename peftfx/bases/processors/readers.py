@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from torch import nn
+from transformers import GenerationMixin
 
 from peftfx.bases.processors.pictures import pictures_vary
 
@@ -18,12 +19,32 @@ def reads_images(base: nn.Module) -> bool:
 
 def why_not_read(base: nn.Module) -> str:
     """Return why a model's images cannot be encoded apart from its text, or nothing if they can."""
+    if why := _why_not_encoded(base):
+        return why
+    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
+        return "the model's code takes no encoded images beside a text (`mm_encoder_outputs`)"
+    return ""
+
+
+def why_not_in_source(base: nn.Module) -> str:
+    """Return why an encoder-decoder's images cannot be encoded apart from the text that it encodes, or nothing.
+
+    transformers has a function that encodes the inputs of `generate`. A class that puts encoded images into the text
+    replaces that function.
+    """
+    if why := _why_not_encoded(base):
+        return why
+    name = GenerationMixin._maybe_prepare_encoder_kwargs_for_generation.__name__
+    if getattr(type(base), name, None) in (None, getattr(GenerationMixin, name)):
+        return f"the model's class puts no encoded images into the text that it encodes (`{name}`)"
+    return ""
+
+
+def _why_not_encoded(base: nn.Module) -> str:
     if not hasattr(getattr(base, "base_model", None), "get_image_features"):
         return "the model's class has no image encoder that runs by itself (`get_image_features`)"
     if "image" not in (getattr(base, "input_modalities", None) or ()):
         return "the model's class does not say that it reads images (`input_modalities`)"
-    if "mm_encoder_outputs" not in inspect.signature(base.forward).parameters:
-        return "the model's code takes no encoded images beside a text (`mm_encoder_outputs`)"
     return ""
 
 

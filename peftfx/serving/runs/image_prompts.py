@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 from torch import Tensor
 
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.generators import ServedSeq2Seq
-from peftfx.serving.image_generators import ServedWithImages
+from peftfx.serving.image_generators import ServedSeq2SeqWithImages, ServedWithImages
 from peftfx.serving.load import load
 from peftfx.serving.pipelines import image_processor
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.streaming import generation_options, streamer_to
+from peftfx.views.images import Images
 
 PIXELS = "pixel_values"
 _TEXT = ("input_ids", "attention_mask")
@@ -25,9 +28,9 @@ _TEXT = ("input_ids", "attention_mask")
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """Continue the prompt with its images, writing each word to `out` as it is generated.
 
-    Images go where the prompt has the processor's image token (`<image>`), or before the prompt if it has no such
-    token. With a chat template, they go where the template puts them. An encoder-decoder that reads an image describes
-    each image, and takes no prompt.
+    Images go where the prompt has the processor's image token (`<image>`). If it has no such token, they go where
+    the processor puts them, or before the prompt. With a chat template, they go where the template puts them. An
+    encoder-decoder that reads an image alone describes each image; a prompt is how each text begins.
 
     Raises:
         PeftfxError: the model reads no images, its directory has no processor or chat template, or the processor's
@@ -37,39 +40,42 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     if isinstance(model, ServedSeq2Seq) and model.main_input_name == PIXELS:
         yield from _described(model, asked, out)
         return
-    if not isinstance(model, ServedWithImages):
+    if not isinstance(model, ServedWithImages | ServedSeq2SeqWithImages):
         what = "this export has no graph of images that a prompt could have"
         hint = "leave --image out; or export a model of text and images with --view decode, and read its warnings"
         raise PeftfxError(what, str(asked.directory), hint)
     processor = processor_of(asked.directory)
     tokenizer = processor.tokenizer
     assert asked.prompt is not None
-    text = _templated(processor, asked) if asked.chat else with_image_tokens(processor, asked.prompt, len(asked.images))
-    images = [_sized(read_image(path), model.view.images.picture) for path in asked.images]
+    images = [_sized(read_image(path), model.images.picture) for path in asked.images]
     hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these images", hint):
-        made = dict(processor(text=text, images=images, return_tensors="pt"))
-    inputs = _taken(model, made, asked.directory)
+        made = _processed(processor, asked, images, model.images.token)
+    inputs = _taken(model.images, made, asked.directory)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = generation_options(asked, most=128) | {"pad_token_id": pad}
-    tokens = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
-    written = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokens: Any = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
+    before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
+    written = tokenizer.decode(tokens[0, before:], skip_special_tokens=True)
     told = {"prompt": asked.prompt, "images": [str(path) for path in asked.images], "text": str(written)}
     yield Found(told, words="")
 
 
 def _described(model: ServedSeq2Seq, asked: Asked, out: TextIO | None) -> Iterator[Found]:
-    """Write a text for each image."""
-    if asked.prompt:
-        raise PeftfxError("this model reads an image alone, without a prompt", "--prompt", "leave it out")
+    """Write a text for each image, or what follows the prompt, with which each text begins."""
     prepare, tokenizer = image_processor(asked.directory), model.tokenizer
     options = generation_options(asked)
+    begins = tokenizer(asked.prompt or "", add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+    if count := begins.shape[1]:
+        options["decoder_input_ids"] = begins
     for path in asked.images:
         pixels = prepare(read_image(path), return_tensors="pt")[PIXELS].to(model.dtype)
         with understanding(path, "the model does not take this image", "pass --verbose to see the cause"):
             tokens: Any = model.generate(pixels, **options, streamer=streamer_to(out, tokenizer))
-        text = str(tokenizer.decode(tokens[0], skip_special_tokens=True))
-        yield Found({"image": str(path), "text": text}, words="")
+        before = count + int(not torch.equal(tokens[:1, :count], begins))  # transformers may put a start token first
+        text = str(tokenizer.decode(tokens[0, before if count else 0 :], skip_special_tokens=True))
+        told = {"prompt": asked.prompt} if asked.prompt else {}
+        yield Found({**told, "image": str(path), "text": text}, words="")
 
 
 def processor_of(directory: Path) -> Any:
@@ -127,13 +133,28 @@ def _templated(processor: Any, asked: Asked) -> str:
         return str(processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
 
 
-def _taken(model: ServedWithImages, made: dict[str, Any], directory: Path) -> dict[str, Tensor]:
+def _processed(processor: Any, asked: Asked, images: list[Any], token: int) -> dict[str, Any]:
+    """Return what the processor makes of the prompt and its images, given the token of a piece of an image.
+
+    Some processors put image tokens before a prompt themselves, and others want them in it.
+    """
+    assert asked.prompt is not None
+    if asked.chat:
+        return dict(processor(text=_templated(processor, asked), images=images, return_tensors="pt"))
+    with suppress(Exception):  # whatever a processor raises for a prompt without its image tokens
+        made = dict(processor(text=asked.prompt, images=images, return_tensors="pt"))
+        if bool((made["input_ids"] == token).any()):
+            return made
+    text = with_image_tokens(processor, asked.prompt, len(images))
+    return dict(processor(text=text, images=images, return_tensors="pt"))
+
+
+def _taken(images: Images, made: dict[str, Any], directory: Path) -> dict[str, Tensor]:
     """Return those outputs of the processor that the graphs take.
 
     Raises:
         PeftfxError: the processor makes other outputs, which the graphs would not see, or lacks one.
     """
-    images = model.view.images
     kinds = (MODALITIES,) if (images.sections or images.typed) and MODALITIES in made else ()
     types = (TYPES,) if images.typed and not kinds else ()
     known = (*_TEXT, *types, *kinds, *images.names)

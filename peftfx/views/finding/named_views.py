@@ -6,12 +6,13 @@ from contextlib import suppress
 
 from torch import nn
 
-from peftfx.bases.processors.readers import reads_images
+from peftfx.bases.processors.readers import reads_images, why_not_in_source
 from peftfx.errors import PeftfxError, nearest
 from peftfx.views.decode import Decode
-from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.encoder_decoder import Decoder, Encoder, EncoderDecoderLayers
 from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
+from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.finding.image_text import IMAGE_TEXT, ImageText
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.images import VISION, DecodeWithImages, ImageEncoder
@@ -36,7 +37,7 @@ def find_view(base: nn.Module, name: str) -> View | None:
         return ImageText(find_images(base, of_any_size=True))
     if name in ("encoder", "decoder"):
         layers = find_layers(base)
-        return Encoder(layers) if name == "encoder" else Decoder(layers)
+        return _encoder(base, layers) if name == "encoder" else Decoder(layers)
     raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, _NAMES) or f"one of {', '.join(_NAMES)}")
 
 
@@ -48,6 +49,16 @@ def view_of_sites(base: nn.Module) -> str:
         with suppress(PeftfxError):
             return IMAGE_TEXT if find_images(base, of_any_size=True).reads else _NAMES[0]
     return _NAMES[0]
+
+
+def _encoder(base: nn.Module, layers: EncoderDecoderLayers) -> Encoder:
+    """Return the encoder's view, with an input for images if its text can have some and their form can be found."""
+    if not layers.masked or why_not_in_source(base):
+        return Encoder(layers)
+    try:
+        return EncoderWithImages(layers, find_images(base))
+    except PeftfxError:
+        return Encoder(layers)  # takes only text; the export warns of this
 
 
 def _decode(base: nn.Module) -> Decode:
