@@ -91,7 +91,7 @@ class Decode:
                 mask[-1, :2] = 0
             made = {"input_ids": _unpadded(base, batch, sequence, seed), "attention_mask": mask}
             if self.positions:
-                made["position_ids"] = positions(mask)[:, past:]
+                made["position_ids"] = positions(mask)[:, past:].contiguous()
             for name, tensor in zip(self.past_names, kept_by(self.layers), strict=True):
                 values = torch.randn(tensor.sizes(batch, past), generator=random)
                 made[name] = (values if past else torch.zeros_like(values)).to(tensor.dtype)

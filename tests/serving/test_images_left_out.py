@@ -47,6 +47,23 @@ def test_layers_that_read_images_alone_are_left_out_of_a_text(tmp_path: Path) ->
     assert torch.equal(runtime.load(tmp_path / "out").generate(**text, **options), model.generate(**text, **options))
 
 
+def test_a_class_that_generates_without_positions_is_served_without_them(tmp_path: Path) -> None:
+    """Its code counts from another number than zero, and leaves padding out by its token."""
+    model = build("image-text-to-text", "kosmos-2.5")
+    with pytest.warns(PeftfxWarning, match="images are left out.*takes no encoded images"):
+        peftfx.export_onnx(model, tmp_path / "out", view="decode")
+    served = runtime.load(tmp_path / "out")
+    assert "position_ids" not in served.view.axes
+    pad = model.config.text_config.pad_token_id
+    text = {"input_ids": torch.tensor([[20, 21, 22, 23], [pad, pad, 26, 27]])}
+    text["attention_mask"] = (text["input_ids"] != pad).long()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": pad}
+    want = model.generate(**text, **options)
+    assert torch.equal(served.generate(**text, **options), want)
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="all-linear"), seed=0)
+    assert torch.equal(adapted.generate(**text, **options), want)
+
+
 def test_an_encoder_of_text_is_served_without_the_images_that_its_text_can_have() -> None:
     from peftfx.export.deployment.parts import views_of
 

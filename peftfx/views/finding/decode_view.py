@@ -14,7 +14,7 @@ from peftfx.caches.cache import empty_cache, held, layers_in
 from peftfx.caches.held import kept_by
 from peftfx.caches.windows import noting_windows
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
-from peftfx.views.decode import Decode
+from peftfx.views.decode import Decode, positions
 from peftfx.views.dry_run import fake_run
 
 
@@ -44,12 +44,30 @@ def decode_view(base: nn.Module) -> Decode:
             raise_if_memory_is_out(error)
             what = f"the model does not run with a plain key/value cache: {first_line(error)}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
+        placed = "position_ids" in accepted and _gives_positions(base, given)
         layers = layers_in(cache, windows) if held(cache) else ()
         new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
     if not layers:
         what = "the model leaves its key/value cache empty: it has no decode view"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
-    return Decode(layers, "position_ids" in accepted, new_mask=new_mask)
+    return Decode(layers, placed, new_mask=new_mask)
+
+
+def _gives_positions(base: nn.Module, given: Mapping[str, Tensor]) -> bool:
+    """Return whether the model's class gives positions to its forward when it generates.
+
+    Some classes leave them out, and the code counts in a way of its own: usual positions would be wrong.
+    """
+    prepare = getattr(base, "prepare_inputs_for_generation", None)
+    if prepare is None:
+        return True
+    counted = {"position_ids": positions(given["attention_mask"])}
+    state = {"cache": empty_cache(base), "use_cache": True, "is_first_iteration": True}
+    try:
+        return prepare(**given, **counted, **state).get("position_ids") is not None
+    except Exception as error:  # whatever the class's code raises for a text alone
+        raise_if_memory_is_out(error)
+        return True
 
 
 def _runs(base: nn.Module, given: Mapping[str, Tensor], cache: DynamicCache, past: int) -> bool:
