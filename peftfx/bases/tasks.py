@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,13 +110,20 @@ def resolve_task(task: str | None, *, peft_task_type: str | None = None, config:
     return own
 
 
+@functools.cache
 def task_of_class(name: str) -> str | None:
-    """Return the task of a transformers class, by the end of its name (`BertForTokenClassification`), or None."""
+    """Return the task of a transformers class, by the end of its name (`BertForTokenClassification`), or None.
+
+    If the end does not tell, the tables of the `Auto` classes do; but not those of models without a head, which list
+    classes of all kinds.
+    """
     ends = {task: max((len(s) for s in t.suffixes if name.endswith(s)), default=0) for task, t in TASKS.items()}
     longest = max(ends.values())
     tasks = [task for task, length in ends.items() if length == longest]
-    if longest == 0 or len(tasks) == 1:
-        return tasks[0] if longest else None
+    if longest == 0:
+        tasks = [task for task in TASKS if task not in (FEATURES, SENTENCES)]
+    elif len(tasks) == 1:
+        return tasks[0]
     return next((task for task in reversed(tasks) if _makes(task, name)), None)
 
 

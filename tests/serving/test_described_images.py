@@ -115,3 +115,10 @@ def test_classes_of_any_encoder_and_decoder_have_the_task_of_their_table() -> No
     tasks = {"Vision": "image-text-to-text", "Speech": "automatic-speech-recognition", "": "text2text-generation"}
     assert {kind: task_of_class(f"{kind}EncoderDecoderModel") for kind in tasks} == tasks
     assert task_of_class("CLIPTextModelWithProjection") == "feature-extraction"
+
+
+def test_classes_with_names_of_their_own_have_the_task_of_their_table() -> None:
+    assert task_of_class("NemotronH_Omni_Reasoning_V3") == "image-text-to-text"
+    assert task_of_class("BertGenerationDecoder") == "text-generation"
+    assert task_of_class("TimmBackbone") is None
+    assert task_of_class("Module") is None
