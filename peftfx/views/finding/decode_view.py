@@ -14,6 +14,7 @@ from peftfx.caches.cache import empty_cache, held, layers_in
 from peftfx.caches.held import kept_by
 from peftfx.caches.windows import noting_windows
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
+from peftfx.views.capturing.raised import line_of, said_by
 from peftfx.views.decode import Decode, positions
 from peftfx.views.dry_run import fake_run
 
@@ -42,7 +43,10 @@ def decode_view(base: nn.Module) -> Decode:
                 base(**given, cache=cache, use_cache=True)
         except Exception as error:
             raise_if_memory_is_out(error)
-            what = f"the model does not run with a plain key/value cache: {first_line(error)}"
+            line = "" if said_by(error, "raise") else line_of(error, base)
+            said = "its code makes sizes out of the values of tensors" if "SymInt" in str(error) else first_line(error)
+            why = f"{said}{', at ' if line else ''}{line}"
+            what = f"the model does not run with a plain key/value cache: {why}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
         placed = "position_ids" in accepted and _gives_positions(base, given)
         layers = layers_in(cache, windows) if held(cache) else ()
