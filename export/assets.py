@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
+from peftfx.bases.processors.writers import writer_of
 from peftfx.export.deployment import genai_config
 
 _ENDINGS = frozenset({".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".tiktoken", ".vocab"})
@@ -65,7 +66,7 @@ def write_configs(base: nn.Module, directory: Path) -> None:
     write = getattr(getattr(base, "config", None), "to_json_file", None)
     if write is not None:
         write(directory / "config.json")
-    generation = getattr(base, "generation_config", None)
+    generation = getattr(writer_of(base), "generation_config", None)
     if generation is not None and base.can_generate():  # type: ignore[operator]
         generation.to_json_file(directory / "generation_config.json")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from peftfx.bases.processors.writers import writer_of
 from peftfx.generation.step import Generates
 
 
@@ -23,7 +24,7 @@ def over_graphs(base: nn.Module, way: type[Generates], **parts: object) -> Any:
         way: the mixin whose forward is used.
         parts: the attributes that `way` needs.
     """
-    kind = _class(type(base), way)  # type: ignore[arg-type]
+    kind = _class(type(base), type(writer_of(base)), way)  # type: ignore[arg-type]
     made = kind.__new__(kind)
     # The model has its own attributes, but the base's tables of modules and parameters: nothing is copied or
     # registered.
@@ -33,16 +34,31 @@ def over_graphs(base: nn.Module, way: type[Generates], **parts: object) -> Any:
 
 
 @functools.cache
-def _class(base: type[nn.Module], way: type[Generates]) -> Any:
+def _class(base: type[nn.Module], writer: type[nn.Module], way: type[Generates]) -> Any:
     made = type(f"Generating{base.__name__}", (way, base), {"__module__": __name__})
+    signature = _signature(base, writer)
 
     def forward(self: Generates, *args: object, **kwargs: object) -> object:
-        named = inspect.signature(base.forward).bind(self, *args, **kwargs).arguments
+        named = signature.bind(self, *args, **kwargs).arguments
         named.pop("self")
         named |= named.pop("kwargs", {})
         return way.forward(self, **named)
 
     # transformers reads from the signature whether the model takes positions, and a number of logits.
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     setattr(made, "forward", forward)  # noqa: B010
     return made
+
+
+def _signature(base: type[nn.Module], writer: type[nn.Module]) -> inspect.Signature:
+    """Return the signature of a forward, with the arguments that it hands on to the model that writes the text."""
+    own = inspect.signature(base.forward)
+    if writer is base:
+        return own
+    this, *rest = own.parameters.values()
+    optional = [
+        p.replace(default=None) if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD else p for p in rest
+    ]
+    handed = [p for n, p in inspect.signature(writer.forward).parameters.items() if n not in own.parameters]
+    named = [p.replace(kind=p.KEYWORD_ONLY) for p in handed if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return own.replace(parameters=[this, *optional[:-1], *named, optional[-1]])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from peftfx.bases.processors.encoded_images import joined_features
@@ -119,6 +119,30 @@ class GeneratesWithImages(EncodesImages, Generates):
             output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels))  # type: ignore[call-arg, arg-type]
             model_kwargs["mm_encoder_outputs"]["image"] = output
         return model_kwargs
+
+
+class GeneratesAsWriter(GeneratesWithImages):
+    """A mixin for a class whose own `generate` runs its parts, and then the `generate` of its language model."""
+
+    main_input_name = "input_ids"
+
+    def generate(  # type: ignore[override]
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate as the language model does, from a text with a token for each piece of its images.
+
+        The arguments are those of the class's own `generate`.
+        """
+        if input_ids is None:
+            hint = "make the text by the model's processor, as for a prompt"
+            raise PeftfxError("the graphs need a text with a token for each piece of its images", "input_ids", hint)
+        images = {} if pixel_values is None else {self.images.inputs[0][0]: pixel_values}
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **images, **options}
+        return GenerationMixin.generate(self, **given)  # type: ignore[arg-type]
 
 
 def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

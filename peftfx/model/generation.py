@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
+from peftfx.bases.processors.writers import writer_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.generation.step_image_source import GeneratesFromImages
-from peftfx.generation.step_images import GeneratesWithImages
+from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
 from peftfx.graph.conditions import unmet
 from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import Graph
@@ -50,8 +51,10 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
         decode = view_named("decode")
         if not isinstance(decode, DecodeWithImages):
             return over_graphs(base, Generates, view=decode, step=_runner(decode, graph_of))
-        encode = _runner(view_named(VISION), graph_of)
-        return over_graphs(base, GeneratesWithImages, view=decode, step=_runner(decode, graph_of), encode=encode)
+        writer = writer_of(base)
+        way = GeneratesWithImages if writer is base else GeneratesAsWriter
+        own = {"encode": _runner(view_named(VISION), graph_of), "generation_config": writer.generation_config}
+        return over_graphs(base, way, view=decode, step=_runner(decode, graph_of), **own)
     encoder, decoder = view_named("encoder"), view_named("decoder")
     assert isinstance(decoder, Decoder)
     encodes = SourceEncoder(_runner(encoder, graph_of), decoder.layers.source)

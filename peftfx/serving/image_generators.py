@@ -9,11 +9,12 @@ from typing import Any
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
 from peftfx.bases.processors.token_types import TYPES
+from peftfx.bases.processors.writers import writer_of
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_image_source import GeneratesFromImages
-from peftfx.generation.step_images import GeneratesWithImages
+from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
 from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, skeleton
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import ONNX_DTYPES, Served
@@ -38,7 +39,9 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
     @cached_property
     def _own(self) -> Any:
         parts = {"view": self.view, "step": self.step, "encode": self.encode}
-        return over_graphs(skeleton(self), _OwnClass, **parts, generation_config=self.generation_config)
+        base = skeleton(self)
+        way = _OwnClass if writer_of(base) is base else _OwnWriter
+        return over_graphs(base, way, **parts, generation_config=self.generation_config)
 
 
 class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: ignore[misc]
@@ -92,3 +95,7 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
 
 class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""
+
+
+class _OwnWriter(Buffered, GeneratesAsWriter):  # type: ignore[misc]
+    """The same, for a class whose own `generate` runs its parts."""

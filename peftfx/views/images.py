@@ -9,6 +9,7 @@ step without image tokens gets `image_features` of length 0.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Images:
         picture: the height and width of pictures, if they were chosen; else empty.
         field: the field of the encoder's output with the text's features; empty if there are those for deeper layers
             alone.
+        idle: other fields of the encoder's output, which hold no tensor.
     """
 
     token: int
@@ -67,6 +69,7 @@ class Images:
     deeper: Deeper = ()
     picture: tuple[int, ...] = ()
     field: str = POOLED
+    idle: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,10 +85,18 @@ class Images:
             shaped = first if self.each is None else first.reshape(-1, self.each, first.shape[-1])
             found[self.field] = [first] if self.listed else shaped
         output = BaseModelOutputWithPooling(**found)  # type: ignore[arg-type]
+        for name in self.idle:
+            setattr(output, name, None)
         for name, layers in self.deeper:
             values = [[parts.pop(0)] if self.listed else parts.pop(0) for _ in layers]
             setattr(output, name, [v if n is None else (n, v) for n, v in zip(layers, values, strict=True)])
         return output
+
+    def encoded(self, base: nn.Module, features: Tensor) -> dict[str, Any]:
+        """Return the arguments of a forward that is given encoded images in place of images."""
+        accepted = inspect.signature(base.forward).parameters
+        needed = [n for n in self.names if n in accepted and accepted[n].default is inspect.Parameter.empty]
+        return {**dict.fromkeys(needed), "mm_encoder_outputs": {"image": self.as_output(features)}}
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ class DecodeWithImages(Decode):
         given = dict(inputs)
         features = given.pop(IMAGE_FEATURES)
         assert isinstance(features, Tensor)
-        return super().__call__(base, {**given, "mm_encoder_outputs": {"image": self.images.as_output(features)}})
+        return super().__call__(base, {**given, **self.images.encoded(base, features)})
 
     def _run(self, base: nn.Module, given: Mapping[str, Any], cache: DynamicCache) -> dict[str, Tensor]:
         if self.images.typed:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 POOLED = "pooler_output"
 _FIRST = (POOLED, "last_hidden_state")
@@ -30,6 +31,12 @@ def main_features(output: Any) -> tuple[str, Any]:
             return name, found
     layers = next(value for name, value in vars(output).items() if name not in _OTHERS and _is_list(value))
     return "", _numbered(layers[0])[1]
+
+
+def idle_fields(output: Any) -> tuple[str, ...]:
+    """Return the names of fields of an encoder's output that hold nothing, or the whole output of a part of it."""
+    others = {name: value for name, value in vars(output).items() if name not in _OTHERS}
+    return tuple(name for name, value in others.items() if value is None or isinstance(value, ModelOutput))
 
 
 def deeper_features(output: Any, first: Tensor) -> Deeper:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.writers import writer_of
 from peftfx.caches.cache import empty_cache, held, layers_in
 from peftfx.caches.held import kept_by
 from peftfx.caches.windows import noting_windows
@@ -17,18 +19,24 @@ from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.capturing.raised import line_of, said_by
 from peftfx.views.decode import Decode, positions
 from peftfx.views.dry_run import fake_run
+from peftfx.views.images import Images
 
 
-def decode_view(base: nn.Module) -> Decode:
+def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
     """Return the decode view of a causal language model.
 
     The layers are found by a run on fake tensors, so the model's size costs nothing.
 
+    Args:
+        base: the model.
+        images: how the model reads images, if it does.
+
     Raises:
         PeftfxError: the model takes no cache, or a cache that cannot be set and read as tensors.
     """
-    accepted = inspect.signature(base.forward).parameters
-    if "cache" not in accepted:
+    writer = writer_of(base)
+    accepted = inspect.signature(writer.forward).parameters
+    if "cache" not in accepted or (writer is not base and images is None):
         what = "the model takes no key/value cache: it has no decode view"
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
@@ -37,7 +45,10 @@ def decode_view(base: nn.Module) -> Decode:
         raise PeftfxError(what, type(base).__name__, "use the forward view")
     cache = empty_cache(base)
     with fake_run(base) as fake:
-        given = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
+        plain = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
+        given: dict[str, Any] = {**plain}
+        if writer is not base and images is not None:  # its forward always wants images
+            given |= images.encoded(base, torch.zeros(0, images.width, dtype=images.dtype))
         try:
             with noting_windows(base) as windows:
                 base(**given, cache=cache, use_cache=True)
@@ -48,7 +59,7 @@ def decode_view(base: nn.Module) -> Decode:
             why = f"{said}{', at ' if line else ''}{line}"
             what = f"the model does not run with a plain key/value cache: {why}"
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
-        placed = "position_ids" in accepted and _gives_positions(base, given)
+        placed = "position_ids" in accepted and _gives_positions(writer, plain)
         layers = layers_in(cache, windows) if held(cache) else ()
         new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
     if not layers:

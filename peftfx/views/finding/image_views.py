@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.encoded_images import by_image, deeper_features, main_features
+from peftfx.bases.processors.encoded_images import by_image, deeper_features, idle_fields, main_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.image_tokens import split_known
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary
@@ -65,6 +65,7 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
         *(fixed, reads, sections, deeper),
         chosen_size() or (),
         field,
+        idle_fields(output),
     )
 
 

@@ -63,11 +63,11 @@ def _encoder(base: nn.Module, layers: EncoderDecoderLayers) -> Encoder:
 
 def _decode(base: nn.Module) -> Decode:
     """Return the decode view, with an input for images if the model reads images and their form can be found."""
-    view = decode_view(base)
-    if not reads_images(base):
+    images = None
+    if reads_images(base):
+        with suppress(PeftfxError):  # the view then takes only text; the export warns of this
+            images = find_images(base)
+    view = decode_view(base, images)
+    if images is None:
         return view
-    try:
-        images = find_images(base)
-    except PeftfxError:
-        return view  # takes only text; the export warns of this
     return DecodeWithImages(view.layers, view.positions, images, new_mask=view.new_mask)
