@@ -24,10 +24,11 @@ from peftfx.files import is_file, write_file
 from peftfx.serving.load import DECODER, ENCODER
 from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.encoder_decoder import ENCODED
+from peftfx.views.images import IMAGE_TOKENS
 
 MERGED_DECODER = "decoder_model_merged.onnx"
 _HIDDEN, _GIVEN = "last_hidden_state", "encoder_hidden_states"
-_SIZES = {"batch": 2, "encoder_sequence": 5, "sequence": 3, "past": 4, "encoder_total": 5}
+_SIZES = {"batch": 2, "encoder_sequence": 5, "sequence": 3, "past": 4, "encoder_total": 5, IMAGE_TOKENS: 0}
 _TOLERANCE = {"float16": 1e-2}  #: of an output's largest magnitude, by dtype; both sides are ONNX Runtime's
 Arrays = Mapping[str, np.ndarray]
 

@@ -337,4 +337,5 @@ class _Forced(hf.LogitsProcessor):
 
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).strip().splitlines()] or [repr(error)]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]
+    more = next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return " ".join(lines[: more + 1])[:300]

@@ -135,3 +135,9 @@ def test_adapters_are_not_swapped_beside_images(seeing: Seeing) -> None:
     base = build("image-text-to-text", "florence2")
     with pytest.raises(PeftfxError, match="models of text alone, and this one reads images"):
         compiler.export_onnx(base, seeing.root / "never", view="decode", slots="all-linear")
+
+
+def test_the_merged_decoder_of_optimum_is_written_beside(tmp_path: Path) -> None:
+    base = build("image-text-to-text", "florence2")
+    compiler.export_onnx(base, tmp_path / "out", view="decode", merged_decoder=True)
+    assert (tmp_path / "out" / "decoder_model_merged.onnx").exists()
