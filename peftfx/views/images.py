@@ -25,6 +25,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.token_types import TYPES, typed_call
+from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.decode import Decode
 from peftfx.views.entry import POSITIONS
@@ -218,7 +219,16 @@ class DecodeWithImages(Decode):
         given = dict(inputs)
         features = given.pop(IMAGE_FEATURES)
         assert isinstance(features, Tensor)
-        return super().__call__(base, {**given, **self.images.encoded(base, features)})
+        encoded = self.images.encoded(base, features)
+        try:
+            return super().__call__(base, {**given, **encoded})
+        except AttributeError as error:
+            if not isinstance(error.obj, BaseModelOutputWithPooling):
+                raise
+            what = (
+                f"the code reads {error.name} of an encoded image, and the graph has the features of its pieces alone"
+            )
+            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
 
     def _run(self, base: nn.Module, given: Mapping[str, Any], cache: DynamicCache) -> dict[str, Tensor]:
         if self.images.typed:

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
+from every_model.checks import build as tiny
 from PIL import Image
 from support.command import Result
 from support.parity import randomise
@@ -125,3 +126,10 @@ def test_the_command_goes_on_with_a_prompt(writing: Writing, peftfx: Run) -> Non
     result = peftfx("run", writing.root / "out", *asked)
     assert result.code == 0, result.err
     assert json.loads(result.out)["text"] == want
+
+
+def test_what_the_graphs_of_images_lack_is_said(tmp_path: Path) -> None:
+    wrong = {"blip": "generates by its text_decoder", "ovis2": "the code reads visual_indicator_features"}
+    for kind, message in wrong.items():
+        with pytest.raises(PeftfxError, match=message):
+            compiler.export_onnx(tiny("image-text-to-text", kind), tmp_path / kind, view="decode")

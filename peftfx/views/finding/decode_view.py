@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.readers import why_not_read
 from peftfx.bases.processors.writers import writer_of
 from peftfx.caches.cache import empty_cache, held, layers_in
 from peftfx.caches.held import kept_by
@@ -20,6 +21,8 @@ from peftfx.views.capturing.raised import line_of, said_by
 from peftfx.views.decode import Decode, positions
 from peftfx.views.dry_run import fake_run
 from peftfx.views.images import Images
+
+_FORWARD = "use the forward view"
 
 
 def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
@@ -36,13 +39,17 @@ def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
     """
     writer = writer_of(base)
     accepted = inspect.signature(writer.forward).parameters
-    if "cache" not in accepted or (writer is not base and images is None):
+    if writer is not base and images is None:
+        name = next(path for path, module in base.named_modules() if module is writer)
+        what = f"the model's class generates by its {name}, beside which there is no graph of images: "
+        raise PeftfxError(what + (why_not_read(base) or "their form is not found"), type(base).__name__, _FORWARD)
+    if "cache" not in accepted:
         what = "the model takes no key/value cache: it has no decode view"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
+        raise PeftfxError(what, type(base).__name__, _FORWARD)
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
     if "attention_mask" not in text:
         what = "the model takes no attention mask, so a batch could not have texts of different lengths"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
+        raise PeftfxError(what, type(base).__name__, _FORWARD)
     cache = empty_cache(base)
     with fake_run(base) as fake:
         plain = {name: fake(text[name]) for name in ("input_ids", "attention_mask")}
@@ -58,13 +65,13 @@ def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
             said = "its code makes sizes out of the values of tensors" if "SymInt" in str(error) else first_line(error)
             why = f"{said}{', at ' if line else ''}{line}"
             what = f"the model does not run with a plain key/value cache: {why}"
-            raise PeftfxError(what, type(base).__name__, "use the forward view") from error
+            raise PeftfxError(what, type(base).__name__, _FORWARD) from error
         placed = "position_ids" in accepted and _gives_positions(writer, plain)
         layers = layers_in(cache, windows) if held(cache) else ()
         new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
     if not layers:
         what = "the model leaves its key/value cache empty: it has no decode view"
-        raise PeftfxError(what, type(base).__name__, "use the forward view")
+        raise PeftfxError(what, type(base).__name__, _FORWARD)
     return Decode(layers, placed, new_mask=new_mask)
 
 
