@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base
+from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.sentences.modules import SentenceModules, transformer_folder
+from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import assets_of
 from peftfx.export.command import TORCH_DTYPES, refuse_output, sentence_task, served_dtype
 from peftfx.export.deployment import genai_config
+from peftfx.export.deployment.image_size import chosen_picture
+from peftfx.export.deployment.parts import generates, views_of
 from peftfx.export.writing.memory import memory_needed, refuse_memory
 from peftfx.export_options.directory import DirectoryOptions
 from peftfx.formats import REPORT
@@ -90,12 +97,12 @@ def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
             model = load_base(home, task=task, weights=False, dtype=kept)
         refuse_memory(model, asked.memory)
         adapters = {name: _rules(folder) for name, folder in asked.folders.items()}
-        views, files = _views(model, asked.view), dict[str, int | None]()
+        with _on_cpu(model), pictures_of(chosen_picture(model, asked.images, asked.view)):
+            parts = _views(model, asked.view)
+        views, files = tuple(parts.values()), dict[str, int | None].fromkeys(parts)
         unique = {id(p): p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
         sizes = [p.numel() * (kept or p.dtype).itemsize for p in unique.values()]
         total = sum(sizes)
-        for name in ("encoder_model.onnx", "decoder_model.onnx") if "encoder" in views else ("model.onnx",):
-            files[name] = None
         files["model.onnx.data"] = total
         manifests: dict[tuple[str, ...], str] = {(DECODE,): genai_config.GENAI_CONFIG, (FORWARD,): EXPORT_MANIFEST_FILE}
         manifest = manifests.get(views)
@@ -122,17 +129,38 @@ def _rules(folder: Path) -> str:
     return "; ".join(rules)
 
 
-def _views(model: nn.Module, asked: str) -> tuple[str, ...]:
-    if asked == FORWARD:
-        return (FORWARD,)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and asked in (AUTO, DECODE):
-        return ("encoder", "decoder")
+def _views(model: nn.Module, asked: str) -> dict[str, str]:
+    """Return the files of the graphs, and the view in each."""
+    if asked == FORWARD or (asked == AUTO and not generates(model)):
+        return {"model.onnx": FORWARD}
+    if not encodes_and_decodes(model):
+        try:
+            find_view(model, DECODE)
+        except PeftfxError:
+            if asked == DECODE:
+                raise
+            return {"model.onnx": FORWARD}
+    return views_of(model, DECODE, None)
+
+
+@contextmanager
+def _on_cpu(model: nn.Module) -> Iterator[None]:
+    """Put fake tensors on the CPU, where inputs are, in the place of a model's meta tensors inside the context."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    made: dict[int, torch.Tensor] = {}
+    found = [(own, n, t) for m in model.modules() for own in (m._parameters, m._buffers) for n, t in own.items()]
+    held = [(own, name, tensor) for own, name, tensor in found if tensor is not None and tensor.is_meta]
+    for own, name, tensor in held:
+        if id(tensor) not in made:
+            with mode, torch.device("cpu"):
+                value = torch.empty(tensor.shape, dtype=tensor.dtype)
+            made[id(tensor)] = nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value
+        own[name] = made[id(tensor)]  # type: ignore[assignment]
     try:
-        return (FORWARD,) if find_view(model, DECODE) is None else (DECODE,)
-    except PeftfxError:
-        if asked == DECODE:
-            raise
-        return (FORWARD,)
+        yield
+    finally:
+        for own, name, tensor in held:
+            own[name] = tensor  # type: ignore[assignment]
 
 
 def _notes(asked: DirectoryOptions) -> list[str]:

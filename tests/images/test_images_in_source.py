@@ -131,6 +131,13 @@ def test_an_adapted_model_generates_what_its_base_with_the_adapter_generates(see
     assert torch.equal(adapted.generate(**given, **OPTIONS), seeing.peft.generate(**given, **OPTIONS))
 
 
+def test_a_dry_run_tells_the_files_of_the_export(seeing: Seeing, peftfx: Run) -> None:
+    words = ("export", "--base", seeing.root / "base", "--output", seeing.root / "new", "--view", "decode")
+    told = json.loads(peftfx(*words, "--adapter", seeing.root / "adapter", "--dry-run", "--json").out)
+    assert set(told["files"]) == {path.name for path in (seeing.root / "out").iterdir()}
+    assert told["views"] == ["vision", "encoder", "decoder"]
+
+
 def test_adapters_are_not_swapped_beside_images(seeing: Seeing) -> None:
     base = build("image-text-to-text", "florence2")
     with pytest.raises(PeftfxError, match="models of text alone, and this one reads images"):

@@ -128,6 +128,12 @@ def test_the_command_goes_on_with_a_prompt(writing: Writing, peftfx: Run) -> Non
     assert json.loads(result.out)["text"] == want
 
 
+def test_a_dry_run_finds_the_views_of_an_export(writing: Writing, peftfx: Run) -> None:
+    words = ("export", "--base", writing.root / "base", "--output", writing.root / "new", "--view", "decode")
+    told = json.loads(peftfx(*words, "--dry-run", "--json").out)
+    assert set(told["files"]) == {path.name for path in (writing.root / "out").iterdir()}
+
+
 def test_what_the_graphs_of_images_lack_is_said(tmp_path: Path) -> None:
     wrong = {"blip": "generates by its text_decoder", "ovis2": "the code reads visual_indicator_features"}
     for kind, message in wrong.items():
