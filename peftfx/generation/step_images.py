@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from peftfx.bases.processors.encoded_images import joined_features
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
+from peftfx.generation.invocation import with_offsets
 from peftfx.generation.step import Generates, Step
 from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
 
@@ -142,7 +143,7 @@ class GeneratesAsWriter(GeneratesWithImages):
             raise PeftfxError("the graphs need a text with a token for each piece of its images", "input_ids", hint)
         images = {} if pixel_values is None else {self.images.inputs[0][0]: pixel_values}
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **images, **options}
-        return GenerationMixin.generate(self, **given)  # type: ignore[arg-type]
+        return GenerationMixin.generate(self, **with_offsets(self.view, (), given))  # type: ignore[arg-type]
 
 
 def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

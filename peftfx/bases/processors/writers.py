@@ -23,5 +23,8 @@ def _writes(module: nn.Module, base: nn.Module) -> bool:
     """Return whether a part of a model generates from the tokens that the model embeds."""
     if not isinstance(module, PreTrainedModel) or not isinstance(base, PreTrainedModel) or not module.can_generate():
         return False
-    embeds = module.get_input_embeddings() is base.get_input_embeddings()
+    try:
+        embeds = module.get_input_embeddings() is base.get_input_embeddings()
+    except NotImplementedError:  # the model embeds no tokens
+        return False
     return embeds and "cache" in inspect.signature(module.forward).parameters
