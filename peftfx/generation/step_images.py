@@ -130,13 +130,14 @@ class GeneratesAsWriter(GeneratesWithImages):
     def generate(  # type: ignore[override]
         self,
         pixel_values: Tensor | None = None,
+        *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Generate as the language model does, from a text with a token for each piece of its images.
 
-        The arguments are those of the class's own `generate`.
+        The arguments are those of the class's own `generate`; all but images are given by name.
         """
         if input_ids is None:
             hint = "make the text by the model's processor, as for a prompt"
@@ -160,6 +161,8 @@ def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str,
         value = inputs.get(name)
         if value is None:
             raise PeftfxError("the graph of images needs this argument too", name, "pass what the processor makes")
+        if name in images.beside and value.ndim == 2:  # a text of any length
+            shape = (shape[0], value.shape[1])
         tiles = value.shape[1] // shape[1] if len(shape) > 1 and value.ndim > 1 and shape[1] else 1
         rest = (shape[1] * tiles, *shape[2:]) if len(shape) > 1 else ()
         if value.ndim != len(shape) or len(value) % shape[0] or tuple(value.shape[1:]) != rest:

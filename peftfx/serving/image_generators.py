@@ -19,7 +19,7 @@ from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, 
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import ONNX_DTYPES, Served
 from peftfx.views.entry import POSITIONS
-from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
+from peftfx.views.images import BESIDE, IMAGE_FEATURES, DecodeWithImages, Images
 from peftfx.views.row_adapters import IDS
 
 
@@ -79,7 +79,8 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
     if not isinstance(token, int):
         what, hint = "the config names no image token", "copy the base model's config.json again"
         raise PeftfxError(what, str(served.directory / "config.json"), hint)
-    inputs = tuple((name, tuple(map(int, encoder.axes[name]))) for name in encoder.inputs if name != IDS)
+    shapes = {name: encoder.axes[name] for name in encoder.inputs if name != IDS}
+    inputs = tuple((name, tuple(1 if size == BESIDE else int(size) for size in axes)) for name, axes in shapes.items())
     fixed, picture = from_text(encoder.metadata.get(IMAGES_KEY, ""))
     width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
     axes = model.axes.get(POSITIONS, ())
@@ -88,6 +89,7 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
         reads=IMAGES_KEY in encoder.metadata,
         sections=int(axes[0]) if len(axes) == 3 else 0,
         picture=picture,
+        beside=tuple(name for name, axes in shapes.items() if BESIDE in axes),
     )
     dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
     return images, lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})

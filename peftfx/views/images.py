@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from peftfx.views.view import Axes, RunView
 
 IMAGE_FEATURES, IMAGE_TOKENS = "image_features", "image_tokens"
 VISION = "vision"
+BESIDE = "image_text"  #: the axis of a text that an image encoder reads with an image
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Images:
         field: the field of the encoder's output with the text's features; empty if there are those for deeper layers
             alone.
         idle: other fields of the encoder's output, which hold no tensor.
+        beside: the arguments of a text that the encoder reads with an image, of any length: its tokens and their mask.
     """
 
     token: int
@@ -71,6 +73,7 @@ class Images:
     picture: tuple[int, ...] = ()
     field: str = POOLED
     idle: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,16 +109,23 @@ class ImageEncoder:
 
     images: Images
     name = VISION
-    trials: ClassVar[tuple[Mapping[str, int], ...]] = ({},)
+
+    @property
+    def trials(self) -> tuple[Mapping[str, int], ...]:
+        """Sizes of a text beside the image; there are no others."""
+        return tuple({BESIDE: length} for length in (4, 9, 1)) if self.images.beside else ({},)
 
     @property
     def axes(self) -> Axes:
-        """The axes of the inputs, none of them free: a call is of one image of the model's size."""
-        return {name: (None,) * len(shape) for name, shape in self.images.inputs}
+        """The axes of the inputs. A call is of one image of the model's size; a text beside it has a free length."""
+        text = (None, BESIDE)
+        names = self.images.beside
+        return {name: text if name in names else (None,) * len(shape) for name, shape in self.images.inputs}
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Return a random image."""
-        made = example_inputs(base, sizes={"batch": 1}, seed=seed)
+        length = {"sequence": sizes[BESIDE]} if sizes and BESIDE in sizes else {}
+        made = example_inputs(base, sizes={"batch": 1, **length}, seed=seed)
         return {name: made[name] for name, _ in self.images.inputs}
 
     def with_past(

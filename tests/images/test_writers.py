@@ -53,14 +53,27 @@ def build(kind: str) -> hf.Blip2ForConditionalGeneration:
     return model
 
 
-def processor() -> hf.Blip2Processor:
-    table = {word: i for i, word in enumerate(["<unk>", "<pad>", "<s>", *(f"w{i}" for i in range(3, 59)), "<image>"])}
+def tokenizer(image: int = IMAGE) -> hf.PreTrainedTokenizerFast:
+    words = ["<unk>", "<pad>", "<s>", *(f"w{i}" for i in range(3, image)), "<image>"]
+    table = {word: i for i, word in enumerate(words)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.add_special_tokens(["<image>", "<pad>", "<s>"])
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>")
-    pictures = hf.BlipImageProcessor(size={"height": SIZE, "width": SIZE})
-    return hf.Blip2Processor(image_processor=pictures, tokenizer=words, num_query_tokens=PIECES)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>")
+
+
+def processor() -> hf.Blip2Processor:
+    return hf.Blip2Processor(image_processor=pictures(), tokenizer=tokenizer(), num_query_tokens=PIECES)
+
+
+def pictures() -> hf.BlipImageProcessor:
+    return hf.BlipImageProcessor(size={"height": SIZE, "width": SIZE})
+
+
+def picture(path: Path) -> Path:
+    pixels = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).resize((70, 50)).save(path)
+    return path
 
 
 @dataclass
@@ -116,9 +129,7 @@ def test_images_without_a_text_are_refused(writing: Writing) -> None:
 
 
 def test_the_command_goes_on_with_a_prompt(writing: Writing, peftfx: Run) -> None:
-    path, made = writing.root / "0.png", processor()
-    pixels = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).resize((70, 50)).save(path)
+    path, made = picture(writing.root / "0.png"), processor()
     given = made(text="w20 w21", images=Image.open(path), return_tensors="pt")
     tokens = writing.peft.generate(**given, max_new_tokens=NEW, do_sample=False)
     want = made.tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -132,6 +143,33 @@ def test_a_dry_run_finds_the_views_of_an_export(writing: Writing, peftfx: Run) -
     words = ("export", "--base", writing.root / "base", "--output", writing.root / "new", "--view", "decode")
     told = json.loads(peftfx(*words, "--dry-run", "--json").out)
     assert set(told["files"]) == {path.name for path in (writing.root / "out").iterdir()}
+
+
+def test_a_text_that_the_image_encoder_reads_may_have_any_length(tmp_path: Path, peftfx: Run) -> None:
+    """The Q-Former of InstructBLIP reads the prompt too."""
+    base = tiny("image-text-to-text", "instructblip")
+    base.language_model.generation_config.update(min_new_tokens=NEW, max_new_tokens=NEW)
+    compiler.export_onnx(base, tmp_path / "out", view="decode")
+    served, image = runtime.load(tmp_path / "out"), [base.config.image_token_id] * PIECES
+    assert served.images.beside == ("qformer_input_ids", "qformer_attention_mask")
+    given = {"input_ids": torch.tensor([[*image, 20, 21], [*image, 22, 23]])}
+    given["qformer_input_ids"] = torch.tensor([[20, 21, 24], [22, 23, 0]])
+    given["qformer_attention_mask"] = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    given["pixel_values"] = texts()["pixel_values"]
+    for call in (given, {name: value[1:, :5] if "qformer" in name else value[1:] for name, value in given.items()}):
+        for more in ({}, {"num_beams": 2}):
+            options = {"max_new_tokens": NEW, "do_sample": False, **more}
+            assert torch.equal(served.generate(**call, **options), base.generate(**call, **options))
+    parts = {"tokenizer": tokenizer(base.config.image_token_id), "qformer_tokenizer": tokenizer(90)}
+    made = hf.InstructBlipProcessor(pictures(), **parts, num_query_tokens=PIECES)
+    made.save_pretrained(tmp_path / "out")
+    path = picture(tmp_path / "0.png")
+    call = made(text="w20 w21", images=Image.open(path), return_tensors="pt")
+    tokens = base.generate(**call, max_new_tokens=NEW, do_sample=False)[0, call["input_ids"].shape[1] :]
+    asked = ("--image", path, "-p", "w20 w21", "--max-new-tokens", NEW, "--json")
+    result = peftfx("run", tmp_path / "out", *asked)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["text"] == made.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_what_the_graphs_of_images_lack_is_said(tmp_path: Path) -> None:

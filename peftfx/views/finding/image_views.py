@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,14 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
         chosen_size() or (),
         field,
         idle_fields(output),
+        tuple(name for name, _ in inputs if _beside(name, dict(inputs))),
     )
+
+
+def _beside(name: str, names: Collection[str]) -> bool:
+    """Return whether an argument of an image encoder is of a text: its tokens, or their mask."""
+    part = name.removesuffix("_input_ids").removesuffix("_attention_mask")
+    return part != name and f"{part}_input_ids" in names
 
 
 def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[FixedValues, ...], bool]:
