@@ -17,6 +17,7 @@ from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
 from peftfx.graph.slots import MODEL
+from peftfx.serving.call_inputs import taken
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
@@ -181,8 +182,12 @@ class Served:
         return ModelOutput(self.model(**self.with_ids(given)))
 
     def __call__(self, **inputs: Any) -> Any:
-        """Run `forward` on the `inputs`."""
-        return self.forward(**inputs)
+        """Run `forward` on the `inputs`: tensors, NumPy arrays or lists.
+
+        Raises:
+            PeftfxError: as for `forward`; or tokens are no rows of whole numbers of 0 or more.
+        """
+        return self.forward(**{name: taken(name, value) for name, value in inputs.items()})
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,0 +1,44 @@
+"""What users pass to a served model: tensors, arrays and lists; tokens that torch refuses are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.zoo import ZOO
+
+import peftfx
+from peftfx.errors import PeftfxError
+
+IDS = torch.tensor([[3, 5, 8, 9], [4, 4, 7, 6]])
+
+
+@pytest.fixture(scope="module", params=["decode", "forward"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("served") / request.param
+    peftfx.export_onnx(ZOO["llama"].build().eval(), directory, view=request.param)
+    return directory
+
+
+def test_arrays_lists_and_short_integers_are_taken(exported: Path) -> None:
+    served, mask = peftfx.runtime.load(exported), torch.ones_like(IDS)
+    want = served(input_ids=IDS, attention_mask=mask).logits
+    for kind in (np.asarray, torch.Tensor.tolist, torch.Tensor.int):
+        assert torch.equal(served(input_ids=kind(IDS), attention_mask=kind(mask)).logits, want)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (IDS[0], r"tokens are rows of whole numbers, not int64 \[4\]"),
+        (IDS.float(), r"tokens are rows of whole numbers, not float32 \[2, 4\]"),
+        ([[1, 2], [3]], "not a tensor"),
+        (IDS - 4, "a token is negative: -1"),
+    ],
+    ids=["one row", "floats", "ragged", "negative"],
+)
+def test_other_tokens_are_refused(exported: Path, ids: object, message: str) -> None:
+    with pytest.raises(PeftfxError, match=message):
+        peftfx.runtime.load(exported)(input_ids=ids)
