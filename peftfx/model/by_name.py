@@ -206,18 +206,22 @@ class AdaptersByName(SeenByTrainers):
         """
         return self.named[name]
 
-    def set_adapter(self, names: str | Sequence[str]) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, in every thread; only they are trained.
 
         Args:
-            names: one name, or several in the order in which they act.
+            adapter_name: one name, or several in the order in which they act.
+            inference_mode: whether not even these adapters are trained.
 
         Example:
             >>> adapted.add_adapter("second", peftfx.IA3())
             >>> adapted.set_adapter(["default", "second"])  # both act, and their effects add up
         """
-        given = (names,) if isinstance(names, str) or not isinstance(names, Sequence | Set) else tuple(names)
-        self.named.activate(given)
+        one = isinstance(adapter_name, str) or not isinstance(adapter_name, Sequence | Set)
+        self.named.activate((adapter_name,) if one else tuple(adapter_name))  # type: ignore[arg-type]
+        if inference_mode:
+            for adapter in self.named.acting():
+                adapter.requires_grad_(False)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Reallocate the ranks of the active adapters within their budgets, as AdaLoRA does.

@@ -141,3 +141,12 @@ def test_no_adapter_is_called_by_the_name_for_none() -> None:
     ours = peftfx.transform(llama(), peftfx.LoRA(r=2))
     with pytest.raises(PeftfxError, match="stands for no adapter"):
         ours.add_adapter("__base__", peftfx.LoRA(r=2))
+
+
+def test_an_adapter_is_made_active_without_being_trained() -> None:
+    ours = peftfx.transform(llama(), peftfx.LoRA(r=2))
+    ours.add_adapter("second", peftfx.LoRA(r=2))
+    ours.set_adapter(adapter_name="default", inference_mode=True)
+    assert (ours.active_adapter, [p for p in ours.parameters() if p.requires_grad]) == ("default", [])
+    ours.set_adapter("default")
+    assert {n.split(".")[1] for n, p in ours.named_parameters() if p.requires_grad} == {"default"}
