@@ -38,6 +38,8 @@ class AdapterCalls(PeftSurface):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with the active adapters, also where other code has replaced `forward`."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._twin.unpack()
         if "forward" not in vars(self):
             return super().__call__(*args, **kwargs)
         call = functools.partial(super().__call__, *args, **kwargs)

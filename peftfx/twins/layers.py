@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,7 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.quantisation.packed import Packed
 from peftfx.twins import torchao
+from peftfx.twins.repacked import ROUNDED, has_rounded_scales, is_repacked, plain_tensors
 
 _WHERE = "the model in memory"
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, fp8.E4M3, torch.float8_e5m2)
@@ -44,7 +46,9 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
         return None
     weight = module._parameters.get("weight")
     own: dict[str, Tensor] = {}
-    if not torchao.is_torchao(weight):
+    if is_repacked(module):
+        own = plain_tensors(module)
+    elif not torchao.is_torchao(weight):
         module._save_to_state_dict(own, "", False)
     found = next((form for mark, form in _BY_NAME if mark in own), None)
     if isinstance(module, nn.Embedding) or not (found or (quantised == ["weight"] and torchao.is_torchao(weight))):
@@ -54,7 +58,12 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
     if found is None:
         return torchao.read(weight)  # type: ignore[arg-type]
     said = {**config, **{name: value for name, value in vars(module).items() if isinstance(value, int | str)}}
-    return found.read(Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, _WHERE))  # type: ignore[attr-defined, no-any-return]
+    codes: Codes = found.read(  # type: ignore[attr-defined]
+        Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, _WHERE)
+    )
+    if has_rounded_scales(module):
+        return dataclasses.replace(codes, format=f"{codes.format} {ROUNDED}")
+    return codes
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -73,24 +82,49 @@ def _is_coded(tensor: Tensor) -> bool:
 
 
 class WeightReader:
-    """Reads the weight of one quantised layer at each call. Codes are read again when the layer's tensor changes."""
+    """Stands for the weight of one quantised layer, as the layer is now. Nothing is read before an operator needs it.
 
-    def __init__(self) -> None:
-        self._of: tuple[Tensor, torch.device] | None = None
+    Args:
+        shape: the weight's shape, [out, in].
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
         self._read: Coded | None = None
 
     def __call__(self, module: nn.Module, dtype: torch.dtype) -> Coded:
         """Return the weight [out, in] in this dtype. Each operator that reads it dequantises it."""
-        held = (module._parameters.get("weight"), *module._buffers.values())
-        own = next(tensor for tensor in held if tensor is not None)
-        if (
-            self._of is None
-            or self._read is None
-            or self._of[0] is not own
-            or self._of[1] != own.device
-            or self._read.dtype != dtype
-        ):
-            codes = codes_in(module, type(module).__name__, {})
+        device = _held(module).device
+        found = self._read
+        if found is None or found.dtype != dtype or found.device != device or found.codes.module is not module:  # type: ignore[attr-defined]
+            self._read = found = Coded(_Present("", *self._shape, module), dtype, device=device)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Present(Codes):
+    """The codes that a layer has at each reading. They are read again when the layer's tensor has changed.
+
+    Attributes:
+        module: the layer.
+        kept: by what they were read from, the codes that were read last, with the tensor.
+    """
+
+    module: nn.Module = dataclasses.field(repr=False, compare=False)
+    kept: dict[object, tuple[Tensor, Codes]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def dequantise(self) -> Tensor:
+        own = _held(self.module)
+        now = id(own), own.device, is_repacked(self.module)
+        if now not in self.kept:
+            codes = codes_in(self.module, type(self.module).__name__, {})
             assert codes is not None
-            self._of, self._read = (own, own.device), Coded(codes, dtype, device=own.device)
-        return self._read
+            self.kept.clear()
+            self.kept[now] = own, codes
+        return self.kept[now][1].dequantise()
+
+
+def _held(module: nn.Module) -> Tensor:
+    """Return the first tensor of a quantised layer."""
+    held = (module._parameters.get("weight"), *module._buffers.values())
+    return next(tensor for tensor in held if tensor is not None)

@@ -23,6 +23,7 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.twins.layers import codes_in, is_quantised
 from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
+from peftfx.twins.repacked import PlainForm, is_packable, unpack
 
 _HELD = ("_parameters", "_buffers", "_modules")
 _TRIED = 0.1  #: how far a layer's output may be from its codes', as a share of the largest: int8 differs by 0.04
@@ -41,6 +42,7 @@ class Twin:
         self.obstacles: dict[str, str] = {}
         self.offloaded = False
         self._codes: dict[str, Codes] = {}
+        self._plain: list[PlainForm] = []
         self._made: dict[int, nn.Module] = {}
         self._module: nn.Module | None = None
 
@@ -87,6 +89,11 @@ class Twin:
                 module.config = configs[id(config)]  # type: ignore[assignment]
         return made.eval()
 
+    def unpack(self) -> None:
+        """Put layers that bitsandbytes has repacked back: they have no gradient, and copies and moves spoil them."""
+        for form in self._plain:
+            form.restore()
+
     def _make(self) -> nn.Module:
         config = _config_of(self.base)
         modules = dict(own_modules(self.base))
@@ -98,7 +105,9 @@ class Twin:
                     "keep the layer on its device: give from_pretrained a device_map without cpu and disk for the layer"
                 )
                 raise PeftfxError("the codes of this quantised layer are offloaded", path, hint)
+        unpack(modules)
         found = {path: codes_in(module, path, config) for path, module in modules.items()}
+        self._plain = [PlainForm(module) for module in modules.values() if is_packable(module)]
         self._codes = {path: codes for path, codes in found.items() if codes is not None}
         if not self._codes and not any(map(is_hooked, modules.values())):
             return self.base

@@ -1,0 +1,94 @@
+"""bitsandbytes' layers of 4 bits after it has repacked them in place, which it does in a call in eval mode on some CPUs.
+
+The repacked form has the same codes in another order, and scales that are rounded to bfloat16. It serves only kernels
+without gradients. bitsandbytes' own way back (`Linear4bit.state_dict`) leaves the scales out of order, so here they are
+put in order.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.errors import warn
+
+#: What reports say, behind the format, of scales that were rounded.
+ROUNDED = "with scales that bitsandbytes rounded to bfloat16"
+
+
+class PlainForm:
+    """What a layer of 4 bits holds in its plain form, so that the layer can get it back unrounded."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._weight = module, _weight(module)
+        self._data, self._state = self._weight.data, copy.copy(self._weight.quant_state)
+
+    def restore(self) -> None:
+        """Put the layer back into this form, if it has been repacked since."""
+        if _weight(self._module) is self._weight and is_repacked(self._module):
+            _put(self._module, self._data, copy.copy(self._state))
+
+
+def is_packable(module: nn.Module) -> bool:
+    """Return whether a layer is one of those that bitsandbytes may repack."""
+    return hasattr(getattr(_weight(module), "quant_state", None), "absmax")
+
+
+def is_repacked(module: nn.Module) -> bool:
+    """Return whether a layer is in its repacked form, or has scales that are still in the order of that form."""
+    state = getattr(_weight(module), "quant_state", None)
+    return (
+        bool(getattr(state, "packing_format_for_cpu", False)) or getattr(getattr(state, "absmax", None), "ndim", 1) > 1
+    )
+
+
+def has_rounded_scales(module: nn.Module) -> bool:
+    """Return whether a layer's scales are those of its repacked form, also if its form is plain again."""
+    return hasattr(getattr(_weight(module), "quant_state", None), "original_qshape")
+
+
+def unpack(modules: Mapping[str, nn.Module]) -> None:
+    """Put repacked layers into their plain form, and warn that bitsandbytes has rounded their scales."""
+    found = [path for path, module in modules.items() if is_repacked(module)]
+    for path in found:
+        _put(modules[path], *_plain(modules[path]))
+    if found:
+        warn(
+            f"{len(found)} layers of 4 bits ({found[0]} first) have run in eval mode before, and bitsandbytes has "
+            "rounded their scales to bfloat16: merges and exports have these scales, with which the layers compute now; "
+            "to have the scales of the files, load the base again and adapt it before it runs"
+        )
+
+
+def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a repacked layer would save in its plain form; the layer stays as it is."""
+    data, state = _plain(module)
+    return {"weight": data, **{f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}}
+
+
+def _plain(module: nn.Module) -> tuple[Tensor, Any]:
+    from bitsandbytes import functional
+
+    weight = _weight(module)
+    data, state = weight.data, copy.copy(weight.quant_state)
+    if state.packing_format_for_cpu:
+        state.original_nested = False  # otherwise the scales are rounded once more, to 8 bits
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+    state.absmax = state.absmax.T.reshape(-1).to(torch.float32)
+    return data, state
+
+
+def _put(module: nn.Module, data: Tensor, state: Any) -> None:
+    weight = _weight(module)
+    own = vars(module).get("quant_state")
+    if own is not None and own is weight.quant_state:
+        module.quant_state = state
+    weight.data, weight.quant_state = data, state
+
+
+def _weight(module: nn.Module) -> Any:
+    return module._parameters.get("weight")

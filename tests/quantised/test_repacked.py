@@ -1,0 +1,130 @@
+"""Layers of 4 bits that bitsandbytes repacks in a call in eval mode: calls, gradients, merges and exports after one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from quantised import in_memory as made
+from support import quantised as q
+from support.parity import randomise
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxWarning
+from peftfx.model.adapted import AdaptedModel
+from peftfx.twins.layers import codes_in
+from peftfx.twins.repacked import ROUNDED, is_repacked
+
+bnb = pytest.importorskip("bitsandbytes")
+packing = pytest.mark.skipif(
+    not getattr(bnb.functional, "has_avx512bf16", lambda: False)(), reason="bitsandbytes repacks for AVX512-BF16 alone"
+)
+IDS = torch.randint(100, (3, 9), generator=torch.Generator().manual_seed(0))
+KINDS = [(kind, double) for kind in ("nf4", "fp4") for double in (False, True)]
+RULE = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def base(kind: str = "nf4", double: bool = False) -> nn.Module:
+    return made.bitsandbytes4(q.tiny(), kind, double=double).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
+    return model.eval()(input_ids=ids).logits
+
+
+@pytest.fixture(params=[{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    model = peftfx.transform(q.tiny(), peftfx.LoRA(**RULE, **request.param), seed=0)
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def load(to: nn.Module, saved: Path) -> AdaptedModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        return peftfx.load(to, saved)
+
+
+@packing
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_a_call_in_eval_mode_computes_what_the_codes_say(kind: str, double: bool, saved: Path) -> None:
+    model = load(base(kind, double), saved)
+    first = logits(model)
+    assert is_repacked(model.base.model.layers[0].self_attn.q_proj)
+    want = logits(model.floating())
+    assert (first - want).abs().max() < 3e-2 * want.abs().max()
+    torch.testing.assert_close(logits(model), first, atol=0, rtol=0)
+    one = logits(model, IDS[:1, :5])
+    assert (one - logits(model.floating(), IDS[:1, :5])).abs().max() < 3e-2 * want.abs().max()
+
+
+@packing
+def test_a_lora_in_eval_mode_is_that_of_peft_and_reads_no_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = peftfx.transform(base(), peftfx.LoRA(**RULE), seed=0)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path)
+    monkeypatch.setattr("peftfx.twins.layers.codes_in", lambda *_: pytest.fail("codes are read"))
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-6, rtol=0)
+
+
+@packing
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_training_and_merges_after_a_call_are_those_before_it(kind: str, double: bool, saved: Path) -> None:
+    fresh, used = load(base(kind, double), saved).train(), load(base(kind, double), saved)
+    want = logits(used.floating())
+    logits(used)
+    for model in (fresh, used.train()):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    for own, other in zip(used.adapters.parameters(), fresh.adapters.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, atol=0, rtol=0)
+    logits(used)
+    copied = copy.deepcopy(used)
+    for model in (copied, used):
+        report = model.merge()
+        assert ROUNDED not in str(report)
+        model.train()
+        torch.testing.assert_close(model(input_ids=IDS).logits, want, atol=1e-5, rtol=0)
+
+
+@packing
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_over_a_base_that_has_run_the_rounded_scales_are_told(kind: str, double: bool, tmp_path: Path) -> None:
+    ran = base(kind, double)
+    logits(ran)
+    with pytest.warns(PeftfxWarning, match="rounded their scales to bfloat16"):
+        model = peftfx.transform(ran, peftfx.LoRA(**RULE), seed=0)
+    randomise(model)
+    assert model.road == "modules"
+    report = model.export(tmp_path / "out", view="forward")
+    assert ROUNDED in str(report)
+    assert ROUNDED in str(model.merge())
+
+
+@pytest.mark.parametrize("spoiled", [False, True], ids=["packed", "after state_dict"])
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_repacked_codes_are_read_exactly_and_the_layer_left_alone(kind: str, double: bool, spoiled: bool) -> None:
+    pack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
+    if pack is None or (spoiled and double):
+        pytest.skip("bitsandbytes does not repack, or rounds the scales once more")
+    layer = base(kind, double).model.layers[1].mlp.up_proj
+    plain = codes_in(layer, "", {})
+    codes, scales = plain.packed().clone(), plain.magnitudes()
+    layer.weight.data, layer.weight.quant_state = pack(layer.weight.data, layer.weight.quant_state)
+    if spoiled:
+        layer.state_dict()
+    held = layer.weight.data
+    found = codes_in(layer, "", {})
+    assert layer.weight.data.data_ptr() == held.data_ptr()
+    assert torch.equal(found.packed(), codes)
+    assert torch.equal(found.magnitudes(), scales.bfloat16().float())
+    assert found.format.endswith(ROUNDED)
