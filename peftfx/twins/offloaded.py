@@ -50,7 +50,9 @@ class Fetched(Stored):
 
     @property
     def source(self) -> Tensor:  # type: ignore[override]
-        """The values, fetched at each access."""
+        """The values, fetched at each access; under fake tensors a fake tensor, for which nothing is fetched."""
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         values = self.of[0][self.of[1]].to(self.device)
         for view in self.views:
             values = view(values)

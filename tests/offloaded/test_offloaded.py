@@ -19,6 +19,7 @@ from peftfx.model.adapted import AdaptedModel
 
 IDS = torch.randint(100, (3, 9), generator=torch.Generator().manual_seed(0))
 RULE = peftfx.LoRA(r=4, target_modules=["q_proj", "down_proj"], use_dora=True)
+STARTED = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
 DORA_AND_ATTENTION = [RULE, peftfx.LlamaAdapter(adapter_len=3, adapter_layers=1)]
 
 
@@ -89,3 +90,22 @@ def test_a_base_is_adapted_on_the_meta_device_and_filled_later() -> None:
     assert "reset_parameters()" in error.value.hint
     model.reset_parameters(seed=0)
     torch.testing.assert_close(steps(model), steps(peftfx.transform(base(), RULE, seed=0)), atol=0, rtol=0)
+
+
+def test_an_adapter_is_loaded_onto_weights_that_are_read_from_their_files(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "disk", "lm_head": "disk"}
+    for rule in (RULE, peftfx.LoRA(**STARTED), peftfx.DeLoRA(target="attention"), peftfx.OSF(target="attention")):
+        model = peftfx.transform(base(), rule, seed=0)
+        randomise(model)
+        folder = tmp_path / type(rule).__name__ / str(getattr(rule, "use_dora", ""))
+        model.save_pretrained(folder)
+        whole = LlamaForCausalLM.from_pretrained(
+            tmp_path / "base", device_map={**places, "model.rotary_emb": "cpu"}, offload_folder=tmp_path / "disk"
+        )
+        loaded = peftfx.load(whole, folder)
+        assert loaded.base.lm_head.weight.is_meta
+        for ids in (IDS, IDS[:1, :4]):
+            with torch.no_grad():
+                want = model.eval()(input_ids=ids).logits
+                torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, want, atol=1e-6, rtol=0)
