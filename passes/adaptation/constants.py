@@ -105,7 +105,8 @@ def _name(node: fx.Node, ancestors: list[fx.Node], taken: Container[str]) -> str
     if node.op == "get_attr":
         return str(node.target).split(".", 2)[2]  # adapters.<adapter>.<name>
     if OVERRIDES in node.meta:  # the base's tensor with some rows of the adapter
-        module = str(ancestors[-2].target).split(".", 3)[3].rpartition(".")[0]  # adapters.<adapter>.saved.<module>.rows
+        rows = next(n for n in reversed(ancestors) if str(n.target).startswith(f"{ADAPTERS}."))
+        module = str(rows.target).split(".", 3)[3].rpartition(".")[0]  # adapters.<adapter>.saved.<module>.rows
         return f"{module}.{str(node.meta[OVERRIDES]).rpartition('.')[2]}"
     stem = next(n.meta[REGION].placement.key for n in reversed(ancestors) if REGION in n.meta)
     names = (f"{stem}.folded{count or ''}" for count in itertools.count())

@@ -88,6 +88,8 @@ def _own(splicer: Splicer, override: Override, node: fx.Node) -> fx.Node:
         for key in (override.indices, override.key)
     )
     at = splicer.rewriter.before(first_operation(splicer.rewriter.graph), node, overrides=str(node.target))
+    if rows.meta["val"].dtype != node.meta["val"].dtype:
+        rows = at.call(torch.ops.aten.to.dtype, rows, node.meta["val"].dtype)
     return at.call(torch.ops.aten.index_put.default, node, [indices], rows)
 
 

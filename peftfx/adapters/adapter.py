@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import Method
 from peftfx.contract.override import Override
 from peftfx.contract.placed import SHARED, Placed, Placements, shared_by
@@ -127,7 +128,7 @@ class Adapter(Holder):
                 self.put(shared_key(number, name), value, trained=not rule.method.is_constant(name, value))
 
     def copy_overridden(self, base: nn.Module) -> None:
-        """Make the overrides, as copies of the base's tensors."""
+        """Make the overrides, as copies of the base's tensors. As in HF PEFT, only rows are in the adapters' dtype."""
         for override in self.overrides:
             owner, leaf = owner_of(base.get_submodule(override.module), override.name)
             tensor = full(getattr(owner, leaf)).detach()
@@ -135,7 +136,7 @@ class Adapter(Holder):
                 _refuse_rows(override, len(tensor))
                 indices = torch.tensor(override.rows, device=tensor.device)
                 self.put(override.indices, indices, trained=False)
-                tensor = tensor[indices]
+                tensor = tensor[indices].to(adapter_dtype(tensor.dtype))
             self.put(override.key, tensor.clone(), trained=override.trained and leaf in owner._parameters)
 
     def params(self, placement: Placement) -> dict[str, Tensor]:

@@ -86,7 +86,7 @@ def merge_into(
             if not override.module:  # under any of the tensor's names: one of two tied modules may have a folding
                 name = next((other for other in everywhere.get(name, ()) if other not in written_names), name)
             if name not in written_names:  # a trained bias at a merged site went into its folding
-                written += _put(writer, name, override, full(adapter.get(override.key)))
+                written += _put(writer, name, override, full(adapter.get(override.key)), roundings)
                 changed.setdefault(name.rpartition(".")[0])
     folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
     return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied), opened)
@@ -126,13 +126,18 @@ def _refuse_left_over(folded: Mapping[str, Folding], adapters: Sequence[Adapter]
         raise PeftfxError(what, left[0], "pass inputs= of a call that runs them to transform() or load()")
 
 
-def _put(writer: BaseWriter, name: str, override: Override, value: Tensor) -> int:
-    """Write a tensor that an adapter trained in place of the base's; return its size in bytes."""
+def _put(writer: BaseWriter, name: str, override: Override, value: Tensor, roundings: dict[str, Rounding]) -> int:
+    """Write a tensor that an adapter trained in place of the base's; return its size in bytes.
+
+    Rows are rounded to the base's dtype, and their rounding is added to `roundings`.
+    """
     if not override.rows:
         return writer.assign(name, value, untie=bool(override.module))
     holder, leaf = owner_of(writer.base, name)
     whole = full(getattr(holder, leaf))
-    indices = torch.tensor(override.rows, device=whole.device)
+    indices, exact = torch.tensor(override.rows, device=whole.device), value
+    value = exact.to(whole.dtype)
+    roundings.setdefault(name.rpartition(".")[0], Rounding.of(value, exact))
     # an override under a module replaces the tensor only there, though other modules may share the tensor
     writer.assign(name, _with_rows(whole, indices, value), untie=bool(override.module))
     return value.numel() * value.element_size()

@@ -133,7 +133,7 @@ class Copy:
     def read(self, own: Tensor) -> Tensor:
         """Return the tensor that the module reads in place of its own tensor."""
         value: Tensor = getattr(self.owner, self.leaf)
-        return value if self.indices is None else torch.index_put(own, (getattr(*self.indices),), value)
+        return value if self.indices is None else torch.index_put(own, (getattr(*self.indices),), value.to(own.dtype))
 
 
 class Hosted(Guests):
