@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.delta import LycorisMethod, dropped_rows, kept
+from peftfx.contract.common.delta import LycorisMethod, dropped_rows
 from peftfx.contract.method import Base, Params
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -76,8 +76,7 @@ class LoHa(LycorisMethod):
         return p
 
     def trained_delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        delta = self.delta(site, weight, {**p, W1A: p[W1A] * kept(p[W1A], self.module_dropout)})
-        return dropped_rows(delta, self.rank_dropout)
+        return dropped_rows(self.delta(site, weight, p), self.rank_dropout)
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         if T1 in p:

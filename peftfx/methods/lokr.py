@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.delta import LycorisMethod, dropped_rows, kept
+from peftfx.contract.common.delta import LycorisMethod, dropped_rows
 from peftfx.contract.method import Base, Params
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -90,9 +90,7 @@ class LoKr(LycorisMethod):
         return p
 
     def trained_delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
-        delta = self.delta(site, weight, p)
-        delta = delta * kept(delta, self.module_dropout)
-        return dropped_rows(delta, self.rank_dropout, rescaled=self.rank_dropout_scale)
+        return dropped_rows(self.delta(site, weight, p), self.rank_dropout, rescaled=self.rank_dropout_scale)
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         one = p[W1] if W1 in p else p[W1A] @ p[W1B]

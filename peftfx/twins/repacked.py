@@ -1,4 +1,4 @@
-"""bitsandbytes' layers of 4 bits after it has repacked them in place, which it does in a call in eval mode on some CPUs.
+"""bitsandbytes' layers of 4 bits that it has repacked in place, as it does in eval mode on some CPUs.
 
 The repacked form has the same codes in another order, and scales that are rounded to bfloat16. It serves only kernels
 without gradients. bitsandbytes' own way back (`Linear4bit.state_dict`) leaves the scales out of order, so here they are
@@ -51,7 +51,7 @@ def has_rounded_scales(module: nn.Module) -> bool:
     return hasattr(getattr(_weight(module), "quant_state", None), "original_qshape")
 
 
-def unpack(modules: Mapping[str, nn.Module]) -> None:
+def unpack_all(modules: Mapping[str, nn.Module]) -> None:
     """Put repacked layers into their plain form, and warn that bitsandbytes has rounded their scales."""
     found = [path for path, module in modules.items() if is_repacked(module)]
     for path in found:
@@ -59,8 +59,8 @@ def unpack(modules: Mapping[str, nn.Module]) -> None:
     if found:
         warn(
             f"{len(found)} layers of 4 bits ({found[0]} first) have run in eval mode before, and bitsandbytes has "
-            "rounded their scales to bfloat16: merges and exports have these scales, with which the layers compute now; "
-            "to have the scales of the files, load the base again and adapt it before it runs"
+            "rounded their scales to bfloat16: merges and exports have these scales, with which they compute now; to "
+            "have the scales of the files, load the base again and adapt it before it runs"
         )
 
 

@@ -23,7 +23,7 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.twins.layers import codes_in, is_quantised
 from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
-from peftfx.twins.repacked import PlainForm, is_packable, unpack
+from peftfx.twins.repacked import PlainForm, is_packable, unpack_all
 
 _HELD = ("_parameters", "_buffers", "_modules")
 _TRIED = 0.1  #: how far a layer's output may be from its codes', as a share of the largest: int8 differs by 0.04
@@ -105,7 +105,7 @@ class Twin:
                     "keep the layer on its device: give from_pretrained a device_map without cpu and disk for the layer"
                 )
                 raise PeftfxError("the codes of this quantised layer are offloaded", path, hint)
-        unpack(modules)
+        unpack_all(modules)
         found = {path: codes_in(module, path, config) for path, module in modules.items()}
         self._plain = [PlainForm(module) for module in modules.values() if is_packable(module)]
         self._codes = {path: codes for path, codes in found.items() if codes is not None}

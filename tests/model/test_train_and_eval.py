@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from support.adapted import QUERY_VALUE, adapt, both, gradients, our_name
+from support.adapted import QUERY_VALUE, adapt, both, gradients, our_name, randomise
 from support.zoo import ZOO
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxError
@@ -120,3 +122,51 @@ def test_trainable_parameters_are_counted_as_peft_counts(
     peft.get_peft_model(ZOO["bert"].build(), config).print_trainable_parameters()
     assert ours == capsys.readouterr().out
     assert ours.startswith("trainable params: ")
+
+
+class InPlace(nn.Module):
+    """Layers whose outputs the model's code changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu_().mean((2, 3))).mul_(2)
+
+
+@pytest.mark.parametrize("config", [peft.LoHaConfig, peft.LoKrConfig])
+def test_a_module_that_is_dropped_gets_no_gradient_as_in_peft(config: type[peft.LoHaConfig], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = InPlace(), torch.randn(5, 3, 6, 4)
+    options = config(r=2, target_modules=["conv", "linear"], module_dropout=0.5, rank_dropout=0.2)
+    theirs = peft.get_peft_model(copy.deepcopy(base), options)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = peftfx.load(base, tmp_path, inputs={"x": x})
+    assert ours.road == "modules"
+    without: list[list[str]] = [[], []]
+    for found, model in zip(without, (ours, theirs), strict=True):
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+        torch.manual_seed(5)
+        for size in (5, 1, 4, 2, 3, 5, 5, 5, 1, 3, 5, 5):
+            loss = model(x[:size]).square().mean()
+            if loss.requires_grad:  # in `peft` it has no gradient if both modules are dropped
+                loss.backward()
+            found += [str([our_name(n) for n, p in model.named_parameters() if p.requires_grad and p.grad is None])]
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [text.count("conv") for text in without[0]] == [text.count("conv") for text in without[1]]
+    assert len(set(without[0])) == 4
+    (ours.eval(), theirs.eval())
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_on_the_graph_road_a_module_that_is_dropped_gets_zeros() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 6, 4)
+    rule = peftfx.LoKr(r=2, target_modules=["conv", "linear"], module_dropout=0.99)
+    model = peftfx.transform(InPlace(), rule, inputs={"x": x}, road="graph").train()
+    model(x[:1]).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.adapters.parameters())

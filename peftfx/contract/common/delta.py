@@ -6,11 +6,12 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.common.low_rank import dense
 from peftfx.contract.common.patterns import by_path, pattern_of
@@ -85,6 +86,17 @@ class LycorisMethod(DeltaMethod):
         alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.alpha)
         return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
+    def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
+        if not training:
+            return super().forward(site, op, x, y, base, p, training)
+        first, own = next(iter(p.items()))
+        keep = kept(own, self.module_dropout)
+        if isinstance(x, FakeTensor) or torch.compiler.is_compiling():  # a graph has no branch
+            p = {**p, first: own * keep}  # the update is linear in each parameter
+        elif not keep:
+            return without_gradient(op(x, *base) if y is None else y, p)
+        return super().forward(site, op, x, y, base, p, training)
+
     def gather(self, methods: Mapping[str, Method]) -> Self:
         ranks, alphas = pattern_of(methods, "r", self.r), pattern_of(methods, "alpha", self.alpha)
         return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
@@ -101,6 +113,25 @@ class LycorisMethod(DeltaMethod):
 def in_dtype(output: Tensor, computed: torch.dtype, own: torch.dtype) -> Tensor:
     """Convert an output computed in dtype `computed` to the site's dtype `own`. Autocast's dtype is left."""
     return output.to(own) if output.dtype == computed else output
+
+
+def without_gradient(y: Tensor, p: Params) -> Tensor:
+    """Return `y` as it is, where these parameters do not act in a call: then they get no gradient, and not zeros.
+
+    An optimizer passes such parameters by. The result still has a gradient, also if nothing else in the model has one.
+    """
+    return _Aside.apply(y, *p.values())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Aside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return y.clone()  # the model's code may change a layer's output in place, and a view here would refuse that
+
+    @staticmethod
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (back, *(None,) * ctx.count)
 
 
 def kept(like: Tensor, dropout: float) -> Tensor:
