@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
 
@@ -117,13 +118,28 @@ class VirtualTokens(Entry):
             return call(base, given)
         assert isinstance(ids, Tensor)
         given[self.tokens] = _ahead(ids, ids.new_full((count,), self.filler))
-        return self.call_replacing(call, base, lambda embedded: _embedded(hole, embedded[:, count:]), given)
+        return self.call_replacing(call, base, lambda embedded: _embedded(hole, embedded), given, left_out=count)
 
     def call_replacing(
-        self, call: EntryCall, base: nn.Module, replaced: Callable[[Tensor], Tensor], given: Mapping[str, object]
+        self,
+        call: EntryCall,
+        base: nn.Module,
+        replaced: Callable[[Tensor], Tensor],
+        given: Mapping[str, object],
+        *,
+        left_out: int = 0,
     ) -> object:
-        """Call the base with a replacement of the first output of its embedding, which is the text."""
+        """Call the base with a replacement of the first output of its embedding, which is the text.
+
+        The embedding does not get the first `left_out` ids of each row. So hooks of others at the embedding, such as
+        those that add noise, see what they see in HF PEFT: the text alone.
+        """
         calls, thread = 0, threading.get_ident()
+
+        def shorten(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+            if calls or threading.get_ident() != thread:
+                return None
+            return pytree.tree_map_only(Tensor, lambda ids: ids[:, left_out:], (args, kwargs))
 
         def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
             nonlocal calls
@@ -132,11 +148,15 @@ class VirtualTokens(Entry):
             calls += 1
             return replaced(embedded) if calls == 1 else None
 
-        handle = base.get_submodule(self.embedding).register_forward_hook(replace)
+        embedding = base.get_submodule(self.embedding)
+        handles = [embedding.register_forward_hook(replace)]
+        if not (isinstance(left_out, int) and left_out == 0):  # it may be a symbol
+            handles.append(embedding.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True))
         try:
             output = call(base, given)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if not calls:
             what = "the model's code does not call the module that embeds its text"
             raise PeftfxError(what, self.embedding, "use a method that acts on weights")

@@ -67,6 +67,24 @@ def test_the_forward_is_pefts(soft: Soft, name: str) -> None:
         close_all(plain, outputs(bare(theirs), inputs))
 
 
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_hooks_at_the_embedding_see_the_text_alone_as_in_peft(name: str) -> None:
+    theirs = PROMPT_TUNING.theirs(name)
+    ours = PROMPT_TUNING.ours(theirs, shared(name))
+    for batch, sequence in ((3, 5), (1, 6)):
+        seen: list[tuple[list[int], Tensor]] = []
+        for model, base in ((ours, ours.base), (theirs, theirs.base_model)):
+            embedding = base.get_input_embeddings()
+            lengths: list[int] = []
+            before = embedding.register_forward_pre_hook(lambda _, args, at=lengths: at.append(args[0].shape[-1]))
+            after = embedding.register_forward_hook(lambda _, args, y: y * torch.linspace(1, 2, y.shape[1])[:, None])
+            seen.append((lengths, outputs(model, inputs_of(name, batch, sequence))["logits"]))
+            before.remove()
+            after.remove()
+        assert seen[0][0] == seen[1][0]
+        close(seen[0][1], seen[1][1])
+
+
 @on("gpt2", slow=("bert", "t5", "lstm", "prefix"))
 def test_ten_steps_are_those_of_peft(soft: Soft, name: str) -> None:
     theirs = soft.theirs(name)
