@@ -48,7 +48,7 @@ class WeightGuest:
 
     def __init__(self, seat: WeightSeat, adapter: Adapter, module: nn.Module) -> None:
         self.seat, self.placement, self.acting = seat, seat.placement, Acting.of(seat.placement)
-        self.reader = WeightReader(seat.placement.site.shape) if is_quantised(module) else None
+        self.reader = WeightReader(module, seat.placement.site.shape) if is_quantised(module) else None
         self.alone = self.acting.method.reruns and self.acting.block is None
         self.first = self.acting.method.replaces and self.acting.block is None and self.reader is None
         self.params = Parameters(adapter, adapter.keys(seat.placement))

@@ -275,7 +275,7 @@ class AdaptedModel(AdapterCalls):
     def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:
         """Move or cast the model, drop the graphs made for the old device and dtype, and cast the examples."""
         self.named.apart("the model is moved or cast")
-        self._twin.unpack()
+        self._twin.plain.restore()
         self.graphs.forget()
         self.example = pytree.tree_map_only(Tensor, lambda t: t.to(fn(t).dtype), self.example)  # type: ignore[operator]
         super()._apply(fn, recurse)  # type: ignore[arg-type]

@@ -283,6 +283,6 @@ class AdaptersByName(SeenByTrainers):
 
     def _renew(self) -> None:
         """Make a new twin, because the base has new tensors."""
-        self._twin.unpack()
+        self._twin.plain.restore()
         self._twin = Twin(self.base)
         self.graphs.base = self.source

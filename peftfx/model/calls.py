@@ -38,12 +38,13 @@ class AdapterCalls(PeftSurface):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with the active adapters, also where other code has replaced `forward`."""
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._twin.unpack()
-        if "forward" not in vars(self):
-            return super().__call__(*args, **kwargs)
         call = functools.partial(super().__call__, *args, **kwargs)
-        return run_other(self.modules_road, self.named.called, call, self._penalised)
+        if "forward" in vars(self):
+            call = functools.partial(run_other, self.modules_road, self.named.called, call, self._penalised)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return call()
+        with self._twin.plain.passing_gradients(everywhere=self.training):
+            return call()
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         CURRENT.called = True

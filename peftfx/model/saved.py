@@ -122,7 +122,7 @@ class SavedAdapters(AdapterSums):
     def __getstate__(self) -> dict[str, object]:
         """Return the state for copies and pickles, without graphs: a copy makes its own, over its own tensors."""
         self.named.apart("the model is copied")
-        self._twin.unpack()
+        self._twin.plain.restore()
         left = ("graphs", "_shared", "modules_road", "_twin")
         own = {key: value for key, value in self.__dict__.items() if key not in left}
         return {**own, "_trained": dict(self._shared.trained), "_seatings": dict(self.modules_road.seatings)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping
 
 import torch
@@ -85,20 +86,21 @@ class WeightReader:
     """Stands for the weight of one quantised layer, as the layer is now. Nothing is read before an operator needs it.
 
     Args:
+        module: the layer.
         shape: the weight's shape, [out, in].
     """
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
+    def __init__(self, module: nn.Module, shape: tuple[int, ...]) -> None:
+        rows, columns = shape
+        self._codes = _Present("", rows, columns, weakref.ref(module))
         self._read: Coded | None = None
 
     def __call__(self, module: nn.Module, dtype: torch.dtype) -> Coded:
         """Return the weight [out, in] in this dtype. Each operator that reads it dequantises it."""
         device = _held(module).device
-        found = self._read
-        if found is None or found.dtype != dtype or found.device != device or found.codes.module is not module:  # type: ignore[attr-defined]
-            self._read = found = Coded(_Present("", *self._shape, module), dtype, device=device)
-        return found
+        if self._read is None or self._read.dtype != dtype or self._read.device != device:
+            self._read = Coded(self._codes, dtype, device=device)
+        return self._read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,22 +108,25 @@ class _Present(Codes):
     """The codes that a layer has at each reading. They are read again when the layer's tensor has changed.
 
     Attributes:
-        module: the layer.
+        module: the layer, which is freed without this object.
         kept: by what they were read from, the codes that were read last, with the tensor.
     """
 
-    module: nn.Module = dataclasses.field(repr=False, compare=False)
+    module: weakref.ref[nn.Module] = dataclasses.field(repr=False, compare=False)
     kept: dict[object, tuple[Tensor, Codes]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def dequantise(self) -> Tensor:
-        own = _held(self.module)
-        now = id(own), own.device, is_repacked(self.module)
-        if now not in self.kept:
-            codes = codes_in(self.module, type(self.module).__name__, {})
+        module = self.module()
+        assert module is not None
+        own = _held(module)
+        now = id(own), own.device, is_repacked(module)
+        found = self.kept.get(now)
+        if found is None:
+            codes = codes_in(module, type(module).__name__, {})
             assert codes is not None
             self.kept.clear()
-            self.kept[now] = own, codes
-        return self.kept[now][1].dequantise()
+            self.kept[now] = found = own, codes
+        return found[1].dequantise()
 
 
 def _held(module: nn.Module) -> Tensor:

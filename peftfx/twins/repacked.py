@@ -8,7 +8,8 @@ put in order.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,22 +21,59 @@ from peftfx.errors import warn
 ROUNDED = "with scales that bitsandbytes rounded to bfloat16"
 
 
-class PlainForm:
-    """What a layer of 4 bits holds in its plain form, so that the layer can get it back unrounded."""
+class PlainForms:
+    """What layers of 4 bits hold in their plain form, so that they can get it back, with unrounded scales.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module, self._weight = module, _weight(module)
-        self._data, self._state = self._weight.data, copy.copy(self._weight.quant_state)
+    Args:
+        modules: any modules; those that bitsandbytes may repack are in their plain form now.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        states = ((module, getattr(_weight(module), "quant_state", None)) for module in modules)
+        self._forms = [_PlainForm(module) for module, state in states if hasattr(state, "absmax")]
 
     def restore(self) -> None:
-        """Put the layer back into this form, if it has been repacked since."""
-        if _weight(self._module) is self._weight and is_repacked(self._module):
-            _put(self._module, self._data, copy.copy(self._state))
+        """Put all repacked layers back."""
+        for form in self._forms:
+            form.restore()
+
+    @contextmanager
+    def passing_gradients(self, *, everywhere: bool) -> Iterator[None]:
+        """Let no layer that a gradient must pass be in its repacked form, until the `with` block ends.
+
+        Args:
+            everywhere: whether all layers are put back now. Otherwise a layer is put back when its input has a
+                gradient, and others keep their repacked form, which would take time to make again.
+        """
+        if everywhere:
+            self.restore()
+        repacked = [form for form in self._forms if form.is_lost]
+        handles = [form.module.register_forward_pre_hook(form.restore_before, with_kwargs=True) for form in repacked]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
-def is_packable(module: nn.Module) -> bool:
-    """Return whether a layer is one of those that bitsandbytes may repack."""
-    return hasattr(getattr(_weight(module), "quant_state", None), "absmax")
+class _PlainForm:
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self._weight = module, _weight(module)
+        self._data, self._state = self._weight.data, copy.copy(self._weight.quant_state)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the layer has been repacked since then."""
+        return _weight(self.module) is self._weight and is_repacked(self.module)
+
+    def restore(self) -> None:
+        if self.is_lost:
+            _put(self.module, self._data, copy.copy(self._state))
+
+    def restore_before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
+            self.restore()
 
 
 def is_repacked(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.twins.layers import codes_in, is_quantised
 from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
-from peftfx.twins.repacked import PlainForm, is_packable, unpack_all
+from peftfx.twins.repacked import PlainForms, unpack_all
 
 _HELD = ("_parameters", "_buffers", "_modules")
 _TRIED = 0.1  #: how far a layer's output may be from its codes', as a share of the largest: int8 differs by 0.04
@@ -35,14 +35,15 @@ class Twin:
     Attributes:
         obstacles: why a layer of the base cannot be trained through, by the layer's path.
         offloaded: whether some weights are offloaded; known once the twin is made.
+        plain: the base's layers that bitsandbytes may repack. A copy or a move would spoil repacked layers.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         self.obstacles: dict[str, str] = {}
         self.offloaded = False
+        self.plain = PlainForms()
         self._codes: dict[str, Codes] = {}
-        self._plain: list[PlainForm] = []
         self._made: dict[int, nn.Module] = {}
         self._module: nn.Module | None = None
 
@@ -89,11 +90,6 @@ class Twin:
                 module.config = configs[id(config)]  # type: ignore[assignment]
         return made.eval()
 
-    def unpack(self) -> None:
-        """Put layers that bitsandbytes has repacked back: they have no gradient, and copies and moves spoil them."""
-        for form in self._plain:
-            form.restore()
-
     def _make(self) -> nn.Module:
         config = _config_of(self.base)
         modules = dict(own_modules(self.base))
@@ -107,7 +103,7 @@ class Twin:
                 raise PeftfxError("the codes of this quantised layer are offloaded", path, hint)
         unpack_all(modules)
         found = {path: codes_in(module, path, config) for path, module in modules.items()}
-        self._plain = [PlainForm(module) for module in modules.values() if is_packable(module)]
+        self.plain = PlainForms(modules.values())
         self._codes = {path: codes for path, codes in found.items() if codes is not None}
         if not self._codes and not any(map(is_hooked, modules.values())):
             return self.base

@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -136,7 +136,9 @@ class VirtualTokens(Entry):
         """
         calls, thread = 0, threading.get_ident()
 
-        def shorten(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        def shorten(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if calls or threading.get_ident() != thread:
                 return None
             return pytree.tree_map_only(Tensor, lambda ids: ids[:, left_out:], (args, kwargs))

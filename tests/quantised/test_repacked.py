@@ -97,6 +97,19 @@ def test_training_and_merges_after_a_call_are_those_before_it(kind: str, double:
 
 
 @packing
+def test_in_eval_mode_a_gradient_passes_layers_that_were_repacked_before(saved: Path) -> None:
+    fresh, used = load(base(), saved), load(base(), saved)
+    logits(used)
+    for model in (fresh, used):
+        for ids in (IDS, IDS[:1, :4]):
+            model.eval()(input_ids=ids, labels=ids).loss.backward()
+    assert is_repacked(used.base.model.layers[0].self_attn.q_proj)  # its input has no gradient
+    assert not is_repacked(used.base.model.layers[1].self_attn.k_proj)
+    for own, other in zip(used.adapters.parameters(), fresh.adapters.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, atol=2e-2 * float(other.grad.abs().max()), rtol=0)
+
+
+@packing
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_over_a_base_that_has_run_the_rounded_scales_are_told(kind: str, double: bool, tmp_path: Path) -> None:
     ran = base(kind, double)
