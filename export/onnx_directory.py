@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import nn
 
 from peftfx.bases.peft_model import is_peft_model
@@ -33,6 +32,7 @@ from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
 from peftfx.export.stages import OnStage, Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
+from peftfx.export.translation.between_casts import is_narrow
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
@@ -129,7 +129,7 @@ def export_onnx(
     refuse_infinite_adapters(adapted, way.names(adapted))
     report = Report.of(adapted, way.names(adapted))
     say = progress or (lambda line: None)
-    told_bfloat16 = any(p.dtype == torch.bfloat16 for p in adapted.base.parameters())
+    told_bfloat16 = is_narrow(adapted.base)
     if told_bfloat16:
         say(_BFLOAT16)
     stages = Stages(report.seconds, report.memory, say)

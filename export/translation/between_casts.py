@@ -10,29 +10,40 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import OpOverload
 
+from peftfx.analysis.dataflow import names, op_name
 from peftfx.graph.rewriter import Cursor, Rewriter
 from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
+#: Operations for which torch rounds a number in the code to bfloat16. It multiplies and divides by the number itself.
+_ROUNDED = names("add sub rsub remainder fmod pow eq ne lt le gt ge add_ sub_")
 _cast = torch.ops.aten._to_copy.default
+_REINTERPRETS = torch.ops.aten.view.dtype  #: reads the same bits as numbers of another dtype
 
 
 def put_between_casts(rewriter: Rewriter) -> None:
     """Rewrite each operation on bfloat16 values, or that makes some, in place. Operations with side effects stay."""
     for node in list(rewriter.graph.nodes):
         target = node.target
-        if not isinstance(target, OpOverload) or target in CASTS or target._schema.is_mutable:
+        if not isinstance(target, OpOverload) or target in (*CASTS, _REINTERPRETS) or target._schema.is_mutable:
             continue
         if not (_is_narrow(node) or any(map(_is_narrow, node.all_input_nodes))):
             continue
-        at = rewriter.before(node)
-        made = at.call(target, *_widened(node.args, at), **_widened(node.kwargs, at))
-        rewriter.replace(node, _rounded(made, node, at))
-        rewriter.erase(node)
-        _round_parts(rewriter, made)
+        at, rounds, value = rewriter.before(node), op_name(node) in _ROUNDED, node.meta["val"]
+        node.args, node.kwargs = (_widened(given, at, rounds=rounds) for given in (node.args, node.kwargs))
+        rewriter.revalue(node, _wide(value))
+        if isinstance(value, torch.Tensor) and value.dtype == _NARROW:
+            rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=_NARROW))
+        _round_parts(rewriter, node)
+
+
+def is_narrow(base: nn.Module) -> bool:
+    """Say whether a model is in bfloat16: most of its numbers are. It is then computed so, on another provider."""
+    sizes = [(p.numel(), p.dtype == _NARROW) for p in base.parameters() if p.is_floating_point()]
+    return 2 * sum(size for size, narrow in sizes if narrow) > sum(size for size, _ in sizes)
 
 
 def _is_narrow(node: fx.Node) -> bool:
@@ -42,23 +53,30 @@ def _is_narrow(node: fx.Node) -> bool:
     return any(isinstance(one, torch.Tensor) and one.dtype == _NARROW for one in values)
 
 
-def _widened(arguments: Any, at: Cursor) -> Any:
-    """Return arguments with casts of what is in bfloat16, and float32 in the place of the dtype itself."""
+def _wide(value: Any) -> Any:
+    """Return a value, or several, with float32 in the place of bfloat16."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_wide, value))
+    return value.to(_WIDE) if isinstance(value, torch.Tensor) and value.dtype == _NARROW else value
+
+
+def _widened(arguments: Any, at: Cursor, *, rounds: bool) -> Any:
+    """Return arguments with casts of what is in bfloat16, and float32 in the place of the dtype itself.
+
+    Args:
+        arguments: the arguments of an operation.
+        at: where the casts are made.
+        rounds: whether numbers are rounded to bfloat16.
+    """
 
     def widen(one: Any) -> Any:
         if isinstance(one, fx.Node):
             return at.call(_cast, one, dtype=_WIDE) if _is_narrow(one) else one
+        if rounds and isinstance(one, float):
+            return torch.tensor(one, dtype=_NARROW).item()
         return _WIDE if one is _NARROW else one
 
     return fx.node.map_aggregate(arguments, widen)
-
-
-def _rounded(made: fx.Node, old: fx.Node, at: Cursor) -> fx.Node:
-    """Return a value in the dtype of the old one. One of several values is rounded where it is taken out."""
-    value = old.meta["val"]
-    if not isinstance(value, torch.Tensor) or made.meta["val"].dtype == value.dtype:
-        return made
-    return at.call(_cast, made, dtype=value.dtype)
 
 
 def _round_parts(rewriter: Rewriter, made: fx.Node) -> None:

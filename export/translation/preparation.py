@@ -6,7 +6,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from peftfx.export.translation.between_casts import put_between_casts
+from peftfx.export.translation.between_casts import is_narrow, put_between_casts
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.graph.graph import Graph
@@ -41,7 +41,7 @@ def prepare(graph: Graph) -> Graph:
     pair_complex(rewriter)
     compute_numbers(rewriter, result)
     written = bool(make_functional(rewriter))  # then a gather's copy matters, not only its value
-    if all(p.dtype != torch.bfloat16 for p in result.base.parameters()):
+    if not is_narrow(result.base):
         put_between_casts(rewriter)
     for node in list(result.nodes()):
         if node.target is _SDPA and _rank(node) == 3:

@@ -79,6 +79,14 @@ def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
     return found
 
 
+def region_reads(graph: Graph) -> dict[str, str]:
+    """Return, for each site whose weight the code of a region reads too, the region. No adapter acts in a region."""
+    weights = {str(site.weight): site.path for site in graph.sites if site.weight}
+    reads = [node for node in graph.nodes() if node.op == "get_attr" and str(node.target) in weights]
+    pairs = ((weights[str(node.target)], _REGIONS.get(op_name(user))) for node in reads for user in node.users)
+    return {path: region for path, region in pairs if region is not None}
+
+
 def _owners(base: nn.Module) -> dict[int, list[tuple[str, str]]]:
     """Return, by a parameter's id, the path of each module that has the parameter, and its name there."""
     owners: dict[int, list[tuple[str, str]]] = defaultdict(list)

@@ -11,6 +11,12 @@ from torch import Tensor
 from peftfx.errors import PeftfxError, first_line, shown
 from peftfx.views.row_adapters import IDS
 
+ONNX_DTYPES = {
+    "tensor(double)": torch.float64,
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+}
 _TOKENS = frozenset({"input_ids", "decoder_input_ids"})
 _HINT = "pass whole numbers [batch, sequence], as a tokenizer gives them with return_tensors='pt'"
 
@@ -25,7 +31,7 @@ def taken(name: str, value: Any) -> Any:
     """
     if name != IDS and isinstance(value, np.ndarray | list | tuple):
         try:
-            value = torch.as_tensor(value)
+            value = torch.as_tensor(_plain(value) if isinstance(value, np.ndarray) else value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise PeftfxError(f"not a tensor: {shown(value)} ({first_line(error)})", name, _HINT) from error
     if name not in _TOKENS or not isinstance(value, Tensor):
@@ -33,6 +39,26 @@ def taken(name: str, value: Any) -> Any:
     if value.ndim != 2 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         told = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         raise PeftfxError(f"tokens are rows of whole numbers, not {told}", name, _HINT)
+    value = value.long()
     if (value < 0).any():
         raise PeftfxError(f"a token is negative: {int(value.min())}", name, "mask padding by attention_mask")
-    return value.long()
+    return value
+
+
+def fitted(value: Tensor, kind: str) -> Tensor:
+    """Return a tensor in the dtype of a graph's input, such as `tensor(float16)`, where no number is lost but to that.
+
+    Whole numbers and booleans become those of 64 bits, and floating-point numbers and bytes of images those of the
+    graph.
+    """
+    wanted = ONNX_DTYPES.get(kind)
+    if kind == "tensor(int64)" and not value.is_floating_point() and not value.is_complex():
+        return value.long()
+    return (
+        value.to(wanted) if wanted is not None and (value.is_floating_point() or value.dtype == torch.uint8) else value
+    )
+
+
+def _plain(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return an array in the order of bytes and of rows that torch reads."""
+    return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False))

@@ -23,9 +23,10 @@ from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
+from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import ONNX_DTYPES, Served
+from peftfx.serving.served import Served
 from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder, EncoderDecoderLayers
 from peftfx.views.images import IMAGE_FEATURES
@@ -72,8 +73,17 @@ class _Serves(Served, GenerationMixin):
         return {}
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate by transformers' `generate`. `adapter_ids` may be the adapters' names, one for each row."""
-        return super().generate(*args, **self.numbered(options))
+        """Generate by transformers' `generate`. `adapter_ids` may be the adapters' names, one for each row.
+
+        What the graphs take may be arrays and lists, too.
+        """
+        inputs = {name for graph in self.graphs.values() for name in graph.inputs}
+        given = {name: taken(name, value) if name in inputs else value for name, value in options.items()}
+        return super().generate(*(taken(self.main_input_name, one) for one in args), **self.numbered(given))
+
+    def _fitted(self, graph: OnnxModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of a graph in its dtypes, with the adapters' numbers."""
+        return {name: fitted(value, graph.types.get(name, "")) for name, value in self.with_ids(inputs).items()}
 
     def step(self, inputs: dict[str, Tensor], cache: Cache | None) -> Mapping[str, Tensor]:
         """Run the graph. The past is read in place, and the results are written into the cache's other memory."""
@@ -115,7 +125,7 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         source = next(name for name in encoder.inputs if name not in ("attention_mask", IMAGE_FEATURES, IDS))
         layers = EncoderDecoderLayers(_layers_of(model, DECODED), _layers_of(model, ENCODED), width, source=source)
         self.view, self.main_input_name = Decoder(layers), source
-        self.source_encoder = SourceEncoder(lambda inputs, _: encoder(**self.with_ids(inputs)), source)
+        self.source_encoder = SourceEncoder(lambda inputs, _: encoder(**self._fitted(encoder, inputs)), source)
 
     def generate(self, *args: object, **options: object) -> object:
         """Generate by transformers' `generate`; for sound or images, by that of the model's own class."""

@@ -15,9 +15,10 @@ from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
+from peftfx.serving.call_inputs import ONNX_DTYPES
 from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, skeleton
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import ONNX_DTYPES, Served
+from peftfx.serving.served import Served
 from peftfx.views.entry import POSITIONS
 from peftfx.views.images import BESIDE, IMAGE_FEATURES, DecodeWithImages, Images
 from peftfx.views.row_adapters import IDS

@@ -17,16 +17,9 @@ from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
 from peftfx.graph.slots import MODEL
-from peftfx.serving.call_inputs import taken
+from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
-
-ONNX_DTYPES = {
-    "tensor(double)": torch.float64,
-    "tensor(float)": torch.float32,
-    "tensor(float16)": torch.float16,
-    "tensor(bfloat16)": torch.bfloat16,
-}
 
 
 class Served:
@@ -174,16 +167,13 @@ class Served:
         if wrong is not None or not given:
             what = f"{wrong} is not a tensor: {shown(inputs[wrong])}" if wrong else "the call gives no tensors"
             raise PeftfxError(what, str(self.directory), f"pass torch tensors by name: {', '.join(self.model.inputs)}")
-        given = {n: self._widened(n, v) for n, v in given.items() if n in self.model.inputs or n not in _OPTIONAL}
+        given = {n: v for n, v in given.items() if n in self.model.inputs or n not in _OPTIONAL}
+        given = {n: fitted(v, self.model.types.get(n, "")) for n, v in given.items()}
         first = given.get("input_ids")
         for name in ("attention_mask", "token_type_ids"):
             if name in self.model.inputs and name not in given and first is not None:
                 given[name] = torch.ones_like(first) if name == "attention_mask" else torch.zeros_like(first)
         return ModelOutput(self.model(**self.with_ids(given)))
-
-    def _widened(self, name: str, value: Tensor) -> Tensor:
-        """Return whole numbers in the 64 bits that the model takes for them."""
-        return value.long() if value.dtype in _INTEGERS and self.model.types.get(name) == "tensor(int64)" else value
 
     def __call__(self, **inputs: Any) -> Any:
         """Run `forward` on the `inputs`: tensors, NumPy arrays or lists.

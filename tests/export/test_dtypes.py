@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -178,3 +179,46 @@ def test_a_float32_model_that_returns_bfloat16_is_told(tmp_path: Path) -> None:
 
     with pytest.warns(PeftfxWarning, match="bfloat16: ONNX Runtime's CPU provider has no kernels"):
         export_onnx(Narrow().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 8)})
+
+
+B = torch.bfloat16
+IN_BFLOAT16: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a number that is added": lambda h: h.to(B) + 1.3,
+    "a number that is multiplied": lambda h: h.to(B) * 1.3,
+    "remainders": lambda h: torch.remainder(h.to(B) * 10, 0.3),
+    "powers": lambda h: h.to(B).abs().pow(0.3),
+    "comparisons": lambda h: (torch.zeros_like(h).to(B).masked_fill(h > 0, 0.3) == 0.3) * h,
+    "a causal mask": lambda h: (
+        h.transpose(1, 2) @ torch.full((h.shape[1], h.shape[1]), -3.0, dtype=B).triu(1).float()
+    ).transpose(1, 2),
+    "places": lambda h: torch.arange(h.shape[1], dtype=B)[:, None] * h.to(B),
+    "zeros of a free size": lambda h: torch.zeros(h.shape[1], 8, dtype=B) + h.to(B),
+    "a factor by name": lambda h: torch.addcmul(h.to(B), h.to(B), h.to(B), value=0.1),
+    "parts": lambda h: torch.cat(h.to(B).split([3, 5], dim=-1)[::-1], dim=-1).sigmoid(),
+    "several results": lambda h: h.to(B).sort(dim=-1)[0],
+}
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_operations_in_bfloat16_are_torchs_own(name: str, tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.narrow = torch.nn.Linear(8, 8), torch.nn.Linear(8, 2).bfloat16()
+            with torch.no_grad():  # whole numbers: torch and ONNX Runtime agree to the last bit
+                self.first.weight.copy_(torch.randint(-2, 3, (8, 8)))
+                self.first.bias.copy_(torch.randint(-2, 3, (8,)))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = IN_BFLOAT16[name](self.first(x)).float()
+            return h, self.narrow(x.bfloat16()).float()
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    report = export_onnx(model, tmp_path / "out", inputs={"x": torch.randint(-4, 5, (2, 5, 8)) / 4})
+    assert report.verified == "the model"
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    assert session.get_outputs()[0].shape == ["batch", "x.1", 8]
+    x = torch.randint(-4, 5, (3, 7, 8)) / 4
+    for got, want in zip(session.run(None, {"x": x.numpy()}), model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want.detach(), atol=1e-5, rtol=1e-5)

@@ -25,7 +25,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_arrays_lists_and_short_integers_are_taken(exported: Path) -> None:
     served, mask = peftfx.runtime.load(exported), torch.ones_like(IDS)
     want = served(input_ids=IDS, attention_mask=mask).logits
-    for kind in (np.asarray, torch.Tensor.tolist, torch.Tensor.int):
+    kinds = (np.asarray, torch.Tensor.tolist, torch.Tensor.int, lambda t: t.numpy().astype(">u4"))
+    for kind in kinds:
         assert torch.equal(served(input_ids=kind(IDS), attention_mask=kind(mask)).logits, want)
 
 
@@ -42,3 +43,26 @@ def test_arrays_lists_and_short_integers_are_taken(exported: Path) -> None:
 def test_other_tokens_are_refused(exported: Path, ids: object, message: str) -> None:
     with pytest.raises(PeftfxError, match=message):
         peftfx.runtime.load(exported)(input_ids=ids)
+
+
+def test_generation_takes_arrays_and_lists(exported: Path) -> None:
+    served, mask = peftfx.runtime.load(exported), torch.ones_like(IDS)
+    if exported.name == "forward":
+        return
+    want = served.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=[98])
+    for kind in (np.asarray, torch.Tensor.tolist, torch.Tensor.int):
+        got = served.generate(
+            kind(IDS), attention_mask=kind(mask), max_new_tokens=3, do_sample=False, eos_token_id=[98]
+        )
+        assert torch.equal(got, want)
+    with pytest.raises(PeftfxError, match="tokens are rows"):
+        served.generate(IDS[0])
+
+
+def test_pixels_are_cast_to_what_the_graph_takes(tmp_path: Path) -> None:
+    model = ZOO["vit"].build().eval()
+    peftfx.export_onnx(model, tmp_path / "out", view="forward")
+    served, pixels = peftfx.runtime.load(tmp_path / "out"), ZOO["vit"].inputs(model=model)["pixel_values"]
+    want = served(pixel_values=pixels).logits
+    assert torch.equal(served(pixel_values=pixels.double()).logits, want)
+    assert torch.equal(served(pixel_values=pixels.numpy()).logits, want)

@@ -19,7 +19,7 @@ from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import ADAPTERS, Graph, path_name
 from peftfx.hosting.call_inputs import refuse_unsettled
 from peftfx.model.graphs.fingerprints import ModelState, value_key
-from peftfx.model.graphs.late_modules import refuse_late
+from peftfx.model.graphs.late_modules import refuse_late, refuse_missed
 from peftfx.model.graphs.runs import Runs
 from peftfx.passes.adaptation.evaluate import evaluate
 from peftfx.passes.adaptation.insert import Insert
@@ -192,6 +192,7 @@ class Graphs:
         if key not in self._derived:
             for name in names:
                 refuse_late(self.base, self.adapters[name], captured.sites)
+                refuse_missed(self.adapters[name], captured)
             linked = captured.clone()
             linked.module.add_module(ADAPTERS, self.adapters.module)
             inserts = [Insert(name, self.adapters[name]) for name in names]

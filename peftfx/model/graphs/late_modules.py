@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.analysis.running import region_reads
 from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
+from peftfx.graph.graph import Graph
 from peftfx.rules.resolution import placements_of
 from peftfx.sites.sites import Sites
 
@@ -38,6 +40,25 @@ def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
         what = f"this call runs {len(named)} modules that a rule picks, and that the model was not adapted at"
         hint = "give transform() inputs= of a call that runs them, or narrow the rule's target"
         raise PeftfxError(what, ", ".join(named[:4]), hint)
+
+
+def refuse_missed(adapter: Adapter, graph: Graph) -> None:
+    """Refuse a graph that reads a weight which the adapter acts on, at a place where the adapter would not act.
+
+    Args:
+        adapter: the adapter.
+        graph: the graph of this call.
+
+    Raises:
+        PeftfxError: the module's weight is made by other code now (a parametrization), or some of its calls run under
+            torch.autocast.
+    """
+    paths, found = {p.site.path for p in adapter.placements.weights}, {site.path for site in graph.sites}
+    missed = {path: graph.sites.reads[path] for path in paths - found if path in graph.sites.reads}
+    missed |= {path: why for path, why in region_reads(graph).items() if path in paths}
+    for path in sorted(missed):
+        what = f"the adapter would not act at each call of this module: {missed[path]}"
+        raise PeftfxError(what, path, "use road='modules'; or leave the module out of the adapter")
 
 
 def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:
