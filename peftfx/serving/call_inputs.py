@@ -48,15 +48,12 @@ def taken(name: str, value: Any) -> Any:
 def fitted(value: Tensor, kind: str) -> Tensor:
     """Return a tensor in the dtype of a graph's input, such as `tensor(float16)`, where no number is lost but to that.
 
-    Whole numbers and booleans become those of 64 bits, and floating-point numbers and bytes of images those of the
-    graph.
+    Whole numbers and booleans become those of 64 bits, and floating-point numbers those of the graph.
     """
     wanted = ONNX_DTYPES.get(kind)
     if kind == "tensor(int64)" and not value.is_floating_point() and not value.is_complex():
         return value.long()
-    return (
-        value.to(wanted) if wanted is not None and (value.is_floating_point() or value.dtype == torch.uint8) else value
-    )
+    return value.to(wanted) if wanted is not None and value.is_floating_point() else value
 
 
 def _plain(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

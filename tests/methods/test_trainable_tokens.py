@@ -264,3 +264,14 @@ def test_rows_in_float32_act_in_the_16_bits_of_the_base(tied: bool, dtype: torch
     report = ours.merge()
     assert 0 < report.roundings["model.embed_tokens"].max_rel < 4e-3
     assert ours.remove().get_input_embeddings().weight.dtype == dtype  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_rows_alone_of_a_tied_model_are_exported(merge: bool, tmp_path: Path) -> None:
+    """HF PEFT's file names the head, too, whose rows only repeat those of the embedding."""
+    config = peft.TrainableTokensConfig(token_indices=list(ROWS), target_modules=["embed_tokens"])
+    theirs = trained(llama(tied=True), config, tmp_path / "adapter")
+    ours = peftfx.load(llama(tied=True), tmp_path / "adapter")
+    ours.export(tmp_path / "out", view="forward", merge=merge)
+    got, want = OnnxModel(tmp_path / "out")(**call()), outputs(theirs, call())
+    assert farthest(got, want, call()) < 1e-5

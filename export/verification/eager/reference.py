@@ -144,7 +144,13 @@ def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:
     for adapter in adapters:
         acts = [p.key for p in adapter.placements] + [p.site.path for p in adapter.placements]
         acts += [override.key.removeprefix(f"{SAVED}.") for override in adapter.overrides]
-        lost = sorted(path for path in adapter.named & seen if not any(f"{at}.".startswith(f"{path}.") for at in acts))
+        repeats = [name for account in adapter.accounts.values() for name in account.repeats]  # of a tied head, say
+        lost = sorted(
+            path
+            for path in adapter.named & seen
+            if not any(f"{at}.".startswith(f"{path}.") for at in acts)
+            and not any(f".{path}." in f".{n}" for n in repeats)
+        )
         if lost:
             what = f"the adapter's file has tensors for {len(lost)} modules that run, and that nothing was done at"
             raise VerificationError(what, ", ".join(lost[:3]), "report this model, or leave these modules out")
