@@ -33,13 +33,24 @@ class SeenByTrainers(nn.Module):
         """Yield the parameters by name. The adapters' have no second name for their places in the base's modules.
 
         Otherwise `torch.func.functional_call` takes them for tied parameters, and exchanges one tensor twice.
+
+        Args:
+            prefix: what comes before each name.
+            recurse: whether to yield the parameters of modules inside, too.
+            remove_duplicate: whether to yield a parameter that has several names once.
         """
         return _once(super().named_parameters(prefix, recurse, remove_duplicate))
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the buffers by name, each of an adapter's under one name."""
+        """Yield the buffers by name, each of an adapter's under one name.
+
+        Args:
+            prefix: what comes before each name.
+            recurse: whether to yield the buffers of modules inside, too.
+            remove_duplicate: whether to yield a buffer that has several names once.
+        """
         return _once(super().named_buffers(prefix, recurse, remove_duplicate))
 
 

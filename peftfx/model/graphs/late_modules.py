@@ -50,7 +50,7 @@ def refuse_missed(adapter: Adapter, graph: Graph) -> None:
         graph: the graph of this call.
 
     Raises:
-        PeftfxError: the module's weight is made by other code now (a parametrization), or some of its calls run under
+        PeftfxError: the module's weight is made by other code now (a parametrisation), or some of its calls run under
             torch.autocast.
     """
     paths, found = {p.site.path for p in adapter.placements.weights}, {site.path for site in graph.sites}
