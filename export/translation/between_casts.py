@@ -19,7 +19,7 @@ from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
 #: Operations for which torch rounds a number in the code to bfloat16. It multiplies and divides by the number itself.
-_ROUNDED = names("add sub rsub remainder fmod pow eq ne lt le gt ge add_ sub_")
+_ROUNDED = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
 _cast = torch.ops.aten._to_copy.default
 _REINTERPRETS = torch.ops.aten.view.dtype  #: reads the same bits as numbers of another dtype
 

@@ -114,7 +114,7 @@ def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str
     """Return an adapted model with the base and the adapters of a HF PEFT model."""
     with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
         taken = save_peft_adapters(model, Path(folder))
-        adapted = bare(plain_base(model), inputs, road)
+        adapted = bare(model, inputs, road)
         for name, own in taken.items():
             adapted.load_adapter(own.folder, name)
             adapted.adapter(name).start = own.start
@@ -137,7 +137,7 @@ def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> 
         >>> peftfx.inspect(model).by_path("model.layers.0.mlp.up_proj").role
         'mlp.up'
     """
-    return bare(plain_base(model) if is_peft_model(model) else model, inputs).sites
+    return bare(model, inputs).sites
 
 
 def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None = None) -> Plan:
@@ -154,7 +154,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
         lora(r=4)@attention.query: 512 parameters
         ...
     """
-    adapted = bare(plain_base(model) if is_peft_model(model) else model, inputs)
+    adapted = bare(model, inputs)
     return make_plan(adapted.source, adapted.sites, rules)
 
 
@@ -164,12 +164,13 @@ def bare(
     """Capture a model and find its sites; return the adapted model, which has no adapters yet.
 
     Args:
-        model: any module.
+        model: any module; of a `peft.PeftModel` the base.
         inputs, road: see `transform`.
         view: the name of the view that is captured. If another view than the forward will be used, its sites are the
             same, and no call of the forward has to be captured.
     """
     refuse_no_base(model)
+    model = plain_base(model) if is_peft_model(model) else model
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     refuse_other_wrappings(model)

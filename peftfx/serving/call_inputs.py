@@ -46,9 +46,13 @@ def taken(name: str, value: Any) -> Any:
 
 
 def fitted(value: Tensor, kind: str) -> Tensor:
-    """Return a tensor in the dtype of a graph's input, such as `tensor(float16)`, where no number is lost but to that.
+    """Return a tensor in the dtype that a graph takes.
 
-    Whole numbers and booleans become those of 64 bits, and floating-point numbers those of the graph.
+    Whole numbers and booleans become whole numbers of 64 bits. Floating-point numbers become those of the graph.
+
+    Args:
+        value: the tensor of a call.
+        kind: the type of the graph's input, as ONNX Runtime writes it, such as `tensor(float16)`.
     """
     wanted = ONNX_DTYPES.get(kind)
     if kind == "tensor(int64)" and not value.is_floating_point() and not value.is_complex():
