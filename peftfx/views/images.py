@@ -96,6 +96,24 @@ class Images:
             setattr(output, name, [v if n is None else (n, v) for n, v in zip(layers, values, strict=True)])
         return output
 
+    def in_text(self, ids: Tensor, columns: slice, count: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return a text with image tokens at the start of some columns, and random features of as many pieces.
+
+        Args:
+            ids: the text, [batch, length].
+            columns: where image tokens may stand.
+            count: the most image tokens; there are only as many as fit into the columns, of whole images.
+            seed: the seed of the features.
+        """
+        ids, each = ids.clone(), self.each or 1
+        start, stop, _ = columns.indices(ids.shape[1])
+        room = max(stop - start, 0) // each * each
+        count = min(count // each * each, len(ids) * room)
+        for row in range(len(ids)):
+            ids[row, start : start + max(min(room, count - room * row), 0)] = self.token
+        random = torch.Generator().manual_seed(seed)
+        return ids, torch.randn(count, self.width, generator=random).to(self.dtype)
+
     def encoded(self, base: nn.Module, features: Tensor) -> dict[str, Any]:
         """Return the arguments of a forward that is given encoded images in place of images."""
         accepted = inspect.signature(base.forward).parameters
@@ -176,29 +194,22 @@ class DecodeWithImages(Decode):
         If `sizes` are given, there are only as many image tokens as `image_tokens` says and as fit: whole images, after
         the first token of a row.
         """
-        few, each = self.images.each or 3, self.images.each or 1
+        few = self.images.each or 3
         wanted: dict[str, int] = (
             {"batch": 2, "sequence": few + 4, IMAGE_TOKENS: 2 * few} if sizes is None else {**sizes}
         )
         count = wanted.pop(IMAGE_TOKENS, 0)
         made = super().inputs(base, sizes=wanted, seed=seed)
         with unset_fake_temporarily():
-            ids = made["input_ids"].clone()
-            batch, length = ids.shape
-            room = (length - 1) // each * each
-            count = min(count // each * each, batch * room)
-            for row in range(batch):
-                many = min(room, count - room * row)
-                ids[row, 1 : 1 + max(many, 0)] = self.images.token
-            random = torch.Generator().manual_seed(seed)
+            ids, features = self.images.in_text(made["input_ids"], slice(1, None), count, seed)
             made["input_ids"] = ids
             if self.images.sections:  # rows of an image's tokens have positions of their own
                 rows = [made[POSITIONS], *(made[POSITIONS] // (n + 1) for n in range(self.images.sections - 1))]
                 made[POSITIONS] = torch.stack(rows)
             if self.images.typed:
                 made[TYPES] = torch.zeros_like(made["attention_mask"])
-                made[TYPES][:, -length:] = (ids == self.images.token).long()
-            made[IMAGE_FEATURES] = torch.randn(count, self.images.width, generator=random).to(self.images.dtype)
+                made[TYPES][:, -ids.shape[1] :] = (ids == self.images.token).long()
+            made[IMAGE_FEATURES] = features
         return made
 
     def with_past(

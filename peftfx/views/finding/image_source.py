@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -52,20 +51,12 @@ class EncoderWithImages(Encoder):
         If `sizes` are given, there are only as many image tokens as `image_tokens` says and as fit before the last
         three tokens of a row: whole images.
         """
-        few, each = self.images.each or 3, self.images.each or 1
+        few = self.images.each or 3
         wanted = {"batch": 2, "encoder_sequence": few + 5, IMAGE_TOKENS: 2 * few} if sizes is None else {**sizes}
         count = wanted.pop(IMAGE_TOKENS, 0)
         made = super().inputs(base, sizes=wanted, seed=seed)
         with unset_fake_temporarily():
-            ids = made[TEXT_INPUT].clone()
-            batch, length = ids.shape
-            room = max(length - 3, 0) // each * each
-            count = min(count // each * each, batch * room)
-            for row in range(batch):
-                ids[row, : max(min(room, count - room * row), 0)] = self.images.token
-            made[TEXT_INPUT] = ids
-            random = torch.Generator().manual_seed(seed)
-            made[IMAGE_FEATURES] = torch.randn(count, self.images.width, generator=random).to(self.images.dtype)
+            made[TEXT_INPUT], made[IMAGE_FEATURES] = self.images.in_text(made[TEXT_INPUT], slice(-3), count, seed)
         return made
 
     def encode(self, base: nn.Module, inputs: Mapping[str, object]) -> Any:
