@@ -23,3 +23,14 @@ def rarely_collected() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+@contextlib.contextmanager
+def kept_to_the_end() -> Iterator[None]:
+    """Collect no garbage while modules are imported in this context, and never look through them again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -12,12 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
+from peftfx.bases.guests import own_modules
 from peftfx.graph.capturing.mask_loops import over_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.size_conditions import noted
 from peftfx.graph.contexts import TRACING, evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
+from peftfx.views.capturing.equal_layers import equal_layers_run_twice
 from peftfx.views.view import without_cache
 
 
@@ -41,6 +43,7 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         over_masks(),
         noted(_unset),  # where the code asserts something of such a number, it is taken as true
         torch.no_grad(),
+        equal_layers_run_twice(base, own_modules),
         mode,
     ):
         yield mode.from_tensor

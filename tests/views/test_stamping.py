@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch.utils import _pytree as pytree
 import peftfx
 from peftfx.graph.capturing import stamping
 from peftfx.graph.graph import CONSTANTS, Graph
+from peftfx.views import dry_run
 from peftfx.views.capture import capture
+from peftfx.views.capturing.equal_layers import _Seen
 from peftfx.views.finding.named_views import find_view
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
@@ -233,3 +236,44 @@ def test_layers_that_host_adapters_are_copied(copies: list[str]) -> None:
     assert len(copies) == 2
     adapted.remove()
     assert text(graph) == text(captured(model, "decode", stamp=False))
+
+
+DRY = [*(f"{name} decode" for name in CAUSAL), *(f"{name} decoder" for name in ("t5", "bart", "whisper"))]
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The calls that did not run in a dry run, because equal layers had."""
+    found: list[object] = []
+    again = _Seen.again
+
+    def noting(self: _Seen, call: object) -> object:
+        found.append(call)
+        return again(self, call)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_Seen, "again", noting)
+    return found
+
+
+@pytest.mark.parametrize("case", but_for({*DRY} - {"gemma3 decode", "lfm2 decode", "t5 decoder"}, DRY))
+def test_a_dry_run_of_equal_layers_finds_the_view_of_a_whole_one(
+    case: str, given: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, view = case.split()
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    one = find_view(model, view)
+    assert given
+    monkeypatch.setattr(dry_run, "equal_layers_run_twice", lambda *_: nullcontext())
+    assert find_view(model, view) == one
+
+
+@pytest.mark.parametrize(
+    ("way", "count"),
+    [("none", 4), ("attribute", 0), ("buffer", 3), ("compares", 0), ("computes", 0), ("config", 3), ("writes", 0)],
+)
+def test_what_differs_runs_in_a_dry_run(way: str, count: int, given: list[object]) -> None:
+    model = Stack(way)
+    with dry_run.fake_run(model) as fake:
+        assert model(fake(torch.randn(3, 4))).shape == (3, 4)
+    assert len(given) == count

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.garbage import kept_to_the_end
 from peftfx.cli.own_code import passes_named
 from peftfx.cli.speech import print_report, quiet
 from peftfx.cli.voice import tell
@@ -168,7 +169,8 @@ def export(
     }
     asked = DirectoryOptions.of(None, chosen)
     base = found_base(base, download=download)
-    from peftfx.export.pipeline_command import export_pipeline, is_pipeline
+    with kept_to_the_end():
+        from peftfx.export.pipeline_command import export_pipeline, is_pipeline
 
     if is_pipeline(base) and (dry_run or passes):
         what = "--dry-run and --pass are for one model, but this is a pipeline of several models"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.garbage import kept_to_the_end
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import tell
 from peftfx.cli.words import Download, choice, found_base
@@ -44,8 +45,9 @@ def export_adapter(
     base = None if base is None else found_base(base, download=download)
     options = {"base": base, "combination": combination, "check": check, "force": force, "atol": atol, "rtol": rtol}
     asked = AdapterDirectoryOptions.of(None, options)
-    from peftfx.cli.progress import Progress
-    from peftfx.export.adapter_command import export_adapter_directories
+    with kept_to_the_end():
+        from peftfx.cli.progress import Progress
+        from peftfx.export.adapter_command import export_adapter_directories
 
     with quiet(), Progress() as progress:
         made = export_adapter_directories(adapter, graph, output, asked, progress=progress.stage)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.garbage import kept_to_the_end
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import VOICE, tell
 from peftfx.cli.words import Download, check_looks, check_page, found_base, task_choice
@@ -44,11 +45,12 @@ def inspect(
     check_looks(task, target, rules, drawn=network or graphml is not None)
     model = found_base(model, download=download)
     check_page(html, adapter or (), others=target is not None or network or graphml is not None, rules=rules)
-    from rich.console import Console
+    with kept_to_the_end():
+        from rich.console import Console
 
-    from peftfx.cli.progress import Progress
-    from peftfx.export.command import inspect_directory, page_directory, plan_directory
-    from peftfx.sites.network import to_json, write_graphml
+        from peftfx.cli.progress import Progress
+        from peftfx.export.command import inspect_directory, page_directory, plan_directory
+        from peftfx.sites.network import to_json, write_graphml
 
     if html is not None:
         with quiet(), Progress():

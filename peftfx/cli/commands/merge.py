@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.garbage import kept_to_the_end
 from peftfx.cli.speech import print_report, quiet
 from peftfx.cli.words import Download, choice, dtype_named, found_base, task_choice
 from peftfx.export_options.merge import MergeOptions
@@ -64,8 +65,9 @@ def merge(
         "force": force,
     }
     asked = MergeOptions.of(None, chosen)
-    from peftfx.cli.progress import Progress
-    from peftfx.export.merge_command import merge_directory
+    with kept_to_the_end():
+        from peftfx.cli.progress import Progress
+        from peftfx.export.merge_command import merge_directory
 
     with quiet(), Progress() as progress:
         base = found_base(base, download=download)

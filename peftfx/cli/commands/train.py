@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from peftfx.cli.garbage import kept_to_the_end
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import tell
 from peftfx.cli.words import Download, found_base
@@ -42,9 +43,10 @@ def train(
 
     The losses and a plot of them are in OUTPUT/training. Exit codes: 0 done; 2 bad input.
     """
-    from peftfx.cli.progress import Progress
-    from peftfx.training.train import TrainOptions
-    from peftfx.training.train import train as run
+    with kept_to_the_end():
+        from peftfx.cli.progress import Progress
+        from peftfx.training.train import TrainOptions
+        from peftfx.training.train import train as run
 
     asked = TrainOptions(
         epochs=epochs,

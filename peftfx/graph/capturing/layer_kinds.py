@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, EncoderDecoderCache, cache_utils
 
@@ -94,7 +94,8 @@ def numbered(layer: nn.Module, modules: ModulesOf) -> Iterator[list[Number]]:
             own[name] = value
 
 
-Find = Callable[[Tensor], "fx.Node | None"]
+Find = Callable[[Tensor], object]
+"""Gives the node of a tensor, or what else stands for it; None for a tensor that is not computed."""
 
 
 @dataclass
@@ -113,8 +114,8 @@ class LayerCall:
 
     key: object = None
     entries: dict[object, Tensor] = field(default_factory=dict)
-    nodes: dict[object, fx.Node] = field(default_factory=dict)
-    labels: dict[fx.Node, object] = field(default_factory=dict)
+    nodes: dict[object, Any] = field(default_factory=dict)
+    labels: dict[Any, object] = field(default_factory=dict)
     names: dict[int, object] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
     places: dict[str, tuple[dict[str, object], dict[str, object]]] = field(default_factory=dict)
@@ -270,6 +271,8 @@ def _cache(call: LayerCall, label: str, cache: Cache, number: int | None, find: 
             raise Unknown
         inner = (cache.self_attention_cache, cache.cross_attention_cache)
         return tuple(_cache(call, f"{label}/{i}", part, number, find) for i, part in enumerate(inner))
+    if number is not None and number == len(cache.layers) and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())  # as the cache itself does when a layer first writes
     if number is None or number >= len(cache.layers):
         raise Unknown
     own = vars(cache.layers[number])

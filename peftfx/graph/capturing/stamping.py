@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from peftfx.graph.capturing.layer_kinds import LayerCall, ModulesOf, Unknown, described, layers_of, numbered
 from peftfx.telling import tell_share
 
-_Forward = Callable[..., object]
+Forward = Callable[..., object]
+"""The forward of a class of modules: takes the module, and the arguments."""
 _TRACED = 0.4  #: the share of a capture's time in which the layers run; in the rest torch.export checks the nodes
 _TRIALS = 4  #: the most layers of a kind that are traced to find two equal layers
 
@@ -41,19 +42,36 @@ def stamped(model: nn.Module, modules: ModulesOf) -> Iterator[None]:
         modules: a function that gives the modules of a layer that tell its kind. What adapters have put beside the
             base's own modules does not run in a capture of the base, and differs from layer to layer: it is left out.
     """
-    stamper = _Stamper(layers_of(model), modules)
+    with layers_run_by(_Stamper(layers_of(model), modules)):
+        yield
+
+
+class RunsLayers(Protocol):
+    """Runs the layers of a model, which are `layers`, by the identity of their attributes."""
+
+    @property
+    def layers(self) -> Mapping[int, nn.Module]:
+        """The layers."""
+
+    def __call__(self, module: nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """Run a module of a layer's class, a layer or another; `original` is the class's forward."""
+
+
+@contextmanager
+def layers_run_by(runner: RunsLayers) -> Iterator[None]:
+    """Let `runner` run each call of its layers inside the context."""
     with ExitStack() as stack:
-        for kind in {type(layer) for layer in stamper.layers.values()}:
-            stack.enter_context(_replaced(kind, stamper))
+        for kind in {type(layer) for layer in runner.layers.values()}:
+            stack.enter_context(_replaced(kind, runner))
         yield
 
 
 @contextmanager
-def _replaced(kind: type[nn.Module], stamper: _Stamper) -> Iterator[None]:
+def _replaced(kind: type[nn.Module], runner: RunsLayers) -> Iterator[None]:
     own, original = "forward" in vars(kind), kind.forward
 
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
-        return stamper(self, original, args, kwargs)
+        return runner(self, original, args, kwargs)
 
     kind.forward = forward
     try:
@@ -113,7 +131,7 @@ class _Stamper:
     thread: int = field(default_factory=threading.get_ident)
     run: set[int] = field(default_factory=set)  #: the layers that have run
 
-    def __call__(self, module: nn.Module, original: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def __call__(self, module: nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         result = self._run(module, original, args, kwargs)
         if id(vars(module)) in self.layers and id(vars(module)) not in self.run:
             self.run.add(id(vars(module)))
@@ -121,7 +139,7 @@ class _Stamper:
             tell_share(f"{done} of {total} layers", _TRACED * done / total)
         return result
 
-    def _run(self, module: nn.Module, original: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def _run(self, module: nn.Module, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         layer = self.layers.get(id(vars(module)))
         mode = proxy_tensor.get_proxy_mode() if threading.get_ident() == self.thread else None
         if layer is None or mode is None or not getattr(mode.tracer, "module_stack", None):
