@@ -60,8 +60,8 @@ from peftfx.passes.manager import PassManager
 from peftfx.quantisation.coded import Coded, keeping
 
 _BFLOAT16 = (
-    "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA). "
-    "It is verified here in float32, over the same weights"
+    "bfloat16: ONNX Runtime's CPU provider has no kernels for it; serve this model on another (CUDA), or "
+    "export a float32 base. It is verified here in float32, over the same weights"
 )
 
 
@@ -131,7 +131,7 @@ def export_onnx(
     say = progress or (lambda line: None)
     told_bfloat16 = is_narrow(adapted.base)
     if told_bfloat16:
-        say(_BFLOAT16)
+        (progress or warn)(_BFLOAT16)
     stages = Stages(report.seconds, report.memory, say)
 
     def oracle_of(part: GraphPart) -> Oracle:

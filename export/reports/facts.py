@@ -12,7 +12,7 @@ from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, as_text
 from peftfx.export.coded.place import Choice
 from peftfx.export.metadata import ENGINE
-from peftfx.export.reports.report import Report
+from peftfx.export.reports.report import TWIN, Report
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
@@ -100,7 +100,7 @@ def add_graph(report: Report, graph: Graph, program: ir.Model, found: list[Compa
     report.nodes += sum(1 for _ in program.graph)
     whole = Counter(node.op_type for node in program.graph if node.op_type in FUSED)
     report.fused = dict(Counter(report.fused) + whole)
-    run = "its float32 twin, over the same weights" if in_bfloat16(program) else "the model"
+    run = TWIN if in_bfloat16(program) else "the model"
     if parts := max((c.parts for c in found if c.parts > 1), default=0):
         run += f", in {parts} parts"
     if report.verified not in ("", run):  # of another graph of this export

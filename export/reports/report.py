@@ -21,6 +21,8 @@ from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FAST
 
+TWIN = "its float32 twin, over the same weights"  #: what ONNX Runtime runs of a graph in bfloat16
+
 
 @dataclass
 class Report:
@@ -170,6 +172,7 @@ class Report:
             *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
             *(("agreement", str(found)) for found in self.agreement.values()),
             agree,
+            *([("runs on", "GPUs: ONNX Runtime's CPU provider has no kernels for bfloat16")] if self.in_twin else []),
             ("compared with", self.reference),
             *([("tolerance", f"a constant: float64 failed, {self.unmeasured}")] if self.unmeasured else []),
             *(
@@ -180,6 +183,11 @@ class Report:
             ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
             *([("memory", memory_line(self.memory))] if self.memory else []),
         ]
+
+    @property
+    def in_twin(self) -> bool:
+        """Whether a graph is in bfloat16, so that its float32 twin was verified in its place."""
+        return TWIN in self.verified
 
     def __repr__(self) -> str:
         return f"Report({self.model}, {len(self.adapters)} adapters, {sum(self.bytes.values()):,} B)"

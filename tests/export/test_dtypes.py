@@ -87,8 +87,11 @@ def test_a_model_in_bfloat16_in_memory_can_be_exported(tmp_path: Path) -> None:
     model = hf.ViTForImageClassification(
         hf.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=16)
     ).to(torch.bfloat16)
-    report = peftfx.transform(model, peftfx.LoRA(r=4, init_lora_weights=False)).export(tmp_path / "out", view="forward")
+    adapted = peftfx.transform(model, peftfx.LoRA(r=4, init_lora_weights=False))
+    with pytest.warns(UserWarning, match="serve this model on another"):
+        report = adapted.export(tmp_path / "out", view="forward")
     assert "twin" in report.verified
+    assert "runs on: GPUs" in str(report)
     assert ir.load(tmp_path / "out" / "model.onnx").graph.inputs[0].dtype == ir.DataType.BFLOAT16
     with pytest.raises(PeftfxError, match="cannot open"):
         OnnxModel(tmp_path / "out")
