@@ -79,10 +79,13 @@ class Taken:
         folder: the folder with its files.
         start: the start that moved the base's weights, such as `pissa`; empty if none did. The files in `folder` do not
             name it, because the base in memory has been moved already.
+        frozen: the tensors that do not train, although others of the adapter do, by their names in the file without
+            `.weight`.
     """
 
     folder: Path
     start: str
+    frozen: tuple[str, ...]
 
 
 def save_peft_adapters(model: Any, directory: Path) -> dict[str, Taken]:
@@ -105,10 +108,20 @@ def save_peft_adapters(model: Any, directory: Path) -> dict[str, Taken]:
             what = f"peft cannot write this {config.peft_type} adapter: {first_line(error)}"
             raise PeftfxError(what, name, "call delete_adapter(NAME) of the PeftModel first") from error
         folder = own if name == "default" else own / name
-        found[name] = Taken(folder, _take_start(folder / _CONFIG))
+        found[name] = Taken(folder, _take_start(folder / _CONFIG), _frozen(model, name))
         if left := _left_out(config):
             warn(f"adapter {name!r}: {left}")
     return found
+
+
+def _frozen(model: nn.Module, adapter: str) -> tuple[str, ...]:
+    """Return the tensors of an adapter that do not train, as `Taken.frozen`; none if no tensor trains."""
+    part = f".{adapter}."
+    own = [(f"{name}.", p.requires_grad) for name, p in model.named_parameters() if part in f"{name}."]
+    if not any(trains for _, trains in own):
+        return ()
+    names = (".".join(name.rpartition(part)[::2]) for name, trains in own if not trains)
+    return tuple(re.sub(r"\.modules_to_save(?=\.)|(\.weight)?\.$", "", name) for name in names)
 
 
 def _take_start(file: Path) -> str:

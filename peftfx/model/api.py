@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -119,8 +119,20 @@ def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str
             adapted.load_adapter(own.folder, name)
             adapted.adapter(name).start = own.start
     adapted.set_adapter(active_adapters(model))
+    for name, own in taken.items():
+        if own.frozen:
+            _freeze(adapted, name, own.frozen)
     adapted.shares_with(model)
     return adapted
+
+
+def _freeze(adapted: AdaptedModel, name: str, frozen: Sequence[str]) -> None:
+    """Freeze the tensors of an adapter that its HF PEFT model does not train: see `Taken.frozen`."""
+    parameters = {p.data_ptr(): p for p in adapted.adapter(name).parameters()}
+    for key, tensor in get_peft_model_state_dict(adapted, name).items():
+        own = key.removesuffix(".weight")
+        if own in frozen and tensor.data_ptr() in parameters:
+            parameters[tensor.data_ptr()].requires_grad_(False)
 
 
 def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:

@@ -129,3 +129,23 @@ def test_prompts_are_taken_over_without_their_encoder_and_that_is_said() -> None
     theirs = peft.get_peft_model(ZOO["llama"].build(), config)
     with pytest.warns(PeftfxWarning, match="without the encoder of its prompts"):
         peftfx.transform(theirs)
+
+
+@pytest.mark.parametrize("name", ["default", "model"])
+def test_what_was_frozen_by_hand_stays_frozen(name: str) -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), CONFIGS["lora"], name)
+    frozen = ("lora_A", "layers.0", "lm_head")
+    for path, parameter in theirs.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not any(part in path for part in frozen))
+    ours = peftfx.transform(theirs)
+    trained = {path for path, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert not [path for path in trained if any(part in path for part in frozen)]
+    count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == count
+
+
+def test_an_adapter_that_was_loaded_to_serve_is_trained_here(tmp_path: Path) -> None:
+    peft.get_peft_model(ZOO["llama"].build(), CONFIGS["ia3"]).save_pretrained(tmp_path)
+    ours = peftfx.transform(peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path))
+    assert all(p.requires_grad for p in ours.adapter("default").parameters())
