@@ -235,7 +235,11 @@ def _resized(
     rng: torch.Generator,
     picked: dict[str, Tensor],
 ) -> Tensor:
-    """Pick places of the example along each axis, in order, and the same in all inputs, so that a token sees itself."""
+    """Pick places of the example along each axis, in order, and the same in all inputs, so that a token sees itself.
+
+    If each row of a boolean mask shows something, so does each row of the result: attention to nothing has no value.
+    """
+    shows = value.dtype == torch.bool and value.ndim > 1 and bool(value.any(-1).all())
     for dim, axis in enumerate(axes):
         if isinstance(axis, str) and axis in sizes:
             if axis not in picked:
@@ -243,7 +247,7 @@ def _resized(
             value = value.index_select(dim, picked[axis])
     if value.is_floating_point():
         return value + 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float32).to(value.dtype)
-    return value
+    return value | ~value.any(-1, keepdim=True) if shows else value
 
 
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
