@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 
 #: New objects until young ones are looked through, and how many times that happens until older ones are. By default
@@ -27,7 +28,13 @@ def rarely_collected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_to_the_end() -> Iterator[None]:
-    """Collect no garbage while modules are imported in this context, and never look through them again."""
+    """Collect no garbage while modules are imported in this context, and never look through them again.
+
+    In a process that has torch already, nothing is changed: there a command is a call among others.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
     gc.disable()
     try:
         yield
