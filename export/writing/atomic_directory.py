@@ -83,6 +83,9 @@ def _safe(directory: str | Path) -> Path:
             is_it = "is" if _same(target, place) else "holds"
             hint = "name a directory to make, as in --output out"
             raise PeftfxError(f"the output {is_it} {what}", str(target), hint)
+    above = next(path for path in target.parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise PeftfxError("the output would be in a file, which is no directory", str(above), "choose another output")
     if os.path.islink(target):
         raise PeftfxError("the output is a link", str(target), "pass the directory that it leads to, or remove it")
     return target

@@ -126,12 +126,12 @@ def unknown(name: str, where: str, known: Iterable[str]) -> PeftfxError:
     if reason := _REFUSED.get(name.upper()):
         why, _, hint = reason.partition("; ")
         return PeftfxError(f"peftfx refuses HF PEFT's method {name.upper()}: it {why}", where, hint)
-    if name.upper() in _PEFT:
+    if name.upper() in _PEFT and name.upper() not in methods():
         what = f"HF PEFT has the method {name.upper()}, and peftfx does not"
         hint = "merge it with peft where peft can, and export the base; or write it as a method of your own"
         return PeftfxError(what, where, f"{hint} (docs/writing-a-method.md)")
     own = f"import a method of your own first (--import MODULE, peftfx.register, or an entry point, {GROUP!r})"
-    near = nearest(name, known)
+    near = nearest(name, known) or nearest(name.upper(), known)
     hint = f"{near}; {own}" if near else f"{own}; methods that peftfx knows: {', '.join(sorted(known))}"
     return PeftfxError(f"unknown method {name!r}", where, hint)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +29,8 @@ INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_confi
 
 An empty object counts as a value, because HF PEFT compares many fields with None: `kasa_config: {}` enables KaSA.
 """
+
+_LENGTHS = ("num_virtual_tokens", "adapter_len")
 
 
 def read_adapter_config(directory: Path) -> dict[str, object]:
@@ -68,7 +71,7 @@ def rule_folders(directory: Path) -> tuple[Path, ...]:
 def method_from_config(config: Mapping[str, object], where: str) -> Method:
     """Return the method of a HF PEFT config. Unknown options that change numbers are refused."""
     cls = method_named(str(getattr(config["peft_type"], "value", config["peft_type"])))
-    options = {k: v for k, v in config.items() if k in cls.options() and v is not None}
+    options = {k: v for k, v in config.items() if k in cls.options() and v is not None} | _empty(cls, config, where)
     known = {*cls.options(), *cls.ignored, *RECORDS}
     unknown = {k: v for k, v in config.items() if k not in known}
     active = {k: v for k, v in unknown.items() if v not in (None, False) and INERT.get(k) != v}
@@ -78,6 +81,19 @@ def method_from_config(config: Mapping[str, object], where: str) -> Method:
         what = f"{cls.__name__} does not support {names}{': ' if why else ''}{why}"
         raise PeftfxError(what, where, hint or "train the adapter without, or merge it with peft")
     return cls.from_options(options)
+
+
+def _empty(cls: type[Method], config: Mapping[str, object], where: str) -> dict[str, object]:
+    """Return the options that are null in a config and do not mean the default: HF PEFT takes null for false.
+
+    Raises:
+        PeftfxError: a number is null. HF PEFT finds the length of a prompt by itself, but no other number.
+    """
+    empty = {f.name: f.default for f in dataclasses.fields(cls) if f.name in config and config[f.name] is None}
+    for name, default in empty.items():
+        if type(default) in (int, float) and name not in _LENGTHS:
+            raise PeftfxError(f"{name} is null, and must be a number", where, f"write the adapter's own {name}")
+    return {name: False for name, default in empty.items() if default is True}
 
 
 class Weights:

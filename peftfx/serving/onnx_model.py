@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from peftfx.serving.providers import Provider, chosen_providers, refuse_fallback
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy lacks, and what replaces them
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+
+#: What ONNX Runtime says of an index that is outside a tensor.
+_OUTSIDE = re.compile(r"idx=(?P<row>-?\d+) must be within the inclusive range \[-?\d+,(?P<last>\d+)\]")
 
 
 class OnnxModel:
@@ -139,6 +143,10 @@ class OnnxModel:
         shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
         limits = self.metadata.get(SIZES_KEY, "")
         told = f"the export is right where: {limits}; " if limits else ""
+        if outside := _OUTSIDE.search(str(error)):
+            rows = int(outside["last"]) + 1
+            what = f"the inputs ask for row {outside['row']} of a table of {rows} rows, of tokens or of positions"
+            return PeftfxError(what, str(self.path), f"{told}give a shorter text, or other tokens")
         what = f"ONNX Runtime refuses these inputs: {first_line(error)}"
         return PeftfxError(what, str(self.path), f"{told}the inputs are {shapes}")
 
@@ -160,7 +168,7 @@ def session_options(threads: int = 0, mapped: bool = False) -> ort.SessionOption
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only: warnings of the graph optimiser do not help a user
+    options.log_severity_level = 4  # its errors are raised, too; warnings of the graph optimiser do not help a user
     if mapped:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False

@@ -87,6 +87,10 @@ def test_a_dry_run_tells_what_the_export_then_writes(inputs: Inputs, peftfx: Com
     other = ("export", "--base", inputs.classifier, "--output", tmp_path / "new", "--dry-run")
     assert_refused(peftfx(*other, "--max-memory", "1MB"), "are needed")
     assert_refused(peftfx(*other, "--view", "decode"), "decode")
+    (tmp_path / "file").touch()
+    inside = ("export", "--base", inputs.classifier, "--output", tmp_path / "file" / "new")
+    for more in ((), ("--dry-run",)):
+        assert_refused(peftfx(*inside, *more), "the output would be in a file")
 
 
 def test_errors_are_json_too_and_causes_are_told(peftfx: Command, tmp_path: Path) -> None:

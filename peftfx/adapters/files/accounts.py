@@ -1,9 +1,9 @@
 """The use of each tensor of an adapter's file: every tensor is accounted for, or the file is refused.
 
 A tensor is *taken* into the adapter; or it is a *repeat* of a tensor of the base or of the file; or it is *unused*: the
-tensor of a module that provably never runs, or whose results reach no output of this call, or that this call does not
-run and the tensor does not change. Such a tensor changes nothing in HF PEFT either. Unused tensors are kept, and saved
-again.
+tensor of a module that the config leaves out, or that provably never runs, or whose results reach no output of this
+call, or that this call does not run and the tensor does not change. Such a tensor changes nothing in HF PEFT either.
+Unused tensors are kept, and saved again.
 """
 
 from __future__ import annotations
@@ -93,12 +93,14 @@ class Idle:
         untrained: the paths of other modules that this call does not run, and that their tensors do not change. A
             training that never runs a module leaves its tensors as they were made: HF PEFT's "all-linear" picks the
             layers of an image encoder, too, and texts train nothing there.
+        left_out: the paths of modules that the adapter's config leaves out.
     """
 
     by_module: Mapping[str, str]
     never: frozenset[str]
     unread: frozenset[str]
     untrained: frozenset[str]
+    left_out: frozenset[str] = frozenset()
 
     @classmethod
     def among(
@@ -109,6 +111,7 @@ class Idle:
         marks: Collection[str],
         base: nn.Module,
         sites: Sites,
+        left_out: Collection[str] = (),
     ) -> Idle:
         """Return the idle tensors among those of these names.
 
@@ -119,22 +122,26 @@ class Idle:
             marks: what begins the suffixes of the method's tensors.
             base: the model.
             sites: the sites of the call.
+            left_out: the paths of modules that the config leaves out.
         """
         suffixes: dict[str, dict[str, str]] = {}
         for name in names:
             path = module_of(name, marks)
             if path not in names:
                 suffixes.setdefault(path, {})[name.removeprefix(f"{path}.")] = name
-        unread = frozenset(suffixes.keys() & sites.unread)
-        never = frozenset(path for path in suffixes.keys() - unread if never_runs(path, base, sites))
+        outside = frozenset(suffixes.keys() & left_out)
+        unread = frozenset(suffixes.keys() & sites.unread) - outside
+        never = frozenset(path for path in suffixes.keys() - unread - outside if never_runs(path, base, sites))
         others = (
-            path for path in suffixes.keys() - unread - never if path not in sites.called and has_module(base, path)
+            path
+            for path in suffixes.keys() - unread - never - outside
+            if path not in sites.called and has_module(base, path)
         )
         own = ((path, {end: weights[name] for end, name in suffixes[path].items()}) for path in others)
         untrained = {path for path, tensors in own if method.changes_nothing(tensors)}
-        idle = unread | never | untrained
+        idle = unread | never | untrained | outside
         by_module = {name: path for path in sorted(idle) for name in suffixes[path].values()}
-        return cls(by_module, never, unread, frozenset(untrained))
+        return cls(by_module, never, unread, frozenset(untrained), outside)
 
     @property
     def of_this_call(self) -> frozenset[str]:
@@ -147,6 +154,7 @@ class Idle:
             (self.never, "no call of the model runs"),
             (self.unread, "this call uses nothing of"),
             (self.untrained, "this call does not run"),
+            (self.left_out, "the adapter's config leaves out"),
         ):
             names = sorted(name for name, path in self.by_module.items() if path in paths)
             if names:

@@ -108,6 +108,9 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     possible = [placement_at(method, base, site) for site in able]
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.file_suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
+    targeted = _targeted(base, method, sites)
+    left_out = _left_out(placements, targeted, method, base, directory)
+    placements = [p for p in placements if p not in left_out]
     if not marks:  # the placements save no tensors of their own: only the config says which placements there are
         placements = list(placements_of(method, base, sites))
         refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
@@ -128,9 +131,9 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     wanted = _wanted(adapter, placements, overrides, base) | _shared(adapter, method, weights)
     again = repeats(weights, wanted, base)
     rest = weights.names.keys() - wanted.keys() - again
-    idle = Idle.among(rest, weights, method, marks, base, sites)
+    idle = Idle.among(rest, weights, method, marks, base, sites, {_path(p, base) for p in left_out})
     _refuse_unknown_share(adapter, method, idle.by_module.keys(), directory)
-    targeted = {path for path in _targeted(base, method, sites) if not is_inside(path, saved)}
+    targeted = {path for path in targeted if not is_inside(path, saved)}
     refuse_mismatch(
         *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle.by_module.keys() | again, directory),
         expected={path for path in targeted if marks and wrapper_of(base, method, path) is None},
@@ -237,7 +240,28 @@ def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
         placements = placements_of(method, base, sites) if names else []
     except PeftfxError:
         return set()
-    return {
-        p.known_as or p.site.path if p.site.kind != EXPERTS else path_in_file(base, p.method, p.site.path)
-        for p in placements
-    }
+    return {_path(p, base) for p in placements}
+
+
+def _path(placement: Placement, base: nn.Module) -> str:
+    """Return the path of a placement's module, as the config's targets see it."""
+    if placement.site.kind == EXPERTS:
+        return path_in_file(base, placement.method, placement.site.path)
+    return placement.known_as or placement.site.path
+
+
+def _left_out(
+    placements: list[Placement], targeted: Collection[str], method: Method, base: nn.Module, where: Path
+) -> list[Placement]:
+    """Return the placements that the file has tensors for, but that the config leaves out, as HF PEFT does.
+
+    Raises:
+        PeftfxError: the config leaves out all of them.
+    """
+    left = [p for p in placements if _path(p, base) not in targeted]
+    if not left or not (method.target_modules or method.target_parameters):
+        return []
+    if len(left) == len(placements):
+        what = f"the config's target_modules leave out every module of the file, such as {_path(left[0], base)}"
+        raise PeftfxError(what, str(where / CONFIG), "correct target_modules: HF PEFT does not load it either")
+    return left

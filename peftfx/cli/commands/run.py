@@ -12,13 +12,14 @@ import typer
 from peftfx.cli.speech import quiet
 from peftfx.cli.voice import VOICE
 from peftfx.cli.words import task_choice
+from peftfx.errors import PeftfxError
 from peftfx.serving.runs.asked import Asked, Found, read_texts, runner
 
 
 def run(
     model: Annotated[Path, typer.Argument(help="Directory that `peftfx export` wrote.")],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Text to continue; the answer is streamed.")
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue, one in a run; the answer is streamed.")
     ] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text for the model's task; repeat it for more.")] = None,
     texts: Annotated[
@@ -67,9 +68,12 @@ def run(
     Labels and embeddings are printed as JSON, a line for each text or image. With a query, texts are printed the best
     first.
     """
+    if prompt and len(prompt) > 1:
+        what = f"--prompt is given {len(prompt)} times, and a run continues one text"
+        raise PeftfxError(what, "--prompt", "run it once for each text; in Python, generate() takes several")
     asked = Asked(
         directory=model,
-        prompt=prompt,
+        prompt=prompt[0] if prompt else None,
         texts=(*(text or ()), *read_texts(texts)),
         images=tuple(image or ()),
         sounds=tuple(audio or ()),

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import torch
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.runs.asked import Asked, Found
@@ -38,8 +38,16 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         raise PeftfxError("the prompt has no tokens, and the model continues one", "--prompt", "give a text")
     options = generation_options(asked, most=128) | {"pad_token_id": tokenizer.pad_token_id}
     tokens: Any = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
+    _tell_length(model.config, tokens.shape[1])
     new = tokens[0, inputs["input_ids"].shape[1] if model.pads_left else 1 :]  # a decoder begins with a start token
     yield Found({"prompt": asked.prompt, "text": str(tokenizer.decode(new, skip_special_tokens=True))}, words="")
+
+
+def _tell_length(config: Any, length: int) -> None:
+    """Warn of a text that is longer than what the model's config tells."""
+    most = getattr(config, "max_position_embeddings", None)
+    if isinstance(most, int) and length > most:
+        warn(f"the text has {length} tokens, and the model's config tells {most}: what comes after them may be poor")
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool, directory: Path) -> dict[str, torch.Tensor]:
