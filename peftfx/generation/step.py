@@ -27,6 +27,7 @@ Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
 
 #: Arguments of a forward that only change how results are returned.
 _HARMLESS = frozenset({"return_dict", "use_cache"})
+KEPT = "logits_to_keep"  #: the argument that says for which tokens a call gives logits
 
 
 class GraphCache(DynamicCache):
@@ -161,9 +162,10 @@ def step_inputs(
     return made | dict(zip(view.past_names, past, strict=True))
 
 
-def refuse_arguments(others: Mapping[str, object]) -> None:
-    """Refuse arguments that a graph of tokens and a cache cannot respect, or outputs that it does not give."""
+def refuse_arguments(others: Mapping[str, object], graph: str = "the graph of the decode view") -> None:
+    """Refuse arguments that a graph cannot respect, or outputs that it does not give. None, False and 0 ask nothing."""
     for name, value in others.items():
-        if name not in _HARMLESS and value is not None and value is not False:
-            hint = "leave it out, or generate with the base model" if name.startswith("output_") else "leave it out"
-            raise PeftfxError("the graph of the decode view does not take this argument", name, hint)
+        asks = value is not None and not (isinstance(value, int) and value == 0)
+        if name not in _HARMLESS and asks:
+            hint = "leave it out, or call the base model" if name.startswith("output_") else "leave it out"
+            raise PeftfxError(f"{graph} does not take this argument", name, hint)

@@ -86,6 +86,7 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     "decoder_inputs_embeds": (*_DECODER, None),
     "pixel_values": ("batch", None, None, None),
     "pixel_values_videos": ("batch", None, None, None, None),
+    "logits_to_keep": ("kept",),
     "img_ids": ("image_sequence", None),
     "txt_ids": ("sequence", None),
     **{

@@ -1,4 +1,4 @@
-"""Code that limits numbers where some are infinite, as models do in float16: the graph limits them in these calls too."""
+"""Code that limits numbers where some are infinite, as models do in float16: the graph limits them there too."""
 
 from __future__ import annotations
 
