@@ -154,12 +154,28 @@ def step_inputs(
         before = cache.seen if isinstance(cache, GraphCache) else 0 if mask is None else mask.shape[1] - length
     if mask is None:
         mask = torch.ones(batch, before + length, dtype=torch.long, device=tokens.device)
-    made = {"input_ids": tokens, "attention_mask": mask.long()}
+    made = {"input_ids": tokens, "attention_mask": as_mask(mask)}
     if view.positions:
         if positions is None:
             positions = torch.arange(before, before + length, device=tokens.device)[None]
         made["position_ids"] = positions.long().expand(*view.rows_of_positions, batch, length)
     return made | dict(zip(view.past_names, past, strict=True))
+
+
+def as_mask(mask: Tensor) -> Tensor:
+    """Return a mask of tokens as the graphs take it, int64[batch, length].
+
+    Raises:
+        PeftfxError: the mask has other values than 0 and 1, or another shape.
+    """
+    hint = "pass what a tokenizer makes: 1 for each token that is seen, and 0 for padding"
+    if mask.ndim != 2:
+        raise PeftfxError(f"a mask is [batch, length], not {list(mask.shape)}", "attention_mask", hint)
+    whole = mask.long()
+    wrong = (whole != mask) | (whole >> 1 != 0)
+    if bool(wrong.any()):
+        raise PeftfxError(f"a mask has zeros and ones, not {mask[wrong][0].item():g}", "attention_mask", hint)
+    return whole
 
 
 def refuse_arguments(others: Mapping[str, object], graph: str = "the graph of the decode view") -> None:

@@ -1,4 +1,4 @@
-"""`logits_to_keep` in calls of exported models: it chooses tokens, as in transformers, or is refused."""
+"""Arguments of calls of exported models: `logits_to_keep` and masks do what they do in transformers, or are refused."""
 
 from __future__ import annotations
 
@@ -48,3 +48,27 @@ def test_the_decode_view_takes_no_other_arguments(kept: object, tmp_path: Path) 
     base, given = build("text-generation", "llama"), {"input_ids": TEXT, "logits_to_keep": kept}
     with pytest.raises(PeftfxError, match=r"does not take this argument \[logits_to_keep\]"):
         peftfx.export_onnx(base, tmp_path / "out", inputs=given, view="decode")
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_masks_of_other_numbers_are_refused_where_text_is_generated(kind: str, tmp_path: Path) -> None:
+    """The graphs take whole numbers, so 0.5 would be 0."""
+    base = build("text-generation" if kind == "llama" else "text2text-generation", kind)
+    peftfx.export_onnx(base, tmp_path / "out", view="decode")
+    ways = [runtime.load(tmp_path / "out")]
+    if kind == "llama":
+        ways.append(peftfx.transform(base, peftfx.LoRA(r=2, target="all-linear"), seed=0, road="graph"))
+    options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    plain = torch.ones_like(TEXT)
+    want = base.generate(input_ids=TEXT, attention_mask=plain, **options)
+    for model in ways:
+        for mask in (plain, plain.float(), plain.bool()):
+            assert torch.equal(model.generate(input_ids=TEXT, attention_mask=mask, **options), want)
+        for wrong in (0.5, float("nan"), 2.0, -1.0):
+            mask = plain.float()
+            mask[1, 0] = wrong
+            with pytest.raises(PeftfxError, match=rf"a mask has zeros and ones, not {wrong:g} \[attention_mask\]"):
+                model.generate(input_ids=TEXT, attention_mask=mask, **options)
+    given = {"input_ids": TEXT, **({"decoder_input_ids": TEXT} if kind == "t5" else {})}
+    with pytest.raises(PeftfxError, match=r"a mask is \[batch, length\], not \[2, 1, 5, 5\]"):
+        ways[0](**given, attention_mask=torch.ones(2, 1, 5, 5))
