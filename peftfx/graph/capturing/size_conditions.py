@@ -23,7 +23,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from peftfx.graph.capturing.mask_loops import skips_a_turn
+from peftfx.graph.capturing.loops.mask_loops import skips_a_turn
 from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
