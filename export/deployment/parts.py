@@ -15,7 +15,7 @@ from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, warn
 from peftfx.export.verification.comparison import Comparison
 from peftfx.export.verification.sizes import Sizes
-from peftfx.generation.step import KEPT, refuse_arguments
+from peftfx.generation.step import LOGITS_KEPT, refuse_arguments
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
@@ -93,7 +93,7 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
             hint = {"hint": SIZED} if reads_sized_images(adapted.base) else {}
             refuse_fixed(graph, name_axes(given), **hint)  # type: ignore[arg-type]
         return [GraphPart("model.onnx", None, graph, graph)]
-    refuse_arguments({n: v for n, v in (inputs or {}).items() if n == KEPT or not isinstance(v, Tensor)})
+    refuse_arguments({n: v for n, v in (inputs or {}).items() if n == LOGITS_KEPT or not isinstance(v, Tensor)})
     parts = []
     for file, name in views.items():
         shown = adapted.view(name)

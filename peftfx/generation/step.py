@@ -27,7 +27,7 @@ Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
 
 #: Arguments of a forward that only change how results are returned.
 _HARMLESS = frozenset({"return_dict", "use_cache"})
-KEPT = "logits_to_keep"  #: the argument that says for which tokens a call gives logits
+LOGITS_KEPT = "logits_to_keep"  #: the argument that says for which tokens a call gives logits
 
 
 class GraphCache(DynamicCache):

@@ -16,7 +16,7 @@ from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
-from peftfx.generation.step import KEPT, kept_logits, refuse_arguments
+from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
 from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
 from peftfx.serving.onnx_model import OnnxModel
@@ -165,8 +165,8 @@ class Served:
         Raises:
             PeftfxError: an input is unknown or missing, or has a shape or dtype that the model does not take.
         """
-        cuts = self._gives_all_logits and KEPT not in self.model.inputs
-        kept = inputs.pop(KEPT, None) if cuts else None
+        cuts = self._gives_all_logits and LOGITS_KEPT not in self.model.inputs
+        kept = inputs.pop(LOGITS_KEPT, None) if cuts else None
         wrong = next((n for n in self.model.inputs if not isinstance(inputs.get(n), Tensor | None)), None)
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if wrong is not None or not given:

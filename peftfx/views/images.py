@@ -28,10 +28,10 @@ from peftfx.bases.processors.token_types import TYPES, typed_call
 from peftfx.bases.processors.writers import writer_of
 from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.known_values import known_values
+from peftfx.views.capturing.written_tokens import no_places_without_features
 from peftfx.views.decode import Decode
 from peftfx.views.entry import POSITIONS
 from peftfx.views.view import Axes, RunView
-from peftfx.views.written_tokens import no_places_without_features
 
 IMAGE_FEATURES, IMAGE_TOKENS = "image_features", "image_tokens"
 VISION = "vision"

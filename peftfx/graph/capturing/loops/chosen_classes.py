@@ -49,11 +49,10 @@ def _classes(chosen: fx.Node) -> int | None:
     """Return the size of the axis from which places are chosen."""
     if chosen.target is aten.argmax.default:
         source, axis = chosen.args[0], (*chosen.args[1:], None)[0]
-    elif chosen.target is operator.getitem and chosen.args[0].target in _CHOOSES:  # type: ignore[union-attr]
-        made, output = chosen.args
-        assert isinstance(made, fx.Node)
-        place = _CHOOSES[made.target]  # type: ignore[index]
-        if output != 1:
+    elif chosen.target is operator.getitem and chosen.args[1] == 1:
+        made = chosen.args[0]
+        place = next((place for kind, place in _CHOOSES.items() if made.target is kind), None)  # type: ignore[union-attr]
+        if not isinstance(made, fx.Node) or place is None:
             return None
         source, axis = made.args[0], made.args[place] if len(made.args) > place else -1
     else:
