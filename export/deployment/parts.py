@@ -20,6 +20,7 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE, FORWARD, check_view
+from peftfx.views.finding.cross_images import crosses, why_not_crossed
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.image_sizes import IMAGES
@@ -140,6 +141,8 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
             find_images(base)
         except PeftfxError as error:
             sees, why = True, error.what
+    if why and not both and crosses(base):
+        why = why_not_crossed(base)
     if why and sees:
         warn(f"images are left out, and text alone is served: {why}")
     return files if why else {"vision_encoder.onnx": VISION, **files}
@@ -155,6 +158,8 @@ def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:
     """
     check_view(view)
     if view == FORWARD or encodes_and_decodes(base) or (view == AUTO and not generates(base)):
+        return FORWARD
+    if crosses(base) and not why_not_crossed(base):
         return FORWARD
     return FORWARD if reads_images(base) and _finds(partial(find_images, of_any_size=sized), base) else DECODE
 

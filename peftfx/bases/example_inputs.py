@@ -77,6 +77,8 @@ def example_inputs(
 
 
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
+CROSS_MASK = "cross_attention_mask"  #: which tokens attend to which tiles, [batch, sequence, images, tiles]
+_TILED = 6  #: the axes of images in tiles: batch, images, tiles, channels, height, width
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
 
@@ -102,6 +104,9 @@ class _Maker:
         made = {} if self.image is None else repeated(self.image, self.sizes["batch"], self._floats)
         if "input_ids" in self.accepted:
             made |= self._prompt()
+        if CROSS_MASK in self.accepted and (pixels := made.get("pixel_values")) is not None and pixels.ndim == _TILED:
+            made[CROSS_MASK] = torch.ones(*made["input_ids"].shape, *pixels.shape[1:3], dtype=torch.long)
+            made[CROSS_MASK][:, 0] = 0  # the first token is before the image
         if name := recording_name(self.model, self.accepted):
             shape = recording_shape(self.config, name, self.sizes["sequence"])
             if shape is None:

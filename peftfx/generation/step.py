@@ -66,6 +66,10 @@ class Generates:
         """Return the inputs of the view other than the text and the cache."""
         return {}
 
+    def stepped(self, inputs: dict[str, Tensor], cache: Cache) -> Mapping[str, Tensor]:
+        """Return the outputs of the view, with all that the cache keeps."""
+        return self.step(inputs, cache)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -88,7 +92,7 @@ class Generates:
             inputs[IDS] = adapter_ids
         if OFFSETS in self.view.axes:
             inputs[OFFSETS] = as_offsets([0] * len(input_ids) if alora_offsets is None else alora_offsets, input_ids)
-        outputs = self.step(inputs | self.beside(), cache)
+        outputs = self.stepped(inputs | self.beside(), cache)
         cache_of(self.view.layers, [outputs[name] for name in self.view.present_names], cache)
         if isinstance(cache, GraphCache):
             cache.seen += input_ids.shape[1]
