@@ -20,6 +20,7 @@ from peftfx.export.verification.sizes import Sizes
 from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
+from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_forward import ForwardWithImages
 from peftfx.views.images import DecodeWithImages
 
@@ -67,7 +68,7 @@ class Deployment(ABC):
         for part in parts:
             if isinstance(part.seen, InvokedDecode):
                 why[GENAI_CONFIG] = "rows say where they invoke an adapter, and GenAI has no such input"
-            elif isinstance(part.seen, DecodeWithImages):
+            elif isinstance(part.seen, DecodeWithImages | DecodeOverImages):
                 why[GENAI_CONFIG] = "the decoder takes features of images, which GenAI knows by architecture"
             elif isinstance(part.seen, Decode):
                 _, entry = adapted.under_prompt(part.seen)

@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.readers import reads_images
+from peftfx.bases.processors.pictures import told_size
+from peftfx.bases.processors.readers import reads_images, why_not_in_source, why_not_read
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.image_parts import picture_decides, reads_numbers
 from peftfx.export.deployment.parts import generates, refuse_fixed
@@ -56,14 +57,15 @@ def is_generating(base: nn.Module, view: str) -> bool:
 
 
 def chosen_picture(base: nn.Module, size: tuple[int, int] | Literal["any"] | None, view: str) -> tuple[int, int] | None:
-    """Return the size of pictures, if it is chosen and decides what the processor makes, and the view serves pictures
-    of one size: it generates, or its code reads numbers of images.
+    """Return the size of pictures, if it is chosen and is needed, and the view serves pictures of one size: it
+    generates, or its code reads numbers of images. It is needed if it decides what the processor makes, or no file of
+    the model tells it.
     """
-    if size is None or size == ANY_SIZE or not reads_images(base):
+    if size is None or size == ANY_SIZE or (why_not_read(base) and why_not_in_source(base)):
         return None
-    if not is_generating(base, view) and not reads_numbers(base):
-        return None
-    return size if picture_decides(base) else None
+    if is_generating(base, view):
+        return size if told_size(base) is None or picture_decides(base) else None
+    return size if reads_images(base) and reads_numbers(base) and picture_decides(base) else None
 
 
 def capture_free(adapted: AdaptedModel, example: Mapping[str, object]) -> None:

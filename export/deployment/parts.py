@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images, why_not_in_source, why_not_read
 from peftfx.bases.tasks import HEARING, task_of
@@ -15,10 +15,12 @@ from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, warn
 from peftfx.export.verification.comparison import Comparison
 from peftfx.export.verification.sizes import Sizes
+from peftfx.generation.step import LOGITS_KEPT, refuse_arguments
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE, FORWARD, check_view
+from peftfx.views.finding.cross_images import crosses, why_not_crossed
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.image_sizes import IMAGES
@@ -92,6 +94,7 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
             hint = {"hint": SIZED} if reads_sized_images(adapted.base) else {}
             refuse_fixed(graph, name_axes(given), **hint)  # type: ignore[arg-type]
         return [GraphPart("model.onnx", None, graph, graph)]
+    refuse_arguments({n: v for n, v in (inputs or {}).items() if n == LOGITS_KEPT or not isinstance(v, Tensor)})
     parts = []
     for file, name in views.items():
         shown = adapted.view(name)
@@ -138,6 +141,8 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
             find_images(base)
         except PeftfxError as error:
             sees, why = True, error.what
+    if why and not both and crosses(base):
+        why = why_not_crossed(base)
     if why and sees:
         warn(f"images are left out, and text alone is served: {why}")
     return files if why else {"vision_encoder.onnx": VISION, **files}
@@ -153,6 +158,8 @@ def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:
     """
     check_view(view)
     if view == FORWARD or encodes_and_decodes(base) or (view == AUTO and not generates(base)):
+        return FORWARD
+    if crosses(base) and not why_not_crossed(base):
         return FORWARD
     return FORWARD if reads_images(base) and _finds(partial(find_images, of_any_size=sized), base) else DECODE
 

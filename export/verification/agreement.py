@@ -157,7 +157,8 @@ def _step(
     rows, length = ids.shape
     made = view.inputs(adapted.base, sizes={"batch": rows, "sequence": length, "past": 0})
     if past is not None:
-        made |= {n: past[present] for n, present in zip(view.past_names, view.present_names, strict=True)}
+        pairs = zip(view.past_names, view.present_names, strict=True)
+        made |= {n: past[present] for n, present in pairs if present in past}  # those of images stay as they are
     mask = torch.ones(rows, before + length, dtype=torch.long)
     made |= {"input_ids": ids, "attention_mask": mask}
     if view.positions:

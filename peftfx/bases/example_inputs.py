@@ -14,9 +14,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
-from peftfx.bases.processors.image_size import image_size_of
 from peftfx.bases.processors.image_tokens import tokens_of_image
-from peftfx.bases.processors.pictures import Picture, chosen_size, picture_inputs, repeated
+from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.recordings import recording_name, recording_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
 from peftfx.bases.tasks import resolve_task, task_of
@@ -78,6 +77,8 @@ def example_inputs(
 
 
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
+CROSS_MASK = "cross_attention_mask"  #: which tokens attend to which tiles, [batch, sequence, images, tiles]
+_TILED = 6  #: the axes of images in tiles: batch, images, tiles, channels, height, width
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
 
@@ -103,6 +104,9 @@ class _Maker:
         made = {} if self.image is None else repeated(self.image, self.sizes["batch"], self._floats)
         if "input_ids" in self.accepted:
             made |= self._prompt()
+        if CROSS_MASK in self.accepted and (pixels := made.get("pixel_values")) is not None and pixels.ndim == _TILED:
+            made[CROSS_MASK] = torch.ones(*made["input_ids"].shape, *pixels.shape[1:3], dtype=torch.long)
+            made[CROSS_MASK][:, 0] = 0  # the first token is before the image
         if name := recording_name(self.model, self.accepted):
             shape = recording_shape(self.config, name, self.sizes["sequence"])
             if shape is None:
@@ -231,21 +235,10 @@ class _Maker:
         return labels if image is None else labels.masked_fill(made["input_ids"] == image, -100)
 
     def _image(self, name: str, default: int) -> int:
-        value = first_of(self._seeing(), name)
+        value = first_of(seeing(self.config), name)
         value = value[0] if isinstance(value, list | tuple) and value else value
         return value if isinstance(value, int) else default
 
-    def _seeing(self) -> object:
-        """Return the config of the part that reads images."""
-        return first_of(self.config, "vision_config", "encoder") or self.config
-
     def _resolution(self) -> tuple[int, int]:
-        size: object = chosen_size()
-        if size is None:
-            size = first_of(self._seeing(), "image_size", "img_size", "input_size")
-        if isinstance(size, dict):
-            size = (size.get("height"), size.get("width"))
-        if size is None:
-            size = image_size_of(self.model)
-        height, width = size if isinstance(size, list | tuple) else (size or 64, size or 64)
+        height, width = told_size(self.model) or (64, 64)
         return self.sizes.get("height", height), self.sizes.get("width", width)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
-from peftfx.graph.capturing.recurrences import note_state
+from peftfx.graph.capturing.loops.recurrences import note_state
 
 CONV_STATE, RECURRENT_STATE = "conv_state", "recurrent_state"
 

@@ -27,6 +27,7 @@ Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
 
 #: Arguments of a forward that only change how results are returned.
 _HARMLESS = frozenset({"return_dict", "use_cache"})
+LOGITS_KEPT = "logits_to_keep"  #: the argument that says for which tokens a call gives logits
 
 
 class GraphCache(DynamicCache):
@@ -65,6 +66,10 @@ class Generates:
         """Return the inputs of the view other than the text and the cache."""
         return {}
 
+    def stepped(self, inputs: dict[str, Tensor], cache: Cache) -> Mapping[str, Tensor]:
+        """Return the outputs of the view, with all that the cache keeps."""
+        return self.step(inputs, cache)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -87,7 +92,7 @@ class Generates:
             inputs[IDS] = adapter_ids
         if OFFSETS in self.view.axes:
             inputs[OFFSETS] = as_offsets([0] * len(input_ids) if alora_offsets is None else alora_offsets, input_ids)
-        outputs = self.step(inputs | self.beside(), cache)
+        outputs = self.stepped(inputs | self.beside(), cache)
         cache_of(self.view.layers, [outputs[name] for name in self.view.present_names], cache)
         if isinstance(cache, GraphCache):
             cache.seen += input_ids.shape[1]
@@ -153,7 +158,7 @@ def step_inputs(
         before = cache.seen if isinstance(cache, GraphCache) else 0 if mask is None else mask.shape[1] - length
     if mask is None:
         mask = torch.ones(batch, before + length, dtype=torch.long, device=tokens.device)
-    made = {"input_ids": tokens, "attention_mask": mask.long()}
+    made = {"input_ids": tokens, "attention_mask": as_mask(mask)}
     if view.positions:
         if positions is None:
             positions = torch.arange(before, before + length, device=tokens.device)[None]
@@ -161,9 +166,26 @@ def step_inputs(
     return made | dict(zip(view.past_names, past, strict=True))
 
 
-def refuse_arguments(others: Mapping[str, object]) -> None:
-    """Refuse arguments that a graph of tokens and a cache cannot respect, or outputs that it does not give."""
+def as_mask(mask: Tensor) -> Tensor:
+    """Return a mask of tokens as the graphs take it, int64[batch, length].
+
+    Raises:
+        PeftfxError: the mask has other values than 0 and 1, or another shape.
+    """
+    hint = "pass what a tokenizer makes: 1 for each token that is seen, and 0 for padding"
+    if mask.ndim != 2:
+        raise PeftfxError(f"a mask is [batch, length], not {list(mask.shape)}", "attention_mask", hint)
+    whole = mask.long()
+    wrong = (whole != mask) | (whole >> 1 != 0)
+    if bool(wrong.any()):
+        raise PeftfxError(f"a mask has zeros and ones, not {mask[wrong][0].item():g}", "attention_mask", hint)
+    return whole
+
+
+def refuse_arguments(others: Mapping[str, object], graph: str = "the graph of the decode view") -> None:
+    """Refuse arguments that a graph cannot respect, or outputs that it does not give. None, False and 0 ask nothing."""
     for name, value in others.items():
-        if name not in _HARMLESS and value is not None and value is not False:
-            hint = "leave it out, or generate with the base model" if name.startswith("output_") else "leave it out"
-            raise PeftfxError("the graph of the decode view does not take this argument", name, hint)
+        asks = value is not None and not (isinstance(value, int) and value == 0)
+        if name not in _HARMLESS and asks:
+            hint = "leave it out, or call the base model" if name.startswith("output_") else "leave it out"
+            raise PeftfxError(f"{graph} does not take this argument", name, hint)

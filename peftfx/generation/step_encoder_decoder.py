@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import cache_names, kept_by
 from peftfx.errors import PeftfxError
-from peftfx.generation.step import Generates, Step, kept_logits, refuse_arguments
+from peftfx.generation.step import Generates, Step, as_mask, kept_logits, refuse_arguments
 from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder
 from peftfx.views.images import IMAGE_FEATURES
@@ -55,7 +55,7 @@ class SourceEncoder:
 
     def _mask(self, given: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         if self.main_input_name == TEXT_INPUT:
-            return {"attention_mask": torch.ones_like(given) if mask is None else mask.long()}
+            return {"attention_mask": torch.ones_like(given) if mask is None else as_mask(mask)}
         if mask is not None and not bool(mask.all()):
             hint = "give one at a time, or all of one length, without padding"
             raise PeftfxError("the graph of the encoder has no mask: it would read padding too", "attention_mask", hint)
@@ -136,7 +136,7 @@ class GeneratesFromSource(Generates):
             past = [kept.empty(len(tokens), tokens.device) for kept in kept_by(layers.own)]
         seen = {}
         if layers.masked:
-            seen["encoder_attention_mask"] = (encoded["attention_mask"] if mask is None else mask).long()
+            seen["encoder_attention_mask"] = as_mask(encoded["attention_mask"] if mask is None else mask)
         return {
             "input_ids": tokens,
             **seen,

@@ -95,9 +95,10 @@ class GeneratesWithImages(EncodesImages, Generates):
         else:
             features = torch.zeros(0, self.view.images.width)
         if input_ids is not None:
-            self.check_count(input_ids, len(features))
+            before = 0 if cache is None else cache.get_seq_length()
+            if len(features) or not before:  # later, an image token without an image is text that the model wrote
+                self.check_count(input_ids, len(features))
             if self.view.images.typed:
-                before = 0 if cache is None else cache.get_seq_length()
                 self._types = whole_types(self, others.pop(TYPES, kinds), input_ids, before)  # type: ignore[arg-type]
         self._features = features.to(self.view.images.dtype)
         try:

@@ -17,6 +17,7 @@ from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
+from peftfx.generation.step_cross_images import GeneratesOverImages
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
@@ -24,6 +25,7 @@ from peftfx.graph.conditions import unmet
 from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import Graph
 from peftfx.views.encoder_decoder import Decoder
+from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.images import VISION, DecodeWithImages
 from peftfx.views.view import View
@@ -49,6 +51,9 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
         raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
     if not encodes_and_decodes(base):
         decode = view_named("decode")
+        if isinstance(decode, DecodeOverImages):
+            encode = _runner(view_named(VISION), graph_of)
+            return over_graphs(base, GeneratesOverImages, view=decode, step=_runner(decode, graph_of), encode=encode)
         if not isinstance(decode, DecodeWithImages):
             return over_graphs(base, Generates, view=decode, step=_runner(decode, graph_of))
         writer = writer_of(base)

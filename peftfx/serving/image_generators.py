@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from peftfx.bases.config_fields import first_of
+from peftfx.bases.example_inputs import CROSS_MASK
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
 from peftfx.bases.processors.token_types import TYPES
 from peftfx.bases.processors.writers import writer_of
+from peftfx.caches.held import Held
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
+from peftfx.generation.step_cross_images import GeneratesOverImages
 from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
 from peftfx.serving.call_inputs import ONNX_DTYPES
@@ -20,6 +23,7 @@ from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, 
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import Served
 from peftfx.views.entry import POSITIONS
+from peftfx.views.finding.cross_images import CrossImages, DecodeOverImages
 from peftfx.views.images import BESIDE, IMAGE_FEATURES, DecodeWithImages, Images
 from peftfx.views.row_adapters import IDS
 
@@ -43,6 +47,30 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         base = skeleton(self)
         way = _OwnClass if writer_of(base) is base else _OwnWriter
         return over_graphs(base, way, **parts, generation_config=self.generation_config)
+
+
+class ServedOverImages(GeneratesOverImages, ServedGenerator):  # type: ignore[misc]
+    """A model whose layers attend to an image, in ONNX Runtime. A graph of its own encodes the image once."""
+
+    def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
+        super().__init__(directory, model)
+        self.graphs = {"vision_encoder": encoder, "model": model}
+        inputs, self.encode = _inputs_of(encoder)
+        layers = tuple(
+            layer if all(tensor.along is None for tensor in layer.kept) else Held(()) for layer in self.view.layers
+        )
+        images = Images(_token_of(self), 0, self.dtype, None, False, inputs)
+        cross = CrossImages(images, layers, tuple(int(size) for size in model.axes[CROSS_MASK][2:]))
+        self.view = DecodeOverImages(self.view.layers, self.view.positions, cross)
+
+    def generate(self, *args: object, **options: object) -> Any:
+        """Generate by the `generate` of the model's own class."""
+        return self._own.generate(*args, **options)
+
+    @cached_property
+    def _own(self) -> Any:
+        parts = {"view": self.view, "step": self.step, "encode": self.encode}
+        return over_graphs(skeleton(self), _OverImages, **parts, generation_config=self.generation_config)
 
 
 class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: ignore[misc]
@@ -76,12 +104,7 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
         model: the graph that takes the features of images.
         encoder: the graph that makes them.
     """
-    token = first_of(served.config, "image_token_id", "image_token_index")
-    if not isinstance(token, int):
-        what, hint = "the config names no image token", "copy the base model's config.json again"
-        raise PeftfxError(what, str(served.directory / "config.json"), hint)
-    shapes = {name: encoder.axes[name] for name in encoder.inputs if name != IDS}
-    inputs = tuple((name, tuple(1 if size == BESIDE else int(size) for size in axes)) for name, axes in shapes.items())
+    token, (inputs, encode) = _token_of(served), _inputs_of(encoder)
     fixed, picture = from_text(encoder.metadata.get(IMAGES_KEY, ""))
     width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
     axes = model.axes.get(POSITIONS, ())
@@ -90,10 +113,30 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
         reads=IMAGES_KEY in encoder.metadata,
         sections=int(axes[0]) if len(axes) == 3 else 0,
         picture=picture,
-        beside=tuple(name for name, axes in shapes.items() if BESIDE in axes),
+        beside=tuple(name for name, _ in inputs if BESIDE in encoder.axes[name]),
     )
+    return images, encode
+
+
+def _token_of(served: Served) -> int:
+    """Return the token that stands for a piece of an image."""
+    token = first_of(served.config, "image_token_id", "image_token_index")
+    if not isinstance(token, int):
+        what, hint = "the config names no image token", "copy the base model's config.json again"
+        raise PeftfxError(what, str(served.directory / "config.json"), hint)
+    return token
+
+
+def _inputs_of(encoder: OnnxModel) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], Step]:
+    """Return the inputs of a graph of images, with the shape of each for one image, and a function that runs it."""
+    shapes = {name: encoder.axes[name] for name in encoder.inputs if name != IDS}
+    inputs = tuple((name, tuple(1 if size == BESIDE else int(size) for size in axes)) for name, axes in shapes.items())
     dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
-    return images, lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})
+    return inputs, lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})
+
+
+class _OverImages(Buffered, GeneratesOverImages):  # type: ignore[misc]
+    """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""
 
 
 class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]

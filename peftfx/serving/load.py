@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from peftfx.bases.example_inputs import CROSS_MASK
 from peftfx.bases.sentences.steps import SENTENCE
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file
@@ -52,7 +53,7 @@ def load(
         PeftfxError: there is no such model, or ONNX Runtime cannot open it or lacks a provider.
     """
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
-    from peftfx.serving.image_generators import ServedSeq2SeqWithImages, ServedWithImages
+    from peftfx.serving.image_generators import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
     from peftfx.serving.sentences import ServedSentences
 
     directory = Path(directory)
@@ -74,6 +75,9 @@ def load(
         if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in model.inputs:
             encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
             made = ServedWithImages(directory, model, encoder)
+        elif is_file(directory / VISION_ENCODER) and CROSS_MASK in model.inputs:
+            encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
+            made = ServedOverImages(directory, model, encoder)
         elif any(name.startswith(f"{PAST}.") for name in model.inputs):
             made = ServedGenerator(directory, model)
         else:

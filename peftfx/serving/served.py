@@ -16,6 +16,7 @@ from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
+from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
 from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
 from peftfx.serving.onnx_model import OnnxModel
@@ -159,21 +160,35 @@ class Served:
     def forward(self, **inputs: Tensor) -> ModelOutput:
         """Run the model on `inputs` by name, and return the outputs by name. Inputs that are None are dropped.
 
+        Logits of some tokens alone (`logits_to_keep`) are cut out of those of all tokens.
+
         Raises:
             PeftfxError: an input is unknown or missing, or has a shape or dtype that the model does not take.
         """
+        cuts = self._gives_all_logits and LOGITS_KEPT not in self.model.inputs
+        kept = inputs.pop(LOGITS_KEPT, None) if cuts else None
         wrong = next((n for n in self.model.inputs if not isinstance(inputs.get(n), Tensor | None)), None)
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if wrong is not None or not given:
             what = f"{wrong} is not a tensor: {shown(inputs[wrong])}" if wrong else "the call gives no tensors"
             raise PeftfxError(what, str(self.directory), f"pass torch tensors by name: {', '.join(self.model.inputs)}")
+        refuse_arguments({n: v for n, v in inputs.items() if not isinstance(v, Tensor)}, "the graph")
         given = {n: v for n, v in given.items() if n in self.model.inputs or n not in _OPTIONAL}
         given = {n: fitted(v, self.model.types.get(n, "")) for n, v in given.items()}
         first = given.get("input_ids")
         for name in ("attention_mask", "token_type_ids"):
             if name in self.model.inputs and name not in given and first is not None:
                 given[name] = torch.ones_like(first) if name == "attention_mask" else torch.zeros_like(first)
-        return ModelOutput(self.model(**self.with_ids(given)))
+        made = ModelOutput(self.model(**self.with_ids(given)))
+        if kept is not None:
+            made[_LOGITS] = kept_logits(made[_LOGITS], kept)
+        return made
+
+    @property
+    def _gives_all_logits(self) -> bool:
+        """Whether the graph gives logits of each token of the text."""
+        tokens, logits = (self.model.axes.get(name, ()) for name in ("input_ids", _LOGITS))
+        return len(logits) == 3 and logits[:2] == tokens and isinstance(tokens[1], str)
 
     def __call__(self, **inputs: Any) -> Any:
         """Run `forward` on the `inputs`: tensors, NumPy arrays or lists.
@@ -223,6 +238,7 @@ class ServedForward(Served):
 
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+_LOGITS = "logits"
 _OPTIONAL = frozenset({"token_type_ids", "attention_mask", "position_ids"})
 
 

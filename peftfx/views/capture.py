@@ -22,10 +22,11 @@ from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.capturing.axis_symbols import tied
 from peftfx.graph.capturing.empty_sizes import asked_if_empty
 from peftfx.graph.capturing.free_sizes import checks_of_sizes, repeated_lists, size_arithmetic, size_tensors
-from peftfx.graph.capturing.mask_loops import over_masks
+from peftfx.graph.capturing.loops.mask_loops import over_masks
+from peftfx.graph.capturing.loops.recurrences import recurrences
 from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
-from peftfx.graph.capturing.recurrences import recurrences
+from peftfx.graph.capturing.overflows import limits_of_overflows
 from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.capturing.size_conditions import noted
 from peftfx.graph.capturing.stamping import stamped
@@ -145,6 +146,7 @@ def _captured(
                 size_arithmetic(),
                 size_tensors(),
                 checks_of_sizes(),
+                limits_of_overflows(),
                 loops,
                 stamped(model, own_modules) if stamp else nullcontext(),
             ):

@@ -13,9 +13,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from peftfx.bases.guests import own_modules
-from peftfx.graph.capturing.mask_loops import over_masks
+from peftfx.graph.capturing.loops.mask_loops import over_masks
+from peftfx.graph.capturing.loops.recurrences import recurrences
 from peftfx.graph.capturing.module_casts import casting_in_graph
-from peftfx.graph.capturing.recurrences import recurrences
 from peftfx.graph.capturing.size_conditions import noted
 from peftfx.graph.contexts import TRACING, evaluating, fake_mode_of, quietly, unchanged
 from peftfx.graph.lazy_weights import faked

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.token_types import TYPES, typed_call
+from peftfx.bases.processors.writers import writer_of
 from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.known_values import known_values
+from peftfx.views.capturing.written_tokens import no_places_without_features
 from peftfx.views.decode import Decode
 from peftfx.views.entry import POSITIONS
 from peftfx.views.view import Axes, RunView
@@ -116,9 +118,13 @@ class Images:
 
     def encoded(self, base: nn.Module, features: Tensor) -> dict[str, Any]:
         """Return the arguments of a forward that is given encoded images in place of images."""
+        return {**self.without(base), "mm_encoder_outputs": {"image": self.as_output(features)}}
+
+    def without(self, base: nn.Module) -> dict[str, None]:
+        """Return the arguments of images that a forward without images must be given."""
         accepted = inspect.signature(base.forward).parameters
         needed = [n for n in self.names if n in accepted and accepted[n].default is inspect.Parameter.empty]
-        return {**dict.fromkeys(needed), "mm_encoder_outputs": {"image": self.as_output(features)}}
+        return dict.fromkeys(needed)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,8 @@ class DecodeWithImages(Decode):
         """Return valid inputs: a text with image tokens after the first token of each row, and random features.
 
         If `sizes` are given, there are only as many image tokens as `image_tokens` says and as fit: whole images, after
-        the first token of a row.
+        the first token of a row. A text without images that goes on from a past ends with an image token, if the model
+        can write one.
         """
         few = self.images.each or 3
         wanted: dict[str, int] = (
@@ -209,6 +216,8 @@ class DecodeWithImages(Decode):
             if self.images.typed:
                 made[TYPES] = torch.zeros_like(made["attention_mask"])
                 made[TYPES][:, -ids.shape[1] :] = (ids == self.images.token).long()
+            if not count and wanted.get("past") and self.images.token < _embedded(base):
+                ids[0, -1] = self.images.token  # the model wrote it, so it has the type of a text's token
             made[IMAGE_FEATURES] = features
         return made
 
@@ -240,9 +249,13 @@ class DecodeWithImages(Decode):
         given = dict(inputs)
         features = given.pop(IMAGE_FEATURES)
         assert isinstance(features, Tensor)
+        exporting = torch.compiler.is_exporting()
+        if not exporting and not len(features):  # a step of text, as in the model's own `generate`
+            return super().__call__(writer_of(base), {**given, **self.images.without(writer_of(base))})
         encoded = self.images.encoded(base, features)
         try:
-            return super().__call__(base, {**given, **encoded})
+            with no_places_without_features(self.images.token, features) if exporting else nullcontext():
+                return super().__call__(base, {**given, **encoded})
         except AttributeError as error:
             if not isinstance(error.obj, BaseModelOutputWithPooling):
                 raise
@@ -255,6 +268,11 @@ class DecodeWithImages(Decode):
         if self.images.typed:
             given = typed_call(base, given, cache)
         return super()._run(base, given, cache)
+
+
+def _embedded(base: nn.Module) -> int:
+    """Return how many tokens a model embeds."""
+    return int(getattr(base.get_input_embeddings(), "num_embeddings", 0))  # type: ignore[operator]
 
 
 def encode_images(base: nn.Module, inputs: Mapping[str, object], images: Images) -> Tensor:

@@ -86,6 +86,8 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     "decoder_inputs_embeds": (*_DECODER, None),
     "pixel_values": ("batch", None, None, None),
     "pixel_values_videos": ("batch", None, None, None, None),
+    "cross_attention_mask": (*_TEXT, None, None),
+    "logits_to_keep": ("kept",),
     "img_ids": ("image_sequence", None),
     "txt_ids": ("sequence", None),
     **{
@@ -148,7 +150,7 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
         known = (None, *_TEXT)
     if name == "hidden_states" and "img_ids" in tensors:  # an image as a sequence of tokens
         known = ("batch", "image_sequence", None)
-    if name.endswith("attention_mask") and tensor.ndim == 4:  # its second axis may be the heads
+    if name.endswith("attention_mask") and tensor.ndim == 4 and len(known) != 4:  # its second axis may be the heads
         known = ("batch", None, "sequence", "sequence")
     if len(known) != tensor.ndim:
         known = ("batch", *(f"{name}.{i}" for i in range(1, tensor.ndim))) if tensor.ndim else ()

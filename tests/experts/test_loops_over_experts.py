@@ -94,6 +94,34 @@ class ReadsAnotherMask(Mixture):
         return result
 
 
+class OneMoreClass(Mixture):
+    """A class of padding is counted, for which there is no expert. Nothing chooses it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        chances = F.softmax(self.router(x), -1)
+        result, mask = torch.zeros_like(x), F.one_hot(self.chosen(chances), EXPERTS + 1).permute(1, 0)
+        for expert in torch.greater(mask.sum(dim=-1), 0).nonzero():
+            (token,) = torch.where(mask[expert[0]])
+            result.index_add_(0, token, self.experts[f"expert_{expert[0]}"](x[token]))
+        return result
+
+    def chosen(self, chances: Tensor) -> Tensor:
+        """The numbers of the experts."""
+        return chances.topk(1, dim=-1).indices[:, 0]
+
+
+class ArgMax(OneMoreClass):
+    def chosen(self, chances: Tensor) -> Tensor:
+        return chances.argmax(-1)
+
+
+class ComputesTheClass(OneMoreClass):
+    """Padding may be chosen, as far as the operators tell."""
+
+    def chosen(self, chances: Tensor) -> Tensor:
+        return (chances[:, 0] > 2).long() + chances.argmax(-1)
+
+
 AXES = {"x": ("tokens", None)}
 
 
@@ -115,6 +143,20 @@ def test_a_capture_runs_each_expert_on_its_tokens(dtype: torch.dtype) -> None:
 def test_a_loop_whose_turns_do_more_is_refused(kind: type[Mixture]) -> None:
     with pytest.raises(PeftfxError, match="its code loops over the places where a mask is true"):
         peftfx.capture(kind().eval(), {"x": torch.ones(5, WIDTH)}, axes=AXES)
+
+
+@pytest.mark.parametrize("kind", [OneMoreClass, ArgMax])
+def test_a_class_that_cannot_be_chosen_has_no_turn(kind: type[Mixture]) -> None:
+    model = kind().eval()
+    graph = peftfx.capture(model, {"x": torch.ones(5, WIDTH)}, axes=AXES)
+    for tokens in (1, 6):
+        x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(tokens))
+        torch.testing.assert_close(graph.run(x)[0], model(x))
+
+
+def test_a_class_without_an_expert_that_may_be_chosen_is_refused() -> None:
+    with pytest.raises(PeftfxError, match="expert_4"):
+        peftfx.capture(ComputesTheClass().eval(), {"x": torch.ones(5, WIDTH)}, axes=AXES)
 
 
 def test_a_turn_without_tokens_may_be_skipped() -> None:

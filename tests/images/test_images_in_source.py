@@ -20,6 +20,7 @@ from support.parity import randomise
 
 import peftfx as compiler
 from peftfx import PeftfxError, runtime
+from peftfx.errors import PeftfxWarning
 from peftfx.export.command import export_directory
 
 Run = Callable[..., Result]
@@ -148,3 +149,15 @@ def test_the_merged_decoder_of_optimum_is_written_beside(tmp_path: Path) -> None
     base = build("image-text-to-text", "florence2")
     compiler.export_onnx(base, tmp_path / "out", view="decode", merged_decoder=True)
     assert (tmp_path / "out" / "decoder_model_merged.onnx").exists()
+
+
+def test_pictures_of_an_untold_size_are_left_out_until_one_is_chosen(seeing: Seeing, tmp_path: Path) -> None:
+    """The config of this model has no size, so without a processor an example of a picture would be a guess."""
+    base = build("image-text-to-text", "florence2")
+    base.config.name_or_path = ""
+    base.save_pretrained(tmp_path / "base")
+    with pytest.warns(PeftfxWarning, match="tells the size of pictures, which --image-size HEIGHTxWIDTH"):
+        export_directory(tmp_path / "base", tmp_path / "text", view="decode")
+    export_directory(tmp_path / "base", tmp_path / "out", view="decode", image_size=(SIZE, SIZE))
+    assert not (tmp_path / "text" / "vision_encoder.onnx").exists()
+    assert runtime.load(tmp_path / "out").images.inputs == (("pixel_values", (1, 3, SIZE, SIZE)),)

@@ -37,16 +37,6 @@ def test_a_model_without_an_image_encoder_of_its_own_warns_too(tmp_path: Path) -
         assert views_of(model, "decode", None) == {"model.onnx": "decode"}
 
 
-def test_layers_that_read_images_alone_are_left_out_of_a_text(tmp_path: Path) -> None:
-    """Their place in the cache stays empty, as in the model's own cache."""
-    model = build("image-text-to-text", "mllama")
-    with pytest.warns(PeftfxWarning, match="images are left out.*no image encoder that runs by itself"):
-        peftfx.export_onnx(model, tmp_path / "out", view="decode")
-    text = {"input_ids": torch.tensor([[20, 21, 22, 23], [24, 25, 26, 27]])}
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    assert torch.equal(runtime.load(tmp_path / "out").generate(**text, **options), model.generate(**text, **options))
-
-
 def test_a_class_that_generates_without_positions_is_served_without_them(tmp_path: Path) -> None:
     """Its code counts from another number than zero, and leaves padding out by its token."""
     model = build("image-text-to-text", "kosmos-2.5")

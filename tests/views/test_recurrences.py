@@ -17,9 +17,15 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.export import OnnxModel
-from peftfx.graph.capturing import recurrences as kernels
-from peftfx.graph.capturing.recurrence_operator import recurrence
-from peftfx.graph.capturing.recurrences import _channel_scan, _chunk_scan, _delta_rule, _selective_scan, recurrences
+from peftfx.graph.capturing.loops import recurrences as kernels
+from peftfx.graph.capturing.loops.recurrence_operator import recurrence
+from peftfx.graph.capturing.loops.recurrences import (
+    _channel_scan,
+    _chunk_scan,
+    _delta_rule,
+    _selective_scan,
+    recurrences,
+)
 from peftfx.views.capture import capture
 from peftfx.views.finding.decode_view import decode_view
 

@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
 
-from peftfx.graph.capturing.recurrence_operator import recurrence
+from peftfx.graph.capturing.loops.recurrence_operator import recurrence
 
 
 def _recurrence(query: Any, key: Any, value: Any, decay: Any, beta: Any, state: Any, corrected: bool) -> Any:

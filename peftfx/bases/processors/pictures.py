@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftfx.bases.processors.image_size import Size, processor_file
+from peftfx.bases.config_fields import first_of
+from peftfx.bases.processors.image_size import Size, image_size_of, processor_file
 
 Picture = Mapping[str, Tensor]
 
@@ -66,6 +67,24 @@ def pictures_of(size: Size | None) -> Iterator[None]:
 def chosen_size() -> Size | None:
     """Return the chosen height and width of pictures, or None."""
     return _chosen.get()
+
+
+def seeing(config: object) -> object:
+    """Return the config of the part of a model that reads images."""
+    return first_of(config, "vision_config", "encoder") or config
+
+
+def told_size(model: nn.Module) -> Size | None:
+    """Return the chosen height and width of pictures, or those that the model's config or processor tells, if any."""
+    size: object = chosen_size()
+    if size is None:
+        size = first_of(seeing(model.config), "image_size", "img_size", "input_size")
+    if isinstance(size, dict):
+        size = (size.get("height"), size.get("width"))
+    if size is None:
+        size = image_size_of(model)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return (height, width) if height and width else None
 
 
 def pictures_vary(model: nn.Module, accepted: Collection[str]) -> bool:

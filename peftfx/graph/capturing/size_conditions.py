@@ -23,7 +23,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from peftfx.graph.capturing.mask_loops import skips_a_turn
+from peftfx.graph.capturing.loops.mask_loops import skips_a_turn
 from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
@@ -106,15 +106,19 @@ def _is_asserted(frame: FrameType | None) -> bool:
 
 def _only_raises(frame: FrameType | None) -> bool:
     """Return whether the model's code asks only to raise an error, which it does for no valid values."""
+    turned = "not " in _line(frame, 0).replace(" is not ", " ")  # there, the answer that raises nothing is the other
+    return raises_next(frame) and not turned and asker(frame)[1]
+
+
+def raises_next(frame: FrameType | None) -> bool:
+    """Return whether the model's code asks in an `if` whose first line raises an error."""
     asks, then = _line(frame, 0).strip(), _line(frame, 1).strip()
-    turned = "not " in asks.replace(" is not ", " ")  # there, the answer that raises nothing would be the other
-    only = asks.startswith("if ") and asks.endswith(":") and not turned and then.startswith("raise ")
-    return only and asker(frame)[1]
+    return asks.startswith("if ") and asks.endswith(":") and then.startswith("raise ")
 
 
 def _line(frame: FrameType | None, after: int) -> str:
     """Return the line of the model's code that asks, or one after it."""
-    frame = _behind(frame, _TORCH)
+    frame = _behind(frame, _TORCH, _CAPTURING)
     return "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno + after)
 
 

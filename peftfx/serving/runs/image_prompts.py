@@ -10,11 +10,12 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from peftfx.bases.example_inputs import CROSS_MASK
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.generators import ServedSeq2Seq
-from peftfx.serving.image_generators import ServedSeq2SeqWithImages, ServedWithImages
+from peftfx.serving.image_generators import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
 from peftfx.serving.load import load
 from peftfx.serving.pipelines import image_processor
 from peftfx.serving.runs.asked import Asked, Found
@@ -40,7 +41,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     if isinstance(model, ServedSeq2Seq) and model.main_input_name == PIXELS:
         yield from _described(model, asked, out)
         return
-    if not isinstance(model, ServedWithImages | ServedSeq2SeqWithImages):
+    if not isinstance(model, ServedWithImages | ServedSeq2SeqWithImages | ServedOverImages):
         what = "this export has no graph of images that a prompt could have"
         hint = "leave --image out; or export a model of text and images with --view decode, and read its warnings"
         raise PeftfxError(what, str(asked.directory), hint)
@@ -51,7 +52,8 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these images", hint):
         made = _processed(processor, asked, images, model.images.token)
-    inputs = _taken(model.images, made, asked.directory)
+    masks = (CROSS_MASK,) if isinstance(model, ServedOverImages) else ()
+    inputs = _taken(model.images, made, asked.directory, masks)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options = generation_options(asked, most=128) | {"pad_token_id": pad}
     tokens: Any = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
@@ -149,15 +151,15 @@ def _processed(processor: Any, asked: Asked, images: list[Any], token: int) -> d
     return dict(processor(text=text, images=images, return_tensors="pt"))
 
 
-def _taken(images: Images, made: dict[str, Any], directory: Path) -> dict[str, Tensor]:
-    """Return those outputs of the processor that the graphs take.
+def _taken(images: Images, made: dict[str, Any], directory: Path, masks: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return those outputs of the processor that the graphs take, with these masks of images.
 
     Raises:
         PeftfxError: the processor makes other outputs, which the graphs would not see, or lacks one.
     """
     kinds = (MODALITIES,) if (images.sections or images.typed) and MODALITIES in made else ()
     types = (TYPES,) if images.typed and not kinds else ()
-    known = (*_TEXT, *types, *kinds, *images.names)
+    known = (*_TEXT, *types, *kinds, *masks, *images.names)
     idle = {name for name in made if name.endswith(TYPES) and not made[name].any()}
     idle.add("labels")  # which are to train on
     lost = [name for name in made if name not in known and name not in idle]

@@ -15,7 +15,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.encoded_images import by_image, deeper_features, idle_fields, main_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.image_tokens import split_known
-from peftfx.bases.processors.pictures import chosen_size, pictures_vary
+from peftfx.bases.processors.pictures import chosen_size, pictures_vary, told_size
 from peftfx.bases.processors.token_types import makes_masks, reads_types
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
@@ -46,6 +46,10 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
     if not of_any_size and chosen_size() is None and pictures_vary(base, accepted):
         what = "the size of a picture decides how many pieces it has, and no size is chosen"
         raise PeftfxError(what, type(base).__name__, "pass --image-size HEIGHTxWIDTH (image_size=)")
+    if not of_any_size and told_size(base) is None:
+        told = "neither the model's config nor a processor beside it tells the size of pictures"
+        what = f"{told}, which --image-size HEIGHTxWIDTH (image_size=) chooses"
+        raise PeftfxError(what, type(base).__name__, "pass it, or put the model's processor files beside the model")
     typed = reads_types(base)
     if typed and not makes_masks(base):
         what = "the model's attention finds images by token types, and its class has no function that makes such masks"

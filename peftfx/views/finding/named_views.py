@@ -10,6 +10,13 @@ from peftfx.bases.processors.readers import reads_images, why_not_in_source
 from peftfx.errors import PeftfxError, nearest
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder, EncoderDecoderLayers
+from peftfx.views.finding.cross_images import (
+    CrossEncoder,
+    crosses,
+    decode_over_images,
+    find_cross_images,
+    why_not_crossed,
+)
 from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_source import EncoderWithImages
@@ -30,7 +37,9 @@ def find_view(base: nn.Module, name: str) -> View | None:
     if name == "forward":
         return None
     if name == "decode":
-        return _decode(base)
+        return decode_over_images(base) if _crossed(base) else _decode(base)
+    if name == VISION and _crossed(base):
+        return CrossEncoder(find_cross_images(base))
     if name == VISION:
         return ImageEncoder(find_images(base))
     if name == IMAGE_TEXT:
@@ -39,6 +48,10 @@ def find_view(base: nn.Module, name: str) -> View | None:
         layers = find_layers(base)
         return _encoder(base, layers) if name == "encoder" else Decoder(layers)
     raise PeftfxError(f"there is no view {name!r}", "view", nearest(name, _NAMES) or f"one of {', '.join(_NAMES)}")
+
+
+def _crossed(base: nn.Module) -> bool:
+    return crosses(base) and not why_not_crossed(base)
 
 
 def view_of_sites(base: nn.Module) -> str:

@@ -20,6 +20,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from peftfx.errors import PeftfxError
+from peftfx.graph.capturing.loops.chosen_classes import chosen_classes
 from peftfx.graph.written import source_of, written_by
 
 aten = torch.ops.aten
@@ -154,7 +155,8 @@ def _turns(found: Tensor, length: int, loops: list[_Loop]) -> Iterator[Tensor]:
     loop = None if tracer is None else _Loop(tracer.tensor_tracker[found].proxy.node)
     if loop is not None:
         loops.append(loop)
-    for place in range(length):
+        length = min(length, chosen_classes(_counted(loop.places)) or length)  # no mask is true at the others
+    for place in range(length if loop is not None else min(length, 1)):  # a dry run needs no more than one turn
         with torch._C.DisableTorchFunction():  # it is no known value of an image
             number = torch.tensor([place], device=found.device)
         if loop is None:

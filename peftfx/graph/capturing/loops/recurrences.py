@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftfx.graph.capturing.recurrence_operator import recurrence
+from peftfx.graph.capturing.loops.recurrence_operator import recurrence
 
 
 def _delta_rule(

@@ -1,0 +1,151 @@
+"""A decoder whose layers attend to an image beside its text, as Llama 3.2 Vision's: two graphs, one of images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers as hf
+from every_model.checks import build
+from PIL import Image
+from support.command import Result
+from support.parity import randomise
+from torch import Tensor
+
+import peftfx as compiler
+from peftfx import PeftfxError, runtime
+from peftfx.export.command import export_directory
+
+Run = Callable[..., Result]
+IMAGE, SIZE, TILES, NEW = "<|image|>", 32, 4, 6
+SHAPES = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]  #: of up to four tiles
+OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+
+
+def processor(image_token: int) -> hf.MllamaProcessor:
+    table = {word: i for i, word in enumerate(["<unk>", "<pad>", "<s>", *(f"w{i}" for i in range(3, image_token))])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table | {IMAGE: image_token}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens([IMAGE, "<pad>", "<s>"])
+    ends = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **ends)
+    sizes = {"size": {"height": SIZE, "width": SIZE}, "max_image_tiles": TILES}
+    return hf.MllamaProcessor(hf.MllamaImageProcessor(**sizes), words)
+
+
+@dataclass
+class Seeing:
+    """A tiny model with a random LoRA, its processor, and what was exported of it."""
+
+    peft: Any
+    processor: Any
+    root: Path
+
+    def made(self, *asked: tuple[str, Path]) -> dict[str, Tensor]:
+        images = [[Image.open(path).convert("RGB")] for _, path in asked]
+        texts = [f"{IMAGE} {text}" for text, _ in asked]
+        return dict(self.processor(text=texts, images=images, return_tensors="pt", padding=True))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
+    root = tmp_path_factory.mktemp("crossed")
+    config = build("image-text-to-text", "mllama").config
+    config.name_or_path, config.vision_config.supported_aspect_ratios = "", [list(shape) for shape in SHAPES]
+    torch.manual_seed(0)
+    base = hf.MllamaForConditionalGeneration(config).eval()
+    with torch.no_grad():  # so that the image decides what is written
+        for name, parameter in base.named_parameters():
+            if "gate" in name:
+                parameter.fill_(2.0)
+            elif "cross_attn" in name or "multi_modal_projector" in name:
+                parameter.mul_(4)
+    base.generation_config = hf.GenerationConfig(pad_token_id=1, bos_token_id=2, eos_token_id=0)
+    made = processor(base.config.image_token_index)
+    for part in (base, made):
+        part.save_pretrained(root / "base")
+    targets = ["q_proj", "k_proj", "v_proj", "fc1", "multi_modal_projector"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets)).eval()
+    randomise(model)
+    model.save_pretrained(str(root / "adapter"))
+    export_directory(root / "base", root / "out", adapter=root / "adapter", view="decode")
+    for seed, shape in enumerate(((70, 50), (30, 90), (32, 32))):  # of other numbers of tiles
+        pixels = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).resize(shape).save(root / f"{seed}.png")
+    return Seeing(model, made, root)
+
+
+def test_the_runtime_writes_what_transformers_writes(seeing: Seeing) -> None:
+    served = runtime.load(seeing.root / "out")
+    both = seeing.made(("w7 w8 w9", seeing.root / "0.png"), ("w10", seeing.root / "1.png"))
+    assert not bool(both["attention_mask"].all())
+    assert bool((both["aspect_ratio_ids"][0] != both["aspect_ratio_ids"][1]).all())
+    said = []
+    for given in (both, seeing.made(("w7 w8 w9", seeing.root / "2.png")), seeing.made(("w7", seeing.root / "0.png"))):
+        for more in ({}, {"num_beams": 3}, {"use_cache": False}):
+            want = seeing.peft.generate(**given, **OPTIONS, **more)
+            assert torch.equal(served.generate(**given, **OPTIONS, **more), want)
+            said.append(want[0, -NEW:].tolist())
+    assert len({tuple(tokens) for tokens in said}) > 1
+
+
+def test_a_text_without_an_image_is_read_as_such(seeing: Seeing) -> None:
+    served = runtime.load(seeing.root / "out")
+    text = {"input_ids": torch.tensor([[2, 20, 21, 22], [1, 2, 23, 24]])}
+    text["attention_mask"] = (text["input_ids"] != 1).long()
+    for given in (text, {name: value[:1] for name, value in text.items()}):
+        assert torch.equal(served.generate(**given, **OPTIONS), seeing.peft.generate(**given, **OPTIONS))
+
+
+def test_an_adapted_model_on_the_graph_road_writes_the_same(seeing: Seeing) -> None:
+    base = hf.MllamaForConditionalGeneration.from_pretrained(seeing.root / "base")
+    adapted = compiler.load(base, seeing.root / "adapter", road="graph")
+    given = seeing.made(("w7 w8 w9", seeing.root / "1.png"), ("w10", seeing.root / "0.png"))
+    assert torch.equal(adapted.generate(**given, **OPTIONS), seeing.peft.generate(**given, **OPTIONS))
+
+
+def test_what_the_graphs_do_not_take_is_refused(seeing: Seeing) -> None:
+    served = runtime.load(seeing.root / "out")
+    given = seeing.made(("w7 w8 w9", seeing.root / "0.png"))
+    with pytest.raises(PeftfxError, match=r"needs the mask of its image's pieces \[cross_attention_mask\]"):
+        served.generate(**{name: value for name, value in given.items() if name != "cross_attention_mask"}, **OPTIONS)
+    images = [[Image.open(seeing.root / f"{i}.png").convert("RGB") for i in (0, 1)]]
+    two = seeing.processor(text=[f"{IMAGE} w7 {IMAGE} w8"], images=images, return_tensors="pt")
+    with pytest.raises(PeftfxError, match="the graphs take one image for each text, and this call has 2 for 1"):
+        served.generate(**two, **OPTIONS)
+
+
+def test_the_command_answers_a_prompt_about_an_image(seeing: Seeing, peftfx: Run) -> None:
+    path = seeing.root / "0.png"
+    given = seeing.made(("w7 w8", path))
+    tokens = seeing.peft.generate(**given, max_new_tokens=NEW, do_sample=False)[0, given["input_ids"].shape[1] :]
+    want = seeing.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    asked = ("--image", path, "-p", "w7 w8", "--json", "--max-new-tokens", NEW)
+    result = peftfx("run", seeing.root / "out", *asked)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["text"] == want
+
+
+def test_a_dry_run_tells_the_files_of_the_export(seeing: Seeing, peftfx: Run) -> None:
+    words = ("export", "--base", seeing.root / "base", "--output", seeing.root / "new", "--view", "decode")
+    told = json.loads(peftfx(*words, "--adapter", seeing.root / "adapter", "--dry-run", "--json").out)
+    assert set(told["files"]) == {path.name for path in (seeing.root / "out").iterdir()}
+
+
+def test_a_rounded_export_is_measured_on_a_text_of_its_own(seeing: Seeing) -> None:
+    base = hf.MllamaForConditionalGeneration.from_pretrained(seeing.root / "base")
+    report = compiler.export_onnx(base, seeing.root / "rounded", view="decode", quantize="int8")
+    assert "its own greedy text" in {agreed.text for agreed in report.agreement.values()}
+
+
+def test_adapters_are_not_swapped_beside_images(seeing: Seeing) -> None:
+    base = build("image-text-to-text", "mllama")
+    with pytest.raises(PeftfxError, match="models of text alone, and this one reads images"):
+        compiler.export_onnx(base, seeing.root / "never", view="decode", slots="all-linear")
