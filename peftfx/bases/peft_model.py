@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def plain_base(model: Any) -> nn.Module:
         PeftfxError: adapters are merged into the base, or a layer of PEFT holds no known module of the base.
     """
     base: nn.Module = model.get_base_model()
-    memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers(), *_states(base))}
     inner: dict[int, nn.Module] = {}
     _find_layers(base, "", inner)
     for number, module in inner.items():
@@ -47,6 +48,18 @@ def plain_base(model: Any) -> nn.Module:
             module = inner[id(module)]
         memo[number] = copy.deepcopy(module, memo)
     return copy.deepcopy(base, memo)
+
+
+def _states(base: nn.Module) -> Iterator[object]:
+    """Find the objects that layers keep beside a weight of a class of its own: layers that share the weight share them.
+
+    In its first call bitsandbytes' int8 layer moves the scales out of the weight into such an object. A second layer
+    with an object of its own would find them no more.
+    """
+    for module in base.modules():
+        if any(type(p) is not nn.Parameter and vars(p) for p in module._parameters.values() if p is not None):
+            own = (value for name, value in vars(module).items() if not name.startswith("_"))
+            yield from (v for v in own if hasattr(v, "__dict__") and not callable(v))
 
 
 def _find_layers(module: nn.Module, path: str, found: dict[int, nn.Module]) -> None:

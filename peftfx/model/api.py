@@ -21,6 +21,7 @@ from peftfx.model.plan import Plan, make_plan
 from peftfx.options import FORWARD
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
+from peftfx.twins.repacked import unpack_all
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
 from peftfx.views.finding.named_views import find_view, view_of_sites
@@ -112,6 +113,7 @@ def load(
 
 def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str | None) -> AdaptedModel:
     """Return an adapted model with the base and the adapters of a HF PEFT model."""
+    unpack_all(dict(model.named_modules()))  # for peft calls state_dict, in which bitsandbytes spoils repacked layers
     with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
         taken = save_peft_adapters(model, Path(folder))
         adapted = bare(model, inputs, road)
