@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapters.files.swap import swap_file, swap_state
+from peftfx.adapters.files.reader import read_adapter
+from peftfx.adapters.files.swap import fill, swap_file, swap_state
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_model import active_adapters, is_peft_model, plain_base, save_peft_adapters
@@ -120,6 +121,8 @@ def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str
         for name, own in taken.items():
             adapted.load_adapter(own.folder, name)
             adapted.adapter(name).start = own.start
+            if own.whole is not None:
+                fill(adapted.adapter(name), read_adapter(own.whole, adapted.source, adapted.sites))
     adapted.set_adapter(active_adapters(model))
     for name, own in taken.items():
         if own.frozen:
