@@ -41,7 +41,7 @@ from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
 from peftfx.export.writing.atomic_directory import publish
-from peftfx.export.writing.finite import refuse_infinite_adapters
+from peftfx.export.writing.finite import may_be_infinite, refuse_infinite_adapters
 from peftfx.export.writing.memory import refuse_memory
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.checked import takes
@@ -50,7 +50,6 @@ from peftfx.export_options.values import ANY_SIZE
 from peftfx.generation.invocation import INVOCATION_KEY
 from peftfx.graph.contexts import TRACING, without_autocast
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
-from peftfx.graph.graph import BASE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, load
 from peftfx.options import DECODE, FORWARD
@@ -199,8 +198,7 @@ def export_onnx(
             put_rest(program)
             program.metadata_props.update(_provenance(adapted, report, coded=coded))
         with stages("write"):
-            infinite = [f"{BASE}.{name}" for name, _ in adapted.base.named_buffers(remove_duplicate=False)]
-            save_together(programs, temporary, written=written, infinite=frozenset(infinite))
+            save_together(programs, temporary, written=written, infinite=may_be_infinite(adapted))
         with stages("verify"), keeping(temporary.parent) if coded else nullcontext():
             idle: list[set[str]] = []
             verified = []

@@ -178,6 +178,11 @@ class Adapter(Holder):
                 total = mean if total is None else total + mean
         return total
 
+    @property
+    def excluding(self) -> frozenset[str]:
+        """The dotted names of the tensors in which minus infinity is a value, as methods say."""
+        return frozenset(f"{p.key}.{name}" for p in self.placements for name in p.method.excluding())
+
     def recall(self, state: Mapping[str, Tensor]) -> None:
         """Make buffers for what a method keeps during training, if `state` has a value; delete the other ones."""
         for placement in self.placements:

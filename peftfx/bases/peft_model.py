@@ -9,6 +9,7 @@ import copy
 import json
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ _START = "init_lora_weights"
 _MOVES_BASE = re.compile("pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
 
 
+#: The option by which PEFT's files leave trained values out.
+_SHORT = "save_only_topk_weights"
 #: The names of children of PEFT's layers that are the base's own modules.
 _HOLDS = ("base_layer", "original_module", "token_adapter", "model")
 
@@ -39,7 +42,7 @@ def plain_base(model: Any) -> nn.Module:
         PeftfxError: adapters are merged into the base, or a layer of PEFT holds no known module of the base.
     """
     base: nn.Module = model.get_base_model()
-    memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers(), *_states(base))}
     inner: dict[int, nn.Module] = {}
     _find_layers(base, "", inner)
     for number, module in inner.items():
@@ -47,6 +50,18 @@ def plain_base(model: Any) -> nn.Module:
             module = inner[id(module)]
         memo[number] = copy.deepcopy(module, memo)
     return copy.deepcopy(base, memo)
+
+
+def _states(base: nn.Module) -> Iterator[object]:
+    """Find the objects that layers keep beside a weight of a class of its own: layers that share the weight share them.
+
+    In its first call bitsandbytes' int8 layer moves the scales out of the weight into such an object. A second layer
+    with an object of its own would find them no more.
+    """
+    for module in base.modules():
+        if any(type(p) is not nn.Parameter and vars(p) for p in module._parameters.values() if p is not None):
+            own = (value for name, value in vars(module).items() if not name.startswith("_"))
+            yield from (v for v in own if hasattr(v, "__dict__") and not callable(v))
 
 
 def _find_layers(module: nn.Module, path: str, found: dict[int, nn.Module]) -> None:
@@ -81,11 +96,13 @@ class Taken:
             name it, because the base in memory has been moved already.
         frozen: the tensors that do not train, although others of the adapter do, by their names in the file without
             `.weight`.
+        whole: a folder with all that the adapter trains, if the files in `folder` leave some of it out.
     """
 
     folder: Path
     start: str
     frozen: tuple[str, ...]
+    whole: Path | None
 
 
 def save_peft_adapters(model: Any, directory: Path) -> dict[str, Taken]:
@@ -99,19 +116,29 @@ def save_peft_adapters(model: Any, directory: Path) -> dict[str, Taken]:
         raise PeftfxError(what, "PeftMixedModel", "make each adapter a PeftModel, save it, and load it by peftfx.load")
     found: dict[str, Taken] = {}
     for name, config in model.peft_config.items():
-        own = directory / str(len(found))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model.save_pretrained(str(own), selected_adapters=[name], save_embedding_layers=False)
-        except Exception as error:
-            what = f"peft cannot write this {config.peft_type} adapter: {first_line(error)}"
-            raise PeftfxError(what, name, "call delete_adapter(NAME) of the PeftModel first") from error
-        folder = own if name == "default" else own / name
-        found[name] = Taken(folder, _take_start(folder / _CONFIG), _frozen(model, name))
+        folder, whole = _save(model, name, directory / str(len(found))), None
+        if getattr(config, _SHORT, False):
+            setattr(config, _SHORT, False)
+            try:
+                whole = _save(model, name, directory / f"{len(found)}-whole")
+            finally:
+                setattr(config, _SHORT, True)
+        found[name] = Taken(folder, _take_start(folder / _CONFIG), _frozen(model, name), whole)
         if left := _left_out(config):
             warn(f"adapter {name!r}: {left}")
     return found
+
+
+def _save(model: Any, name: str, directory: Path) -> Path:
+    """Let a HF PEFT model write one adapter, and return the folder with its files."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(str(directory), selected_adapters=[name], save_embedding_layers=False)
+    except Exception as error:
+        what = f"peft cannot write this {model.peft_config[name].peft_type} adapter: {first_line(error)}"
+        raise PeftfxError(what, name, "call delete_adapter(NAME) of the PeftModel first") from error
+    return directory if name == "default" else directory / name
 
 
 def _frozen(model: nn.Module, adapter: str) -> tuple[str, ...]:
@@ -136,8 +163,6 @@ def _take_start(file: Path) -> str:
 
 def _left_out(config: Any) -> str:
     """Return what HF PEFT leaves out of an adapter's file, if it trains that."""
-    if getattr(config, "save_only_topk_weights", False):
-        return "it is taken over as peft saves it (save_only_topk_weights), without the logits of its other vectors"
     if getattr(config, "encoder_reparameterization_type", None) or getattr(config, "prefix_projection", False):
         return "it is taken over as peft saves it, without the encoder of its prompts, which is not trained further"
     return ""

@@ -248,6 +248,10 @@ class Method(ABC):
         """Return the names of tensors that training may keep beside the parameters. No graph reads them."""
         return frozenset()
 
+    def excluding(self) -> frozenset[str]:
+        """Return the names of tensors in which minus infinity is a value: the logit of what is never chosen."""
+        return frozenset()
+
     def shared(
         self, sites: Sequence[Site], bases: Iterable[Base], like: Tensor, rng: torch.Generator | None
     ) -> dict[str, Tensor]:

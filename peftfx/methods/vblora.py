@@ -107,6 +107,9 @@ class VBLoRA(FactoredMethod):
         a, b = (self._mixed(p[name], p[BANK]) for name in LOGITS)
         return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
 
+    def excluding(self) -> frozenset[str]:
+        return frozenset(LOGITS if self.save_only_topk_weights else ())
+
     def file_keys(self, site: Site) -> dict[str, str]:
         if not self.save_only_topk_weights:
             return self.keys(site)

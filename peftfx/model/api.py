@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapters.files.swap import swap_file, swap_state
+from peftfx.adapters.files.reader import read_adapter
+from peftfx.adapters.files.swap import fill, swap_file, swap_state
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_model import active_adapters, is_peft_model, plain_base, save_peft_adapters
@@ -21,6 +22,7 @@ from peftfx.model.plan import Plan, make_plan
 from peftfx.options import FORWARD
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
+from peftfx.twins.repacked import unpack_all
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
 from peftfx.views.finding.named_views import find_view, view_of_sites
@@ -112,12 +114,15 @@ def load(
 
 def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str | None) -> AdaptedModel:
     """Return an adapted model with the base and the adapters of a HF PEFT model."""
+    unpack_all(dict(model.named_modules()))  # for peft calls state_dict, in which bitsandbytes spoils repacked layers
     with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
         taken = save_peft_adapters(model, Path(folder))
         adapted = bare(model, inputs, road)
         for name, own in taken.items():
             adapted.load_adapter(own.folder, name)
             adapted.adapter(name).start = own.start
+            if own.whole is not None:
+                fill(adapted.adapter(name), read_adapter(own.whole, adapted.source, adapted.sites))
     adapted.set_adapter(active_adapters(model))
     for name, own in taken.items():
         if own.frozen:

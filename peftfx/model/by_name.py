@@ -260,6 +260,7 @@ class AdaptersByName(SeenByTrainers):
             self.modules_road.leave(gone)
         self.graphs.forget_derived()
         if not self.names():
+            self._twin.plain.restore()
             self._shared.thaw(self.base)
         return self.base
 

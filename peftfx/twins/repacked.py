@@ -113,7 +113,7 @@ def _plain(module: nn.Module) -> tuple[Tensor, Any]:
 
     weight = _weight(module)
     data, state = weight.data, copy.copy(weight.quant_state)
-    if state.packing_format_for_cpu:
+    if getattr(state, "packing_format_for_cpu", False):  # a file has scales out of order without this mark
         state.original_nested = False  # otherwise the scales are rounded once more, to 8 bits
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
     state.absmax = state.absmax.T.reshape(-1).to(torch.float32)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+import peft
 import pytest
 import torch
+from support.adapted import randomise
+from support.zoo import ZOO
 
 import peftfx
 from peftfx.contract.common.householder import orthonormal
 from peftfx.errors import PeftfxError
 from peftfx.methods import method_named
+from peftfx.runtime import load
 from peftfx.testing.parity import compare
 
 Case = tuple[str, Mapping[str, object]]
@@ -59,6 +64,53 @@ def test_it_computes_and_trains_as_hf_peft(kind: str, options: Mapping[str, obje
 def test_weights_of_the_largest_logits_alone_are_read_and_written_as_hf_peft_does() -> None:
     options = {"num_vectors": 6, "vector_length": 4, "r": 3, "save_only_topk_weights": True}
     compare(method_named("VBLORA"), options, gradients=False)
+
+
+def test_logits_that_choose_nothing_are_exported_and_no_other_infinity(tmp_path: Path) -> None:
+    options = {"num_vectors": 16, "vector_length": 4, "r": 3, "save_only_topk_weights": True, "task_type": "CAUSAL_LM"}
+    config = peft.VBLoRAConfig(target_modules=["q_proj", "v_proj"], **options)
+    theirs = peft.get_peft_model(ZOO["llama"].build(), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    loaded = peftfx.load(ZOO["llama"].build(), tmp_path / "adapter").eval()
+    ids = torch.arange(3, 18).view(3, 5)
+    for merge in (True, False):
+        loaded.export(tmp_path / "out", merge=merge, view="forward", force=True)
+        for rows in (ids, ids[:1, :2]):
+            found = load(tmp_path / "out")(input_ids=rows, attention_mask=torch.ones_like(rows)).logits
+            torch.testing.assert_close(
+                torch.as_tensor(found), theirs(input_ids=rows).logits.detach(), atol=1e-4, rtol=0
+            )
+    key, logits = next((name, p) for name, p in loaded.named_parameters() if "vblora_logits" in name)
+    for value in (float("inf"), float("nan")):
+        with torch.no_grad():
+            logits.view(-1)[0] = value
+        with pytest.raises(PeftfxError, match="holds NaN or an infinity") as caught:
+            loaded.export(tmp_path / "other", view="forward")
+        assert str(caught.value.where) in key
+
+
+def test_all_logits_of_a_model_of_peft_are_taken_over(tmp_path: Path) -> None:
+    options = {"num_vectors": 16, "vector_length": 4, "r": 3, "save_only_topk_weights": True}
+    config = peft.VBLoRAConfig(target_modules=["q_proj", "v_proj"], **options)
+    theirs = peft.get_peft_model(ZOO["llama"].build(), config)
+    randomise(theirs)
+    ours, ids = peftfx.transform(theirs), torch.arange(3, 18).view(3, 5)
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.train()(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    wanted = {n: p for n, p in theirs.named_parameters() if "vblora_logits" in n}
+    found = {n: p for n, p in ours.named_parameters() if "vblora_logits" in n}
+    assert len(found) == len(wanted) == 8
+    for own, other in zip(found.values(), wanted.values(), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=0)
+    assert config.save_only_topk_weights
+    ours.save_pretrained(tmp_path / "own")
+    again = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "own").eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits, atol=1e-5, rtol=0)
 
 
 def test_an_orthonormal_factor_has_the_signs_of_lapack() -> None:

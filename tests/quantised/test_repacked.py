@@ -123,6 +123,31 @@ def test_over_a_base_that_has_run_the_rounded_scales_are_told(kind: str, double:
     assert ROUNDED in str(model.merge())
 
 
+@packing
+@pytest.mark.parametrize(("kind", "double"), KINDS)
+def test_a_base_that_is_saved_after_a_call_has_its_own_scales(kind: str, double: bool, saved: Path) -> None:
+    fresh, used = base(kind, double), load(base(kind, double), saved)
+    logits(used)
+    want, found = fresh.state_dict(), used.unload().state_dict()
+    assert want.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in want.items())
+
+
+@packing
+def test_a_file_with_scales_out_of_order_is_read_in_order(saved: Path, tmp_path: Path) -> None:
+    ran = base()
+    want = logits(load(base(), saved).floating())
+    logits(ran)
+    ran.state_dict()
+    for module in ran.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            held = module.weight.quant_state.as_dict(packed=True)  # what a file has
+            module.weight.quant_state = bnb.functional.QuantState.from_dict(held, torch.device("cpu"))
+    with pytest.warns(PeftfxWarning, match="rounded their scales"):
+        model = peftfx.load(ran, saved)
+    torch.testing.assert_close(logits(model.floating()), want, atol=2e-2 * float(want.abs().max()), rtol=0)
+
+
 @pytest.mark.parametrize("spoiled", [False, True], ids=["packed", "after state_dict"])
 @pytest.mark.parametrize(("kind", "double"), KINDS)
 def test_repacked_codes_are_read_exactly_and_the_layer_left_alone(kind: str, double: bool, spoiled: bool) -> None:

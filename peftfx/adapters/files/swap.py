@@ -51,7 +51,14 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
         where = min([*names, *shapes], default="its options")
         what = "this adapter cannot take the place of the loaded one: its places, ranks or options differ"
         raise PeftfxError(what, where, "load it beside the other one: load_adapter(path, another_name)")
-    for name, value in others.items():
+    fill(adapter, new)
+
+
+@torch.no_grad()
+def fill(adapter: Adapter, other: Adapter) -> None:
+    """Copy the tensors of another adapter with the same tensors into an adapter."""
+    own = dict(adapter.tensors())
+    for name, value in other.tensors():
         own[name].copy_(value)
 
 
