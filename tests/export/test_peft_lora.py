@@ -21,7 +21,7 @@ from peftfx.export.command import export_directory
 from peftfx.sites.sites import Sites
 
 #: Their layers are of kinds that others here have: convolutions and attentions of vision, a gated text model.
-COSTLY = {"unet", "gemma2", "glm", "deberta", "whisper", "blip2", "segformer"}
+COSTLY = {"unet", "gemma2", "glm", "deberta", "whisper", "blip2", "segformer", "mpt", "convnext"}
 
 # Whisper's code reads fields of these modules that peft's wrappers do not have.
 LEFT_OUT = {"whisper": ["conv1", "conv2", "embed_positions"]}

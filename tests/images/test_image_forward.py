@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_model.checks import build
+from support.few import but_for
 from torch import Tensor
 
 import peftfx
@@ -54,7 +55,7 @@ def joined(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+@pytest.mark.parametrize("kind", but_for({"llava"}, ("llava", "smolvlm")))
 def test_texts_and_images_of_other_numbers(kind: str, tmp_path: Path) -> None:
     model = adapted(kind)
     report = model.export(tmp_path / "out", view="forward")
@@ -84,6 +85,7 @@ def test_other_values_of_an_images_sizes_are_told_and_refused(tmp_path: Path) ->
     assert line in refused.value.hint
 
 
+@pytest.mark.slow
 def test_a_chosen_size_is_that_of_all_images(tmp_path: Path) -> None:
     model = adapted("qwen2_5_vl")
     report = model.export(tmp_path / "out", view="forward", image_size=(48, 64))

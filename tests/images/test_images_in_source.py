@@ -125,6 +125,7 @@ def test_the_command_answers_a_prompt_about_an_image(seeing: Seeing, peftfx: Run
     assert len(set(said)) > 2
 
 
+@pytest.mark.slow
 def test_an_adapted_model_generates_what_its_base_with_the_adapter_generates(seeing: Seeing) -> None:
     base = hf.Florence2ForConditionalGeneration.from_pretrained(seeing.root / "base")
     adapted = compiler.load(base, seeing.root / "adapter")
@@ -139,12 +140,14 @@ def test_a_dry_run_tells_the_files_of_the_export(seeing: Seeing, peftfx: Run) ->
     assert told["views"] == ["vision", "encoder", "decoder"]
 
 
+@pytest.mark.slow
 def test_adapters_are_not_swapped_beside_images(seeing: Seeing) -> None:
     base = build("image-text-to-text", "florence2")
     with pytest.raises(PeftfxError, match="models of text alone, and this one reads images"):
         compiler.export_onnx(base, seeing.root / "never", view="decode", slots="all-linear")
 
 
+@pytest.mark.slow
 def test_the_merged_decoder_of_optimum_is_written_beside(tmp_path: Path) -> None:
     base = build("image-text-to-text", "florence2")
     compiler.export_onnx(base, tmp_path / "out", view="decode", merged_decoder=True)

@@ -145,6 +145,7 @@ def test_a_dry_run_finds_the_views_of_an_export(writing: Writing, peftfx: Run) -
     assert set(told["files"]) == {path.name for path in (writing.root / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_text_that_the_image_encoder_reads_may_have_any_length(tmp_path: Path, peftfx: Run) -> None:
     """The Q-Former of InstructBLIP reads the prompt too."""
     base = tiny("image-text-to-text", "instructblip")

@@ -13,7 +13,6 @@ QUICK = frozenset(
         "sequence-classification/BERT/P-Tuning",
         "image-classification/ViT/Prefix Tuning",
         "image-classification/ViT/IA3",
-        "semantic-segmentation/SegFormer/AdaLoRA",
     }
 )
 WHOLE = (pytest.mark.matrix, pytest.mark.slow)

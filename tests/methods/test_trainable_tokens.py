@@ -243,7 +243,14 @@ def test_rows_of_a_base_in_16_bits_are_trained_in_float32_as_in_peft(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float16), (False, torch.float16), (True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("tied", "dtype"),
+    [
+        pytest.param(True, torch.float16, marks=pytest.mark.slow),
+        (False, torch.float16),
+        pytest.param(True, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_rows_in_float32_act_in_the_16_bits_of_the_base(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
     base = llama(tied=tied, dtype=dtype)
     theirs = trained(base, beside("q_proj"), tmp_path / "theirs")
