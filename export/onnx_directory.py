@@ -53,6 +53,7 @@ from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, load
 from peftfx.options import DECODE, FORWARD
+from peftfx.passes.adaptation.constants import freeze_solutions
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import Pass
 from peftfx.passes.manager import PassManager
@@ -165,6 +166,9 @@ def export_onnx(
                 facts.add_merged(report, merged)
                 told = [facts.tell_rounding(graph, functools.partial(facts.add_rounding, report)) for graph in merged]
                 parts = [replace(part, exported=graph) for part, graph in zip(parts, told, strict=True)]
+        else:
+            parts = [replace(part, exported=freeze_solutions(part.exported)) for part in parts]
+            facts.add_merged(report, [part.exported for part in parts])
         if passes:
             with stages("rewrite"):
                 parts, report.passes = run_own(passes, parts)

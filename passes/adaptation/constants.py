@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,8 @@ _MOVES = frozenset(
         *(aten.transpose.int, aten.permute.default, aten.t.default, aten.unsqueeze.default, aten.clone.default),
     }
 )
+#: Operators that solve equations.
+_SOLVES = frozenset({aten.linalg_solve.default, aten.linalg_inv.default, aten.inverse.default})
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,27 @@ def freeze(graph: Graph) -> int:
     """
     free = _input_free(graph)
     edges = [n for n in free if any(user not in free for user in n.users)]
-    rewriter = Rewriter(graph.module.graph)
     cuts = dict.fromkeys(_before_repetition(node) for node in edges)
+    _cut(graph, cuts, free)
+    return len(cuts)
+
+
+def freeze_solutions(graph: Graph) -> Graph:
+    """Return a copy where the solutions of equations between an adapter's tensors are recipes, computed once.
+
+    ONNX has no operator that solves equations. The copy is the graph itself if it solves none.
+    """
+    if not any(node.target in _SOLVES for node in graph.nodes()):
+        return graph
+    result = graph.clone()
+    free = _input_free(result, made=True)
+    _cut(result, [node for node in free if node.target in _SOLVES], free)
+    return result
+
+
+def _cut(graph: Graph, cuts: Collection[fx.Node], free: Container[fx.Node]) -> None:
+    """Turn these nodes into recipes, and erase the `free` nodes that nothing reads any more."""
+    rewriter = Rewriter(graph.module.graph)
     for node in cuts:
         ancestors = list(_ancestors(node))
         name = _name(node, ancestors, graph.derived)
@@ -63,18 +84,18 @@ def freeze(graph: Graph) -> int:
         if not node.users and (node in free or node.op == "get_attr"):
             rewriter.erase(node)
     rewriter.close(graph)
-    return len(cuts)
 
 
-def _input_free(graph: Graph) -> dict[fx.Node, None]:
+def _input_free(graph: Graph, *, made: bool = False) -> dict[fx.Node, None]:
     """Return the nodes of an adapter's tensors, and of what its own code computes from no input; in order.
 
-    Nodes of the model's code are left out: they may cut a table into a thousand pieces.
+    Nodes of the model's code are left out: they may cut a table into a thousand pieces. With `made`, tensors that the
+    adapter's code makes, such as `torch.eye`, are constants too.
     """
     constant: set[fx.Node] = set()
     found: dict[fx.Node, None] = {}
     for node in graph.nodes():
-        if node.op == "get_attr" or _is_constant(node, constant):
+        if node.op == "get_attr" or _is_constant(node, constant, made and REGION in node.meta):
             constant.add(node)
             own = str(node.target).startswith(f"{ADAPTERS}.") and OVERRIDES not in node.meta
             added = REGION in node.meta or OVERRIDES in node.meta
@@ -83,8 +104,10 @@ def _input_free(graph: Graph) -> dict[fx.Node, None]:
     return found
 
 
-def _is_constant(node: fx.Node, constant: Container[fx.Node]) -> bool:
-    if node.op != "call_function" or not node.all_input_nodes or not isinstance(node.meta.get("val"), Tensor):
+def _is_constant(node: fx.Node, constant: Container[fx.Node], made: bool) -> bool:
+    if node.op != "call_function" or not (node.all_input_nodes or made):
+        return False
+    if not isinstance(node.meta.get("val"), (Tensor, list, tuple) if made else Tensor):
         return False
     random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) or node.is_impure()
     return not random and all(n in constant for n in node.all_input_nodes)

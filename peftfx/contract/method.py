@@ -277,6 +277,14 @@ class Method(ABC):
         """
         return {}
 
+    def as_saved(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Self, str]:
+        """Return the method that a file is of, and why it is not this one, which its config says; empty if it is.
+
+        Args:
+            shapes: the shapes of the file's tensors, by their names there without `prefix`.
+        """
+        return self, ""
+
     def changes_nothing(self, saved: Mapping[str, Tensor]) -> bool:
         """Return whether the tensors that a file has of one module leave this module's output as it is.
 

@@ -84,6 +84,11 @@ class WeightMethod(Method):
         """
         return False
 
+    @property
+    def adds(self) -> bool:
+        """Whether `forward` is `y` and a term without `y`, which HF PEFT rounds to `y`'s dtype at a quantised layer."""
+        return False
+
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
         """Return the fold over earlier methods at the site: `under` is what they made of `base`.
 

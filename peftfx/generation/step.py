@@ -176,9 +176,10 @@ def as_mask(mask: Tensor) -> Tensor:
     if mask.ndim != 2:
         raise PeftfxError(f"a mask is [batch, length], not {list(mask.shape)}", "attention_mask", hint)
     whole = mask.long()
-    wrong = (whole != mask) | (whole >> 1 != 0)
+    given = mask if mask.is_floating_point() else whole  # torch does not compare unsigned numbers with others
+    wrong = (given != 0) & (given != 1)
     if bool(wrong.any()):
-        raise PeftfxError(f"a mask has zeros and ones, not {mask[wrong][0].item():g}", "attention_mask", hint)
+        raise PeftfxError(f"a mask has zeros and ones, not {given[wrong][0].item():g}", "attention_mask", hint)
     return whole
 
 

@@ -43,6 +43,8 @@ class WeightGuest:
 
     Attributes:
         alone: whether the method never reads the module's output, so that the output need not be computed.
+        adds: whether the method's term is rounded to the output's dtype before it is added, as in HF PEFT's layers over
+            quantised ones.
         first: whether the method does not read the module's output if it is the first method that acts.
     """
 
@@ -51,6 +53,7 @@ class WeightGuest:
         self.reader = WeightReader(module, seat.placement.site.shape) if is_quantised(module) else None
         self.alone = self.acting.method.reruns and self.acting.block is None
         self.first = self.acting.method.replaces and self.acting.block is None and self.reader is None
+        self.adds = self.acting.method.adds and self.reader is not None
         self.params = Parameters(adapter, adapter.keys(seat.placement))
 
     def act(
@@ -73,7 +76,10 @@ class WeightGuest:
             p |= read_call_inputs(self.acting.method, x)
         if not x.is_meta and any(tensor.is_meta for tensor in p.values()):
             raise _without_values(self.seat.path)
-        return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
+        if not self.adds or y is None or y.element_size() > 2 or torch.is_autocast_enabled():
+            return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
+        nothing = y.new_zeros(()).expand_as(y)
+        return y + adapted(self.acting, p, operation, x, nothing, stored, rerun, training=module.training)  # type: ignore[arg-type]
 
     def _operation(self, own: _Forward, module: nn.Module, stored: tuple[Tensor, Tensor | None]) -> Op:
         """Return the site's operation; a quantised layer runs its own forward as long as its weight is unchanged."""

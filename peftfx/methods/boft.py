@@ -8,6 +8,8 @@ is no low-rank update.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -74,6 +76,16 @@ class BOFT(WeightMethod):
 
     def keys(self, site: Site) -> dict[str, str]:
         return {R: R, S: S}
+
+    def as_saved(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[BOFT, str]:
+        found = {shape[0] for name, shape in shapes.items() if name.rpartition(".")[2] == R and len(shape) == 4}
+        if len(found) != 1 or (count := found.pop()) >= self.boft_n_butterfly_factor or not count:
+            return self, ""
+        why = (
+            f"the config says boft_n_butterfly_factor={self.boft_n_butterfly_factor}, and the tensors have {count}, as "
+            f"peft trains without its CUDA extension: {count} is what it was trained with, and what is used"
+        )
+        return dataclasses.replace(self, boft_n_butterfly_factor=count), why
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         if site.groups > 1:

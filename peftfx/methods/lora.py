@@ -136,6 +136,10 @@ class LoRA(LoraForms):
         return self.use_dora
 
     @property
+    def adds(self) -> bool:
+        return not self.use_dora and not self.invoked_by
+
+    @property
     def unfoldable(self) -> str:
         return "an aLoRA acts behind its invocation tokens alone, and no weight does that" if self.invoked_by else ""
 

@@ -143,8 +143,8 @@ class OnnxModel:
         shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
         limits = self.metadata.get(SIZES_KEY, "")
         told = f"the export is right where: {limits}; " if limits else ""
-        if outside := _OUTSIDE.search(str(error)):
-            rows = int(outside["last"]) + 1
+        outside = _OUTSIDE.search(str(error))
+        if outside and (rows := int(outside["last"]) + 1) > 1:  # a table of one row is a check of the graph
             what = f"the inputs ask for row {outside['row']} of a table of {rows} rows, of tokens or of positions"
             return PeftfxError(what, str(self.path), f"{told}give a shorter text, or other tokens")
         what = f"ONNX Runtime refuses these inputs: {first_line(error)}"

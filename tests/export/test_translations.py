@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from support.adapted import randomise
+from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
@@ -13,6 +16,7 @@ from peftfx import LoRA
 from peftfx.export import OnnxModel, to_onnx
 from peftfx.export.translation.operators import torchlib
 from peftfx.export.writing.weights import save
+from peftfx.runtime import load
 
 
 class Functions(nn.Module):
@@ -216,3 +220,25 @@ def test_rows_whose_number_the_values_say_are_written_at_the_places_of_a_mask(en
         given = {"x": torch.randn(len(languages), 5, 4), "languages": torch.tensor(languages)}
         (got,) = served(**given).values()
         torch.testing.assert_close(torch.as_tensor(got), model(**given), rtol=0, atol=1e-6)
+
+
+SOLVING = {
+    "BOFT": peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "down_proj"]),
+    "OFT": peft.OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["q_proj", "down_proj"]),
+    "PSOFT": peft.PsoftConfig(r=4, target_modules=["q_proj", "down_proj"]),
+}
+
+
+@pytest.mark.parametrize("kind", SOLVING)
+def test_equations_between_an_adapters_own_tensors_are_solved_once(kind: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), SOLVING[kind]).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = peftfx.load(ZOO["llama"].build(), tmp_path / "adapter").eval()
+    report = ours.export(tmp_path / "out", merge=False, view="forward")
+    assert len(report.folded) == 4
+    assert not report.merged
+    for shape in ((3, 5), (1, 1), (1, 7)):
+        ids = torch.randint(3, 20, shape, generator=torch.Generator().manual_seed(shape[1]))
+        found = load(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(torch.as_tensor(found), theirs(input_ids=ids).logits.detach(), atol=1e-4, rtol=0)

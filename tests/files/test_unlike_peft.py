@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from support.adapted import CONVS, Convs, randomise
+from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
@@ -64,3 +65,25 @@ def test_nothing_is_said_where_peft_computes_the_same(options: dict[str, object]
         warnings.simplefilter("error", PeftfxWarning)
         ours.save_pretrained(tmp_path)
         peftfx.load(base, tmp_path, inputs={"input": X[:, :4]})
+
+
+@pytest.mark.parametrize("factors", [2, 3])
+def test_a_butterfly_that_peft_trained_with_one_factor_is_read_with_one(factors: int, tmp_path: Path) -> None:
+    config = peft.BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=factors, target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(ZOO["llama"].build(), config).eval()  # on a CPU peft says that it takes one
+        randomise(theirs)
+        theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.warns(PeftfxWarning, match=f"boft_n_butterfly_factor={factors}, and the tensors have 1"):
+        ours = peftfx.load(ZOO["llama"].build(), tmp_path / "theirs").eval()
+    for shape in ((3, 5), (1, 1)):
+        ids = torch.randint(3, 20, shape)
+        torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+    ours.save_pretrained(tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = peftfx.load(ZOO["llama"].build(), tmp_path / "ours")
+    assert again.adapter("default").rules[0].boft_n_butterfly_factor == 1
+    both = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "ours").eval()
+    torch.testing.assert_close(both(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)

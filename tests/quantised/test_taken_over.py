@@ -78,3 +78,29 @@ def test_ours_trains_as_theirs_would_and_leaves_theirs_as_it_is(kind: str, tmp_p
     torch.testing.assert_close(logits(ours.floating()), want, rtol=0, atol=1e-5)
     ours.export(tmp_path / "out", view="forward")
     torch.testing.assert_close(logits(model), first, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_over_a_base_in_bfloat16_a_lora_is_rounded_before_it_is_added(kind: str, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        made = KINDS[kind](q.tiny().to(torch.bfloat16))
+        made.is_loaded_in_8bit, made.is_loaded_in_4bit = kind == "int8", kind != "int8"
+        return made
+
+    other = peft.get_peft_model(base(), copy.deepcopy(CONFIG))
+    randomise(other)
+    other.save_pretrained(tmp_path)
+    ours = peftfx.load(base(), tmp_path)
+    for ids in (IDS, IDS[:1, :4], IDS):
+        losses = []
+        for one in (ours, other):
+            one.zero_grad()
+            loss = one.train()(input_ids=ids, labels=ids).loss
+            loss.backward()
+            losses.append(loss.detach())
+            with torch.no_grad():
+                for p in one.parameters():
+                    if p.requires_grad:
+                        p.sub_(0.1 * p.grad)
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(ours), logits(other), rtol=0, atol=1e-3)

@@ -94,6 +94,9 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     config = read_adapter_config(directory)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
+    method, why = method.as_saved(weights.shapes)
+    if why:
+        warn(f"{directory}: {why}")
     if method.doubt:
         warn(f"{directory}: {method.doubt}")
     return _read_as(method, weights, base, sites, config)

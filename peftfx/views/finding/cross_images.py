@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import CROSS_MASK, example_inputs
 from peftfx.caches.cache import cache_of, empty_cache, held
-from peftfx.caches.held import Held, KeptTensor, cache_names
+from peftfx.caches.held import KEY, VALUE, Held, KeptTensor, cache_names
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.dry_run import fake_run
@@ -30,6 +30,7 @@ from peftfx.views.images import VISION, Images
 from peftfx.views.view import Axes, RunView
 
 _TEXT = ("input_ids", "attention_mask")
+_FORWARD = "use the forward view"
 _IMAGES = "images"  #: among the sizes of a trial: how many images each text has
 
 
@@ -198,41 +199,39 @@ def find_cross_images(base: nn.Module) -> CrossImages:
     Raises:
         PeftfxError: the model has no such layers, or no example of an image is known.
     """
-    what = "no layer of the model's decoder attends to images beside its text"
+    where, what = type(base).__name__, "no layer of the model's decoder attends to images beside its text"
     if not crosses(base):
-        raise PeftfxError(what, type(base).__name__)
+        raise PeftfxError(what, where, _FORWARD)
     made = example_inputs(base, sizes={"batch": 1})
-    image = {name: value for name, value in made.items() if name not in (*_TEXT, CROSS_MASK)}
     token = first_of(base.config, "image_token_id", "image_token_index")
     if CROSS_MASK not in made or not isinstance(token, int):
-        raise PeftfxError("peftfx cannot make an example of an image", type(base).__name__)
+        raise PeftfxError("peftfx cannot make an example of an image", where, _FORWARD)
     with fake_run(base) as fake:
-        found = []
+        found: list[list[Any]] = []  # the layers' keys and values, of a text and of a text with an image
         for given in ({name: made[name] for name in _TEXT}, made):
             cache = empty_cache(base)
             try:
-                fed = {name: fake(value) for name, value in given.items()}
-                base(**fed, cache=cache, use_cache=True)
+                base(**{name: fake(value) for name, value in given.items()}, cache=cache, use_cache=True)
             except Exception as error:
                 raise_if_memory_is_out(error)
                 said = f"the model does not run with an image and a plain key/value cache: {first_line(error)}"
-                raise PeftfxError(said, type(base).__name__) from error
-            found.append([getattr(layer, "keys", None) is not None for layer in cache.layers])
+                raise PeftfxError(said, where, _FORWARD) from error
+            found.append([(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers])
         layers = tuple(
-            Held(
-                tuple(
-                    KeptTensor(name, tuple(map(int, value.shape[1:])), value.dtype)
-                    for name, value in (("key", layer.keys), ("value", layer.values))  # type: ignore[attr-defined]
-                )
-                if seeing and not reading
-                else ()
-            )
-            for layer, reading, seeing in zip(cache.layers, *found, strict=True)
+            Held(()) if text[0] is not None or image[0] is None else _of_fixed_size(*image)
+            for text, image in zip(*found, strict=True)
         )
-    if not any(layer.kept for layer in layers) or layers[0].kept:
-        raise PeftfxError(what, type(base).__name__)
-    inputs = tuple((name, tuple(value.shape)) for name, value in image.items())
-    return CrossImages(Images(token, 0, base.dtype, None, False, inputs), layers, tuple(made[CROSS_MASK].shape[2:]))  # type: ignore[arg-type]
+    if not any(layer.kept for layer in layers) or layers[0].kept:  # the first layer counts a text's tokens
+        raise PeftfxError(what, where, _FORWARD)
+    inputs = tuple((name, tuple(value.shape)) for name, value in made.items() if name not in (*_TEXT, CROSS_MASK))
+    images = Images(token, 0, made["pixel_values"].dtype, None, False, inputs)
+    return CrossImages(images, layers, tuple(made[CROSS_MASK].shape[2:]))
+
+
+def _of_fixed_size(keys: Tensor, values: Tensor) -> Held:
+    """Return a layer that keeps keys and values of one image."""
+    both = ((KEY, keys), (VALUE, values))
+    return Held(tuple(KeptTensor(name, tuple(map(int, value.shape[1:])), value.dtype) for name, value in both))
 
 
 def decode_over_images(base: nn.Module) -> DecodeOverImages:
