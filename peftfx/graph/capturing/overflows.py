@@ -23,6 +23,7 @@ from peftfx.graph.capturing.size_conditions import raises_next
 _TESTS = {torch.isfinite: False, Tensor.isfinite: False, torch.isinf: True, Tensor.isinf: True}
 _JOINS = {torch.all: False, Tensor.all: False, torch.any: True, Tensor.any: True}
 _CLAMPS = frozenset({torch.clamp, Tensor.clamp, torch.clip, Tensor.clip})
+_FOLLOWED = frozenset({*_TESTS, *_JOINS, *_CLAMPS, Tensor.__bool__})
 
 
 class limits_of_overflows(TorchFunctionMode):
@@ -55,6 +56,8 @@ class limits_of_overflows(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Follow a tensor from its test for infinite numbers to a branch on the test, and to its clamp."""
+        if func not in _FOLLOWED:
+            return func(*args, **(kwargs or {}))
         named = dict(kwargs or {})
         first = args[0] if args and isinstance(args[0], Tensor) else None
         if func is Tensor.__bool__ and id(first) in self._joined:
