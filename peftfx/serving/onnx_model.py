@@ -20,7 +20,9 @@ _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that nump
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 #: What ONNX Runtime says of an index that is outside a tensor.
-_OUTSIDE = re.compile(r"idx=(?P<row>-?\d+) must be within the inclusive range \[-?\d+,(?P<last>\d+)\]")
+_OUTSIDE = re.compile(
+    r"Name:'(?P<node>[^']*)'.*idx=(?P<row>-?\d+) must be within the inclusive range \[-?\d+,(?P<last>\d+)\]", re.DOTALL
+)
 
 
 class OnnxModel:
@@ -143,12 +145,10 @@ class OnnxModel:
         shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
         limits = self.metadata.get(SIZES_KEY, "")
         told = f"the export is right where: {limits}; " if limits else ""
-        if outside := _OUTSIDE.search(str(error)):
-            row, rows = int(outside["row"]), int(outside["last"]) + 1
-            asks = next((n for n, t in tensors.items() if not t.is_floating_point() and bool((t == row).any())), "")
-            if asks and rows > 1:  # a table of one row is a check of the graph
-                what = f"{asks} holds {row}, and the model has a table of {rows} rows for it"
-                return PeftfxError(what, str(self.path), f"{told}give a shorter text, or other numbers")
+        outside = _OUTSIDE.search(str(error))
+        if outside and (rows := int(outside["last"]) + 1) > 1:  # a table of one row is a check of the graph
+            what = f"the inputs ask for row {outside['row']} of a table of {rows} rows, in {outside['node']}"
+            return PeftfxError(what, str(self.path), f"{told}give a shorter text, or other numbers: {shapes}")
         what = f"ONNX Runtime refuses these inputs: {first_line(error)}"
         return PeftfxError(what, str(self.path), f"{told}the inputs are {shapes}")
 

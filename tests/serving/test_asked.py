@@ -57,7 +57,7 @@ def test_a_text_beyond_learned_positions_is_refused_in_words(tmp_path: Path, pef
     directory = exported(hf.GPT2LMHeadModel(config).eval(), tmp_path / "out")
     result = peftfx("run", directory, "--prompt", " ".join(f"w{i}" for i in range(5, 25)))
     assert result.code == 2
-    assert "position_ids holds 16, and the model has a table of 16 rows" in result.err
+    assert "row 16 of a table of 16 rows, in transformer.wpe" in result.err
     assert "give a shorter text" in result.err
 
 

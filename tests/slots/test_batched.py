@@ -139,7 +139,7 @@ def test_the_graph_itself_refuses_it_too(llama: tuple[AdaptedModel, Path]) -> No
     feed["attention_mask"] = feed["attention_mask"][:, :7]
     served.model(**feed)
     for wrong in (-2, -(2**31) - 1, -(2**63), 4, 2**63 - 1):
-        with pytest.raises(PeftfxError, match="out of data bounds|adapter_ids holds 4"):
+        with pytest.raises(PeftfxError, match=r"row -?\d+ of a table of 5 rows"):
             served.model(**{**feed, IDS: torch.tensor([0, wrong])})
 
 
