@@ -204,11 +204,18 @@ class PeftSurface(Merging):
         For trainers that compare a model with a second one: TRL's `DPOTrainer(adapted, adapted.reference())`.
 
         Args:
-            names: the names of the adapters that act in the reference model; without names it is the base.
+            names: the names of the adapters that act in the reference model; without names it is the base. A warning
+                says so if an active adapter was loaded: it may have been trained before.
 
         Example:
             >>> reference = adapted.reference()  # for `DPOTrainer(adapted, reference, ...)`
         """
+        loaded = [name for name in self.active if self.adapter(name).accounts]
+        if not names and loaded:
+            warn(
+                f"the reference is the base without the loaded adapter {loaded[0]!r}. TRL compares a PeftModel with "
+                "its adapter at the start of training: load the adapter again as 'ref', and use reference('ref')"
+            )
         return ReferenceModel(self, (names,) if isinstance(names, str) else names)
 
     def gradient_checkpointing_enable(
