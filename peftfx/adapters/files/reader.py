@@ -112,7 +112,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     marks = {suffix.partition(".")[0] for p in possible for suffix in p.file_suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     targeted = _targeted(base, method, sites)
-    left_out = _left_out(placements, targeted, method, base, directory)
+    left_out = _left_out(placements, targeted, method, base)
     placements = [p for p in placements if p not in left_out]
     if not marks:  # the placements save no tensors of their own: only the config says which placements there are
         placements = list(placements_of(method, base, sites))
@@ -144,6 +144,9 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         why=lambda path: why_no_place(path, base, sites, method.kinds),
         modules=[name for name, _ in own_modules(base)],
     )
+    if left_out and not placements:
+        what = f"the config's target_modules leave out every module of the file, such as {_path(left_out[0], base)}"
+        raise PeftfxError(what, str(directory / CONFIG), "correct target_modules: HF PEFT does not load it either")
     if not wanted and not idle.by_module:
         what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
         raise PeftfxError(what, str(weights.path), "load it on the model that it was trained on, or save it again")
@@ -254,17 +257,9 @@ def _path(placement: Placement, base: nn.Module) -> str:
 
 
 def _left_out(
-    placements: list[Placement], targeted: Collection[str], method: Method, base: nn.Module, where: Path
+    placements: list[Placement], targeted: Collection[str], method: Method, base: nn.Module
 ) -> list[Placement]:
-    """Return the placements that the file has tensors for, but that the config leaves out, as HF PEFT does.
-
-    Raises:
-        PeftfxError: the config leaves out all of them.
-    """
-    left = [p for p in placements if _path(p, base) not in targeted]
-    if not left or not (method.target_modules or method.target_parameters):
+    """Return the placements that the file has tensors for, but that the config leaves out, as HF PEFT does."""
+    if not (method.target_modules or method.target_parameters):
         return []
-    if len(left) == len(placements):
-        what = f"the config's target_modules leave out every module of the file, such as {_path(left[0], base)}"
-        raise PeftfxError(what, str(where / CONFIG), "correct target_modules: HF PEFT does not load it either")
-    return left
+    return [p for p in placements if _path(p, base) not in targeted]
