@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "b
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _INNER = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
+_TRIALS = 4  #: the most layers of a kind that are run to find two that leave the same
 _FEWEST = 3  #: the fewest layers of one class for which copies can save time
 
 
@@ -73,6 +74,38 @@ def layers_of(model: nn.Module) -> dict[int, nn.Module]:
                 if counts[type(module)] >= _FEWEST and any(True for _ in module.children()):
                     found[id(vars(module))] = module
     return found
+
+
+class Described(Protocol):
+    """What one call of a layer left."""
+
+    @property
+    def text(self) -> object:
+        """A description without names and weights, which is equal for two layers that leave the same."""
+
+
+_L = TypeVar("_L", bound=Described)
+
+
+@dataclass
+class Kind(Generic[_L]):
+    """The state of one kind of layers.
+
+    Attributes:
+        last: what the last layer that ran left; None if it cannot stand for others.
+        ready: whether it stands for the other layers, because two layers left the same.
+        left: how many more layers are run to find two such layers.
+    """
+
+    last: _L | None = None
+    ready: bool = False
+    left: int = _TRIALS
+
+    def note(self, now: _L | None) -> None:
+        """Note what the next layer left. None ends the trials."""
+        before, self.last = self.last, now
+        self.ready = before is not None and now is not None and before.text == now.text
+        self.left = self.left - 1 if now is not None else 0
 
 
 ModulesOf = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]

@@ -24,13 +24,12 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftfx.graph.capturing.layer_kinds import LayerCall, ModulesOf, Unknown, described, layers_of, numbered
+from peftfx.graph.capturing.layer_kinds import Kind, LayerCall, ModulesOf, Unknown, described, layers_of, numbered
 from peftfx.telling import tell_share
 
 Forward = Callable[..., object]
 """The forward of a class of modules: takes the module, and the arguments."""
 _TRACED = 0.4  #: the share of a capture's time in which the layers run; in the rest torch.export checks the nodes
-_TRIALS = 4  #: the most layers of a kind that are traced to find two equal layers
 
 
 @contextmanager
@@ -112,21 +111,12 @@ class _Traced:
 
 
 @dataclass
-class _Kind:
-    """The state of one kind of layers: the last traced layer, whether it may be copied, and the trials left."""
-
-    traced: _Traced | None = None
-    ready: bool = False
-    left: int = _TRIALS
-
-
-@dataclass
 class _Stamper:
     """Runs layers when the model calls them. Modules are identified by their attributes, as torch may show proxies."""
 
     layers: Mapping[int, nn.Module]
     modules: ModulesOf
-    kinds: dict[object, _Kind] = field(default_factory=dict)
+    kinds: dict[object, Kind[_Traced]] = field(default_factory=dict)
     held: list[object] = field(default_factory=list)  #: objects whose id is in a key, kept alive
     thread: int = field(default_factory=threading.get_ident)
     run: set[int] = field(default_factory=set)  #: the layers that have run
@@ -150,20 +140,16 @@ class _Stamper:
             if key != path:  # the layer runs again
                 raise Unknown
             call = described(layer, args, kwargs, lambda tensor: _node(tracer, tensor), self.held, self.modules)
-            kind = self.kinds.setdefault(call.key, _Kind())
+            kind = self.kinds.setdefault(call.key, Kind())
         except Unknown:
             return original(module, *args, **kwargs)
-        if kind.ready and kind.traced is not None:
-            return _copied(tracer, kind.traced, call, path)
+        if kind.ready and kind.last is not None:
+            return _copied(tracer, kind.last, call, path)
         if not kind.left:
             return original(module, *args, **kwargs)
-        kind.left -= 1
-        before = kind.traced
         run = functools.partial(original, module, *args, **kwargs)
-        result, kind.traced = _trace(tracer, layer, call, path, run, self.modules)
-        kind.ready = before is not None and kind.traced is not None and before.text == kind.traced.text
-        if kind.traced is None:
-            kind.left = 0
+        result, traced = _trace(tracer, layer, call, path, run, self.modules)
+        kind.note(traced)
         return result
 
 

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.graph.capturing.layer_kinds import LayerCall, ModulesOf, Unknown, described, layers_of, numbered
+from peftfx.graph.capturing.layer_kinds import Kind, LayerCall, ModulesOf, Unknown, described, layers_of, numbered
 from peftfx.graph.capturing.stamping import Forward, layers_run_by
-
-_TRIALS = 4  #: the most layers of a kind that are run to find two with equal results
 
 
 @contextmanager
@@ -76,21 +74,12 @@ def _text(call: LayerCall, leaf: object) -> object:
 
 
 @dataclass
-class _Kind:
-    """The state of one kind of layers: the last call that ran, whether it stands for others, and the trials left."""
-
-    seen: _Seen | None = None
-    ready: bool = False
-    left: int = _TRIALS
-
-
-@dataclass
 class _Layers:
     """Runs layers when the model calls them. Modules are identified by their attributes."""
 
     layers: dict[int, nn.Module]
     modules: ModulesOf
-    kinds: dict[object, _Kind] = field(default_factory=dict)
+    kinds: dict[object, Kind[_Seen]] = field(default_factory=dict)
     held: list[object] = field(default_factory=list)  #: objects whose id is in a key, kept alive
     thread: int = field(default_factory=threading.get_ident)
 
@@ -102,12 +91,11 @@ class _Layers:
             call = described(layer, args, kwargs, lambda tensor: tensor, self.held, self.modules)
         except Unknown:
             return original(module, *args, **kwargs)
-        kind = self.kinds.setdefault(call.key, _Kind())
-        if kind.ready and kind.seen is not None:
-            return kind.seen.again(call)
+        kind = self.kinds.setdefault(call.key, Kind())
+        if kind.ready and kind.last is not None:
+            return kind.last.again(call)
         if not kind.left:
             return original(module, *args, **kwargs)
-        kind.left -= 1
         with numbered(layer, self.modules) as numbers:
             held = call.held(layer, self.modules)
             result = original(module, *args, **kwargs)
@@ -115,9 +103,7 @@ class _Layers:
                 changes = call.changes(held)
                 if any(number.used for number in numbers):
                     raise Unknown
-                before, kind.seen = kind.seen, _Seen.of(call, result, changes)
+                kind.note(_Seen.of(call, result, changes))
             except Unknown:
-                kind.left, kind.seen = 0, None
-                return result
-        kind.ready = before is not None and before.text == kind.seen.text
+                kind.note(None)
         return result
