@@ -24,10 +24,10 @@ from peftfx.export.verification.agreement import LOGITS, divergence
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export.writing.readers import lookups
-from peftfx.export.writing.stream import PAGE
 from peftfx.export.writing.weights import LARGE, content_of
 from peftfx.export_options.quantize import Scheme
 from peftfx.graph.graph import DERIVED
+from peftfx.memory.pages import PAGE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.sites.sites import Sites
 

@@ -25,8 +25,8 @@ from peftfx.export.verification.graph_parts import WIDENED, ModelPart, cut, stor
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export.verification.wide_weights import with_wide_weights
 from peftfx.export.writing.direct_read import DirectFile, span_of
-from peftfx.export.writing.stream import PAGE, page_memory
 from peftfx.export.writing.weights import LARGE
+from peftfx.memory.pages import PAGE, page_memory
 from peftfx.serving.onnx_model import OnnxModel, session_options, to_ort, to_torch
 from peftfx.telling import tell_share
 

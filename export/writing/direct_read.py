@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from peftfx.export.writing.stream import PAGE
+from peftfx.memory.pages import PAGE
 
 
 class DirectFile:

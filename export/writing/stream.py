@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import mmap
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-PAGE = 4096  #: bytes of a page: files are mapped in pages, and direct writes are whole pages
+from peftfx.memory.pages import PAGE, page_memory
+
 _BUFFER = 4 << 20
 
 
@@ -113,13 +113,3 @@ class Stream:
             self._flush()
         os.ftruncate(self._file, self.position)
         os.fsync(self._file)
-
-
-def page_memory(size: int) -> mmap.mmap:
-    """Return anonymous memory that starts on a page, in large pages if the system has them."""
-    size = max(size, PAGE)
-    private = getattr(mmap, "MAP_PRIVATE", None)  # not on Windows; shared memory has no large pages
-    memory = mmap.mmap(-1, size) if private is None else mmap.mmap(-1, size, flags=private | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(AttributeError, OSError):  # a hint, which not every system knows
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -16,8 +16,9 @@ from onnx_ir.tensor_adapters import TorchTensor
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import PERM, PIECES, SOURCE
 from peftfx.export.writing.finite import refuse_infinite
-from peftfx.export.writing.stream import PAGE, Stream
+from peftfx.export.writing.stream import Stream
 from peftfx.files import writing
+from peftfx.memory.pages import PAGE
 
 INLINE = 1024  #: bytes up to which an initializer is kept inside `model.onnx`
 LARGE = 65536  #: bytes from which a tensor starts on a page of its own, so that it can be memory-mapped

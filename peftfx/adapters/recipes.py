@@ -15,6 +15,7 @@ from peftfx.contract.method import Base
 from peftfx.contract.weight import WeightMethod, widened
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
+from peftfx.memory.pages import page_tensor
 from peftfx.sites.blocks import Block, turned
 from peftfx.sites.site import Site
 
@@ -179,7 +180,7 @@ class Folding:
         """Return the result of `measure` without a tensor of the weight's size in fp32."""
         stored, wide = exact(weight), None if bias is None else exact(bias).float()
         read = widened({target: get(target) for step in self.steps for target in step.params.values()})
-        new, new_bias, errors = torch.empty(stored.shape, dtype=weight.dtype), list[Tensor](), _Errors()
+        new, new_bias, errors = page_tensor(stored.shape, weight.dtype), list[Tensor](), _Errors()
         count = _rows_at_once(stored)
         for rows in (slice(first, first + count) for first in range(0, len(stored), count)):
             start = base = Base(stored[rows].float(), None if wide is None else wide[rows])

@@ -29,7 +29,7 @@ _PICKS = frozenset({aten.embedding.default, aten.index_select.default})
 _PIECE = 1 << 22  #: how many numbers of a weight are cast at a time: the allocator keeps so much memory for the next
 _CAST = 1 << 19  #: how many bytes of a cast weight are multiplied at a time, so that they stay in the cache
 _HALVES = {torch.float16, torch.bfloat16}
-_COLUMNS = 64  #: how many columns of a transposed weight are copied at a time, so that their lines stay in the cache
+_STRIP = 256  #: bytes of each row of a transposed weight that are copied at a time: the lines stay in the cache
 
 
 class Stored(Tensor):
@@ -110,7 +110,7 @@ def pieces(tensor: Tensor) -> Iterator[Tensor]:
         return
     for part in source.split(max(1, _PIECE * len(source) // tensor.numel())):
         copy = torch.empty(part.shape, dtype=tensor.dtype, device=part.device)
-        width = _COLUMNS if part.ndim == 2 and part.stride(0) == 1 else part.shape[-1]
+        width = _STRIP // tensor.dtype.itemsize if part.ndim == 2 and part.stride(0) == 1 else part.shape[-1]
         for start in range(0, part.shape[-1], width):
             copy[..., start : start + width].copy_(part[..., start : start + width])
         yield copy
@@ -129,14 +129,21 @@ def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
     source, dtype = weight.source, weight.dtype
     if source.dtype == dtype:
         return None
-    step = max(1, _CAST // dtype.itemsize // weight.shape[0])
-    found = torch.cat([x @ _cast(part, dtype) for part in source.split(step, 1)], 1)
+    wide = torch.float32 if dtype in _HALVES else dtype
+    step = max(1, _CAST // wide.itemsize // weight.shape[0])
+    rows = x.to(wide)
+    found = torch.cat([rows @ _cast(part, dtype, wide) for part in source.split(step, 1)], 1).to(dtype)
     return found if bias is None else found + load_tensor(bias)
 
 
-def _cast(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a part of a weight. Between the two half precisions torch is faster by way of float32, which is exact."""
-    return part.float().to(dtype) if {part.dtype, dtype} == _HALVES else part.to(dtype)
+def _cast(part: Tensor, dtype: torch.dtype, wide: torch.dtype) -> Tensor:
+    """Return a part of a weight, rounded to `dtype`, as `wide` numbers.
+
+    Products of a half precision are computed in float32, as a CPU's own kernels do, and rounded once. A number of one
+    half precision is not rounded to the other one: that costs more than the product, and changes only numbers that are
+    too small or too large for float16.
+    """
+    return part.to(wide) if {part.dtype, dtype} <= _HALVES else part.to(dtype).to(wide)
 
 
 def exact(tensor: Tensor) -> Tensor:

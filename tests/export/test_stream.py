@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from peftfx.export.writing import stream
-from peftfx.export.writing.stream import PAGE, Stream
+from peftfx.export.writing.stream import Stream
+from peftfx.memory.pages import PAGE
 
 PIECES = {
     "nothing": [],

@@ -158,7 +158,7 @@ def test_a_loaded_base_takes_no_anonymous_memory(dtype: str, base: Path, tmp_pat
 
 def test_a_large_weight_is_cast_in_pieces_and_permuted_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftfx.graph.lazy_weights._PIECE", 10)
-    monkeypatch.setattr("peftfx.graph.lazy_weights._COLUMNS", 4)
+    monkeypatch.setattr("peftfx.graph.lazy_weights._STRIP", 16)
     source, x = weight(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
     stored, bias = Stored(source, torch.float32), torch.ones(6)
     for more in ((), (bias,)):
@@ -175,3 +175,6 @@ def test_a_large_weight_is_cast_in_pieces_and_permuted_in_one_copy(monkeypatch: 
     half = Stored(source.bfloat16(), torch.float16)
     want = nn.functional.linear(x.half(), source.bfloat16().half())
     torch.testing.assert_close(nn.functional.linear(x.half(), half), want, rtol=1e-3, atol=1e-3)
+    float_source = Stored(source.float(), torch.bfloat16)
+    want = nn.functional.linear(x.bfloat16(), source.bfloat16())
+    torch.testing.assert_close(nn.functional.linear(x.bfloat16(), float_source), want, rtol=1e-2, atol=1e-2)

@@ -29,6 +29,7 @@ UNBOUNDED = ("peftfx/methods",)  #: one file a method, and nothing else
 #: From the ground up: a file imports from its own folder, or from a folder that stands before it here.
 LAYERS = (
     *("peftfx.version", "peftfx.errors", "peftfx.field_types", "peftfx.options", "peftfx.files", "peftfx.formats"),
+    "peftfx.memory",
     "peftfx.telling",
     "peftfx.discovery",
     "peftfx.sharding",

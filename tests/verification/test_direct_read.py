@@ -12,7 +12,7 @@ import pytest
 
 from peftfx.export.writing import direct_read
 from peftfx.export.writing.direct_read import DirectFile, span_of
-from peftfx.export.writing.stream import PAGE, page_memory
+from peftfx.memory.pages import PAGE, page_memory
 
 SPANS = {
     "first page": (0, PAGE),
