@@ -22,7 +22,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
 from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_forward import ForwardWithImages
-from peftfx.views.images import DecodeWithImages
+from peftfx.views.images.views import DecodeWithImages
 
 Inputs = Mapping[str, object]
 

@@ -17,7 +17,7 @@ from peftfx.export.deployment.parts import generates, refuse_fixed
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE
-from peftfx.views.image_sizes import IMAGES, SIDES, with_free_sizes
+from peftfx.views.images.sizes import IMAGES, SIDES, with_free_sizes
 from peftfx.views.view import name_axes
 
 _INTERPOLATES = "interpolate_pos_encoding"  #: transformers' name of the argument for images of another size

@@ -24,7 +24,7 @@ from peftfx.files import is_file, write_file
 from peftfx.serving.load import DECODER, ENCODER
 from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.encoder_decoder import ENCODED
-from peftfx.views.images import IMAGE_TOKENS
+from peftfx.views.images.encoded import IMAGE_TOKENS
 
 MERGED_DECODER = "decoder_model_merged.onnx"
 _HIDDEN, _GIVEN = "last_hidden_state", "encoder_hidden_states"

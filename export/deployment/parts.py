@@ -23,8 +23,8 @@ from peftfx.options import AUTO, DECODE, FORWARD, check_view
 from peftfx.views.finding.cross_images import crosses, why_not_crossed
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_views import find_images
-from peftfx.views.image_sizes import IMAGES
-from peftfx.views.images import IMAGE_TOKENS, VISION
+from peftfx.views.images.encoded import IMAGE_TOKENS, VISION
+from peftfx.views.images.sizes import IMAGES
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.view import View, name_axes

@@ -25,8 +25,8 @@ from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
 from peftfx.views.finding.image_forward import ForwardWithImages
-from peftfx.views.image_sizes import fixed_images
-from peftfx.views.images import ImageEncoder
+from peftfx.views.images.sizes import fixed_images
+from peftfx.views.images.views import ImageEncoder
 
 _ANYTHING = 1e20  #: a tolerance beyond it refuses only infinities
 

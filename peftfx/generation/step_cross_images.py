@@ -17,7 +17,7 @@ from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates
 from peftfx.generation.step_images import EncodesImages, split_images
 from peftfx.views.finding.cross_images import DecodeOverImages
-from peftfx.views.images import Images
+from peftfx.views.images.encoded import Images
 
 
 class GeneratesOverImages(EncodesImages, Generates):

@@ -15,7 +15,7 @@ from peftfx.errors import PeftfxError
 from peftfx.generation.step import Generates, Step, as_mask, kept_logits, refuse_arguments
 from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder
-from peftfx.views.images import IMAGE_FEATURES
+from peftfx.views.images.encoded import IMAGE_FEATURES
 from peftfx.views.row_adapters import IDS
 
 

@@ -15,7 +15,8 @@ from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import with_offsets
 from peftfx.generation.step import Generates, Step
-from peftfx.views.images import IMAGE_FEATURES, DecodeWithImages, Images
+from peftfx.views.images.encoded import IMAGE_FEATURES, Images
+from peftfx.views.images.views import DecodeWithImages
 
 
 class EncodesImages:

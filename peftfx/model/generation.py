@@ -27,7 +27,8 @@ from peftfx.graph.graph import Graph
 from peftfx.views.encoder_decoder import Decoder
 from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_source import EncoderWithImages
-from peftfx.views.images import VISION, DecodeWithImages
+from peftfx.views.images.encoded import VISION
+from peftfx.views.images.views import DecodeWithImages
 from peftfx.views.view import View
 
 GraphOf = Callable[[View, "dict[str, Tensor] | None"], Graph]

@@ -29,7 +29,7 @@ from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import Served
 from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder, EncoderDecoderLayers
-from peftfx.views.images import IMAGE_FEATURES
+from peftfx.views.images.encoded import IMAGE_FEATURES
 from peftfx.views.row_adapters import IDS
 
 

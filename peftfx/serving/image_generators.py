@@ -24,7 +24,8 @@ from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import Served
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.cross_images import CrossImages, DecodeOverImages
-from peftfx.views.images import BESIDE, IMAGE_FEATURES, DecodeWithImages, Images
+from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, Images
+from peftfx.views.images.views import DecodeWithImages
 from peftfx.views.row_adapters import IDS
 
 

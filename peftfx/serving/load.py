@@ -20,7 +20,7 @@ from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.providers import Provider
 from peftfx.serving.served import Served, ServedForward
 from peftfx.views.decode import PAST
-from peftfx.views.images import IMAGE_FEATURES
+from peftfx.views.images.encoded import IMAGE_FEATURES
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 VISION_ENCODER = "vision_encoder.onnx"

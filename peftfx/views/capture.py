@@ -40,7 +40,7 @@ from peftfx.views.capturing.longer import with_longer
 from peftfx.views.capturing.program_graph import as_graph
 from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.entry import Entry, EntryCall, forward
-from peftfx.views.image_sizes import free_images
+from peftfx.views.images.sizes import free_images
 from peftfx.views.view import Axes, keep_ones, name_axes, without_cache
 
 

@@ -18,7 +18,7 @@ from peftfx.views.cache_prefix import CachePrefix, Prefilled
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import DECODED, Decoder, Encoder
 from peftfx.views.entry import Entry, VirtualTokens
-from peftfx.views.images import ImageEncoder
+from peftfx.views.images.views import ImageEncoder
 from peftfx.views.prefix import Prefix
 from peftfx.views.view import View
 

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.processors.encoded_images import deeper_features, joined_features, main_features
-from peftfx.views.images import Images
+from peftfx.views.images.encoded import Images
 
 PIECES, WIDTH = 4, 3
 

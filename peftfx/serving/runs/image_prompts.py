@@ -20,7 +20,7 @@ from peftfx.serving.load import load
 from peftfx.serving.pipelines import image_processor
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.streaming import generation_options, streamer_to
-from peftfx.views.images import Images
+from peftfx.views.images.encoded import Images
 
 PIXELS = "pixel_values"
 _TEXT = ("input_ids", "attention_mask")

@@ -26,7 +26,7 @@ from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.decode_view import decode_view
-from peftfx.views.images import VISION, Images
+from peftfx.views.images.encoded import VISION, Images
 from peftfx.views.view import Axes, RunView
 
 _TEXT = ("input_ids", "attention_mask")

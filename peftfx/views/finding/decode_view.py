@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.capturing.raised import line_of, said_by
 from peftfx.views.decode import Decode, positions
 from peftfx.views.dry_run import fake_run
-from peftfx.views.images import Images
+from peftfx.views.images.encoded import Images
 
 _FORWARD = "use the forward view"
 

@@ -13,7 +13,7 @@ from peftfx.caches.cache import held, layers_in
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
 from peftfx.views.encoder_decoder import TEXT_INPUT, EncoderDecoderLayers
-from peftfx.views.image_sizes import free_images
+from peftfx.views.images.sizes import free_images
 from peftfx.views.view import name_axes
 
 

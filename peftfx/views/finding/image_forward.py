@@ -28,7 +28,7 @@ from peftfx.options import FORWARD
 from peftfx.views.decode import positions
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.image_positions import ImagePositions
-from peftfx.views.images import Images
+from peftfx.views.images.encoded import Images
 from peftfx.views.view import Axes, RunView
 
 ALONG_IMAGES, ALONG_PATCHES = "images", "patches"  #: the axis along images, and along what an image has several of

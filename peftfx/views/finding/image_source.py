@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.views.encoder_decoder import TEXT_INPUT, Encoder
-from peftfx.views.images import IMAGE_FEATURES, IMAGE_TOKENS, Images
+from peftfx.views.images.encoded import IMAGE_FEATURES, IMAGE_TOKENS, Images
 from peftfx.views.view import Axes
 
 

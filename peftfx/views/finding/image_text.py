@@ -17,7 +17,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.token_types import MODALITIES
 from peftfx.views.decode import positions
 from peftfx.views.entry import POSITIONS
-from peftfx.views.images import Images, with_known
+from peftfx.views.images.encoded import Images, with_known
 from peftfx.views.view import Axes, RunView
 
 IMAGE_TEXT = "image-text"

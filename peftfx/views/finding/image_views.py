@@ -22,7 +22,7 @@ from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
-from peftfx.views.images import Images
+from peftfx.views.images.encoded import Images
 
 
 def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:

@@ -22,7 +22,8 @@ from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.finding.image_text import IMAGE_TEXT, ImageText
 from peftfx.views.finding.image_views import find_images
-from peftfx.views.images import VISION, DecodeWithImages, ImageEncoder
+from peftfx.views.images.encoded import VISION
+from peftfx.views.images.views import DecodeWithImages, ImageEncoder
 from peftfx.views.view import View
 
 _NAMES = ("forward", "decode", "encoder", "decoder", VISION)

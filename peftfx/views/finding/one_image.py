@@ -20,7 +20,8 @@ from peftfx.graph.graph import Graph
 from peftfx.views.finding.image_forward import ForwardWithImages
 from peftfx.views.finding.image_positions import find_image_positions
 from peftfx.views.finding.image_views import find_images
-from peftfx.views.images import ImageEncoder, Images
+from peftfx.views.images.encoded import Images
+from peftfx.views.images.views import ImageEncoder
 
 _LITTLE = 0.05  #: a difference of features that is rounding, by how far those of two images differ
 

@@ -1,130 +1,27 @@
-"""Images: the two views of a model of text and images that generates, each run with its own graph.
-
-    vision:  pixel_values, ... -> image_features
-    decode:  the inputs for a text, and image_features -> logits, present.N.key/value
-
-A call of the first view encodes one image. In the prefill, the features replace the text's image tokens, in order. A
-step without image tokens gets `image_features` of length 0.
-"""
+"""The view that encodes an image, and the decode view that reads encoded images in its text."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
-from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.token_types import TYPES, typed_call
 from peftfx.bases.processors.writers import writer_of
 from peftfx.errors import PeftfxError
-from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.capturing.written_tokens import no_places_without_features
 from peftfx.views.decode import Decode
 from peftfx.views.entry import POSITIONS
+from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, IMAGE_TOKENS, VISION, Images, encode_images
 from peftfx.views.view import Axes, RunView
-
-IMAGE_FEATURES, IMAGE_TOKENS = "image_features", "image_tokens"
-VISION = "vision"
-BESIDE = "image_text"  #: the axis of a text that an image encoder reads with an image
-
-
-@dataclass(frozen=True)
-class Images:
-    """What both views know of the model's images.
-
-    Attributes:
-        token: the id that stands for a piece of an image in the text.
-        width: the features of a piece.
-        dtype: the dtype of the features.
-        each: how many pieces an image has, if the model needs the images separated; else None.
-        listed: whether the model takes the features as a list of tensors.
-        inputs: the names of the arguments that are encoded, with the shape of each for one image.
-        typed: whether the model's attention depends on the types of tokens; see `peftfx.bases.processors.token_types`.
-        fixed: the arguments whose values for one image are constants of the graph, as the model's code reads them.
-        reads: whether the model's code reads values of an image's arguments.
-        sections: the number of rows of positions that each token has; 0 if a token has one position.
-        deeper: the fields with features for deeper layers. They follow the text's features of a piece, and are as wide.
-        picture: the height and width of pictures, if they were chosen; else empty.
-        field: the field of the encoder's output with the text's features; empty if there are those for deeper layers
-            alone.
-        idle: other fields of the encoder's output, which hold no tensor.
-        beside: the arguments of a text that the encoder reads with an image, of any length: its tokens and their mask.
-    """
-
-    token: int
-    width: int
-    dtype: torch.dtype
-    each: int | None
-    listed: bool
-    inputs: tuple[tuple[str, tuple[int, ...]], ...]
-    typed: bool = False
-    fixed: tuple[FixedValues, ...] = ()
-    reads: bool = False
-    sections: int = 0
-    deeper: Deeper = ()
-    picture: tuple[int, ...] = ()
-    field: str = POOLED
-    idle: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all arguments of an image, fixed or not."""
-        return (*(name for name, _ in self.inputs), *(value.name for value in self.fixed))
-
-    def as_output(self, features: Tensor) -> BaseModelOutputWithPooling:
-        """Return features [pieces, width] in the form in which the model's own encoder returns them."""
-        parts = list(features.chunk(bool(self.field) + sum(len(layers) for _, layers in self.deeper), -1))
-        found = {}
-        if self.field:
-            first = parts.pop(0)
-            shaped = first if self.each is None else first.reshape(-1, self.each, first.shape[-1])
-            found[self.field] = [first] if self.listed else shaped
-        output = BaseModelOutputWithPooling(**found)  # type: ignore[arg-type]
-        for name in self.idle:
-            setattr(output, name, None)
-        for name, layers in self.deeper:
-            values = [[parts.pop(0)] if self.listed else parts.pop(0) for _ in layers]
-            setattr(output, name, [v if n is None else (n, v) for n, v in zip(layers, values, strict=True)])
-        return output
-
-    def in_text(self, ids: Tensor, columns: slice, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return a text with image tokens at the start of some columns, and random features of as many pieces.
-
-        Args:
-            ids: the text, [batch, length].
-            columns: where image tokens may stand.
-            count: the most image tokens; there are only as many as fit into the columns, of whole images.
-            seed: the seed of the features.
-        """
-        ids, each = ids.clone(), self.each or 1
-        start, stop, _ = columns.indices(ids.shape[1])
-        room = max(stop - start, 0) // each * each
-        count = min(count // each * each, len(ids) * room)
-        for row in range(len(ids)):
-            ids[row, start : start + max(min(room, count - room * row), 0)] = self.token
-        random = torch.Generator().manual_seed(seed)
-        return ids, torch.randn(count, self.width, generator=random).to(self.dtype)
-
-    def encoded(self, base: nn.Module, features: Tensor) -> dict[str, Any]:
-        """Return the arguments of a forward that is given encoded images in place of images."""
-        return {**self.without(base), "mm_encoder_outputs": {"image": self.as_output(features)}}
-
-    def without(self, base: nn.Module) -> dict[str, None]:
-        """Return the arguments of images that a forward without images must be given."""
-        accepted = inspect.signature(base.forward).parameters
-        needed = [n for n in self.names if n in accepted and accepted[n].default is inspect.Parameter.empty]
-        return dict.fromkeys(needed)
 
 
 @dataclass(frozen=True)
@@ -273,30 +170,3 @@ class DecodeWithImages(Decode):
 def _embedded(base: nn.Module) -> int:
     """Return how many tokens a model embeds."""
     return int(getattr(base.get_input_embeddings(), "num_embeddings", 0))  # type: ignore[operator]
-
-
-def encode_images(base: nn.Module, inputs: Mapping[str, object], images: Images) -> Tensor:
-    """Return the features of images, [pieces, width], computed by the model's own code.
-
-    In a capture, they are NaN for an image about which the code would decide otherwise than for the captured one.
-    """
-    with with_known(images, inputs) as (given, known):
-        output = base.base_model.get_image_features(**given, return_dict=True)  # type: ignore[union-attr, operator]
-    features = joined_features(output, images.deeper)
-    agreed = None if known is None else known.agreed()
-    return features if agreed is None else torch.where(agreed, features, torch.nan)
-
-
-@contextmanager
-def with_known(images: Images, inputs: Mapping[str, object]) -> Iterator[tuple[dict[str, object], known_values | None]]:
-    """Yield the arguments of a call with the fixed ones. In a capture, their values are known to the model's code."""
-    with unset_fake_temporarily():
-        fixed = {value.name: value.tensor() for value in images.fixed}
-    given: dict[str, object] = {**inputs, **fixed}
-    fake = any(isinstance(value, FakeTensor) for value in inputs.values())
-    if not images.reads or not (fake or torch.compiler.is_exporting()):
-        yield given, None
-        return
-    pixels = [value for name, value in inputs.items() if name in images.names and isinstance(value, Tensor)]
-    with known_values(fixed.values(), pixels) as known:
-        yield given, known
