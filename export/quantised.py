@@ -14,7 +14,7 @@ import onnx_ir as ir
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import Choose, columns_of, left_out, multiplied_in, quantize, read_weight, roundable
-from peftfx.export.coded.schemes import scheme_for
+from peftfx.export.coded.schemes import ROUTER_LEFT, routers_in, scheme_for
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.metadata import SOURCE
 from peftfx.export.reports.facts import add_quantized
@@ -103,12 +103,22 @@ def round_weights(
     done = {f: quantize(programs[f], functools.partial(scheme_of, f), made, owners) for f in chosen}
     add_quantized(report, done)
     left = {f: left_out(programs[f], untold or functools.partial(scheme_of, f)) for f in chosen}
+    if asked.room is None and any(not scheme.target and scheme.kind != "none" for scheme in asked.schemes):
+        for part in parts:
+            left[part.file] |= _left_routers(programs[part.file], part.graph.sites, chosen[part.file])
     report.left = {file: found for file, found in left.items() if found}
     if not any(weights for by in done.values() for weights in by.values()):
         reasons = Counter(why for found in left.values() for why in found.values()).most_common(1)
         why = "".join(f": of {count} weights, {reason}" for reason, count in reasons)
         what = f"{', '.join(map(str, asked.schemes)) or 'the budget'} rounds no weight of this model{why}"
         raise PeftfxError(what, "quantize", "choose a smaller block, other roles, or no quantisation")
+
+
+def _left_routers(program: ir.Model, sites: Sites, choose: Choose) -> dict[str, str]:
+    """Return why routers are not rounded, by the names of their weights."""
+    sources = {source for source in routers_in(sites) if choose(source) is None}
+    weights = program.graph.initializers.values()
+    return {str(weight.name): ROUTER_LEFT for weight in weights if weight.meta.get(SOURCE) in sources}
 
 
 def _calls(

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from peftfx.adapters.deferred import Deferred
 from peftfx.errors import PeftfxError
 from peftfx.export.checkpoint.packing import BITSANDBYTES, Packing, print_of, quantisation_config
-from peftfx.export.coded.schemes import scheme_for
+from peftfx.export.coded.schemes import ROUTER_LEFT, routers_in, scheme_for
 from peftfx.export.rounding.calibrated import Candidate
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export_options.quantize import Scheme
@@ -51,7 +51,8 @@ class Requantised:
     ) -> Requantised:
         """Choose the layers that the schemes pick.
 
-        A scheme without a target leaves out what transformers leaves out when it quantises: the head, and tied weights.
+        A scheme without a target leaves out routers, and what transformers leaves out when it quantises: the head, and
+        tied weights.
 
         Args:
             model: the merged transformers model.
@@ -64,6 +65,7 @@ class Requantised:
             PeftfxError: a scheme names a layer that cannot be rounded, or no layer can be rounded.
         """
         choose, apart = scheme_for(sites, schemes), set(get_keys_to_not_convert(model))
+        routers = routers_in(sites) if any(not scheme.target for scheme in schemes) else set()
         named = {match.site.path for s in schemes if s.target and s.kind != "none" for match in sites.select(s.target)}
         shared = _shared(model)
         packings, left = dict[str, Packing](), dict[str, str]()
@@ -76,7 +78,8 @@ class Requantised:
                 hint = "name other layers, or leave this one: none@ its path"
                 raise PeftfxError(f"this layer cannot be {scheme.kind} in a file: {why}", path, hint)
             if scheme is None or why or (path in apart and path not in named):
-                left[path] = why or ("it is not asked for" if scheme is None else "transformers leaves it, too")
+                unasked = ROUTER_LEFT if f"{DERIVED}.{path}.weight" in routers else "it is not asked for"
+                left[path] = why or (unasked if scheme is None else "transformers leaves it, too")
             else:
                 packings[path] = Packing(replace(scheme, target=""), dtype)
         odd = sorted(named - packings.keys())

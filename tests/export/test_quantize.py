@@ -14,6 +14,7 @@ import transformers as hf
 from onnx import helper, numpy_helper
 from onnx_ir.tensor_adapters import TorchTensor
 from support.command import Result
+from support.mixtures import mixture
 from support.quantised import BLOCK, pack, unpack
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -21,9 +22,11 @@ from torch import Tensor, nn
 import peftfx as px
 from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import left_out, quantize
+from peftfx.export.coded.schemes import ROUTER_LEFT, scheme_for
 from peftfx.export.metadata import SOURCE
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export_options.quantize import BITS, Scheme, parse_schemes
+from peftfx.graph.graph import DERIVED
 from peftfx.quantisation.codes import TABLES
 from peftfx.quantisation.rounding import round_blocks, round_table
 
@@ -267,14 +270,34 @@ def test_matrices_of_a_stack_are_rounded_one_by_one() -> None:
     torch.testing.assert_close(torch.from_numpy(run.run(None, {"x": x.numpy()})[0]), want, rtol=0.02, atol=0.1)
 
 
+def test_a_router_is_rounded_only_if_a_scheme_names_it() -> None:
+    sites = px.inspect(mixture("qwen3_moe"))
+    (router,) = sites.filter(role="router")
+    (head,) = sites.filter(role="head")
+    for text, rounded, others in (
+        ("int4", False, True),
+        ("int8@router", True, False),
+        ("int4; int8@router", True, True),
+        ("int8@router; int4", False, True),
+        ("none@head; int4@router", True, False),
+    ):
+        choose = scheme_for(sites, parse_schemes(text))
+        for source in (router.weight, f"{DERIVED}.{router.path}.weight"):
+            assert (choose(source) is not None) == rounded, text
+        assert (choose(head.weight) is not None) == others, text
+
+
 @pytest.mark.slow
 def test_experts_are_rounded_and_what_is_not_is_told(tmp_path: Path) -> None:
     size = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     torch.manual_seed(0)
     config = hf.MixtralConfig(**size, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
     report = px.export_onnx(hf.MixtralForCausalLM(config).eval(), tmp_path / "out", view="forward", quantize="int4")
-    assert len(report.quantized["model.onnx"]) == 4 + 1 + 8 + 1
-    assert report.left == {"model.onnx": {"model.embed_tokens.weight": "no product reads it, but Gather"}}
+    assert len(report.quantized["model.onnx"]) == 4 + 8 + 1
+    router = {name: why for name, why in report.left["model.onnx"].items() if "gate" in name}
+    assert list(router.values()) == [ROUTER_LEFT]
+    others = report.left["model.onnx"].items() - router.items()
+    assert others == {("model.embed_tokens.weight", "no product reads it, but Gather")}
     assert report.agreement["model"].kl < 0.01
     assert "not quantised: model.embed_tokens.weight" in str(report)
 
