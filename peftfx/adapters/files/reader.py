@@ -43,6 +43,7 @@ from peftfx.rules.resolution import (
     where,
     without_ties,
 )
+from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.torch_attention import wrapper_of
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
 from peftfx.sites.site import EXPERTS
@@ -92,6 +93,9 @@ def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
 def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     """Return the adapter in the directory of one rule."""
     config = read_adapter_config(directory)
+    if config.get(TYING):
+        warn(f"{directory}: {TYING}: trained on here, the copies of the tied tensor change apart")
+    config = with_tied_names(config, base)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
     method, why = method.as_saved(weights.shapes)

@@ -1,0 +1,41 @@
+"""`ensure_weight_tying` in a file of HF PEFT: the adapter is at all modules that share the embedding's tensor.
+
+HF PEFT trains one copy for all these modules, and its file has the copy under each module's name. So the file says
+all that a call needs: the names of all these modules are put into the config, and the option is taken out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from peftfx.contract.override import tied_paths
+from peftfx.contract.sequence import embedding_path
+
+TYING = "ensure_weight_tying"
+
+
+def without_tying(config: Mapping[str, object]) -> dict[str, object]:
+    """Return the config of a file without the option."""
+    return {name: value for name, value in config.items() if name != TYING}
+
+
+def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, object]:
+    """Return the config with the names of all modules that share the embedding's tensor, where it names one of them."""
+    found = without_tying(config)
+    path = embedding_path(base) if config.get(TYING) else None
+    tied = [] if path is None else tied_paths(base, path)
+    for option in ("target_modules", "modules_to_save"):
+        asked = found.get(option)
+        if isinstance(asked, str) and option == "target_modules":
+            if any(re.fullmatch(asked, name) for name in tied):
+                found[option] = "|".join((f"(?:{asked})", *map(re.escape, tied)))
+        elif isinstance(asked, list) and any(_names(asked, name) for name in tied):
+            found[option] = [*asked, *(name for name in tied if not _names(asked, name))]
+    return found
+
+
+def _names(asked: Sequence[str], path: str) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in asked)

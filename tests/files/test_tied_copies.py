@@ -1,0 +1,77 @@
+"""Files of `ensure_weight_tying`: HF PEFT's copies of a tied tensor act at all its modules, here and when saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import peftfx as px
+from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.rules.tied_copies import with_tied_names
+
+IDS = torch.tensor([[1, 5, 9, 7, 2], [3, 3, 2, 0, 60]])
+
+
+def _base() -> hf.LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = hf.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": r".*(q_proj|embed_tokens)"},
+    ],
+)
+def test_a_file_with_tied_copies_acts_as_in_peft(options: dict[str, object], tmp_path: Path) -> None:
+    trained = peft.get_peft_model(_base(), peft.LoraConfig(r=3, ensure_weight_tying=True, **options)).eval()
+    with torch.no_grad():
+        for n, p in enumerate(p for p in trained.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) * 0.2)
+    trained.save_pretrained(tmp_path / "theirs")
+    want = _logits(trained)
+    assert not torch.allclose(want, _logits(_base()), atol=0.1)
+    with pytest.warns(PeftfxWarning, match="ensure_weight_tying: trained on here, the copies of the tied tensor"):
+        loaded = px.load(_base(), tmp_path / "theirs")
+    torch.testing.assert_close(_logits(loaded), want, rtol=1e-5, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(_base(), tmp_path / "ours").eval()
+    torch.testing.assert_close(_logits(again), want, rtol=1e-5, atol=1e-5)
+    assert "ensure_weight_tying" not in json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    px.export_onnx(loaded, tmp_path / "onnx", view="forward")
+    served = px.runtime.load(tmp_path / "onnx")
+    got = served(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_only_what_is_tied_is_named_and_training_tied_copies_is_refused() -> None:
+    base = _base()
+    config = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+    assert with_tied_names(config, base) == {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    assert with_tied_names({**config, "target_modules": ["q_proj"]}, base) == {"target_modules": ["q_proj"]}
+    named = {"target_modules": config["target_modules"]}
+    assert with_tied_names({**config, "ensure_weight_tying": False}, base) == named
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
+    assert with_tied_names(config, base) == named
+    rule = peft.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(PeftfxError, match="it trains one copy of a tied weight for all its modules"):
+        px.transform(_base(), rule)
