@@ -39,6 +39,7 @@ _PLAIN = frozenset(
         *("unsqueeze", "squeeze", "transpose", "permute", "t"),
     }
 )
+_COMPILED = "torch.compile keeps the layer that HF PEFT replaces: its adapter does nothing until it is merged"
 _FUSED = "in eval mode torch's encoder layer reads its weights past HF PEFT's layer, until it is merged"
 
 
@@ -170,6 +171,8 @@ def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str,
         return _FUSED
     if isinstance(above[-1], nn.MultiheadAttention) or isinstance(module, nn.MultiheadAttention):
         return ""  # HF PEFT has a special layer for this module
+    if isinstance(above[-1], torch._dynamo.OptimizedModule):
+        return _COMPILED
     for call in site.calls:
         if not _inside(nodes[call.op], site.path):
             return _PAST

@@ -45,7 +45,7 @@ def plain_base(model: Any) -> nn.Module:
     memo: dict[int, Any] = {id(t): t for t in (*base.parameters(), *base.buffers(), *_states(base))}
     inner: dict[int, nn.Module] = {}
     _find_layers(base, "", inner)
-    for number, module in inner.items():
+    for number, module in reversed(inner.items()):  # a layer inside another, such as an attention's, comes first
         while id(module) in inner:  # one PEFT layer may be around another
             module = inner[id(module)]
         memo[number] = copy.deepcopy(module, memo)

@@ -210,7 +210,8 @@ def refuse_no_base(model: object) -> None:
     """Refuse what is no base model, or wraps one in a class whose calls differ from the base's.
 
     Raises:
-        PeftfxError: it is no module, has adapters of peftfx already, or is compiled or wrapped for several devices.
+        PeftfxError: it is no module, has adapters of peftfx already, or is compiled, scripted, or wrapped for several
+            devices.
     """
     if not isinstance(model, nn.Module):
         raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
@@ -224,6 +225,10 @@ def refuse_no_base(model: object) -> None:
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         hint = "pass the model inside, `model.module`, and wrap the adapted model"
         raise PeftfxError("this model is wrapped for several devices", name, hint)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            hint = "pass the model with the module that was scripted"
+            raise PeftfxError("torch.export cannot capture what torch.jit has scripted", path or name, hint)
 
 
 def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -17,7 +17,9 @@ Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
 def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) -> list[Override]:
     """Return overrides for the rows of these tokens, in the token embedding or in the named embeddings.
 
-    A head that the model declares as tied reads the trained rows too, unless the rule names tokens for the head itself.
+    If the model's embedding is named, modules that the model declares as tied to it read the trained rows too, unless
+    the rule names other tokens for them. Otherwise each named module has rows of its own, as in HF PEFT, such as the
+    `embed_tokens` of T5's two stacks.
 
     Args:
         base: the base.
@@ -38,7 +40,7 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
         tensors.setdefault(id(base.get_submodule(path).weight), {})[path] = rows
     found = []
     for tied in tensors.values():
-        if len(set(tied.values())) == 1 and ties_embeddings(base):
+        if len(set(tied.values())) == 1 and embedding_path(base) in tied and ties_embeddings(base):
             path, rows = next(iter(tied.items()))
             found.append(rows_of(path, rows, f"{path}.weight"))
         else:

@@ -59,6 +59,7 @@ def call(rows: Sequence[int] = ROWS, batch: int = 2) -> dict[str, Tensor]:
     [
         *(("gemma", config) for config in (ALONE, beside("q_proj"))),  # scaled, and tied
         *(("t5", config) for config in (ALONE, beside("q"))),  # three uses of one tensor
+        ("t5", beside("q", {"embed_tokens": ROWS})),  # rows of each stack
         ("bert", beside("query")),
         ("llama", beside("q_proj", {"embed_tokens": ROWS, "lm_head": [2]})),
     ],

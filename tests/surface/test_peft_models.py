@@ -54,6 +54,27 @@ def test_what_peft_computes(kind: str) -> None:
     }
 
 
+class Attends(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, bias=bias, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_attention_of_torch_in_which_one_layer_of_peft_is_inside_another(bias: bool) -> None:
+    theirs = peft.get_peft_model(Attends(bias).eval(), peft.LoraConfig(r=3, target_modules=["attention"]))
+    randomise(theirs)
+    x = torch.randn(3, 5, 16)
+    want = theirs(x).detach()
+    ours = peftfx.transform(theirs, inputs={"x": x}).eval()
+    torch.testing.assert_close(ours(x), want)
+    assert (ours.base(x) - want).abs().max() > 1e-3
+    assert torch.equal(theirs(x), want)
+
+
 def test_several_and_one_more() -> None:
     theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=3, target_modules=LINEARS), "one")
     theirs.add_adapter("default", peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))

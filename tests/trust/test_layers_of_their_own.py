@@ -192,7 +192,7 @@ def test_a_layer_that_hf_peft_would_pass_by_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_hook_that_changes_what_a_layer_gets_or_gives_is_told(before: bool) -> None:
+def test_a_hook_that_changes_what_a_layer_gets_or_gives_is_told(before: bool, tmp_path: Path) -> None:
     base, rule = Model(lambda: nn.Linear(SIZE, SIZE)).eval(), peftfx.LoRA(r=2, target_modules=["before", "layer"])
     base.before.register_forward_hook(lambda *_: None)  # it looks on
     if before:
@@ -200,7 +200,10 @@ def test_a_hook_that_changes_what_a_layer_gets_or_gives_is_told(before: bool) ->
     else:
         base.layer.register_forward_hook(lambda _, __, given: given * 2)
     with pytest.warns(UserWarning, match=r"HF PEFT may give other outputs at layer: its hooks"):
-        peftfx.transform(base, rule, inputs={"x": torch.randn(3, SIZE)})
+        ours = peftfx.transform(base, rule, inputs={"x": torch.randn(3, SIZE)}).eval()
+    randomise(ours)
+    for merge in (True, False):
+        assert ours.export(tmp_path / str(merge), merge=merge).max_abs < 1e-5
 
 
 class Scaled(nn.Linear):

@@ -51,6 +51,7 @@ def same(got: Tensor, want: nn.Module) -> None:
 
 WRAPPED: dict[str, tuple[Callable[[nn.Module], nn.Module], str, str]] = {
     "compiled": (lambda m: torch.compile(m, backend="eager"), "this model is compiled", "`model._orig_mod`"),
+    "scripted": (lambda m: nn.Sequential(m, torch.jit.script(nn.Linear(4, 4))), "has scripted", "that was scripted"),
     "for several devices": (nn.DataParallel, "wrapped for several devices", "`model.module`"),
     "adapted": (lambda m: peftfx.transform(m, peftfx.LoRA(r=2)), "adapted by peftfx already", "load_adapter"),
 }
@@ -137,3 +138,10 @@ def test_threads_export_one_after_the_other(theirs: peft.PeftModel, tmp_path: Pa
     assert errors == []
     for index in range(3):
         same(served(tmp_path / str(index)), theirs)
+
+
+def test_a_layer_that_torch_compile_keeps_past_hf_peft_is_told() -> None:
+    base = nn.Sequential(torch.compile(nn.Linear(8, 8), backend="eager"), nn.Linear(8, 4)).eval()
+    rule = peftfx.LoRA(r=2, target_modules=["0._orig_mod", "1"])
+    with pytest.warns(UserWarning, match=r"at 0\._orig_mod: torch\.compile keeps the layer that HF PEFT replaces"):
+        peftfx.transform(base, rule, inputs={"input": torch.randn(3, 8)})

@@ -137,9 +137,12 @@ def _adapt(
         step for step in steps if step.placement.on_weight is None
     ]  # not expressible as a weight: after the steps that are
     steps = [step for step in steps if step not in beside]
+    own_hooks = list(module._forward_hooks)
     _on_weight(module, name, kind, steps, stack, transposed=transposed, whole=whole)
     for step in beside:
         stack.callback(module.register_forward_hook(_own_forward(module, kind, step), with_kwargs=True).remove)
+    for number in own_hooks:  # the user's hooks take the adapted output, as in a call
+        module._forward_hooks[number] = module._forward_hooks.pop(number)
 
 
 def _on_weight(
