@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
@@ -50,7 +52,8 @@ def to_onnx(
             bfloat16; those of `Attention` since 1.25, and for grouped heads since 1.26.
 
     Raises:
-        PeftfxError: the graph was captured in training mode, or has an operator without a translation.
+        PeftfxError: the graph was captured in training mode, takes or gives complex numbers, or has an operator without
+            a translation.
     """
     check_opset(opset)
     check_engine(engine)
@@ -58,6 +61,7 @@ def to_onnx(
     if graph.training:
         hint = "call model.eval() and capture again"
         raise PeftfxError("a graph captured in training mode cannot be served", "", hint)
+    _refuse_complex(graph)
     with checks_of_sizes():
         translation, went = _translate(graph, opset, engine, optimize)
     model = translation.model
@@ -70,6 +74,18 @@ def to_onnx(
     model.metadata_props[ENGINE] = went
     model.producer_name, model.producer_version = "peftfx", __version__
     return model
+
+
+def _refuse_complex(graph: Graph) -> None:
+    """Refuse inputs and outputs of complex numbers, which no runtime takes."""
+    *_, last = graph.nodes()
+    given = [(spec.name, spec.dtype) for spec in graph.inputs]
+    values = (node.meta.get("val") if isinstance(node, fx.Node) else None for node in pytree.tree_leaves(last.args))
+    made = ((name, v.dtype) for name, v in zip(graph.outputs, values, strict=True) if isinstance(v, torch.Tensor))
+    for name, dtype in (*given, *made):
+        if dtype.is_complex:
+            hint = "take or return torch.view_as_real(...): the real and the imaginary parts"
+            raise PeftfxError("ONNX has no inputs and outputs of complex numbers", name, hint)
 
 
 def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> tuple[Translation, str]:

@@ -241,11 +241,17 @@ def path_name(path: pytree.KeyPath) -> str:
 
 
 def leaf_names(value: object, at: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return dotted names of an output's leaves: fields of a `ModelOutput`, items of a tuple; else `output`."""
+    """Return dotted names of an output's leaves: fields of a `ModelOutput`, items of a tuple; else `output`.
+
+    Objects of a class that is registered with torch's pytrees, such as a dataclass, have the names of its fields.
+    """
     if isinstance(value, Mapping):
         items = [(str(key), item) for key, item in value.items()]
     elif isinstance(value, (tuple, list)):
         items = [(str(index), item) for index, item in enumerate(value)]
-    else:
+    elif pytree.tree_is_leaf(value):
         return (".".join(at) or "output",)
+    else:
+        inside, _ = pytree.tree_flatten_with_path(value, is_leaf=lambda item: item is not value)
+        items = [(path_name(path), item) for path, item in inside]
     return tuple(name for key, item in items for name in leaf_names(item, (*at, key)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
@@ -13,6 +14,7 @@ import torch
 import transformers as hf
 from support.adapted import randomise
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import peftfx
 from peftfx.errors import PeftfxError
@@ -145,3 +147,53 @@ def test_a_layer_that_torch_compile_keeps_past_hf_peft_is_told() -> None:
     rule = peftfx.LoRA(r=2, target_modules=["0._orig_mod", "1"])
     with pytest.warns(UserWarning, match=r"at 0\._orig_mod: torch\.compile keeps the layer that HF PEFT replaces"):
         peftfx.transform(base, rule, inputs={"input": torch.randn(3, 8)})
+
+
+@dataclass
+class Pair:
+    first: Tensor
+    second: Tensor
+
+
+class Returns(nn.Module):
+    def __init__(self, made: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.layer, self.made = nn.Linear(8, 8), made
+
+    def forward(self, x: Tensor) -> object:
+        return self.made(self.layer(x))
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        return self.layer(xs[0]) + xs[1]
+
+
+def test_a_dataclass_is_returned_once_torch_knows_its_class(tmp_path: Path) -> None:
+    base, x = Returns(lambda y: Pair(y, 2 * y)).eval(), torch.randn(2, 8)
+    with pytest.raises(PeftfxError, match="returns an object of the class Pair, which") as caught:
+        peftfx.export_onnx(base, tmp_path / "out", inputs={"x": x})
+    assert "torch.export.register_dataclass(Pair)" in caught.value.hint
+    torch.export.register_dataclass(Pair)
+    try:
+        ours = peftfx.transform(base, peftfx.LoRA(r=2, target_modules=["layer"]), inputs={"x": x})
+        ours.export(tmp_path / "out")
+        x = torch.randn(5, 8)
+        served, want = peftfx.runtime.load(tmp_path / "out")(x=x), ours(x=x)
+        torch.testing.assert_close((served.first, served.second), (want.first, want.second))
+    finally:
+        pytree._deregister_pytree_node(Pair)
+
+
+def test_what_has_no_name_and_what_is_complex_is_refused(tmp_path: Path) -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(PeftfxError, match=r"its forward takes \*xs, whose values have no names"):
+        peftfx.transform(Listed().eval(), peftfx.LoRA(r=2), inputs={"xs": (x, x)})
+    with pytest.raises(PeftfxError, match="no inputs and outputs of complex numbers") as caught:
+        peftfx.export_onnx(Returns(torch.fft.fft).eval(), tmp_path / "out", inputs={"x": x})
+    assert "torch.view_as_real" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -10,6 +13,9 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.views.capturing.raised import line_of, raised_at, said_by
 from peftfx.views.dry_run import fake_run
 from peftfx.views.entry import Entry, EntryCall
+
+#: torch's text about an output of a class that it does not know. The class is named with its module.
+_UNKNOWN = re.compile(r"Found <class '(?:[^']*\.)?([^.']+)'> in output, which is not a known type")
 
 
 def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, call: EntryCall) -> PeftfxError:
@@ -30,12 +36,28 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
             hint = SIZED
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
+    elif unknown := _UNKNOWN.search(str(error)):
+        why = f"its forward returns an object of the class {unknown[1]}, which torch.export does not know"
+        hint = f"call torch.export.register_dataclass({unknown[1]}) first, or return a tuple or a dict"
+        line = ""
+    elif nameless := _nameless(model, error):
+        why = f"its forward takes *{nameless}, whose values have no names, and a graph's inputs have names"
+        hint, line = "write a forward with an argument for each of them", ""
     elif str(error).strip():
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
         why, line = f"its code asserts `{asserted}`", raised_at(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
+
+
+def _nameless(model: nn.Module, error: BaseException) -> str:
+    """Return the name of a `*` parameter for which a call had values by name; empty if there is none."""
+    if not isinstance(error, TypeError):
+        return ""
+    own = inspect.signature(model.forward).parameters.values()
+    names = (p.name for p in own if p.kind is p.VAR_POSITIONAL)
+    return next((name for name in names if f"unexpected keyword argument '{name}'" in str(error)), "")
 
 
 def _loops_over_experts(model: nn.Module) -> bool:
