@@ -127,7 +127,7 @@ def _in_pieces(func: object, args: tuple[Any, ...]) -> Tensor | None:
     if not isinstance(weight, Stored) or isinstance(x, Stored) or weight.numel() <= _PIECE:
         return None
     source, dtype = weight.source, weight.dtype
-    if source.dtype == dtype:
+    if source.dtype == dtype or x.dtype != dtype:  # torch refuses a product of two dtypes
         return None
     wide = torch.float32 if dtype in _HALVES else dtype
     step = max(1, _CAST // wide.itemsize // weight.shape[0])

@@ -175,6 +175,8 @@ def test_a_large_weight_is_cast_in_pieces_and_permuted_in_one_copy(monkeypatch: 
     half = Stored(source.bfloat16(), torch.float16)
     want = nn.functional.linear(x.half(), source.bfloat16().half())
     torch.testing.assert_close(nn.functional.linear(x.half(), half), want, rtol=1e-3, atol=1e-3)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        nn.functional.linear(x, half)
     float_source = Stored(source.float(), torch.bfloat16)
     want = nn.functional.linear(x.bfloat16(), source.bfloat16())
     torch.testing.assert_close(nn.functional.linear(x.bfloat16(), float_source), want, rtol=1e-2, atol=1e-2)
