@@ -36,7 +36,8 @@ from peftfx.export.translation.between_casts import is_narrow
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
-from peftfx.export.verification.comparison import verify
+from peftfx.export.verification.comparison import VerificationError, verify
+from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
@@ -134,6 +135,8 @@ def export_onnx(
         (progress or warn)(_BFLOAT16)
     stages = Stages(report.seconds, report.memory, say)
 
+    brief = isinstance(way, InGraph) and not (asked.allow_fixed or asked.rounds or passes or no_oracle(adapted))
+
     def oracle_of(part: GraphPart) -> Oracle:
         return behind(way.oracle(adapted, part, example), passes, part)
 
@@ -148,7 +151,7 @@ def export_onnx(
             if asked.images == ANY_SIZE:
                 capture_free(adapted, example)
             parts = [
-                replace(part, sizes=way.sizes(adapted, part, example, asked.allow_fixed))
+                replace(part, sizes=way.sizes(adapted, part, example, asked.allow_fixed, brief=brief))
                 for part in way.capture(adapted, asked.view, inputs)
             ]
         for part in parts:
@@ -208,16 +211,21 @@ def export_onnx(
             verified = []
             for part in parts:
                 oracle = oracle_of(part)
-                found = verify(
-                    temporary / part.file,
-                    oracle.reference,
-                    oracle.cases,
-                    measured=oracle.measured,
-                    atol=atol,
-                    rtol=rtol,
-                    graph=part.graph,
-                    shown=shown_of(part),
-                )
+                try:
+                    found = verify(
+                        temporary / part.file,
+                        oracle.reference,
+                        oracle.cases,
+                        measured=oracle.measured,
+                        atol=atol,
+                        rtol=rtol,
+                        graph=part.graph,
+                        shown=shown_of(part),
+                    )
+                except VerificationError:
+                    if brief:  # the cause may be a branch on a size of 1, which the whole trial names
+                        way.sizes(adapted, part, example, asked.allow_fixed)
+                    raise
                 verified.append(replace(part, found=found))
                 if asked.rounds:
                     report.agreement |= agreement_of(temporary / part.file, adapted, part, oracle, source, asked)

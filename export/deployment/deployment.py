@@ -49,13 +49,15 @@ class Deployment(ABC):
         """Return the oracle that the part is compared with, and the calls to compare."""
         return eager_oracle(adapted, part.graph, part.view, example, part.sizes)
 
-    def sizes(self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool) -> Sizes:
-        """Return the sizes at which the part is right: those at which the viewed model is right.
+    def sizes(
+        self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool, *, brief: bool = False
+    ) -> Sizes:
+        """Return the sizes at which the part is right: those at which the viewed model is right; see `sizes_of`.
 
         Raises:
             PeftfxError: the graph is right only on one side of a branch in the model's code; not with `allow_fixed`.
         """
-        return sizes_of(adapted, part.seen, example, allow_fixed=allow_fixed)
+        return sizes_of(adapted, part.seen, example, allow_fixed=allow_fixed, brief=brief)
 
     def describe(
         self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs

@@ -121,10 +121,12 @@ class Batched(Deployment):
             return False
         return True
 
-    def sizes(self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool) -> Sizes:
+    def sizes(
+        self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool, *, brief: bool = False
+    ) -> Sizes:
         """Return the sizes at which the model without adapters is right."""
         with adapted.disable_adapter():
-            return super().sizes(adapted, part, example, allow_fixed)
+            return super().sizes(adapted, part, example, allow_fixed, brief=brief)
 
     def describe(
         self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftfx.bases.config_fields import length_of
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import Shown
-from peftfx.export.verification.probes import case_of, eager_forward, eager_view, is_large, tensors_in
+from peftfx.export.verification.probes import ONE, case_of, eager_forward, eager_view, is_large, tensors_in
 from peftfx.export.verification.sizes import Sizes, find_sizes
 from peftfx.export.verification.trial import BRANCHES, Eager, Make, Sized, Trial
 from peftfx.graph.contexts import unchanged
@@ -32,15 +32,25 @@ _TRIED: tuple[Sized, ...] = (
 
 
 def sizes_of(
-    adapted: AdaptedModel, view: View | None, example: Mapping[str, object], *, allow_fixed: bool = False
+    adapted: AdaptedModel,
+    view: View | None,
+    example: Mapping[str, object],
+    *,
+    allow_fixed: bool = False,
+    brief: bool = False,
 ) -> Sizes:
     """Find the sizes at which the export of a view, or of the forward, is right.
+
+    With `brief`, the graph of a large model's forward is not run at sizes of 1, at which its export will be compared: a
+    run reads all weights.
 
     Raises:
         PeftfxError: the export is right only on one side of a branch in the model's code, on a size or on a boolean of
             its inputs; not with `allow_fixed`.
     """
     trial = _of_forward(adapted, example) if view is None else _of_view(adapted, view)
+    if brief and view is None and is_large(adapted.base):
+        trial = dataclasses.replace(trial, left=frozenset(ONE))
     sides = _fixed_sides(trial, allow_fixed=allow_fixed)
     fixed = tuple(_fixed_axes(trial)) if view is None else ()
     return dataclasses.replace(find_sizes(trial, allow_fixed=allow_fixed), sides=sides, fixed=fixed)

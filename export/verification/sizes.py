@@ -85,7 +85,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         for sizes in tried:
             key, case = tuple(sorted(sizes.items())), trial.reach(condition, sizes)
             if case is not None and key not in known:
-                known[key] = trial.answer(case)
+                known[key] = trial.answer(case, condition)
             answers.append(_UNREACHED if case is None else known[key])
         why = _verdict(answers)
         if why == BRANCHES and trial.is_of_long_texts(condition):

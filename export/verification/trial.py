@@ -44,6 +44,7 @@ class Trial:
         usual: the sizes of all other axes in a call.
         parameters: the number of the model's parameters.
         longest: the number of tokens that the model is made for, by its config.
+        left: the axes along which the graph is not run at a size of 1, because the export itself is compared there.
     """
 
     graph: Graph
@@ -53,6 +54,7 @@ class Trial:
     usual: Sized
     parameters: int
     longest: int | None = None
+    left: frozenset[str] = frozenset()
 
     def is_of_images(self, condition: Condition) -> bool:
         """Say whether a condition is only on the sizes of images. A model is made for one size of images."""
@@ -117,13 +119,18 @@ class Trial:
             return False
         return True
 
-    def answer(self, case: Fed) -> str:
-        """Run the model and the graph on these inputs, and say whether they agree or the model refuses."""
+    def answer(self, case: Fed, condition: Condition | None = None) -> str:
+        """Run the model and the graph on these inputs, and say whether they agree or the model refuses.
+
+        If they are on the other side of a condition that only a size of 1 breaks, the graph may not be run: see `left`.
+        """
         try:
             want = self.eager(case)
         except Exception as error:  # a model's code raises various errors for a size that it does not take
             raise_if_memory_is_out(error)
             return TAKES_NO_OTHER
+        if condition is not None and condition.edge and set(condition.axes) <= self.left:
+            return SAME
         try:
             with torch.no_grad():
                 got = self._run(case)

@@ -113,6 +113,20 @@ def test_an_export_that_is_right_for_some_sizes_alone_is_refused(branch: str, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("branch", ["batch == 1", "n == 1"])
+def test_a_branch_on_a_size_of_one_is_named_for_a_large_model(
+    branch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its graph is not run at such a size ahead of the export, which is compared there."""
+    monkeypatch.setattr("peftfx.export.verification.probes._LARGE", 0)
+    with pytest.raises(PeftfxError, match=r"branches on a size.*right only where"):
+        export_onnx(Branching(branch).eval(), tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)})
+    assert not (tmp_path / "out").exists()
+    inputs = {"x": torch.zeros(2, 5, 4)}
+    report = export_onnx(Branching(branch).eval(), tmp_path / "out", inputs=inputs, allow_fixed=True)
+    assert "computes something else" in str(report)
+
+
 class Faintly(nn.Module):
     """What is read of a table changes with the text's length, by less than usual tolerances."""
 
