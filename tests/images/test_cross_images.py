@@ -139,6 +139,7 @@ def test_a_dry_run_tells_the_files_of_the_export(seeing: Seeing, peftfx: Run) ->
     assert set(told["files"]) == {path.name for path in (seeing.root / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_rounded_export_is_measured_on_a_text_of_its_own(seeing: Seeing) -> None:
     base = hf.MllamaForConditionalGeneration.from_pretrained(seeing.root / "base")
     report = compiler.export_onnx(base, seeing.root / "rounded", view="decode", quantize="int8")

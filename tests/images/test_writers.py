@@ -84,7 +84,9 @@ class Writing:
     root: Path
 
 
-@pytest.fixture(scope="module", params=sorted(TEXTS))
+@pytest.fixture(
+    scope="module", params=[pytest.param(k, marks=pytest.mark.slow if k == "opt" else ()) for k in sorted(TEXTS)]
+)
 def writing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Writing:
     root = tmp_path_factory.mktemp(request.param)
     base = build(request.param)

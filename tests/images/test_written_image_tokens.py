@@ -49,7 +49,9 @@ def asked(base: Any, rows: int) -> dict[str, Tensor]:
         return example_inputs(base, sizes={"batch": rows}, seed=3)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in ("blip-2", "llava") else pytest.mark.slow) for k in MODELS]
+)
 def test_the_runtime_goes_on_as_transformers_does(kind: str, tmp_path: Path) -> None:
     base = build("image-text-to-text", kind)
     token = base.config.image_token_id
