@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapters.files.writer import write_rule_directory
-from peftfx.adapters.single_file import as_peft
+from peftfx.adapters.single_file import as_peft, read_single_file
 from peftfx.bases.latent_decoders import as_latent_decoder, decodes_latents
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
@@ -150,17 +149,14 @@ def _adapters(source: Path | None, base: Path, parts: list[str]) -> Iterator[dic
 
 
 def _split(file: Path, base: Path, parts: list[str], folder: Path) -> Iterator[tuple[str, Path]]:
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise PeftfxError(f"cannot be read as safetensors: {error}", str(file), "give a .safetensors file") from error
+    tensors, metadata = read_single_file(file)
     left = dict(tensors)
     for part in parts:
         ahead = (f"{part}.", *(f"lora_{short}" for short in _KOHYA.get(part, (f"{part}_",))))
         own: dict[str, Tensor] = {name: left.pop(name) for name in list(left) if name.startswith(ahead)}
         if own:
             path = folder / f"{part}.safetensors"
-            save_file(own, path)
+            save_file(own, path, metadata=metadata)
             config, made = as_peft(path, load_base(base / part, weights=False))
             (folder / part).mkdir()
             write_rule_directory(folder / part, config, {WEIGHTS: made})

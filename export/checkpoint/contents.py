@@ -102,8 +102,8 @@ def _ignored(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _tied(model: PreTrainedModel, own: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors that loading ties to another written tensor."""
-    pairs = model.all_tied_weights_keys
+    """Return the names of tensors that loading ties to another written tensor, by the config as it is now."""
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
     return [name for name, source in pairs.items() if name in own and source in own and own[name] is own[source]]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftfx.adapters.deferred import Deferred
 from peftfx.contract.placement import owner_of
@@ -86,7 +87,19 @@ class BaseWriter:
             self.ledger.write(table, key, value)
 
     def untie_configs(self) -> None:
-        """Set `tie_word_embeddings` to False in the configs of the base."""
+        """Set `tie_word_embeddings` to False in the configs of the base.
+
+        Nothing then ties other tensors either when the model is loaded again, such as the bias of BERT's head. So each
+        of these modules gets a tensor of its own.
+        """
+        for model in [m for m in self.base.modules() if isinstance(m, PreTrainedModel)]:
+            for name, source in model.get_expanded_tied_weights_keys().items():
+                (module, leaf), (other, at) = owner_of(model, name), owner_of(model, source)
+                value = module._parameters.get(leaf)
+                if value is None or module is other or value is not other._parameters.get(at):
+                    continue
+                if not isinstance(value, Stored | Deferred):
+                    self.put(module._parameters, leaf, nn.Parameter(value.detach().clone(), value.requires_grad))
         for owner in self.base.modules():
             config = getattr(owner, "config", None)
             if hasattr(config, "tie_word_embeddings"):

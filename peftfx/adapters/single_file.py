@@ -2,17 +2,18 @@
 
 kohya's keys are `PREFIX_path_with_underscores.lora_down.weight`, `.lora_up.weight` and `.alpha`; diffusers' are
 `PREFIX.path.lora_A.weight` and `.lora_B.weight`, or `.lora.down.weight` and `.lora.up.weight`. A file may hold LoRAs of
-several models, each with a prefix of its own (`lora_unet`, `lora_te1`; `unet`, `text_encoder`).
+several models, each with a prefix of its own (`lora_unet`, `lora_te1`; `unet`, `text_encoder`). diffusers puts the
+LoRA's config into the file's metadata, and its scale is then the config's.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
@@ -20,14 +21,19 @@ from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, warn
 from peftfx.methods.lora import LoRA
 
+_CONFIG_KEY = "lora_adapter_metadata"
+#: Fields of a config that say where its LoRA acts. The names of the tensors say it.
+_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 KOHYA, DIFFUSERS = "kohya", "diffusers"
 _DOWN, _UP, _ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
 _SUFFIXES = {
     ".lora_down.weight": _DOWN,
     ".lora.down.weight": _DOWN,
+    ".lora_linear_layer.down.weight": _DOWN,
     ".lora_A.weight": _DOWN,
     ".lora_up.weight": _UP,
     ".lora.up.weight": _UP,
+    ".lora_linear_layer.up.weight": _UP,
     ".lora_B.weight": _UP,
     ".alpha": _ALPHA,
 }
@@ -42,10 +48,7 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
         PeftfxError: the file cannot be read, has no LoRA of this model, or has tensors for this model that are not a
             LoRA's.
     """
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise PeftfxError(f"cannot be read as safetensors: {error}", str(path), "give a .safetensors file") from error
+    tensors, metadata = read_single_file(path)
     by_stem: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), "")
@@ -70,11 +73,40 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
     if wrong:
         what = f"{len(wrong)} modules are not this model's, or have more or less than a LoRA: {', '.join(wrong[:3])}"
         raise PeftfxError(what, str(path), "is it a LoRA (no LoHa, no DoRA), trained on this model by these names?")
-    return _config({known[n]: found for n, found in own.items()}), {
+    config = _config({known[n]: found for n, found in own.items()}) | _told(metadata, prefix, path)
+    return config, {
         f"base_model.model.{known[n]}.{name}": _fitted(modules[known[n]], found[name])
         for n, found in own.items()
         for name in (_DOWN, _UP)
     }
+
+
+def read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        PeftfxError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PeftfxError(f"cannot be read as safetensors: {error}", str(path), "give a .safetensors file") from error
+
+
+def _told(metadata: Mapping[str, str], prefix: str, path: Path) -> dict[str, object]:
+    """Return what the metadata of a file of diffusers say of a LoRA: the fields of its config, but for its targets."""
+    raw = metadata.get(_CONFIG_KEY)
+    if not raw:
+        return {}
+    try:
+        fields = json.loads(raw)
+        assert isinstance(fields, dict)
+    except (ValueError, AssertionError) as error:
+        what = f"its metadata {_CONFIG_KEY} are no config of a LoRA"
+        raise PeftfxError(what, str(path), "save the file again") from error
+    own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+    return {name: value for name, value in own.items() if "." not in name and name not in _PLACES}
 
 
 def _prefixes(stem: str) -> list[str]:

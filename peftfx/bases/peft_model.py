@@ -35,6 +35,11 @@ def is_peft_model(model: object) -> bool:
     return any(cls.__name__ in ("PeftModel", "PeftMixedModel") and _is_pefts(cls) for cls in type(model).__mro__)
 
 
+def carries_peft(model: nn.Module) -> bool:
+    """Say whether a model that is no `peft.PeftModel` has layers of PEFT, as after diffusers' `add_adapter`."""
+    return any(_is_pefts(type(module)) for module in model.modules())
+
+
 def plain_base(model: Any) -> nn.Module:
     """Return the base of a HF PEFT model: the same tensors, in copied modules without PEFT's layers.
 

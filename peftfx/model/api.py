@@ -13,7 +13,7 @@ from peftfx.adapters.files.reader import read_adapter
 from peftfx.adapters.files.swap import fill, swap_file, swap_state
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.peft_model import active_adapters, is_peft_model, plain_base, save_peft_adapters
+from peftfx.bases.peft_model import active_adapters, carries_peft, is_peft_model, plain_base, save_peft_adapters
 from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.methods import methods
@@ -64,6 +64,10 @@ def transform(
         adapted = _taken_over(model, inputs, road)
         if rules is None:
             return adapted
+    elif rules is None and isinstance(model, nn.Module) and carries_peft(model):
+        what = "this model has layers of peft in it, and is no PeftModel whose adapters can be taken over"
+        hint = "save its adapter (save_lora_adapter, save_pretrained), and load the file onto the model without it"
+        raise PeftfxError(what, type(model).__name__, hint)
     else:
         adapted = bare(model, inputs, road)
     adapted.add_adapter(adapter_name, rules, seed=seed)

@@ -190,12 +190,13 @@ class Served:
         tokens, logits = (self.model.axes.get(name, ()) for name in ("input_ids", _LOGITS))
         return len(logits) == 3 and logits[:2] == tokens and isinstance(tokens[1], str)
 
-    def __call__(self, **inputs: Any) -> Any:
-        """Run `forward` on the `inputs`: tensors, NumPy arrays or lists.
+    def __call__(self, main: Any = None, /, **inputs: Any) -> Any:
+        """Run `forward` on the `inputs`: tensors, NumPy arrays or lists. The main one, `input_ids` say, needs no name.
 
         Raises:
             PeftfxError: as for `forward`; or tokens are no rows of whole numbers of 0 or more.
         """
+        inputs = inputs if main is None else {self.main_input_name: main, **inputs}
         return self.forward(**{name: taken(name, value) for name, value in inputs.items()})
 
     @cached_property

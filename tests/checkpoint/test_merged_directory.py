@@ -100,6 +100,46 @@ def test_a_head_that_is_tied_to_the_words_becomes_two(tmp_path: Path) -> None:
     assert "lm_head.weight" not in written(tmp_path / "same")
 
 
+def _masked() -> hf.PreTrainedModel:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return hf.BertForMaskedLM(hf.BertConfig(vocab_size=128, **sizes))
+
+
+def _two_stacks() -> hf.PreTrainedModel:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=128, d_model=32, **layers, **heads))
+
+
+TIED = {
+    "bias of the head": (_masked, ["query", "decoder"]),
+    "words": (_masked, ["query", "word_embeddings"]),
+    "head of two stacks": (_two_stacks, ["q_proj", "lm_head"]),
+    "words of one stack": (_two_stacks, ["decoder.embed_tokens"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", TIED)
+def test_what_else_is_tied_is_there_when_the_merged_model_is_loaded_again(name: str, tmp_path: Path) -> None:
+    build, targets = TIED[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "base")
+    made, cls = adapted(model, tmp_path / "adapter", target_modules=targets), type(model)
+    with torch.no_grad():
+        want = made(input_ids=IDS).logits
+    merged = px.load(cls.from_pretrained(tmp_path / "base"), tmp_path / "adapter").merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "live")
+    merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    for again in (merged, *(cls.from_pretrained(tmp_path / which).eval() for which in ("live", "out"))):
+        with torch.no_grad():
+            torch.testing.assert_close(again(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_experts_are_taken_apart_as_in_the_files_that_they_came_from(name: str, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ class TestGeneration:
         [
             {"num_beams": 3, "num_return_sequences": 3},
             {"do_sample": True, "top_k": 9},
+            {"guidance_scale": 1.7, "negative_prompt_ids": torch.tensor([[4, 9, 6]] * 4)},
             pytest.param({"use_cache": False}, marks=pytest.mark.slow),
         ],
         ids=lambda options: next(iter(options)),

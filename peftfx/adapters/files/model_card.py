@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.names import name_of_base
 from peftfx.files import is_file, write_file
 
 CARD = "README.md"
@@ -22,9 +23,7 @@ def write_card(directory: Path, base: nn.Module, adapter: Adapter) -> None:
 
 
 def _card(base: nn.Module, adapter: Adapter) -> str:
-    name = adapter.records.get("base_model_name_or_path") or getattr(
-        getattr(base, "config", None), "_name_or_path", None
-    )
+    name = adapter.records.get("base_model_name_or_path") or name_of_base(base)
     methods = sorted({rule.peft_type.lower() for rule in adapter.rules})
     tags = sorted({*methods, *([f"base_model:adapter:{name}"] if name else []), *_given_tags(base)})
     head = {"base_model": name or None, "library_name": "peft", "tags": tags}

@@ -47,3 +47,9 @@ def named_modules(names: Collection[str], base: nn.Module) -> frozenset[str]:
 
 #: What follows a module's path in the names of copies of the base's own tensors.
 _COPIES = ("base_layer.", "original_module.", "modules_to_save.", "token_adapter.")
+
+
+def name_of_base(base: nn.Module) -> str | None:
+    """Return the name or the path that a base was loaded by, if its config says it."""
+    name = getattr(getattr(base, "config", None), "_name_or_path", None)
+    return str(name) if name else None  # diffusers keeps a Path

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.base_weights import replaced_weights
+from peftfx.adapters.files.names import name_of_base
 from peftfx.adapters.files.sizes import without_memory
 from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
@@ -148,7 +149,6 @@ def _config(base: nn.Module, adapter: Adapter, method: SequenceMethod) -> dict[s
     """Return HF PEFT's config; the task type is always written, because PEFT reads from it how to call the model."""
     options = {name: getattr(method, name) for name in method.options() if name not in PLACING}
     kinds = {task: name for name, task in PEFT_TASKS.items()}
-    name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
-    records = {"base_model_name_or_path": name, **adapter.records}
+    records = {"base_model_name_or_path": name_of_base(base), **adapter.records}
     records["task_type"] = records.get("task_type") or kinds.get(task_of(base))
     return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
 from peftfx.adapters.files.model_card import write_card
-from peftfx.adapters.files.names import name_of, override_name
+from peftfx.adapters.files.names import name_of, name_of_base, override_name
 from peftfx.adapters.files.parameters import as_parameters, naming_parameters, refuse_turned
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
@@ -181,7 +181,6 @@ def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, pat
         options["fan_in_fan_out"] = True
     if adapter.start not in ("", UNKNOWN) and "init_lora_weights" in options:
         options["init_lora_weights"] = adapter.start
-    name = getattr(getattr(base, "config", None), "_name_or_path", None) or None
-    records = {"task_type": None, "base_model_name_or_path": name, **adapter.records}
+    records = {"task_type": None, "base_model_name_or_path": name_of_base(base), **adapter.records}
     options = {f: v for f, v in options.items() if v is not None}  # HF PEFT's methods do not all have all fields
     return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}
