@@ -78,12 +78,20 @@ def _is_deep(value: object) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors in the `with` block into PeftfxErrors about `path`."""
+    """Turn the operating system's errors in the `with` block into PeftfxErrors about `path`.
+
+    Errors that other code raises there, such as the code of a model that an export runs, pass as they are.
+    """
+    with contextlib.suppress(OSError):  # there need be nothing yet
+        try:
+            os.lstat(path)
+        except ValueError as error:  # a path that no file system takes
+            raise PeftfxError(f"cannot write: {error}", str(path), "choose another path") from error
     try:
         yield
-    except ValueError as error:  # a path that no file system takes
-        raise PeftfxError(f"cannot write: {error}", str(path), "choose another path") from error
     except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
         reason = error.strerror or str(error)
         where = path if error.errno == 2 else error.filename or path  # not the temporary file in that folder
         raise PeftfxError(f"cannot write: {reason}", str(where), _ADVICE.get(error.errno or 0, "")) from error

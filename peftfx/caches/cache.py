@@ -153,6 +153,14 @@ def empty_cache(base: nn.Module) -> DynamicCache:
     return cache  # only keys and values: a layer is made when the model's code first writes into it
 
 
+def keeps_states(base: nn.Module) -> bool:
+    """Say whether a layer of the cache that a model's config asks for keeps states."""
+    try:
+        return any(isinstance(layer, StateLayer) for layer in empty_cache(base).layers)
+    except PeftfxError:  # a cache of an unknown kind
+        return False
+
+
 def refuse(kind: str) -> NoReturn:
     """Refuse a kind of cache layer, by its name."""
     what = f"the decode view cannot carry a cache of {kind}: it carries states, and the keys and values of every token"

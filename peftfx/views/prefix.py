@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxError
+from peftfx.caches.cache import keeps_states
+from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
 from peftfx.views.entry import POSITIONS, Entry, EntryCall
 
@@ -79,7 +80,7 @@ def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
     kept, because each call with a prefix needs it, and measured again if the model's modules or config change.
 
     Raises:
-        PeftfxError: the model keeps no cache, or the layers of its cache differ.
+        PeftfxError: the model keeps no cache or states, or the layers of its cache differ.
     """
     made_of = decodes, sum(1 for _ in base.modules()), repr(_fields(base))
     found = _shapes.get(base)
@@ -104,6 +105,11 @@ def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
             base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})
         except (TypeError, DataDependentOutputException) as error:  # no such argument, or images in the text
             raise _no_place(base) from error
+        except Exception as error:  # a model's code raises various errors for a cache of another kind than its own
+            raise_if_memory_is_out(error)
+            if not keeps_states(base):
+                raise
+            raise _beside_states(base) from error
     shapes = [tuple(_shape(getattr(layer, name, None)) for name in ("keys", "values")) for layer in cache.layers]
     if not shapes or any(None in pair for pair in shapes):
         raise _no_place(base)
@@ -130,6 +136,11 @@ def _refuse_checkpointing(base: nn.Module) -> None:
 def _no_place(base: nn.Module) -> PeftfxError:
     hint = "use prompt tuning, or a method that acts on weights"
     return PeftfxError("the model keeps no keys and values, so a prefix has no place", type(base).__name__, hint)
+
+
+def _beside_states(base: nn.Module) -> PeftfxError:
+    what = "the model's layers keep states, so a prefix, which is keys and values alone, has no place"
+    return PeftfxError(what, type(base).__name__, "use prompt tuning, or a method that acts on weights")
 
 
 def _positions(decodes: bool) -> str:

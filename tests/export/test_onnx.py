@@ -307,3 +307,12 @@ def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(
         save(model, directory)
     assert "free some space" in raised.value.hint
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("raised", [ValueError("no such layer"), OSError("no processor here")])
+def test_what_a_models_code_raises_is_no_error_of_the_disk(raised: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(raised), match=str(raised)), publish(tmp_path / "out"):
+        raise raised
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(PeftfxError, match="cannot write"), publish(tmp_path / "o\0ut"):
+        pass

@@ -167,6 +167,35 @@ def test_a_soft_prompt_is_refused_ahead_of_states() -> None:
         adapted.graph(view="decode")
 
 
+KEPT_APART = but_for({"recurrences between attentions"}, ["both in one layer", "recurrences between attentions"])
+
+
+@pytest.mark.parametrize("name", KEPT_APART)
+def test_a_prefix_is_refused_where_layers_keep_states(name: str) -> None:
+    """`peft` raises an error there, too: its prefix is a cache of keys and values alone."""
+    with pytest.raises(PeftfxError, match="keep states, so a prefix"):
+        peftfx.transform(build(name), peftfx.PrefixTuning(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize("name", [*KEPT_APART, *but_for(MODELS, ["recurrences alone"])])
+@pytest.mark.parametrize("view", ["forward", "decode"])
+def test_adapters_of_a_model_with_states_are_swapped(name: str, view: str, tmp_path: Path) -> None:
+    model, target = build(name), "all-linear & ~/.*out_proj/"  # whose weight the code reads itself
+    peftfx.export_onnx(model, tmp_path / "out", slots=target, view=view)
+    adapted = peftfx.transform(model, peftfx.LoRA(r=3, target=target))
+    randomise(adapted)
+    served = runtime.load(tmp_path / "out")
+    served.load_adapter(peftfx.export_adapter(adapted, tmp_path / "out", tmp_path / "a"))
+    assert "prefix" not in served.model.axes
+    for batch in (1, 2):
+        ids = torch.randint(4, 99, (batch, 9), generator=torch.Generator().manual_seed(1))
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if view == "decode":
+            assert torch.equal(greedy(served, batch)[0], greedy(adapted, batch)[0])
+        else:
+            torch.testing.assert_close(served(**given).logits, adapted(**given).logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("lengths", [(5, 1, 2, 1), (1, 1, 6), (3, 4)])
 def test_a_layer_of_states_is_transformers_own(lengths: tuple[int, ...]) -> None:
     ours, theirs = StateLayer(2), LinearAttentionLayer(2)
