@@ -24,6 +24,7 @@ from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
 from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
+from peftfx.serving.call_rows import CallRows
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import Served
@@ -131,7 +132,9 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         """Generate by transformers' `generate`; for sound or images, by that of the model's own class."""
         if self.view.layers.source == TEXT_INPUT and self.way is _Sourced:
             return super().generate(*args, **options)
-        return self._stand_in.generate(*args, **options)
+        given = self.numbered(options)
+        ids = given.pop(IDS, None)
+        return (self._stand_in if ids is None else self._numbered_stand_in(ids)).generate(*args, **given)
 
     @property
     def way(self) -> type[Generates]:
@@ -151,8 +154,22 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         return frozenset(given) - set(inspect.signature(GenerationMixin.generate).parameters)
 
     @cached_property
+    def _skeleton(self) -> Any:
+        return skeleton(self)
+
+    @cached_property
     def _stand_in(self) -> Any:
-        return over_graphs(skeleton(self), self.way, **self.parts, generation_config=self.generation_config)
+        return over_graphs(self._skeleton, self.way, **self.parts, generation_config=self.generation_config)
+
+    def _numbered_stand_in(self, ids: Tensor) -> Any:
+        """Return a stand-in for one call, whose rows have adapters of these numbers."""
+        rows, source = CallRows(ids), self.source_encoder
+        parts = {
+            **self.parts,
+            "step": rows.beside(self.step),
+            "source_encoder": SourceEncoder(rows.beside(source.encode), source.main_input_name),
+        }
+        return over_graphs(self._skeleton, self.way, **parts, generation_config=self.generation_config)
 
 
 class _Sourced(Buffered, GeneratesFromSource):  # type: ignore[misc]

@@ -66,7 +66,7 @@ class Served:
         known = self._row_adapters
         unknown = next((name for name in names if name is not None and name not in known), None)
         if unknown is not None:
-            hint = nearest(unknown, known) or f"adapters here: {', '.join(known) or 'none'}"
+            hint = nearest(str(unknown), known) or f"adapters here: {', '.join(known) or 'none'}"
             raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
         return torch.tensor([-1 if name is None else known.index(name) for name in names])
 

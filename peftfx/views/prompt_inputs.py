@@ -20,7 +20,7 @@ from peftfx.graph.slots import PREFIX, SLOT_PROMPT, Slot
 from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
-from peftfx.views.entry import Entry, EntryCall
+from peftfx.views.entry import Entry, EntryCall, VirtualTokens
 from peftfx.views.prompt_in_view import prompt_in_view
 from peftfx.views.view import Axes, RunView
 
@@ -96,6 +96,8 @@ class WithPromptInputs:
             )
         kept = []
         for place in places:
+            if isinstance(place.entry, VirtualTokens) and not view.layers.masked:
+                continue  # sound or an image is encoded, and virtual tokens are put before a text
             view, entry = prompt_in_view(view, place.entry)  # type: ignore[assignment]
             kept += [] if entry is None else [Place(place.what, entry)]
         return WithPromptInputs(view, tuple(kept))

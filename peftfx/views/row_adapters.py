@@ -175,7 +175,7 @@ class WithRowAdapters:
         made = self._longer.inputs(base, sizes=sizes, seed=seed)
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed + 1)
-            rows = made["input_ids"].shape[0]
+            rows = next(iter(made.values())).shape[0]  # the source may be sound or an image
             return made | {IDS: torch.randint(-1, len(self.lengths) - 1, (rows,), generator=random)}
 
     def with_past(
@@ -200,7 +200,7 @@ class WithRowAdapters:
     def alone(self, inputs: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """Return the inputs of the plain view in which all rows have the adapter `number`."""
         given = {name: value for name, value in inputs.items() if name != IDS}
-        if isinstance(self.view, Decoder):
+        if isinstance(self.view, Decoder) and self.view.layers.masked:
             kept = given["encoder_attention_mask"].shape[1] + self.lengths[number + 1]
             own = (name for name in given if ".encoder." in name)
             given |= {name: given[name][:, :, :kept] for name in own}
@@ -208,7 +208,7 @@ class WithRowAdapters:
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """Return an output's values where the mask shows something."""
-        if not isinstance(self.view, Encoder):
+        if not isinstance(self.view, Encoder) or not self.view.layers.masked:
             return self.view.shown(name, inputs, value)
         mask = self._encoded(inputs[_MASK], inputs[IDS])
         return self.view.shown(name, {**inputs, _MASK: mask}, value)
