@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError, shown
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
+from peftfx.export.slots.initializers import untied_heads
 from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
@@ -27,6 +28,7 @@ from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes
 from peftfx.files import already_there, write_file, writing
 from peftfx.graph.fingerprint import fingerprint
+from peftfx.graph.graph import BASE
 from peftfx.graph.slots import (
     INNER,
     KEYS,
@@ -186,9 +188,16 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[st
     if homeless:
         lines = "; ".join(f"{_WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
-        hint = "export the adapter merged" if homeless.keys() <= {SLOT_PROMPT, PREFIX} else hint
+        hint = hint if _may_have_slots(adapted, homeless) else "export the adapter merged"
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)
     return found
+
+
+def _may_have_slots(adapted: AdaptedModel, homeless: Mapping[str, Sequence[str]]) -> bool:
+    """Say whether a graph could have slots for these tensors: no weight is replaced by a trained copy but a head's."""
+    kept = {site.bias for site in adapted.sites.weights} | {site.weight for site in untied_heads(adapted.sites)}
+    own = all(f"{BASE}.{name}" in kept for name in homeless.get(SLOT_OWN, ()))
+    return own and not homeless.keys() <= {SLOT_PROMPT, PREFIX}
 
 
 def _laid(value: Tensor, slot: Slot) -> Tensor | None:

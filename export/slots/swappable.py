@@ -7,36 +7,31 @@ ones, and gives the base model. ONNX Runtime's `.onnx_adapter` files hold named 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
-from peftfx.export.metadata import PERM, SOURCE
+from peftfx.export.slots.initializers import neutral_of, open_initializers
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
-from peftfx.export.translation.to_onnx import every_value
 from peftfx.export.verification.comparison import VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
-from peftfx.graph.graph import BASE
-from peftfx.graph.slots import INNER, OUTER, RANK, SLOT_OWN, SLOT_TOKENS, Manifest, Slot
+from peftfx.graph.slots import INNER, OUTER, SLOT_OWN, Manifest, Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
 from peftfx.passes.slots.open import Open, slots_of
 from peftfx.sites.site import WEIGHT_KINDS, plays
-from peftfx.sites.sites import Sites
 from peftfx.sites.target import select
 from peftfx.views.arguments import nested
 from peftfx.views.decode import Decode
@@ -207,59 +202,6 @@ def _opened(adapted: AdaptedModel, part: GraphPart, target: str) -> GraphPart:
     beside = adapted.sites.headed
     graph = Open(tuple(sites), scaled, beside)(part.graph).graph
     return dataclasses.replace(part, graph=graph, exported=graph, slots=(*part.slots, *slots_of(graph, beside)))
-
-
-def open_initializers(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites) -> tuple[Slot, ...]:
-    """Make the slots of a program optional inputs, and some tensors of the base, too. Return all slots.
-
-    The tensors of the base are the biases at sites with slots, norms, and the heads that HF PEFT trains with an
-    adapter.
-    """
-    values = {str(value.name): value for value in program.graph.inputs}
-    for slot in slots:
-        value = values[slot.name]
-        value.const_value = TorchTensor(neutral_of(slot), name=slot.name)
-        value.meta[SOURCE] = ("ones", slot.empty, slot.dtype)
-        # Each site has a rank of its own. One name for all ranks would tell ONNX Runtime that they are equal, and it
-        # plans memory by that.
-        value.shape = ir.Shape([f"{slot.at}.{s}".strip(".") if isinstance(s, str) else s for s in slot.shape])
-        program.graph.initializers[slot.name] = value
-    for value in every_value(program.graph):
-        if value.shape is not None and not value.is_graph_input():
-            value.shape = ir.Shape([None if str(d) in (RANK, SLOT_TOKENS) else d for d in value.shape])
-    return (*slots, *_own(program, slots, base, sites))
-
-
-def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites) -> Iterator[Slot]:
-    """Make tensors of the base optional inputs, and yield their slots."""
-    at = {slot.at for slot in slots if slot.what == OUTER}
-    wanted = dict.fromkeys(site.bias for site in sites if site.path in at and site.bias is not None)
-    norms = [site.path for site in sites.norms]
-    names = [f"{path}.{name}" for path in norms for name, _ in base.get_submodule(path).named_parameters(recurse=False)]
-    wanted |= dict.fromkeys(f"{BASE}.{name}" for name in (*names, *head_tensors(base)))
-    found = {value.meta.get(SOURCE): value for value in program.graph.initializers.values()}
-    for target in wanted:
-        value = found.get(target)
-        if value is None or value.shape is None or value.dtype is None:  # tied, or not read
-            continue
-        program.graph.inputs.append(value)
-        shape = tuple(int(str(size)) for size in value.shape)
-        perm = tuple(int(axis) for axis in value.metadata_props.get(PERM, "").split())
-        kind = str(ir.tensor_adapters.to_torch_dtype(value.dtype)).removeprefix("torch.")
-        yield Slot(str(value.name), SLOT_OWN, target.removeprefix(f"{BASE}."), shape, kind, perm)
-
-
-def head_tensors(base: nn.Module) -> list[str]:
-    """Return the names of the heads' tensors that HF PEFT trains and saves with any adapter of this task."""
-    kinds = {task: kind for kind, task in PEFT_TASKS.items()}
-    ends = PEFT_HEADS.get(kinds.get(task_of(base), ""), ())
-    paths = [path for path, _ in base.named_modules() if ends and path.endswith(ends)]
-    return [f"{path}.{name}" for path in paths for name in base.get_submodule(path).state_dict()]
-
-
-def neutral_of(slot: Slot) -> Tensor:
-    """Return the tensor that changes nothing in a slot."""
-    return (torch.ones if slot.what in (INNER, OUTER) else torch.zeros)(slot.empty, dtype=getattr(torch, slot.dtype))
 
 
 def _filled(cases: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]) -> list[dict[str, Tensor]]:

@@ -32,6 +32,7 @@ from peftfx.graph.graph import Graph
 from peftfx.sites.site import (
     ATTENTION,
     EXPERTS,
+    HEAD,
     ROUTER,
     AttentionSite,
     Call,
@@ -221,7 +222,7 @@ def _assign_heads(analysis: Analysis, kept: Collection[str]) -> None:
     for found in analysis.occurrences():
         weight = analysis.owner[found.op]
         if found.op in reached and not weight.role and found.kind != "embedding":
-            weight.role = "head"
+            weight.role = HEAD
 
 
 def _site(weight: WeightFacts) -> WeightSite:

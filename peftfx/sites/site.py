@@ -16,6 +16,7 @@ NORM = "norm"  #: a kind of site, and its role
 ATTENTION = "attention"  #: a kind of site, and its role
 PATTERN = "pattern"  #: a kind of site: where a graph computes what a user's function computes; the user gives the role
 SEQUENCE = "sequence"  #: a kind of site, and its role: the stream of tokens
+HEAD = "head"  #: the role of a linear layer that gives a model's output
 ROUTER = "router"  #: the role of a linear layer whose output selects the expert of a value
 
 #: The roles that a site can have. The role of a fused site names all that the weight holds; its parts have the plain
@@ -27,7 +28,7 @@ ROLES = (
     *("mlp.up", "mlp.gate", "mlp.gate_up", "mlp.down", "mlp.output_gate"),
     *("experts.up", "experts.gate", "experts.gate_up", "experts.down"),
     *("embedding.token", "embedding.position", "embedding.type"),
-    *(ATTENTION, "conv", EXPERTS, "head", "linear", NORM, ROUTER),
+    *(ATTENTION, "conv", EXPERTS, HEAD, "linear", NORM, ROUTER),
 )
 
 
