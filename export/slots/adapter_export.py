@@ -9,17 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.slots.initializers import untied_heads
+from peftfx.export.slots.served_as import idle_in, served_as
 from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.size_trials import sizes_of
@@ -109,7 +110,7 @@ def export_adapter(
         what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
         raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
     with in_eval(adapted):
-        tensors = slot_tensors(adapted, manifest)
+        tensors = slot_tensors(adapted, manifest, idle_in(adapted, directory, manifest))
     write = functools.partial(_write_checked, adapted, directory, manifest, tensors, asked.check)
     if len(manifest.views) > 1:
         with publish(output, asked.force, holds_adapter) as temporary:
@@ -153,8 +154,7 @@ def _write_checked(
         write_adapter_file(tensors[name], manifest.version, file_of(path, name, tuple(manifest.views)))
     for name, kind in manifest.views.items() if check else ():
         with in_eval(adapted):
-            view = adapted.view(kind)
-            graph = adapted.graph() if view is None else adapted.graph(view=view)
+            view, graph = served_as(adapted, directory, name, kind)
             sizes = sizes_of(adapted, view, adapted.example, allow_fixed=True)
             oracle = eager_oracle(adapted, graph, view, adapted.example, sizes)
             put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
@@ -168,8 +168,13 @@ def _write_checked(
             )
 
 
-def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[str, Tensor]]:
+def slot_tensors(adapted: AdaptedModel, manifest: Manifest, idle: Collection[str] = ()) -> dict[str, dict[str, Tensor]]:
     """Return the tensors that the active adapters put into slots, by graph and slot name. Unused slots are left out.
+
+    Args:
+        adapted: the model with the adapters.
+        manifest: the slots of the graphs.
+        idle: the paths of layers that no graph runs. What adapters do there changes nothing; a warning tells it.
 
     Raises:
         PeftfxError: some tensors have no slot; all of them are listed.
@@ -179,7 +184,11 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[st
     slots = manifest.by_place()
     found: dict[str, dict[str, Tensor]] = {graph: {} for graph in manifest.views}
     homeless: dict[str, list[str]] = {}
+    unused: dict[str, None] = {}
     for (at, what), value in adapter_tensors(adapted, decodes=DECODE in manifest.views.values()).items():
+        if at in idle:
+            unused.setdefault(at)
+            continue
         laid = [(slot, _laid(value, slot)) for slot in slots.get((at, what), ())]
         if not laid or any(fitting is None for _, fitting in laid):
             homeless.setdefault(what, []).append(at)
@@ -190,6 +199,8 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest) -> dict[str, dict[st
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
         hint = hint if _may_have_slots(adapted, homeless) else "export the adapter merged"
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)
+    if unused:
+        warn(f"the graph does not run these modules, so the adapter does nothing there: {listed(list(unused))}")
     return found
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftfx.bases.processors.readers import reads_images
 from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.deployment.deployment import Deployment, Inputs
+from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
@@ -36,6 +38,7 @@ from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
 
+_ELSE = "export it merged, or with --swappable --view forward"
 _SOFT = (("", PREFIX), ("", SLOT_PROMPT))  #: the places of soft prompts
 
 
@@ -55,7 +58,7 @@ class Batched(Deployment):
             PeftfxError: an adapter does something that cannot differ between rows.
         """
         base = adapted.base
-        views = without_images(views_of(base, view, inputs))
+        views = without_images(views_of(base, view, inputs), _ELSE)
         each = [told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
         lengths = (0, *(len(next((own[p] for p in _SOFT if p in own), ())) for own in each))
         if DECODE not in views.values() and any(("", PREFIX) in own for own in each):
@@ -151,8 +154,19 @@ def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ..
 
 
 def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> GraphPart:
-    """Capture the forward view, with each row's own virtual tokens."""
-    (part,) = capture_parts(adapted, FORWARD, inputs)
+    """Capture the forward view, with each row's own virtual tokens.
+
+    Raises:
+        PeftfxError: the model's code takes images one after the other, so nothing tells the row that one is in.
+    """
+    try:
+        (part,) = capture_parts(adapted, FORWARD, inputs)
+    except PeftfxError as error:
+        if inputs is not None or not reads_images(adapted.base):
+            raise
+        capture_with_images(adapted, FORWARD, inputs)  # this raises the error again if there is no such graph
+        what = "the graph of this model takes any number of images, and nothing tells the row that each is in"
+        raise PeftfxError(what, type(adapted.base).__name__, _ELSE) from error
     if prompts is None:
         return part
     example = adapted.example if inputs is None else inputs

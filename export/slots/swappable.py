@@ -18,7 +18,8 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, Inputs
-from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
+from peftfx.export.deployment.image_parts import capture_with_images
+from peftfx.export.deployment.parts import GraphPart, refuse_fixed, views_of, without_images
 from peftfx.export.slots.initializers import neutral_of, open_initializers
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
 from peftfx.export.verification.comparison import VerificationError, reference_of
@@ -75,7 +76,7 @@ class Swappable(Deployment):
                 "a graph for swappable adapters is made from the base only", ", ".join(adapted.active), hint
             )
         base = adapted.base
-        views = without_images(views_of(base, view, inputs))
+        views = without_images(views_of(base, view, inputs), "export it merged, or with --view forward")
         places = tuple(prompt_places_of(base, adapted.sites)) if self.slots.prefix else ()
         parts = [
             _forward(adapted, inputs, places)
@@ -173,8 +174,10 @@ def _held(adapted: AdaptedModel, view: View, cases: Sequence[dict[str, Tensor]])
 
 
 def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> GraphPart:
-    """Capture the forward view, with places for soft prompts."""
-    (part,) = capture_parts(adapted, FORWARD, inputs)
+    """Capture the forward view, with places for soft prompts. There are none where images are encoded apart."""
+    (part,) = capture_with_images(adapted, FORWARD, inputs)
+    if part.view is not None:
+        return part
     example = adapted.example if inputs is None else inputs
     found = find_forward(adapted.base, example, places)
     if found is None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import keeps_states
-from peftfx.errors import PeftfxError, raise_if_memory_is_out
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
 from peftfx.views.entry import POSITIONS, Entry, EntryCall
 
@@ -107,9 +107,7 @@ def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
             raise _no_place(base) from error
         except Exception as error:  # a model's code raises various errors for a cache of another kind than its own
             raise_if_memory_is_out(error)
-            if not keeps_states(base):
-                raise
-            raise _beside_states(base) from error
+            raise _not_run(base, error) from error
     shapes = [tuple(_shape(getattr(layer, name, None)) for name in ("keys", "values")) for layer in cache.layers]
     if not shapes or any(None in pair for pair in shapes):
         raise _no_place(base)
@@ -138,8 +136,10 @@ def _no_place(base: nn.Module) -> PeftfxError:
     return PeftfxError("the model keeps no keys and values, so a prefix has no place", type(base).__name__, hint)
 
 
-def _beside_states(base: nn.Module) -> PeftfxError:
-    what = "the model's layers keep states, so a prefix, which is keys and values alone, has no place"
+def _not_run(base: nn.Module, error: Exception) -> PeftfxError:
+    what = f"the model does not run with a cache of keys and values, so a prefix has no place: {first_line(error)}"
+    if keeps_states(base):
+        what = "the model's layers keep states, so a prefix, which is keys and values alone, has no place"
     return PeftfxError(what, type(base).__name__, "use prompt tuning, or a method that acts on weights")
 
 
