@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftfx.adapters.deferred import Deferred
 from peftfx.errors import PeftfxError
-from peftfx.export.checkpoint.packing import BITSANDBYTES, Packing, print_of, quantisation_config
+from peftfx.export.checkpoint.packing import BITSANDBYTES, TABLE, Packing, print_of, quantisation_config
 from peftfx.export.coded.schemes import ROUTER_LEFT, routers_in, scheme_for
 from peftfx.export.rounding.calibrated import Candidate
 from peftfx.export.verification.comparison import VerificationError
@@ -26,6 +26,7 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.rounding import Rounded
 from peftfx.sites.sites import Sites
 
+_IN_ONNX = "leave quantize out, or quantise it in an export to ONNX (peftfx export --quantize)"
 _NEAR = 1e-5  #: tolerance of a print that is computed again, summed in another order, relative to its largest number
 
 
@@ -89,7 +90,7 @@ class Requantised:
         beside = {path: why for path, why in _beside(model).items() if path not in left}
         if not packings:
             why = next(iter((beside | left).values()), "it has no linear layers")
-            raise PeftfxError(f"nothing of this model can be rounded: {why}", "quantize", "leave quantize out")
+            raise PeftfxError(f"nothing of this model can be rounded: {why}", "quantize", _IN_ONNX)
         return Requantised(packings, left, beside, dtype)
 
     def config(self) -> dict[str, Any]:
@@ -153,7 +154,10 @@ class Requantised:
 
 def _obstacle(path: str, module: nn.Linear, scheme: Scheme, shared: Collection[int], plain: Collection[str]) -> str:
     if type(module) is not nn.Linear:
-        return f"it is a {type(module).__name__}"
+        replaced = "transformers puts bitsandbytes' layers in the place of nn.Linear itself alone"
+        if scheme.kind != TABLE:
+            replaced = "some versions of compressed-tensors put nn.Linear's forward in its place"
+        return f"it is a {type(module).__name__}, a subclass of nn.Linear: {replaced}"
     if id(module._parameters.get("weight")) in shared:
         return "its weight is another module's, too"
     if module.in_features % scheme.block:

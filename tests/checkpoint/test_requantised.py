@@ -18,6 +18,7 @@ from torch import Tensor
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.checkpoint import packing
+from peftfx.export.command import export_directory
 from peftfx.export.merge_command import merge_directory
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export_options.merge import MergeOptions
@@ -149,6 +150,19 @@ def test_what_cannot_be_rounded_is_refused(
     with pytest.raises(PeftfxError, match="another module's, too"):
         merge_directory(tmp_path / "tied", out, quantize="int4; int8@head")
     assert {path.name for path in tmp_path.iterdir()} == {"tied"}
+
+
+@pytest.mark.parametrize(("quantize", "why"), [("int8", "compressed-tensors"), ("nf4", "bitsandbytes")])
+def test_a_linear_layer_of_another_class_is_left_with_the_reason(quantize: str, why: str, tmp_path: Path) -> None:
+    """What loads such files would leave it out, or run another forward. In ONNX it is rounded."""
+    config = hf.FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    hf.FalconForCausalLM(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(PeftfxError, match=rf"a subclass of nn.Linear: .*{why}") as raised:
+        merge_directory(tmp_path / "base", tmp_path / "out", quantize=quantize)
+    assert "export to ONNX" in raised.value.hint
+    report = export_directory(tmp_path / "base", tmp_path / "onnx", view="forward", quantize=quantize)
+    assert any("query_key_value" in name for names in report.quantized.values() for name in names)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "onnx"}
 
 
 @pytest.mark.slow
