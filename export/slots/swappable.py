@@ -199,8 +199,9 @@ def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Pl
 
 
 def _opened(adapted: AdaptedModel, part: GraphPart, target: str) -> GraphPart:
-    """Open the slots of a part's layers."""
-    sites = {match.site.path: match.site for match in select(adapted.sites, target=target, kinds=WEIGHT_KINDS)}
+    """Open the slots of a part's layers. Where images are encoded apart, roles are those in the part's own graph."""
+    known = adapted.sites if part.view is None or part.view.name != FORWARD else part.graph.sites
+    sites = {match.site.path: match.site for match in select(known, target=target, kinds=WEIGHT_KINDS)}
     scaled = tuple(path for path, site in sites.items() if any(plays(site, role) for role in SCALED))
     beside = adapted.sites.headed
     graph = Open(tuple(sites), scaled, beside)(part.graph).graph
