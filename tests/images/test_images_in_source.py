@@ -143,7 +143,7 @@ def test_a_dry_run_tells_the_files_of_the_export(seeing: Seeing, peftfx: Run) ->
 @pytest.mark.slow
 def test_adapters_are_not_swapped_beside_images(seeing: Seeing) -> None:
     base = build("image-text-to-text", "florence2")
-    with pytest.raises(PeftfxError, match="models of text alone, and this one reads images"):
+    with pytest.raises(PeftfxError, match="models of text alone; this one reads images"):
         compiler.export_onnx(base, seeing.root / "never", view="decode", slots="all-linear")
 
 

@@ -15,7 +15,8 @@ class Variant:
         options: of `peft.LoraConfig`.
         said: what it is here: the whole sentence of the page.
         how: `works` from a new start, as HF PEFT's; `read` from HF PEFT's files alone; `text`, works in models of text
-            (`tests/method_table/test_alora.py`); or `refused`.
+            (`tests/method_table/test_alora.py`); `files`, only its files are taken (`tests/files/test_tied_copies.py`);
+            or `refused`.
         told: what the refusal says.
     """
 
@@ -100,9 +101,9 @@ VARIANTS = (
         "more layers",
     ),
     Variant(
-        *("tied copies", {"ensure_weight_tying": True}, "refused"),
-        "refused: copies here are their modules' own; name one of the modules that share the weight",
-        "tied weight",
+        *("tied copies", {"ensure_weight_tying": True}, "files"),
+        "its files are read, exported and saved as HF PEFT's; training is refused: it trains one copy of a tied weight for "
+        "all its modules, and here each module has its own",
     ),
     Variant(
         *("Megatron", {"megatron_config": {"tensor_model_parallel_size": 1}}, "refused"),
