@@ -102,8 +102,8 @@ VARIANTS = (
     ),
     Variant(
         *("tied copies", {"ensure_weight_tying": True}, "files"),
-        "its files are read, exported and saved as HF PEFT's; training is refused: it trains one copy of a tied weight for "
-        "all its modules, and here each module has its own",
+        "its files are read, exported and saved as HF PEFT's; training is refused: it trains one copy of a tied weight "
+        "for all its modules, and here each module has its own",
     ),
     Variant(
         *("Megatron", {"megatron_config": {"tensor_model_parallel_size": 1}}, "refused"),
