@@ -101,10 +101,11 @@ def _told(metadata: Mapping[str, str], prefix: str, path: Path) -> dict[str, obj
         return {}
     try:
         fields = json.loads(raw)
-        assert isinstance(fields, dict)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
         what = f"its metadata {_CONFIG_KEY} are no config of a LoRA"
-        raise PeftfxError(what, str(path), "save the file again") from error
+        raise PeftfxError(what, str(path), "save the file again")
     own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
     return {name: value for name, value in own.items() if "." not in name and name not in _PLACES}
 
