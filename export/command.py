@@ -40,9 +40,9 @@ from peftfx.options import FORWARD
 from peftfx.pages.page import Page
 from peftfx.passes.base import Pass
 from peftfx.pictures.adapted import show
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
 from peftfx.rules.resolution import place, saved_modules
-from peftfx.rules.tied_copies import without_tying
+from peftfx.rules.tied_copies import method_of_file
 from peftfx.sites.sites import Sites
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -191,7 +191,7 @@ def load_directories(
         return _bare(_with_steps(model, task, sentences), view, road)
     folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
     configs = {folder: read_adapter_config(folder) for folder in folders}
-    methods = {folder: method_from_config(without_tying(own), str(folder / CONFIG)) for folder, own in configs.items()}
+    methods = {folder: method_of_file(own, str(folder / CONFIG)) for folder, own in configs.items()}
     weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
     kinds = [own["task_type"] for own in configs.values() if own.get("task_type") is not None]
     told = resolve_task(None, peft_task_type=str(kinds[0]), config=config) if kinds else None

@@ -14,8 +14,9 @@ from peftfx.export.reports.report_page import read_report
 from peftfx.files import is_file, is_folder
 from peftfx.formats import ADAPTER, BATCHED, REPORT, RULES, SLOTS
 from peftfx.graph.slots import Manifest
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
 from peftfx.rules.text import write_rule
+from peftfx.rules.tied_copies import method_of_file
 
 _MOST = 8  #: items that are told in words; JSON has them all
 
@@ -62,7 +63,7 @@ def _adapter(path: Path) -> About:
     rules = []
     for folder in rule_folders(path):
         config = read_adapter_config(folder)
-        method = method_from_config(config, str(folder / CONFIG))
+        method = method_of_file(config, str(folder / CONFIG))
         weights = Weights(folder, method.prefix)
         rules.append(write_rule(method))
         tensors += len(weights.names)

@@ -13,8 +13,8 @@ from peftfx.errors import PeftfxError
 from peftfx.export.reports.report_page import read_report
 from peftfx.files import is_file
 from peftfx.formats import REPORT
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
-from peftfx.rules.tied_copies import without_tying
+from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
+from peftfx.rules.tied_copies import method_of_file
 
 _MOST, _FEW = 20, 4  #: the most items of a kind that are listed; the most items of one list
 #: The fields of a report in which two runs of the same export differ.
@@ -95,7 +95,7 @@ def _of_adapters(first: Path, second: Path) -> Differences:
 
 
 def _weights(folder: Path, config: Mapping[str, object]) -> Weights:
-    return Weights(folder, method_from_config(without_tying(config), str(folder / CONFIG)).prefix)
+    return Weights(folder, method_of_file(config, str(folder / CONFIG)).prefix)
 
 
 def _between(a: Tensor, b: Tensor) -> Mapping[str, Any] | None:

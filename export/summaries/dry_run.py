@@ -28,9 +28,9 @@ from peftfx.export.writing.memory import memory_needed, refuse_memory
 from peftfx.export_options.directory import DirectoryOptions
 from peftfx.formats import REPORT
 from peftfx.options import AUTO, DECODE, FORWARD
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
 from peftfx.rules.text import write_rule
-from peftfx.rules.tied_copies import without_tying
+from peftfx.rules.tied_copies import method_of_file
 from peftfx.views.finding.named_views import find_view
 
 _PACE = (30e6, 300e6)  #: bytes of weights per second over all stages: on a slow machine, and on a fast one
@@ -124,7 +124,7 @@ def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
 def _rules(folder: Path) -> str:
     rules = []
     for own in rule_folders(folder):
-        method = method_from_config(without_tying(read_adapter_config(own)), str(own / CONFIG))
+        method = method_of_file(read_adapter_config(own), str(own / CONFIG))
         weights = Weights(own, method.prefix)
         rules.append(f"{write_rule(method)}, {len(weights.names)} tensors")
     return "; ".join(rules)

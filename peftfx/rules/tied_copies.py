@@ -11,20 +11,23 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from peftfx.contract.method import Method
 from peftfx.contract.override import tied_paths
 from peftfx.contract.sequence import embedding_path
+from peftfx.rules.peft_files import method_from_config
+from peftfx.sites.expression import ends_with
 
 TYING = "ensure_weight_tying"
 
 
-def without_tying(config: Mapping[str, object]) -> dict[str, object]:
-    """Return the config of a file without the option."""
-    return {name: value for name, value in config.items() if name != TYING}
+def method_of_file(config: Mapping[str, object], where: str) -> Method:
+    """Return the method of a file's config; see `peftfx.rules.peft_files.method_from_config`."""
+    return method_from_config(_without_tying(config), where)
 
 
 def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, object]:
     """Return the config with the names of all modules that share the embedding's tensor, where it names one of them."""
-    found = without_tying(config)
+    found = _without_tying(config)
     path = embedding_path(base) if config.get(TYING) else None
     tied = [] if path is None else tied_paths(base, path)
     for option in ("target_modules", "modules_to_save"):
@@ -37,5 +40,9 @@ def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, 
     return found
 
 
+def _without_tying(config: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in config.items() if name != TYING}
+
+
 def _names(asked: Sequence[str], path: str) -> bool:
-    return any(path == name or path.endswith(f".{name}") for name in asked)
+    return any(ends_with(path, name) for name in asked)

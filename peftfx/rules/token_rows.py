@@ -10,6 +10,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.contract.override import Override, rows_of, ties_embeddings
 from peftfx.contract.sequence import embedding_path
 from peftfx.errors import PeftfxError, nearest
+from peftfx.sites.expression import ends_with
 
 Tokens = Sequence[int] | Mapping[str, Sequence[int]] | None
 
@@ -62,7 +63,7 @@ def _named(base: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, tup
     paths = [path for path, module in own_modules(base) if isinstance(getattr(module, "weight", None), nn.Parameter)]
     found: dict[str, tuple[int, ...]] = {}
     for name, rows in given.items():
-        matches = [path for path in paths if path == name or path.endswith(f".{name}")]
+        matches = [path for path in paths if ends_with(path, name)]
         if not matches:
             hint = nearest(name, paths) or "`peftfx inspect` lists the modules"
             raise PeftfxError("no module with a weight has this name", name, hint)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import peftfx as px
 from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.export.summaries.about import about
+from peftfx.export.summaries.differences import differences
 from peftfx.rules.tied_copies import with_tied_names
 
 IDS = torch.tensor([[1, 5, 9, 7, 2], [3, 3, 2, 0, 60]])
@@ -57,6 +59,8 @@ def test_a_file_with_tied_copies_acts_as_in_peft(options: dict[str, object], tmp
     again = peft.PeftModel.from_pretrained(_base(), tmp_path / "ours").eval()
     torch.testing.assert_close(_logits(again), want, rtol=1e-5, atol=1e-5)
     assert "ensure_weight_tying" not in json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert "lora(" in str(about(tmp_path / "theirs"))
+    assert not differences(tmp_path / "theirs", tmp_path / "theirs").tensors
     px.export_onnx(loaded, tmp_path / "onnx", view="forward")
     served = px.runtime.load(tmp_path / "onnx")
     got = served(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
