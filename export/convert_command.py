@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.writer import write_rule_directory
 from peftfx.adapters.lora_conversion import difference, lora_of
-from peftfx.adapters.single_file import DIFFUSERS, KOHYA, as_peft, as_single_file
+from peftfx.adapters.single_files.reading import as_peft
+from peftfx.adapters.single_files.writing import DIFFUSERS, KOHYA, as_single_file
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.command import load_directories
@@ -46,7 +47,8 @@ def convert_directory(
         output: where to write: a directory in HF PEFT's format, or a safetensors file if `to` is another format.
         adapter: a HF PEFT directory of any method that acts on weights.
         tuned: the directory of another checkpoint of the model. The LoRA approximates its difference from the base.
-        file: a single LoRA file of kohya's or diffusers' format. Exactly one of `adapter`, `tuned` and `file` is given.
+        file: a LoRA, DoRA or LoHa in one file, of kohya's or diffusers' format. Exactly one of `adapter`, `tuned` and
+            `file` is given.
         rank: the rank of the LoRA, or the share of the energy that is kept (below 1). Only an adapter that is a LoRA
             already, or a single file, may have none: it is not changed.
         to: `peft`, `kohya` or `diffusers`.
@@ -80,8 +82,9 @@ def convert_directory(
     name = _LORA
     if rank is not None and tuned is None:
         kept = adapted.convert_to_lora(_LORA, rank, name := "converted")
-    _refuse_other_methods(adapted.adapter(name))
     made = adapted.adapter(name)
+    if file is None or to != PEFT:
+        _refuse_other_methods(made)
     if to == PEFT:
         adapted.save_pretrained(target, name)
     else:
@@ -90,7 +93,8 @@ def convert_directory(
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     cut = "" if kept > 1 - _ROUNDING else f"; it keeps {100 * kept:.2f}% of the energy"
-    return f"{target}: a LoRA of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"
+    kind = type(made.rules[0]).__name__
+    return f"{target}: a {kind} of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"
 
 
 def _ranks(made: Adapter) -> str:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapters.files.writer import write_rule_directory
-from peftfx.adapters.single_file import as_peft, read_single_file
+from peftfx.adapters.single_files.keys import read_single_file
+from peftfx.adapters.single_files.reading import as_peft
 from peftfx.bases.latent_decoders import as_latent_decoder, decodes_latents
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
@@ -37,6 +38,7 @@ _KOHYA: Mapping[str, tuple[str, ...]] = {
     "text_encoder": ("te_", "te1_"),
     "text_encoder_2": ("te2_",),
     "text_encoder_3": ("te3_",),
+    "transformer": ("unet_", "transformer_"),
 }
 
 

@@ -45,7 +45,7 @@ LAYERS = (
     ),
     *("peftfx.analysis", "peftfx.patterns", "peftfx.views", "peftfx.views.finding", "peftfx.generation"),
     *("peftfx.contract", "peftfx.contract.common", "peftfx.contract.common.lora", "peftfx.methods", "peftfx.rules"),
-    *("peftfx.adapters", "peftfx.adapters.files", "peftfx.pictures"),
+    *("peftfx.adapters", "peftfx.adapters.files", "peftfx.adapters.single_files", "peftfx.pictures"),
     *(
         "peftfx.passes.base",
         "peftfx.passes.properties",

@@ -18,7 +18,7 @@ SANCTIONED = {
     "peftfx/testing/cases.py",
     "peftfx/demo/generation.py",
     "export/verification/eager/published.py",
-    "peftfx/adapters/single_file.py",
+    "peftfx/adapters/single_files/writing.py",
 }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.adapters.files.names import name_of_base
-from peftfx.adapters.single_file import as_peft
+from peftfx.adapters.single_files.reading import as_peft
 from peftfx.errors import PeftfxError
 from peftfx.export.convert_command import convert_directory
 from peftfx.testing.models import Causal

@@ -21,7 +21,7 @@ def convert(
         Path | None,
         typer.Option(help="Directory of another checkpoint, whose difference from the base becomes a LoRA."),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A single-file LoRA of kohya's or diffusers' format.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A LoRA, DoRA or LoHa in one file, of kohya or diffusers.")] = None,
     rank: Annotated[
         str | None,
         typer.Option(

@@ -1,0 +1,1 @@
+"""Adapters in one safetensors file, as kohya's trainers, LyCORIS and diffusers write them."""

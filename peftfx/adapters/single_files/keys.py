@@ -1,0 +1,74 @@
+"""The keys of a single file: a module's name, with a prefix for its model, and the name of the module's tensor.
+
+kohya's keys are `PREFIX_path_with_underscores.lora_down.weight`, `.lora_up.weight` and `.alpha`, and for DoRA
+`.dora_scale`; LyCORIS adds `.hada_w1_a` and the like. diffusers' keys are `PREFIX.path.lora_A.weight` and
+`.lora_B.weight`, earlier `.lora.down.weight`, and before that `.processor.to_q_lora.down.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peftfx.contract.common.lora.dora import MAGNITUDE
+from peftfx.errors import PeftfxError
+
+DOWN, UP, BIAS, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "alpha"
+HADAMARD = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
+CORES = frozenset({"hada_t1", "hada_t2"})
+SCALE = ".dora_scale"
+#: Tensors of LyCORIS's other kinds. Their modules are told by name.
+_UNREAD = (
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "lora_mid.weight"),
+    *("diff", "diff_b", "on_input", "oft_blocks", "oft_diag", "a1.weight", "a2.weight", "b1.weight", "b2.weight"),
+)
+_SUFFIXES = {
+    ".lora_down.weight": DOWN,
+    ".lora.down.weight": DOWN,
+    ".lora_linear_layer.down.weight": DOWN,
+    ".lora_A.weight": DOWN,
+    ".lora_up.weight": UP,
+    ".lora.up.weight": UP,
+    ".lora_linear_layer.up.weight": UP,
+    ".lora_B.weight": UP,
+    ".lora_B.bias": BIAS,
+    ".lora_magnitude_vector": MAGNITUDE,
+    SCALE: MAGNITUDE,
+    ".lora.down.weight.alpha": ALPHA,  # of diffusers, for layers whose names it takes for those of processors
+    ".alpha": ALPHA,
+    **{f".{name}": name for name in (*HADAMARD, *CORES, *_UNREAD)},
+}
+#: Layers of an attention in the names of diffusers' attention processors.
+_PROCESSOR = (
+    (re.compile(r"\.processor(?=\.to_)"), ""),
+    (re.compile(r"\.to_out_lora\."), ".to_out.0.lora."),
+    (re.compile(r"\.to_([qkv])_lora\."), r".to_\1.lora."),
+)
+
+
+def read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file.
+
+    Raises:
+        PeftfxError: the file cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise PeftfxError(f"cannot be read as safetensors: {error}", str(path), "give a .safetensors file") from error
+
+
+def by_stem(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of each module by their names, by the part of their keys that names the module."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        for pattern, replacement in _PROCESSOR:
+            key = pattern.sub(replacement, key)
+        suffix = next((s for s in _SUFFIXES if key.endswith(s)), "")
+        found.setdefault(key.removesuffix(suffix) if suffix else key, {})[_SUFFIXES.get(suffix, key)] = tensor
+    return found

@@ -1,0 +1,192 @@
+"""Adapters in one safetensors file, of kohya's trainers, LyCORIS and diffusers, as HF PEFT has them.
+
+A file may hold adapters of several models, each with a prefix of its own (`lora_unet`, `lora_te1`; `unet`,
+`text_encoder`). The ranks, and what kind of adapter it is, are read from the tensors. diffusers puts the config of a
+LoRA into the file's metadata, and its scale is then the config's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.adapters.single_files.foreign_names import renamed
+from peftfx.adapters.single_files.keys import (
+    ALPHA,
+    BIAS,
+    CORES,
+    DOWN,
+    HADAMARD,
+    SCALE,
+    UP,
+    by_stem,
+    read_single_file,
+)
+from peftfx.bases.guests import own_modules
+from peftfx.contract.common.lora.dora import MAGNITUDE
+from peftfx.errors import PeftfxError, warn
+
+_CONFIG_KEY = "lora_adapter_metadata"
+#: Fields of a config that say where its LoRA acts. The names of the tensors say it.
+_PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_LORA = frozenset({DOWN, UP})
+Parts = dict[str, Tensor]
+
+
+def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Return HF PEFT's config and tensors for the adapter of this model in a file: a LoRA, a DoRA or a LoHa.
+
+    A warning names the adapters of other models in the file.
+
+    Raises:
+        PeftfxError: the file cannot be read, has no adapter of this model, or has tensors for this model that are of
+            none of these.
+    """
+    tensors, metadata = read_single_file(path)
+    _refuse_inputs(tensors, path)
+    modules = {path: m for path, m in own_modules(base) if path}
+    found = _matched(by_stem(tensors), modules)
+    if not found.whole and (other := _matched(renamed(tensors, base), modules)).whole:
+        found = other
+    if not found.own and not found.wrong:
+        hint = "give the directory of the model that it is of: a U-Net, a transformer or a text encoder"
+        raise PeftfxError("no key of it names a module of this model", str(path), hint)
+    if found.wrong:
+        what = f"{len(found.wrong)} modules are not this model's, or have more or less than a LoRA, a DoRA or a LoHa"
+        hint = "was it trained on this model, by these names? peftfx reads no LoKr and no other kind in one file"
+        raise PeftfxError(f"{what}: {', '.join(found.wrong[:3])}", str(path), hint)
+    if found.others:
+        left = f"{len(found.others)} modules are of other models, and left out: {', '.join(found.others[:3])}"
+        warn(f"{path}: {left}")
+    config = _config(found.own, path) | _told(metadata, found.prefix, path)
+    return config, {
+        f"base_model.model.{place}.{name}": _fitted(modules[place], name, tensor, f"{path}: {place}")
+        for place, parts in found.own.items()
+        for name, tensor in parts.items()
+        if name != ALPHA
+    }
+
+
+@dataclass(frozen=True)
+class _Match:
+    """The keys of a file beside a model: the tensors by module path, what is no adapter's, and what is another's."""
+
+    prefix: str
+    own: dict[str, Parts]
+    wrong: list[str]
+    others: list[str]
+
+    @property
+    def whole(self) -> bool:
+        return bool(self.own) and not self.wrong and not self.others
+
+
+def _matched(stems: Mapping[str, Parts], modules: Mapping[str, nn.Module]) -> _Match:
+    """Return the keys of this model: those with the prefix by which most name a module of it.
+
+    Raises:
+        PeftfxError: two modules of the model have one name in such files.
+    """
+    known = {name: path for path in modules for name in (path, path.replace(".", "_"))}
+    twice = [path for path in modules if known[path.replace(".", "_")] != path]
+    if twice:
+        what = "with underscores for dots, these modules of the model have one name"
+        raise PeftfxError(what, ", ".join(twice[:2]), "convert the file where it was made")
+    prefixes = {p for stem in stems for p in _prefixes(stem) if stem[len(p) :] in known}
+    if not prefixes:
+        return _Match("", {}, [], sorted(stems))
+    prefix = min(prefixes, key=lambda p: (-sum(s.startswith(p) and s[len(p) :] in known for s in stems), len(p)))
+    named = {stem[len(prefix) :]: parts for stem, parts in stems.items() if stem.startswith(prefix)}
+    own = {known[name]: parts for name, parts in named.items() if name in known and _is_adapter(parts)}
+    wrong = sorted(name for name in named if name not in known or known[name] not in own)
+    return _Match(prefix, own, wrong, sorted(stem for stem in stems if not stem.startswith(prefix)))
+
+
+def _prefixes(stem: str) -> list[str]:
+    """Return the possible prefixes of a key before the module's path: up to each dot or underscore."""
+    return ["", *(stem[: i + 1] for i, letter in enumerate(stem) if letter in "._")]
+
+
+def _is_adapter(parts: Parts) -> bool:
+    names = parts.keys() - {ALPHA}
+    return _LORA <= names <= _LORA | {MAGNITUDE, BIAS} or names in (HADAMARD, HADAMARD | CORES)
+
+
+def _config(own: Mapping[str, Parts], path: Path) -> dict[str, object]:
+    """Return the config of an adapter, by its tensors.
+
+    Raises:
+        PeftfxError: one adapter of HF PEFT cannot be all of it.
+    """
+    lora = _all_or_none(own, DOWN, path)
+    ranks = {place: len(parts[DOWN] if lora else parts["hada_w1_b"]) for place, parts in own.items()}
+    alphas = {place: float(parts[ALPHA]) if ALPHA in parts else float(ranks[place]) for place, parts in own.items()}
+    r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    config: dict[str, object] = {
+        "r": r,
+        "target_modules": sorted(own),
+        "rank_pattern": {place: n for place, n in ranks.items() if n != r},
+        "alpha_pattern": {place: a for place, a in alphas.items() if a != alpha},
+    }
+    if not lora:
+        cores = any(parts.keys() >= CORES for parts in own.values())
+        return {"peft_type": "LOHA", "alpha": alpha, "use_effective_conv2d": cores, **config}
+    kinds = {"use_dora": _all_or_none(own, MAGNITUDE, path), "lora_bias": _all_or_none(own, BIAS, path)}
+    return {"peft_type": "LORA", "lora_alpha": alpha, **kinds, **config}
+
+
+def _all_or_none(own: Mapping[str, Parts], name: str, path: Path) -> bool:
+    without = [place for place, parts in own.items() if name not in parts]
+    if without and len(without) < len(own):
+        what = f"{len(without)} of its {len(own)} modules have no {name}, and an adapter of HF PEFT is of one kind"
+        raise PeftfxError(f"{what}: {', '.join(without[:3])}", str(path), "train it as one kind")
+    return not without
+
+
+def _refuse_inputs(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a DoRA of LyCORIS with one magnitude for each input, [1, in, ...]: HF PEFT's are of the outputs."""
+    key = next((key for key, t in tensors.items() if key.endswith(SCALE) and t.ndim > 1 and t.numel() != len(t)), None)
+    if key is not None:
+        what = f"{key} has one magnitude for each input, and HF PEFT's DoRA has one for each output"
+        raise PeftfxError(what, str(path), "train it with magnitudes of outputs (LyCORIS: wd_on_out=True)")
+
+
+def _told(metadata: Mapping[str, str], prefix: str, path: Path) -> dict[str, object]:
+    """Return what the metadata of a file of diffusers say of a LoRA: the fields of its config, but for its targets."""
+    raw = metadata.get(_CONFIG_KEY)
+    if not raw:
+        return {}
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        what = f"its metadata {_CONFIG_KEY} are no config of a LoRA"
+        raise PeftfxError(what, str(path), "save the file again")
+    own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+    return {name: value for name, value in own.items() if "." not in name and name not in _PLACES}
+
+
+def _fitted(module: nn.Module, name: str, tensor: Tensor, where: str) -> Tensor:
+    """Return the tensor as HF PEFT has it for a module.
+
+    A 1x1 conv factor of a linear layer becomes a matrix; the magnitudes of a linear layer a vector, those of a conv
+    [1, out, 1, ...].
+
+    Raises:
+        PeftfxError: the magnitudes are not one for each output.
+    """
+    linear = isinstance(module, nn.Linear)
+    if name != MAGNITUDE:
+        of_module = tensor[:, :, 0, 0] if linear and tensor.ndim == 4 else tensor
+        return of_module.clone(memory_format=torch.contiguous_format)  # parts of a fused layer share one A
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or tensor.numel() != len(weight):
+        what = f"magnitudes of the shape {list(tensor.shape)} are not one for each output of this module"
+        raise PeftfxError(what, where, "was it trained on this model?")
+    return tensor.reshape(-1 if linear else (1, -1, *(1,) * (weight.ndim - 2))).contiguous()
