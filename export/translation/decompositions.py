@@ -30,6 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from peftfx.graph.rewriter import Rewriter
+from peftfx.passes.optimization.functional import make_functional
 
 Table = Mapping[OpOverload, Callable[..., object]]
 
@@ -142,6 +143,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
     values = [source.meta["val"] for source in sources]
     with detect_fake_mode(values) or nullcontext():  # in which tensors that a decomposition makes are fake too
         traced = make_fx(call, decomposition_table=dict(table))(*values)
+    make_functional(Rewriter(traced.graph))  # torch's decompositions write into their own intermediate results
     result = Rewriter(graph).before(node).splice(traced, sources)
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)

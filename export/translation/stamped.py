@@ -25,7 +25,7 @@ from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.functional import make_functional
-from peftfx.passes.optimization.fuse import OPSET, Fuse
+from peftfx.passes.optimization.fuse import OPSET, Fuse, has_norms
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -45,7 +45,7 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
     ready = prepare(graph)
     if fused and (opset or OPSET) >= OPSET:
         found = Fuse()(ready)
-        ready, opset = found.graph, opset or (OPSET if found.changed else None)
+        ready, opset = found.graph, opset or (OPSET if found.changed or has_norms(found.graph) else None)
     outputs = flatten_outputs(ready)
     for write in make_functional(Rewriter(ready.module.graph)):
         raise Uncovered(f"a write into a tensor that others see ({write.target})")

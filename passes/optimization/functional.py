@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -37,7 +38,7 @@ def _replaced(rewriter: Rewriter, write: fx.Node) -> bool:
     if form is None or not isinstance(target, fx.Node) or not _changes_one(write):
         return False
     names = {name for name in _names_of_memory(target) if name < write}  # later names are of the result
-    if not all(name.op == "call_function" and isinstance(name.target, OpOverload) for name in names):
+    if not all(isinstance(name.target, OpOverload) or name.target is operator.getitem for name in names):
         return False  # an input, or the model's own tensor
     parts = list(_parts(target))
     later = {name for name in names if any(user > write for user in name.users)}

@@ -56,6 +56,12 @@ class Fuse(Pass):
         return PassResult(Cleanup()(result).graph if changed else graph, changed)
 
 
+def has_norms(graph: Graph) -> bool:
+    """Say whether a graph has norms that are one operator: those of `torch.nn.RMSNorm`, or fused ones."""
+    norms = (node.meta["val"] for node in graph.nodes() if node.target is aten.rms_norm.default)
+    return any(norm.dtype != torch.float64 for norm in norms)
+
+
 def _fuse_attention(rewriter: Rewriter, node: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
     """Fuse an attention over a cache: past and new keys and values, repeated for groups of heads."""
     if node.target is not aten.scaled_dot_product_attention.default or not has_axes(node, ndim=4):

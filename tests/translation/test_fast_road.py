@@ -1,0 +1,88 @@
+"""What took torch's road to ONNX although the fast one can take it: layers of torch itself, and code of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from every_model.diffusion_models import build_denoiser
+from torch import Tensor, nn
+
+import peftfx
+from peftfx import LoRA
+from peftfx.bases.example_inputs import example_inputs
+
+
+class Norms(nn.Module):
+    """RMS norms of torch: with a weight and without, with an epsilon and without, over one axis and over two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(6, 6)
+        self.norms = nn.ModuleList(
+            [nn.RMSNorm(6), nn.RMSNorm(6, eps=1e-3), nn.RMSNorm(6, elementwise_affine=False), nn.RMSNorm((5, 6))]
+        )
+        for norm in self.norms:
+            if norm.weight is not None:
+                nn.init.normal_(norm.weight)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [norm(self.layer(x)) for norm in self.norms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@torch.no_grad()
+def test_rms_norms_of_torch(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = Norms().to(dtype).eval()
+    rule = LoRA(r=2, target="/.*/", init_lora_weights=False)
+    ours = peftfx.transform(base, rule, inputs={"x": torch.randn(2, 5, 6, dtype=dtype)})
+    report = ours.export(tmp_path / "out")
+    assert report.engine == "fast"
+    assert report.fused.get("RMSNormalization", 0) == (0 if dtype == torch.float64 else 4)
+    x = 1e-2 * torch.randn(3, 5, 6, dtype=dtype)  # so small that the epsilon counts
+    close = {"atol": 2e-3, "rtol": 2e-3} if dtype == torch.float16 else {"atol": 1e-5, "rtol": 1e-4}
+    for want, got in zip(ours(x), peftfx.runtime.load(tmp_path / "out")(x).values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(got), want, **close)
+
+
+class Written(nn.Module):
+    """The last steps of a value are turned in place, and its halves were read before as a tuple of views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        one, other = y[:, 2:].unflatten(-1, (2, 4)).unbind(-2)
+        y[:, 2:] = torch.cat([-other, one], -1)
+        rows, columns = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(8), indexing="ij")
+        return y * (rows + columns)
+
+
+@torch.no_grad()
+def test_writes_beside_views_in_a_tuple_and_grids(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = peftfx.transform(
+        Written().eval(), LoRA(r=2, target="/.*/", init_lora_weights=False), inputs={"x": torch.randn(2, 5, 6)}
+    )
+    assert ours.export(tmp_path / "out").engine == "fast"
+    for shape in ((1, 4, 6), (3, 9, 6)):
+        x = torch.randn(shape)
+        (got,) = peftfx.runtime.load(tmp_path / "out")(x).values()
+        torch.testing.assert_close(torch.as_tensor(got), ours(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flux", "auraflow", "cogview4"])
+@torch.no_grad()
+def test_denoisers_of_diffusers(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = build_denoiser(name)
+    rule = LoRA(r=2, target=r"/.*to_[qkv]/", init_lora_weights=False)
+    ours = peftfx.transform(base, rule, inputs=example_inputs(base))
+    assert ours.export(tmp_path / "out").engine == "fast"
+    inputs = example_inputs(base, sizes={"batch": 3, "sequence": 5}, seed=4)
+    got = next(iter(peftfx.runtime.load(tmp_path / "out")(**inputs).values()))
+    torch.testing.assert_close(torch.as_tensor(got), ours(**inputs).sample, atol=1e-4, rtol=1e-4)
