@@ -65,7 +65,7 @@ def prepare(graph: Graph) -> Graph:
             _make_contiguous(rewriter, node)
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)
-    sweep(rewriter)
+    sweep(rewriter, random=True)  # layers that a model's code makes, and starts, in its own call
     rewriter.close(result)
     return result
 

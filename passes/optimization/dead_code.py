@@ -26,11 +26,14 @@ class Sweep(Pass):
         return PassResult(result, dropped) if dropped else PassResult(graph, 0)
 
 
-def sweep(rewriter: Rewriter) -> int:
-    """Erase nodes without users, in place, and return their number. fx's own pass needs evaluated derived weights."""
+def sweep(rewriter: Rewriter, *, random: bool = False) -> int:
+    """Erase nodes without users, in place, and return their number. fx's own pass needs evaluated derived weights.
+
+    With `random`, those that draw random numbers too: the numbers that others draw are then not torch's.
+    """
     dropped = 0
     for node in reversed(list(rewriter.graph.nodes)):
-        if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure():
+        if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure(impure_random=not random):
             rewriter.erase(node)
             dropped += 1
     return dropped

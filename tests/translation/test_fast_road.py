@@ -86,3 +86,27 @@ def test_denoisers_of_diffusers(name: str, tmp_path: Path) -> None:
     inputs = example_inputs(base, sizes={"batch": 3, "sequence": 5}, seed=4)
     got = next(iter(peftfx.runtime.load(tmp_path / "out")(**inputs).values()))
     torch.testing.assert_close(torch.as_tensor(got), ours(**inputs).sample, atol=1e-4, rtol=1e-4)
+
+
+class Builds(nn.Module):
+    """Makes a layer in its call, and puts its own weight into it, as BigBird does for short texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = nn.Linear(6, 6)
+        made.weight, made.bias = self.layer.weight, self.layer.bias
+        return made(self.layer(x))
+
+
+@torch.no_grad()
+def test_random_starts_that_nothing_reads_are_dropped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Builds().eval()
+    report = peftfx.export_onnx(base, tmp_path / "out", inputs={"x": torch.randn(2, 5, 6)})
+    assert report.engine == "fast"
+    x = torch.randn(3, 2, 6)
+    (got,) = peftfx.runtime.load(tmp_path / "out")(x).values()
+    torch.testing.assert_close(torch.as_tensor(got), base(x), atol=1e-5, rtol=1e-5)
