@@ -100,6 +100,8 @@ def _is_view(node: fx.Node) -> bool:
     """Say whether the node's result may share memory with one of its arguments."""
     if not isinstance(node.meta.get("val"), (torch.Tensor, tuple, list)):
         return False
+    if node.target is operator.getitem:
+        return _is_view(operand(node))  # one of several results is of its own memory, if they are new
     if not isinstance(node.target, OpOverload):
         return True
     # The schemas of `reshape`, `contiguous`, `to` and similar operators do not say that the result may be a view.

@@ -48,7 +48,7 @@ def test_rms_norms_of_torch(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 class Written(nn.Module):
-    """The last steps of a value are turned in place, and its halves were read before as a tuple of views."""
+    """Writes to what is one of several: a value whose halves are views in a tuple, and the first result of `topk`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,12 +58,15 @@ class Written(nn.Module):
         y = self.layer(x)
         one, other = y[:, 2:].unflatten(-1, (2, 4)).unbind(-2)
         y[:, 2:] = torch.cat([-other, one], -1)
+        best, places = y.topk(2, -1)
+        best /= best.sum(-1, keepdim=True)
+        y = y + best.sum(-1, keepdim=True) * places.sum(-1, keepdim=True)
         rows, columns = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(8), indexing="ij")
         return y * (rows + columns)
 
 
 @torch.no_grad()
-def test_writes_beside_views_in_a_tuple_and_grids(tmp_path: Path) -> None:
+def test_writes_to_one_of_several_and_grids(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = peftfx.transform(
         Written().eval(), LoRA(r=2, target="/.*/", init_lora_weights=False), inputs={"x": torch.randn(2, 5, 6)}
