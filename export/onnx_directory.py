@@ -8,7 +8,7 @@ from typing import Unpack
 
 from torch import nn
 
-from peftfx.bases.peft_model import is_peft_model
+from peftfx.bases.peft_models.plain import is_peft_model
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.errors import warn
 from peftfx.export.assets import write_configs

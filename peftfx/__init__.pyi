@@ -61,8 +61,8 @@ from peftfx.model.api import load as load
 from peftfx.model.api import plan as plan
 from peftfx.model.api import set_peft_model_state_dict as set_peft_model_state_dict
 from peftfx.model.api import transform as transform
-from peftfx.model.trainer_callbacks import MemoryInLogs as MemoryInLogs
-from peftfx.model.trainer_callbacks import RankAllocation as RankAllocation
+from peftfx.model.trainers.callbacks import MemoryInLogs as MemoryInLogs
+from peftfx.model.trainers.callbacks import RankAllocation as RankAllocation
 from peftfx.patterns.pattern import Pattern as Pattern
 from peftfx.patterns.pattern import pattern as pattern
 from peftfx.sites.site import Site as Site

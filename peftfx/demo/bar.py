@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftfx.model.trainer_callbacks import peak_memory
+from peftfx.model.trainers.callbacks import peak_memory
 
 _Told = Callable[[float], None]
 

@@ -19,7 +19,7 @@ from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
 from peftfx.model.calls import AdapterCalls
 from peftfx.model.processes.gathered import gathering, whole_base
-from peftfx.model.seen_by_trainers import WITHOUT_MODULES
+from peftfx.model.trainers.seen_by_trainers import WITHOUT_MODULES
 from peftfx.passes.base import Pass
 from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapters.files.reader import read_adapter
-from peftfx.adapters.files.swap import fill, swap_file, swap_state
+from peftfx.adapters.files.swap import swap_file, swap_state
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.peft_model import active_adapters, carries_peft, is_peft_model, plain_base, save_peft_adapters
+from peftfx.bases.peft_models.plain import carries_peft, is_peft_model, plain_base
 from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
+from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
-from peftfx.twins.repacked import unpack_all
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
 from peftfx.views.finding.named_views import find_view, view_of_sites
@@ -61,7 +59,7 @@ def transform(
         trainable params: ...
     """
     if is_peft_model(model):
-        adapted = _taken_over(model, inputs, road)
+        adapted = taken_over(model, lambda: bare(model, inputs, road))
         if rules is None:
             return adapted
     elif rules is None and isinstance(model, nn.Module) and carries_peft(model):
@@ -104,7 +102,7 @@ def load(
         ['default']
     """
     if is_peft_model(model):
-        adapted = _taken_over(model, inputs, road)
+        adapted = taken_over(model, lambda: bare(model, inputs, road))
         if path is None:
             return adapted
     elif path is None:
@@ -114,34 +112,6 @@ def load(
         adapted = bare(model, inputs, road)
     adapted.load_adapter(path, adapter_name)
     return adapted
-
-
-def _taken_over(model: nn.Module, inputs: Mapping[str, object] | None, road: str | None) -> AdaptedModel:
-    """Return an adapted model with the base and the adapters of a HF PEFT model."""
-    unpack_all(dict(model.named_modules()))  # for peft calls state_dict, in which bitsandbytes spoils repacked layers
-    with tempfile.TemporaryDirectory(prefix="peftfx-taken-over-") as folder:
-        taken = save_peft_adapters(model, Path(folder))
-        adapted = bare(model, inputs, road)
-        for name, own in taken.items():
-            adapted.load_adapter(own.folder, name)
-            adapted.adapter(name).start = own.start
-            if own.whole is not None:
-                fill(adapted.adapter(name), read_adapter(own.whole, adapted.source, adapted.sites))
-    adapted.set_adapter(active_adapters(model))
-    for name, own in taken.items():
-        if own.frozen:
-            _freeze(adapted, name, own.frozen)
-    adapted.shares_with(model)
-    return adapted
-
-
-def _freeze(adapted: AdaptedModel, name: str, frozen: Sequence[str]) -> None:
-    """Freeze the tensors of an adapter that its HF PEFT model does not train: see `Taken.frozen`."""
-    parameters = {p.data_ptr(): p for p in adapted.adapter(name).parameters()}
-    for key, tensor in get_peft_model_state_dict(adapted, name).items():
-        own = key.removesuffix(".weight")
-        if own in frozen and tensor.data_ptr() in parameters:
-            parameters[tensor.data_ptr()].requires_grad_(False)
 
 
 def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:

@@ -23,8 +23,8 @@ from peftfx.hosting.seats import Seating
 from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.graphs.late_modules import may_run_late
 from peftfx.model.graphs.runs import Checkpoints
-from peftfx.model.seen_by_trainers import SeenByTrainers
 from peftfx.model.shared_base import shared
+from peftfx.model.trainers.seen_by_trainers import SeenByTrainers
 from peftfx.patterns.pattern import version
 from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place

@@ -18,7 +18,7 @@ from peftfx.graph.contexts import evaluating
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
-from peftfx.model.reference import ReferenceModel
+from peftfx.model.trainers.reference import ReferenceModel
 
 
 class PeftConfig(SimpleNamespace):

@@ -18,7 +18,7 @@ from transformers.utils.generic import find_labels
 import peftfx
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
-from peftfx.model.trainer_callbacks import peak_memory
+from peftfx.model.trainers.callbacks import peak_memory
 
 Row = dict[str, object]
 RATE, STEPS, BATCH = 0.02, 10, 4
