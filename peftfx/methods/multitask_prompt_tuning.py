@@ -69,6 +69,15 @@ class MultitaskPromptTuning(PromptTuning):
         return self.prompt_tuning_init in (_AVERAGE, _EXACT, _SHARED)
 
     @property
+    def doubt(self) -> str:
+        if self.num_transformer_submodules != 2:
+            return ""
+        return (
+            "peft puts half of this prompt before the decoder's text in calls with labels, as in training, and leaves "
+            "it out in `generate`; here it is always left out, so a loss is not peft's"
+        )
+
+    @property
     def inputs(self) -> Mapping[str, int]:
         return {TASKS: self.num_tasks}
 

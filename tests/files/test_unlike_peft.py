@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from support.adapted import CONVS, Convs, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -90,3 +91,39 @@ def test_a_butterfly_that_peft_trained_with_one_factor_is_read_with_one(
     assert again.adapter("default").rules[0].boft_n_butterfly_factor == 1
     both = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "ours").eval()
     torch.testing.assert_close(both(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
+
+
+def test_inputs_that_pefts_class_does_not_give_are_told(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    base = transformers.BertForQuestionAnswering(config).eval()
+    rule = peft.LoraConfig(r=2, target_modules=["query"], task_type="QUESTION_ANS")
+    theirs = peft.get_peft_model(copy.deepcopy(base), rule).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.warns(PeftfxWarning, match="peft gives the model no token_type_ids and no position_ids"):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+    ids = torch.randint(60, (2, 7))
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        want = theirs(**call, token_type_ids=torch.ones_like(ids)).start_logits
+        torch.testing.assert_close(ours(**call).start_logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_half_of_a_prompt_of_tasks_that_peft_has_in_training_alone_is_told(tmp_path: Path) -> None:
+    base = ZOO["t5"].build().eval()
+    rule = peft.MultitaskPromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_tasks=2, num_ranks=2, num_virtual_tokens=3)
+    theirs = peft.get_peft_model(copy.deepcopy(base), rule).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.warns(PeftfxWarning, match="half of this prompt before the decoder's text in calls with labels"):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+    ids, tasks = torch.randint(2, 50, (2, 6)), torch.tensor([1, 0])
+    prompts = theirs.get_prompt(batch_size=2, task_ids=tasks)[:, :3]  # as its `generate`
+    embedded = torch.cat([prompts, base.get_input_embeddings()(ids)], 1)
+    decoder = torch.randint(2, 50, (2, 4))
+    with torch.no_grad():
+        want = base(inputs_embeds=embedded, decoder_input_ids=decoder).logits
+        got = ours(input_ids=ids, decoder_input_ids=decoder, task_ids=tasks).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

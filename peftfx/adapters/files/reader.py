@@ -20,7 +20,7 @@ from peftfx.adapters.files.parameters import refuse_turned
 from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
-from peftfx.adapters.files.unlike_peft import telling_other_base, warn_unlike_peft
+from peftfx.adapters.files.unlike_peft import telling_other_base, warn_of_inputs, warn_unlike_peft
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.override import Override
@@ -103,6 +103,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         warn(f"{directory}: {why}")
     if method.doubt:
         warn(f"{directory}: {method.doubt}")
+    warn_of_inputs(base, config.get("task_type"), str(directory))
     return _read_as(method, weights, base, sites, config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,21 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
         if why:
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             warn(f"{where}: HF PEFT gives other outputs at {', '.join(paths[:3])}{more}: {why}")
+
+
+#: Inputs that HF PEFT's class for question answering takes and does not give to the model.
+_NOT_GIVEN = ("token_type_ids", "position_ids")
+
+
+def warn_of_inputs(base: nn.Module, task_type: object, where: str) -> None:
+    """Warn of inputs that HF PEFT's class for a task never gives to the model, so that an adapter has not seen them."""
+    if task_type != "QUESTION_ANS":
+        return
+    taken = inspect.signature(base.forward).parameters
+    lost = [name for name in _NOT_GIVEN if name in taken]
+    if lost:
+        what = f"for QUESTION_ANS, peft gives the model no {' and no '.join(lost)}, and this adapter was trained so"
+        warn(f"{where}: {what}; to get its outputs, leave {'these' if len(lost) > 1 else 'it'} out here too")
 
 
 @contextmanager
