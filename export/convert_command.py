@@ -14,7 +14,7 @@ from peftfx.adapters.single_files.reading import as_peft
 from peftfx.adapters.single_files.writing import DIFFUSERS, KOHYA, as_single_file
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
-from peftfx.export.command import load_directories
+from peftfx.export.directories import load_directories
 from peftfx.files import write_file, writing
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel

@@ -25,8 +25,9 @@ from peftfx.export.checkpoint.merged_report import Difference, MergedReport
 from peftfx.export.checkpoint.requantised import Requantised
 from peftfx.export.checkpoint.shards import write_shards
 from peftfx.export.coded.rounded import FINITE
-from peftfx.export.command import TORCH_DTYPES, load_directories, refuse_output
+from peftfx.export.command import refuse_output
 from peftfx.export.deployment.parts import views_of
+from peftfx.export.directories import TORCH_DTYPES, load_directories
 from peftfx.export.quantised import refuse_disagreement
 from peftfx.export.reports.report import versions
 from peftfx.export.rounding.calibrated import fit_weights

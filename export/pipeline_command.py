@@ -18,7 +18,8 @@ from peftfx.adapters.single_files.reading import as_peft
 from peftfx.bases.latent_decoders import as_latent_decoder, decodes_latents
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
-from peftfx.export.command import export_directory, refuse_output, served_dtype
+from peftfx.export.command import export_directory, refuse_output
+from peftfx.export.directories import served_dtype
 from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage

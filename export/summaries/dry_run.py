@@ -20,10 +20,11 @@ from peftfx.bases.sentences.modules import SentenceModules, transformer_folder
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import assets_of
-from peftfx.export.command import TORCH_DTYPES, refuse_output, sentence_task, served_dtype
+from peftfx.export.command import refuse_output
 from peftfx.export.deployment import genai_config
 from peftfx.export.deployment.image_size import chosen_picture
 from peftfx.export.deployment.parts import generates, views_of
+from peftfx.export.directories import TORCH_DTYPES, sentence_task, served_dtype
 from peftfx.export.writing.memory import memory_needed, refuse_memory
 from peftfx.export_options.directory import DirectoryOptions
 from peftfx.formats import REPORT

@@ -184,7 +184,7 @@ class TestExport:
         assert list(tmp_path.iterdir()) == []
 
     def test_the_head_of_an_adapter_stands_over_the_bases_own(self, inputs: Inputs) -> None:
-        from peftfx.export.command import load_directories
+        from peftfx.export.directories import load_directories
 
         adapted = load_directories(inputs.classifier, {"default": inputs.adapter})
         assert adapted(**text_inputs()).logits.shape == (3, LABELS)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import LoRA, PeftfxError
-from peftfx.export.command import load_directories
+from peftfx.export.directories import load_directories
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 

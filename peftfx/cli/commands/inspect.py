@@ -49,7 +49,7 @@ def inspect(
         from rich.console import Console
 
         from peftfx.cli.progress import Progress
-        from peftfx.export.command import inspect_directory, page_directory, plan_directory
+        from peftfx.model.directories import inspect_directory, page_directory, plan_directory
         from peftfx.sites.network import to_json, write_graphml
 
     if html is not None:

@@ -1,0 +1,144 @@
+"""Load a base and its adapters from directories, as they are exported: with the task, dtype and head that they need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from peftfx.adapters.files.base_weights import resize_vocabulary
+from peftfx.bases.labels import name_labels
+from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.quantised import QUANTISED, quantise
+from peftfx.bases.sentences.encoder import as_sentence_encoder
+from peftfx.bases.sentences.modules import FILE, SentenceModules
+from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task
+from peftfx.errors import PeftfxError
+from peftfx.export.deployment.parts import sites_view
+from peftfx.model.adapted import AdaptedModel
+from peftfx.model.api import bare
+from peftfx.options import FORWARD
+from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
+from peftfx.rules.resolution import saved_modules
+from peftfx.rules.tied_copies import method_of_file
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def served_dtype(base: Path, wanted: str | None, quantize_base: str | None) -> torch.dtype | None:
+    """Return the dtype to load the base in. None means the dtype that the base is stored in.
+
+    Raises:
+        PeftfxError: the base is quantised, and a dtype other than fp32 is wanted.
+    """
+    config = read_base_config(base)
+    if config.get(QUANTISED) is not None or quantize_base is not None:
+        if wanted not in (None, "fp32"):
+            what = f"the operators for a quantised base's codes compute in fp32, not in {wanted}"
+            raise PeftfxError(what, str(base), "leave --dtype out")
+        return torch.float32
+    if wanted is None:
+        own = config.get("dtype", config.get("torch_dtype"))
+        return torch.float32 if own == "bfloat16" else None
+    return TORCH_DTYPES[wanted]
+
+
+def load_directories(
+    base: Path,
+    adapters: Mapping[str, Path],
+    *,
+    task: str | None = None,
+    dtype: torch.dtype | None = None,
+    quantize_base: str | None = None,
+    sentences: SentenceModules | None = None,
+    task_id: int | None = None,
+    view: str = FORWARD,
+    sized: bool = False,
+    road: str | None = None,
+) -> AdaptedModel:
+    """Load a base model with adapters on it by name, all from directories. The last adapter is active.
+
+    With `quantize_base` the base is quantised after loading: see `peftfx.bases.quantised.quantise`. With `sentences`,
+    and no other task, the model is a sentence encoder: see `peftfx.bases.sentences.encoder`.
+
+    With `task_id`, an adapter that acts differently for each task keeps only the part for this task.
+
+    If an adapter holds a head, the head sets the number of labels, whatever the config says. If it holds embeddings,
+    they set the number of tokens.
+
+    The model is captured in the exported `view` if that view has all sites; `sized` says that a size of images is
+    chosen. `road` says how calls are run: see `peftfx.transform`.
+    """
+    config = read_base_config(base)
+    if not adapters:
+        task = sentence_task(task, None, sentences, base)
+        model = load_base(base, task=task, dtype=dtype)
+        if quantize_base is not None:
+            quantise(model, quantize_base)
+        return _bare(_with_steps(model, task, sentences), view, road)
+    folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
+    configs = {folder: read_adapter_config(folder) for folder in folders}
+    methods = {folder: method_of_file(own, str(folder / CONFIG)) for folder, own in configs.items()}
+    weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
+    kinds = [own["task_type"] for own in configs.values() if own.get("task_type") is not None]
+    told = resolve_task(None, peft_task_type=str(kinds[0]), config=config) if kinds else None
+    task = sentence_task(task, told, sentences, base) or told
+    labels = None
+    for folder in (folder for folder, method in methods.items() if method.modules_to_save):
+        labels = labels or _labels(load_base(base, task=task, weights=False), weights[folder], methods[folder])
+    given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
+    model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
+    name_labels(model, adapters.values())
+    resize_vocabulary(model, weights.values())
+    if quantize_base is not None:
+        quantise(model, quantize_base)
+    adapted = _bare(_with_steps(model, task, sentences), view, road, sized=sized)
+    for name, adapter in adapters.items():
+        adapted.load_adapter(adapter, name)
+    if task_id is not None:
+        _take_task(adapted, task_id)
+    return adapted
+
+
+def _bare(model: nn.Module, view: str, road: str | None, *, sized: bool = False) -> AdaptedModel:
+    return bare(model, road=road, view=sites_view(model, view, sized=sized))
+
+
+def _take_task(adapted: AdaptedModel, task_id: int) -> None:
+    """Reduce each adapter that has several tasks to the adapter of one task."""
+    several = [name for name in adapted.names() if adapted.tasks_of(name)]
+    if not several:
+        what = "no adapter acts by task: each does the same for every one"
+        raise PeftfxError(what, f"task_id {task_id}", "leave --task-id out")
+    for name in several:
+        adapted.take_task(name, task_id)
+
+
+def sentence_task(asked: str | None, told: str | None, sentences: SentenceModules | None, base: Path) -> str | None:
+    """Return the task to load a base for: the one `asked` for, or sentences if nothing asks for another task.
+
+    Raises:
+        PeftfxError: the sentence task is asked for, and no file says how sentences are embedded.
+    """
+    if asked is not None and resolve_task(asked) == SENTENCES and sentences is None:
+        what = f"there is no {FILE}, which says how tokens become a sentence's embedding"
+        raise PeftfxError(what, str(base), "save it with sentence-transformers, or use --task feature-extraction")
+    return SENTENCES if asked is None and told in (None, FEATURES) and sentences is not None else asked
+
+
+def _with_steps(model: nn.Module, task: str | None, sentences: SentenceModules | None) -> nn.Module:
+    wanted = sentences is not None and task is not None and resolve_task(task) == SENTENCES
+    return as_sentence_encoder(model, sentences.build()) if wanted and sentences is not None else model
+
+
+def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
+    """Return the number of labels of an adapter's head if it differs from the model's number; None otherwise."""
+    own = getattr(getattr(model, "config", None), "num_labels", None)
+    for path in saved_modules(model, method):  # type: ignore[arg-type]
+        for name, tensor in model.get_submodule(path).state_dict().items():
+            shape = weights.shapes.get(f"{path}.{name}")
+            if shape and tensor.shape[:1] == (own,) and shape[1:] == tuple(tensor.shape[1:]) and shape[0] != own:
+                return int(shape[0])
+    return None
