@@ -21,8 +21,8 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.options import FORWARD
 from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
-from peftfx.rules.resolution import saved_modules
 from peftfx.rules.tied_copies import method_of_file
+from peftfx.rules.trained_copies import saved_modules
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -14,8 +14,9 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_parameters
 from peftfx.contract.placed import Placed
 from peftfx.graph.contexts import fake_mode_of
-from peftfx.rules.resolution import is_inside, place, saved_modules, where
+from peftfx.rules.resolution import place, where
 from peftfx.rules.text import write_rule
+from peftfx.rules.trained_copies import is_inside, saved_modules
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import explain

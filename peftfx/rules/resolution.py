@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from peftfx.bases.guests import own_modules, own_parameters
+from peftfx.bases.guests import own_modules
 from peftfx.contract.attention import AttentionMethod
 from peftfx.contract.method import Method
-from peftfx.contract.override import SAVED, Override, OverrideMethod, copies_of, tied_embedding
+from peftfx.contract.override import OverrideMethod, copies_of, tied_embedding
 from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import (
@@ -25,13 +25,12 @@ from peftfx.contract.placement import (
 )
 from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError, nearest, warn
-from peftfx.graph.places import places_of
+from peftfx.errors import PeftfxError, warn
 from peftfx.rules.naming import as_named
 from peftfx.rules.parameters import as_parameter, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
-from peftfx.rules.token_rows import trained_tokens
+from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
@@ -239,49 +238,6 @@ def prompt_placement(method: SequenceMethod, base: nn.Module, sites: Sites) -> S
     """Return the only placement of a sequence method: before the text's tokens."""
     site = sequence_site(base, sites)
     return SequencePlacement(method.sized(base, site), site)
-
-
-def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
-    """Return the module paths that `modules_to_save` names: paths that end with a given name, as in HF PEFT.
-
-    So `classifier` also names DistilBERT's `pre_classifier`.
-    """
-    names = tuple(method.modules_to_save or ())
-    found = tuple(path for path, _ in own_modules(base) if path and path.endswith(names)) if names else ()
-    return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
-
-
-def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> PeftfxError | None:
-    """Return an error if `modules_to_save` names no module of this base, else None."""
-    names = tuple(method.modules_to_save or ())
-    if not names or saved:
-        return None
-    ends = sorted({path.rpartition(".")[2] for path, _ in own_modules(base) if path})
-    return PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
-
-
-def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:
-    """Return the base's tensors that a rule trains copies of: whole modules, biases, and rows of tokens."""
-    found = []
-    places = places_of(base) if saved else {}
-    for path in saved:
-        if path in places and any(base.get_submodule(path).children()):
-            what = f"the base holds this module under other names too: {', '.join(places[path][1:4])}"
-            raise PeftfxError(what, path, "name the layers in it, or leave it out of modules_to_save")
-        names = list(base.get_submodule(path).state_dict(keep_vars=True))
-        found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
-    if method.bias == "all":
-        names = [n for n, _ in own_parameters(base) if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
-        found += [Override(f"{SAVED}.{name}", "", name) for name in names]
-    elif method.bias.endswith("_only"):
-        names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
-        found += [Override(f"{SAVED}.{name}", "", name) for name in names]
-    return found + trained_tokens(base, method.trainable_token_indices, saved)
-
-
-def is_inside(path: str, modules: Iterable[str]) -> bool:
-    """Return whether a path is one of these modules, or inside one of them."""
-    return any(path == m or path.startswith(f"{m}.") for m in modules)
 
 
 def refuse_crowding(placed: Iterable[Placed]) -> None:

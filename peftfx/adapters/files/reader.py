@@ -33,18 +33,15 @@ from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_ad
 from peftfx.rules.resolution import (
     acted_at,
     as_modules,
-    is_inside,
-    no_module_to_save,
-    overrides_of,
     placement_at,
     placements_of,
     refuse_crowding,
-    saved_modules,
     where,
     without_ties,
 )
 from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.torch_attention import wrapper_of
+from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
 from peftfx.sites.site import EXPERTS
 from peftfx.sites.sites import Sites

@@ -8,19 +8,18 @@ left out of the description, but entries at that number in a list of a config or
 from __future__ import annotations
 
 import functools
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from transformers import Cache, EncoderDecoderCache, cache_utils
+from transformers import Cache, EncoderDecoderCache
 
-_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "idx"})
+from peftfx.graph.capturing.layer_numbers import NUMBERS, ModulesOf
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _INNER = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
@@ -30,38 +29,6 @@ _FEWEST = 3  #: the fewest layers of one class for which copies can save time
 
 class Unknown(Exception):
     """Raised for a layer or a call whose kind cannot be known."""
-
-
-class Number(int):
-    """A layer's own number, which records whether the layer's code computes with it.
-
-    Its use as an index into a list is not recorded, because the list's entry is part of the kind. Its use in a cache is
-    not recorded either, because caches use it only as a place.
-    """
-
-    used = False
-
-    def _see(self) -> None:
-        if sys._getframe(2).f_code.co_filename != cache_utils.__file__:
-            self.used = True
-
-
-def _seen(name: str) -> Callable[..., object]:
-    own = getattr(int, name)
-
-    def method(self: Number, *args: object) -> object:
-        self._see()
-        return own(self, *args)
-
-    return method
-
-
-for _name in (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor"),
-    *("radd", "rsub", "rmul", "rtruediv", "rfloordiv", "rmod", "rdivmod", "rpow", "neg", "pos", "abs", "invert"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "hash", "bool", "float", "str", "format", "round"),
-):
-    setattr(Number, f"__{_name}__", _seen(f"__{_name}__"))
 
 
 def layers_of(model: nn.Module) -> dict[int, nn.Module]:
@@ -106,25 +73,6 @@ class Kind(Generic[_L]):
         before, self.last = self.last, now
         self.ready = before is not None and now is not None and before.text == now.text
         self.left = self.left - 1 if now is not None else 0
-
-
-ModulesOf = Callable[[nn.Module], Iterable[tuple[str, nn.Module]]]
-"""Gives the modules of a layer whose code a capture runs, by their paths within it, the layer itself first."""
-
-
-@contextmanager
-def numbered(layer: nn.Module, modules: ModulesOf) -> Iterator[list[Number]]:
-    """Make each layer number in the layer's attributes a `Number` inside the context, and yield these numbers."""
-    own_parts = [vars(module) for _, module in modules(layer)]
-    found = [(own, k, v) for own in own_parts for k, v in own.items() if k in _NUMBERS and type(v) is int]
-    numbers = [Number(value) for _, _, value in found]
-    for (own, name, _), number in zip(found, numbers, strict=True):
-        own[name] = number
-    try:
-        yield numbers
-    finally:
-        for own, name, value in found:
-            own[name] = value
 
 
 Find = Callable[[Tensor], object]
@@ -268,7 +216,7 @@ def described(
 
 
 def _number_of(modules: Iterable[nn.Module]) -> int | None:
-    found = {v for m in modules for k, v in vars(m).items() if k in _NUMBERS and type(v) is int}
+    found = {v for m in modules for k, v in vars(m).items() if k in NUMBERS and type(v) is int}
     if len(found) > 1:
         raise Unknown
     return next(iter(found), None)
@@ -281,7 +229,7 @@ def _module(call: LayerCall, path: str, module: nn.Module, number: int | None, f
     tensors = [(name, tensor) for part in ("_parameters", "_buffers") for name, tensor in own[part].items()]
     weights = [(name, None if tensor is None else call.enter((path, name), tensor, find)) for name, tensor in tensors]
     rest = tuple(
-        (name, "number" if name in _NUMBERS and type(value) is int else _attribute(call, value, number))
+        (name, "number" if name in NUMBERS and type(value) is int else _attribute(call, value, number))
         for name, value in own.items()
         if name not in _INNER
     )

@@ -24,7 +24,8 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftfx.graph.capturing.layer_kinds import Kind, LayerCall, ModulesOf, Unknown, described, layers_of, numbered
+from peftfx.graph.capturing.layer_kinds import Kind, LayerCall, Unknown, described, layers_of
+from peftfx.graph.capturing.layer_numbers import ModulesOf, numbered
 from peftfx.telling import tell_share
 
 Forward = Callable[..., object]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.graph.capturing.layer_kinds import Kind, LayerCall, ModulesOf, Unknown, described, layers_of, numbered
+from peftfx.graph.capturing.layer_kinds import Kind, LayerCall, Unknown, described, layers_of
+from peftfx.graph.capturing.layer_numbers import ModulesOf, numbered
 from peftfx.graph.capturing.stamping import Forward, layers_run_by
 
 

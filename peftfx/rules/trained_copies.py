@@ -1,0 +1,58 @@
+"""The base's tensors that a rule trains copies of: whole modules, biases, and rows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from peftfx.bases.guests import own_modules, own_parameters
+from peftfx.contract.method import Method
+from peftfx.contract.override import SAVED, Override
+from peftfx.errors import PeftfxError, nearest
+from peftfx.graph.places import places_of
+from peftfx.rules.token_rows import trained_tokens
+from peftfx.sites.site import Site
+
+
+def saved_modules(base: nn.Module, method: Method) -> tuple[str, ...]:
+    """Return the module paths that `modules_to_save` names: paths that end with a given name, as in HF PEFT.
+
+    So `classifier` also names DistilBERT's `pre_classifier`.
+    """
+    names = tuple(method.modules_to_save or ())
+    found = tuple(path for path, _ in own_modules(base) if path and path.endswith(names)) if names else ()
+    return tuple(p for p in found if not any(p.startswith(f"{q}.") for q in found))
+
+
+def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> PeftfxError | None:
+    """Return an error if `modules_to_save` names no module of this base, else None."""
+    names = tuple(method.modules_to_save or ())
+    if not names or saved:
+        return None
+    ends = sorted({path.rpartition(".")[2] for path, _ in own_modules(base) if path})
+    return PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
+
+
+def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:
+    """Return the base's tensors that a rule trains copies of: whole modules, biases, and rows of tokens."""
+    found = []
+    places = places_of(base) if saved else {}
+    for path in saved:
+        if path in places and any(base.get_submodule(path).children()):
+            what = f"the base holds this module under other names too: {', '.join(places[path][1:4])}"
+            raise PeftfxError(what, path, "name the layers in it, or leave it out of modules_to_save")
+        names = list(base.get_submodule(path).state_dict(keep_vars=True))
+        found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
+    if method.bias == "all":
+        names = [n for n, _ in own_parameters(base) if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
+        found += [Override(f"{SAVED}.{name}", "", name) for name in names]
+    elif method.bias.endswith("_only"):
+        names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
+        found += [Override(f"{SAVED}.{name}", "", name) for name in names]
+    return found + trained_tokens(base, method.trainable_token_indices, saved)
+
+
+def is_inside(path: str, modules: Iterable[str]) -> bool:
+    """Return whether a path is one of these modules, or inside one of them."""
+    return any(path == m or path.startswith(f"{m}.") for m in modules)
