@@ -6,6 +6,7 @@ import json
 import math
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from peftfx.adapters.files.swap import fill
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.bases.peft_models.layers import active_adapters, scales
 from peftfx.bases.peft_models.saved import Taken, save_peft_adapters
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning, warn
 from peftfx.model.adapted import AdaptedModel
 from peftfx.rules.peft_files import CONFIG
 from peftfx.twins.repacked import unpack_all
@@ -53,10 +54,19 @@ def taken_over(model: nn.Module, adapt: Callable[[], AdaptedModel]) -> AdaptedMo
 
 
 def _load(adapted: AdaptedModel, name: str, own: Taken, layers: Mapping[str, float]) -> None:
-    read = read_adapter(own.folder, adapted.source, adapted.sites)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the same are told below
+        read = read_adapter(own.folder, adapted.source, adapted.sites)
     if _other_scales(read, layers):
         _write_scales(own.folder / CONFIG, read, layers)
-    adapted.load_adapter(own.folder, name)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapted.load_adapter(own.folder, name)
+    for warning in told:
+        if issubclass(warning.category, PeftfxWarning):
+            warn(str(warning.message).replace(str(own.folder), f"adapter {name!r}"))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     adapter = adapted.adapter(name)
     if other := _other_scales(adapter, layers):
         path, scale = next(iter(other.items()))

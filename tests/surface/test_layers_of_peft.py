@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.errors import PeftfxWarning
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 CONFIGS = {
@@ -64,6 +65,15 @@ def test_a_scale_that_was_set_is_taken_over_and_saved(name: str, tmp_path: Path)
     ours.save_pretrained(tmp_path / "saved")
     again = peft.PeftModel.from_pretrained(ZOO["llama"].build(), tmp_path / "saved").eval()
     _compare(again, model)
+
+
+def test_what_is_told_of_a_file_names_the_adapter() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
+    model = peft.get_peft_model(ZOO["gemma"].build(), config, adapter_name="mine")
+    with pytest.warns(PeftfxWarning, match="^adapter 'mine': ensure_weight_tying") as told:
+        peftfx.transform(model)
+    texts = [str(warning.message) for warning in told if issubclass(warning.category, PeftfxWarning)]
+    assert len(texts) == len(set(texts))
 
 
 def test_scales_for_a_while_and_a_config_that_was_changed_later() -> None:

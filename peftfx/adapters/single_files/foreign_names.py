@@ -27,9 +27,10 @@ def renamed(tensors: Mapping[str, Tensor], base: nn.Module) -> dict[str, dict[st
     for pipeline, part in _pipelines(type(base)):
         scales = {key: tensor for key, tensor in tensors.items() if key.endswith(SCALE)}
         found = _asked(pipeline, part, base, {key: t for key, t in tensors.items() if key not in scales})
-        for stem, both in _asked(pipeline, part, base, dict(_as_loras(scales))).items() if scales else ():
+        magnitudes = _asked(pipeline, part, base, dict(_as_loras(scales))) if scales else {}
+        for stem, both in magnitudes.items():
             found.setdefault(stem, {})[MAGNITUDE] = both[UP]
-        if found:
+        if found and bool(magnitudes) == bool(scales):
             return found
     return {}
 
