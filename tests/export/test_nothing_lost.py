@@ -83,7 +83,7 @@ def names(directory: Path) -> list[str]:
 class TestKilled:
     """SIGKILL: nothing of the program runs any more."""
 
-    @pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("count", [2, pytest.param(50, marks=pytest.mark.slow)])
     def test_at_random_points(self, count: int, inputs: Inputs, tmp_path: Path) -> None:
         output, killed, when = tmp_path / "out", 0, random.Random(count)
         for i in range(count):

@@ -283,6 +283,7 @@ def test_publish_replaces_only_with_force_and_only_after_success(tmp_path: Path)
     assert [p.name for p in target.iterdir()] == ["b"]
 
 
+@pytest.mark.slow
 def test_publish_cleans_up_after_a_run_that_was_killed(tmp_path: Path) -> None:
     code = "import os, sys, pathlib; from peftfx.export.writing.atomic_directory import publish\n"
     code += "with publish(pathlib.Path(sys.argv[1])) as d: (d / 'x').write_text('half'); os.kill(os.getpid(), 9)"

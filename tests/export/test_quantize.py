@@ -90,7 +90,7 @@ def _rounded(adapted: px.AdaptedModel, kind: str) -> nn.Module:
 
 
 # a head of its own, and one tied to the embedding
-@pytest.mark.parametrize(("name", "kind"), [("llama", "int4"), ("gpt2", "int8")])
+@pytest.mark.parametrize(("name", "kind"), [("llama", "int4"), pytest.param("gpt2", "int8", marks=pytest.mark.slow)])
 def test_it_computes_what_the_rounded_weights_say_and_its_error_is_in_the_report(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

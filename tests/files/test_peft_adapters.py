@@ -22,8 +22,8 @@ from peftfx.export.command import export_directory
 from peftfx.methods import methods
 
 QUICK = {
-    *(("ia3", "dinov2"), ("dora", "qwen2"), ("adalora", "distilbert"), ("vera", "electra"), ("ln_tuning", "qwen3")),
-    *(("lstm", "falcon"), ("projected", "gemma"), ("adaption", "mistral")),
+    *(("ia3", "dinov2"), ("dora", "qwen2"), ("adalora", "distilbert")),
+    *(("lstm", "falcon"), ("adaption", "mistral")),
 }
 
 

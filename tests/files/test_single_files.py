@@ -43,12 +43,12 @@ PUBLISHED = {
 ATTENTION = r".*attn1\.to_[qkv]|.*attn2\.to_out\.0"
 
 
-def _unet() -> nn.Module:
+def _unet(layers: int = 1) -> nn.Module:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
     blocks["up_block_types"] = ("CrossAttnUpBlock2D", "UpBlock2D")
     sizes = {"block_out_channels": (16, 32), "norm_num_groups": 8, "cross_attention_dim": 24, "attention_head_dim": 4}
-    return diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=2, **sizes, **blocks).eval()
+    return diffusers.UNet2DConditionModel(sample_size=8, layers_per_block=layers, **sizes, **blocks).eval()
 
 
 def _said(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -98,25 +98,25 @@ def _compare(base: nn.Module, want: nn.Module, file: Path, tmp_path: Path) -> No
     assert (expected - before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_names_of_the_first_publisher_of_sdxl(dora: bool, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=2, target_modules=list(PUBLISHED), use_dora=dora)
-    want, tensors = _trained(_unet(), config)
+    want, tensors = _trained(_unet(2), config)
     save_file(_kohya(tensors, lambda path: f"lora_unet_{PUBLISHED[path]}", 2.0), tmp_path / "lora.safetensors")
-    _compare(_unet(), want, tmp_path / "lora.safetensors", tmp_path)
+    _compare(_unet(2), want, tmp_path / "lora.safetensors", tmp_path)
 
 
 def test_a_dora_and_a_lora_in_one_file_are_refused(tmp_path: Path) -> None:
-    _, tensors = _trained(_unet(), peft.LoraConfig(r=4, target_modules=list(PUBLISHED), use_dora=True))
+    _, tensors = _trained(_unet(2), peft.LoraConfig(r=4, target_modules=list(PUBLISHED), use_dora=True))
     first = next(name for name in tensors if name.endswith("magnitude_vector"))
     del tensors[first]
     save_file(_kohya(tensors, lambda path: f"lora_unet_{PUBLISHED[path]}", 2.0), tmp_path / "lora.safetensors")
     with pytest.raises(PeftfxError, match="1 of its 10 modules have no lora_magnitude_vector"):
-        as_peft(tmp_path / "lora.safetensors", _unet())
+        as_peft(tmp_path / "lora.safetensors", _unet(2))
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers"])
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_files_are_written_as_they_are_read(to: str, dora: bool, tmp_path: Path) -> None:
     _unet().save_pretrained(tmp_path / "base")
     want, _ = _trained(_unet(), peft.LoraConfig(r=3, lora_alpha=9, target_modules=["to_q", "conv1"], use_dora=dora))
@@ -128,7 +128,7 @@ def test_files_are_written_as_they_are_read(to: str, dora: bool, tmp_path: Path)
     _compare(_unet(), want, file, tmp_path / "read")
 
 
-@pytest.mark.parametrize("effective", [False, True])
+@pytest.mark.parametrize("effective", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_loha_of_lycoris(effective: bool, tmp_path: Path) -> None:
     config = peft.LoHaConfig(
         r=3, alpha=6, target_modules=["to_q", "conv1"], use_effective_conv2d=effective, init_weights=False
@@ -164,7 +164,7 @@ def test_magnitudes_of_inputs_are_refused(tmp_path: Path) -> None:
         as_peft(tmp_path / "dora.safetensors", _unet())
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fused_layers_of_flux_are_cut(dora: bool, tmp_path: Path) -> None:
     """kohya's trainer has one LoRA for queries, keys and values, whose A is then that of all three."""
     block = "transformer_blocks.0"

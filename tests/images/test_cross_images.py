@@ -104,6 +104,7 @@ def test_a_text_without_an_image_is_read_as_such(seeing: Seeing) -> None:
         assert torch.equal(served.generate(**given, **OPTIONS), seeing.peft.generate(**given, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_an_adapted_model_on_the_graph_road_writes_the_same(seeing: Seeing) -> None:
     base = hf.MllamaForConditionalGeneration.from_pretrained(seeing.root / "base")
     adapted = compiler.load(base, seeing.root / "adapter", road="graph")

@@ -154,6 +154,7 @@ def test_the_merged_decoder_of_optimum_is_written_beside(tmp_path: Path) -> None
     assert (tmp_path / "out" / "decoder_model_merged.onnx").exists()
 
 
+@pytest.mark.slow
 def test_pictures_of_an_untold_size_are_left_out_until_one_is_chosen(seeing: Seeing, tmp_path: Path) -> None:
     """The config of this model has no size, so without a processor an example of a picture would be a guess."""
     base = build("image-text-to-text", "florence2")

@@ -118,6 +118,7 @@ def test_the_runtime_writes_what_the_model_writes(writing: Writing) -> None:
     assert served.generation_config.eos_token_id == ENDS["eos_token_id"]  # the language model's
 
 
+@pytest.mark.slow
 def test_an_adapted_model_writes_what_its_base_with_the_adapter_writes(writing: Writing) -> None:
     base = hf.Blip2ForConditionalGeneration.from_pretrained(writing.root / "base")
     assert writer_of(base) is base.language_model

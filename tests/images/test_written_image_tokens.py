@@ -49,9 +49,7 @@ def asked(base: Any, rows: int) -> dict[str, Tensor]:
         return example_inputs(base, sizes={"batch": rows}, seed=3)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k in ("blip-2", "llava") else pytest.mark.slow) for k in MODELS]
-)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "llava" else pytest.mark.slow) for k in MODELS])
 def test_the_runtime_goes_on_as_transformers_does(kind: str, tmp_path: Path) -> None:
     base = build("image-text-to-text", kind)
     token = base.config.image_token_id
@@ -74,6 +72,7 @@ def test_a_prompt_with_an_image_token_and_no_image_is_refused(tmp_path: Path) ->
         runtime.load(tmp_path / "out").generate(input_ids=text)
 
 
+@pytest.mark.slow
 def test_a_rounded_model_is_measured_on_a_text_with_its_image_token(tmp_path: Path) -> None:
     base = build("image-text-to-text", "blip-2")
     text = base.language_model
@@ -84,6 +83,7 @@ def test_a_rounded_model_is_measured_on_a_text_with_its_image_token(tmp_path: Pa
     assert any(agreed.text == "its own greedy text" for agreed in report.agreement.values())
 
 
+@pytest.mark.slow
 def test_the_graph_road_goes_on_too(tmp_path: Path) -> None:
     base = build("image-text-to-text", "llava")
     token, given = base.config.image_token_id, asked(base, 2)

@@ -13,7 +13,7 @@ from methods_page import PAGE, SAID, cells, laws_of
 
 from peftfx.methods import methods
 
-QUICK = frozenset({"HRA/BERT", "POLY/BERT", "LN_TUNING/BERT", "MULTITASK_PROMPT_TUNING/BERT"})
+QUICK = frozenset({"POLY/BERT", "LN_TUNING/BERT"})
 WHOLE = (pytest.mark.methods, pytest.mark.slow)
 PAGE_TEXT = PAGE.read_text(encoding="utf-8")
 PAGE_SAYS = pages.statuses(PAGE_TEXT, 2, CHECKS)

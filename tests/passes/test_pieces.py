@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from support.adapted import adapt, gradients
+from support.few import but_for
 from support.zoo import ZOO
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -174,7 +175,7 @@ def test_a_prefix_trains_through_a_graph_in_pieces_and_is_refused_in_modules(opt
         model(**inputs)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", but_for({*FEW} - {"t5", "deberta", "vit", "clip"}, FEW))
 def test_models_of_other_kinds_are_cut(name: str) -> None:
     model = adapt(name, peftfx.LoRA(target="all-linear", lora_dropout=0.1), road="graph").train()
     inputs = ZOO[name].inputs(model=model.base)

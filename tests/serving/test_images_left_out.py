@@ -37,6 +37,7 @@ def test_a_model_without_an_image_encoder_of_its_own_warns_too(tmp_path: Path) -
         assert views_of(model, "decode", None) == {"model.onnx": "decode"}
 
 
+@pytest.mark.slow
 def test_a_class_that_generates_without_positions_is_served_without_them(tmp_path: Path) -> None:
     """Its code counts from another number than zero, and leaves padding out by its token."""
     model = build("image-text-to-text", "kosmos-2.5")

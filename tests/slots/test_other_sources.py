@@ -99,6 +99,7 @@ def test_each_row_has_its_own_adapter(case: Case) -> None:
         served.generate(**given, **GREEDY, adapter_ids=["low", "low", None])
 
 
+@pytest.mark.slow
 def test_adapters_are_swapped(case: Case) -> None:
     name, theirs, root = case
     model = build(name)

@@ -80,7 +80,7 @@ def farthest(adapted: AdaptedModel, model: OnnxModel, want: list, name: str = ""
     return worst
 
 
-LONG = ("p_tuning", "pissa", "prompt and lora")
+LONG = ("p_tuning", "pissa", "prompt and lora", "prompt_tuning")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in LONG else []) for k in RULES])

@@ -202,6 +202,7 @@ def test_the_models_code_is_its_own_again() -> None:
     assert unit._rnn_scan is scan
 
 
+@pytest.mark.slow
 def test_a_delta_rule_has_the_roles_of_an_attention_in_train_mode_too() -> None:
     rule = peftfx.LoRA(r=2, target="attention.query | attention.value", init_lora_weights=False)
     model, ids = build("qwen3_next"), torch.randint(4, 99, (2, 6), generator=torch.Generator().manual_seed(0))

@@ -51,7 +51,7 @@ def test_onnx_runtime_computes_it_for_every_length(tmp_path: Path) -> None:
             torch.testing.assert_close(served(x=x)[name], model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [3, 7, 8, 9, 20, 60])
+@pytest.mark.parametrize("length", [3, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (7, 9, 20, 60))])
 def test_debertas_span_of_positions_is_its_texts_length(length: int) -> None:
     """In float64 nothing but the span could differ."""
     base = ZOO["deberta"].build()
