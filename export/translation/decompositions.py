@@ -141,7 +141,8 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     values = [source.meta["val"] for source in sources]
-    with detect_fake_mode(values) or nullcontext():  # in which tensors that a decomposition makes are fake too
+    # Tensors that a decomposition makes are fake too, also where the operator reads none: a range.
+    with detect_fake_mode([*values, node.meta.get("val")]) or nullcontext():
         traced = make_fx(call, decomposition_table=dict(table))(*values)
     make_functional(Rewriter(traced.graph))  # torch's decompositions write into their own intermediate results
     result = Rewriter(graph).before(node).splice(traced, sources)

@@ -63,11 +63,12 @@ class Written(nn.Module):
         best /= best.sum(-1, keepdim=True)
         y = y + best.sum(-1, keepdim=True) * places.sum(-1, keepdim=True)
         rows, columns = torch.meshgrid(torch.arange(x.shape[1]), torch.arange(8), indexing="ij")
-        return y * (rows + columns)
+        backwards = torch.arange(x.shape[1], 0, -1.0, dtype=torch.int64).float()
+        return y * (rows + columns) + backwards[:, None]
 
 
 @torch.no_grad()
-def test_writes_to_one_of_several_and_grids(tmp_path: Path) -> None:
+def test_writes_to_one_of_several_grids_and_ranges(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = peftfx.transform(
         Written().eval(), LoRA(r=2, target="/.*/", init_lora_weights=False), inputs={"x": torch.randn(2, 5, 6)}
