@@ -141,7 +141,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     values = [source.meta["val"] for source in sources]
-    # Tensors that a decomposition makes are fake too, also where the operator reads none: a range.
+    # Tensors that a decomposition makes are fake too, also where the operator reads none: a unit matrix.
     with detect_fake_mode([*values, node.meta.get("val")]) or nullcontext():
         traced = make_fx(call, decomposition_table=dict(table))(*values)
     make_functional(Rewriter(traced.graph))  # torch's decompositions write into their own intermediate results
