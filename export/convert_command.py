@@ -8,8 +8,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.checkpoint_difference import CheckpointDifference
+from peftfx.adapters.files.reader import read_adapter
 from peftfx.adapters.files.writer import write_rule_directory
-from peftfx.adapters.lora_conversion import difference, lora_of
+from peftfx.adapters.lora_conversion import lora_of
 from peftfx.adapters.single_files.reading import as_peft
 from peftfx.adapters.single_files.writing import DIFFUSERS, KOHYA, as_single_file
 from peftfx.bases.load import load_base
@@ -71,11 +73,11 @@ def convert_directory(
         )
     if to == PEFT and target.is_file():
         raise PeftfxError("the output is a file, and a directory is to be made", str(target), "choose another path")
-    kept = 1.0
+    kept, change = 1.0, None
     if adapter is not None:
         adapted = load_directories(Path(base), {_LORA: Path(adapter)})
     elif tuned is not None:
-        adapted, kept = _of_difference(Path(base), Path(tuned), rank)
+        adapted, change, kept = _of_difference(Path(base), Path(tuned), rank)
     else:
         assert file is not None
         adapted = _of_single_file(Path(base), Path(file))
@@ -92,6 +94,8 @@ def convert_directory(
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    if change is not None:
+        kept = change.kept_by(_read_back(adapted, Path(base), target, to), kept)
     cut = "" if kept > 1 - _ROUNDING else f"; it keeps {100 * kept:.2f}% of the energy"
     kind = type(made.rules[0]).__name__
     return f"{target}: a {kind} of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"
@@ -115,15 +119,24 @@ def _refuse_other_methods(adapter: Adapter) -> None:
         raise PeftfxError(what, "rank", "rank=16, or rank=0.95 of its energy")
 
 
-def _of_difference(base: Path, tuned: Path, rank: float | None) -> tuple[AdaptedModel, float]:
-    """Return the base with a LoRA from the difference of another checkpoint, and the share of the energy kept."""
+def _of_difference(base: Path, tuned: Path, rank: float | None) -> tuple[AdaptedModel, CheckpointDifference, float]:
+    """Return the base with a LoRA of another checkpoint's difference, the difference, and the share that it keeps."""
     if rank is None:
         what = "the difference of two checkpoints needs a rank"
         raise PeftfxError(what, "rank", "rank=16, or rank=0.95 of its energy")
     adapted = bare(load_base(base))
-    made, kept = lora_of(difference(adapted.source, load_base(tuned), adapted.sites.weights), rank)
+    change = CheckpointDifference(adapted.source, load_base(tuned), adapted.sites.weights)
+    change.tell_left()
+    made, kept = lora_of(change.updates(), rank)
     adapted._install(_LORA, made)
-    return adapted, kept
+    return adapted, change, kept
+
+
+def _read_back(adapted: AdaptedModel, base: Path, written: Path, to: str) -> Adapter:
+    """Return the adapter that was written, as its files are read."""
+    if to == PEFT:
+        return read_adapter(written, adapted.source, adapted.sites)
+    return _of_single_file(base, written).adapter(_LORA)
 
 
 def _of_single_file(base: Path, file: Path) -> AdaptedModel:

@@ -1,4 +1,4 @@
-"""LoRAs that approximate other changes of weights: an adapter of any method, or another checkpoint.
+"""LoRAs that approximate other changes of weights: an adapter of any method, or what `checkpoint_difference` finds.
 
 The singular value decomposition cuts a weight's update to a rank, or to the rank that holds a share of the update's
 energy (the sum of the squared singular values), as HF PEFT's `convert_to_lora` does. One update is in memory at a time.
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.contract.common.experts import joint
 from peftfx.contract.method import Base
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement, site_tensors
 from peftfx.contract.weight import widened
-from peftfx.errors import PeftfxError, warn
+from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import exact
 from peftfx.methods.lora import LoRA
 from peftfx.sites.blocks import turned
-from peftfx.sites.site import WeightSite
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, WeightSite
 
 Updates = Iterable[tuple[WeightSite, Tensor]]
-"""Sites, each with the tensor that is added to its weight: [out, in, *kernel] or [num, dim], in fp32."""
+"""Sites, each with the tensor that is added to its weight: [out, in, *kernel], [num, dim] or [experts, out, in]."""
 
 
 @torch.no_grad()
@@ -37,8 +38,8 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
         records: what a config says about the base and the task.
 
     Raises:
-        PeftfxError: the rank is not valid or larger than a weight's; a site is a stack of experts or a conv of several
-            groups; or there is no update.
+        PeftfxError: the rank is not valid or larger than a weight's; a site is a conv of several groups; or there is no
+            update.
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise PeftfxError(
@@ -50,8 +51,11 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
         if not update.any():
             continue
         a, b, singular = _factors(site, update, rank)
-        kept, whole = kept + float((singular[: len(a)] ** 2).sum()), whole + float((singular**2).sum())
-        placements.append(WeightPlacement(LoRA(r=len(a), lora_alpha=len(a)), site))
+        r = b.shape[-1] if site.kind == EXPERTS else len(a)
+        kept, whole = kept + float((singular[..., :r] ** 2).sum()), whole + float((singular**2).sum())
+        if site.kind == EXPERTS:
+            a, b = joint(a, b)
+        placements.append(WeightPlacement(LoRA(r=r, lora_alpha=r), site))
         values[site.path] = {"lora_A": a, "lora_B": b}
     if not placements:
         raise PeftfxError(
@@ -69,20 +73,32 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
 
 
 def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return A, B, and all singular values of the update."""
-    if site.kind not in ("linear", "conv", "embedding") or site.groups > 1:
+    """Return A, B, and all singular values of the update; those of each expert, for a stack of experts' weights."""
+    if not holds(site):
         what = f"an update of a {site.kind}{' of several groups' if site.groups > 1 else ''} is not cut to a rank"
         raise PeftfxError(what, site.path, "leave it out, or merge what changes it")
-    flat = update.float().T if site.kind == "embedding" else update.float().flatten(1)
+    flat = update.float() if site.kind == EXPERTS else update.float().flatten(1)
+    flat = flat.mT if site.kind == "embedding" else flat
     u, s, vh = torch.linalg.svd(flat, full_matrices=False)
-    kept = rank if isinstance(rank, int) else int(torch.searchsorted((s**2).cumsum(0), rank * (s**2).sum())) + 1
-    kept = min(kept, len(s)) if not isinstance(rank, int) else kept
-    if kept > len(s):
-        raise PeftfxError(f"a weight of {list(flat.shape)} has no rank {kept}", site.path, f"rank={len(s)} or less")
-    a, b = vh[:kept].contiguous(), (u[:, :kept] * s[:kept]).contiguous()
+    kept = rank if isinstance(rank, int) else min(_rank_of_share(s**2, rank), s.shape[-1])
+    if kept > s.shape[-1]:
+        what = f"a weight of {list(flat.shape[-2:])} has no rank {kept}"
+        raise PeftfxError(what, site.path, f"rank={s.shape[-1]} or less")
+    a, b = vh[..., :kept, :].contiguous(), (u[..., :kept] * s[..., None, :kept]).contiguous()
     if site.kind != "conv":
         return a, b, s
     return a.view(kept, *update.shape[1:]), b.view(-1, kept, *(1,) * (update.ndim - 2)), s
+
+
+def _rank_of_share(energies: Tensor, share: float) -> int:
+    """Return the rank that holds this share of the energy: of all experts' energy, for a stack."""
+    each = energies.flatten(0, -2).sum(0) if energies.ndim > 1 else energies
+    return int(torch.searchsorted(each.cumsum(0), share * each.sum())) + 1
+
+
+def holds(site: WeightSite) -> bool:
+    """Return whether a LoRA of a rank can approximate any update of this site's weight."""
+    return site.kind in (*WEIGHT_KINDS, EXPERTS) and site.groups == 1
 
 
 @torch.no_grad()
@@ -106,6 +122,7 @@ def updates_of(base: nn.Module, adapter: Adapter) -> Iterator[tuple[WeightSite, 
 
 
 def _update(base: nn.Module, adapter: Adapter, group: Sequence[WeightPlacement]) -> Tensor:
+    """Return the sum of what the placements of one site add to its weight."""
     site = group[0].site
     stored, bias = site_tensors(base, site)
     weight = turned(exact(stored), site.transposed).float()
@@ -124,35 +141,3 @@ def _update(base: nn.Module, adapter: Adapter, group: Sequence[WeightPlacement])
         delta = made.weight - start.weight
         whole = delta if block is None else block.put(whole, delta, site.rows_axis)
     return whole
-
-
-@torch.no_grad()
-def difference(base: nn.Module, tuned: nn.Module, sites: Iterable[WeightSite]) -> Iterator[tuple[WeightSite, Tensor]]:
-    """Yield the difference of the weights of `tuned`, another checkpoint, from those of `base`, site by site.
-
-    A warning names the tensors that differ but are no weight of such a site, because a LoRA cannot hold them.
-
-    Raises:
-        PeftfxError: the two checkpoints do not have the same tensors.
-    """
-    own, others = (dict(m.named_parameters(remove_duplicate=False)) for m in (base, tuned))
-    odd = [n for n in own.keys() | others.keys() if n not in own or n not in others or own[n].shape != others[n].shape]
-    if odd:
-        raise PeftfxError(
-            f"the two checkpoints do not have the same tensors: {', '.join(sorted(odd)[:3])}",
-            "tuned",
-            "give a checkpoint of the same model",
-        )
-    done = set()
-    for site in sites:
-        name = site.weight.partition(".")[2]
-        if name not in own:
-            continue
-        done.add(id(own[name]))
-        a, b = exact(own[name]), exact(others[name])
-        if site.kind in ("linear", "conv", "embedding") and not torch.equal(a, b):
-            yield site, turned(b, site.transposed).float() - turned(a, site.transposed).float()
-    left = [n for n, t in own.items() if id(t) not in done and not torch.equal(exact(t), exact(others[n]))]
-    if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        warn(f"these tensors differ too, and a LoRA cannot hold them: {', '.join(left[:3])}{more}")

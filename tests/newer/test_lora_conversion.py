@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.adapters.lora_conversion import difference, lora_of
+from peftfx.adapters.checkpoint_difference import CheckpointDifference
+from peftfx.adapters.lora_conversion import lora_of
 from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.testing.blocks import DenseBlock
 from peftfx.testing.models import Text
@@ -58,13 +59,13 @@ def test_the_difference_of_two_checkpoints_is_a_lora_and_what_it_lacks_is_told()
     for module in tuned.blocks:
         module.weight += torch.randn(module.weight.shape[0], 1) @ torch.randn(1, module.weight.shape[1])
     ours = peftfx.transform(copy.deepcopy(base), peftfx.LoRA(target_modules=["0"]), inputs=SPEC.inputs(2, 3))
-    made, _ = lora_of(difference(base, tuned, ours.sites.weights), 1)
+    made, _ = lora_of(CheckpointDifference(base, tuned, ours.sites.weights).updates(), 1)
     ours._install("difference", made)
     ours.set_adapter("difference")
     assert_close(ours(**INPUTS), output(tuned), 1e-4, "the difference")
     tuned.blocks[0].bias += 1
     with pytest.warns(PeftfxWarning, match=r"a LoRA cannot hold them: blocks\.0\.bias"):
-        list(difference(base, tuned, ours.sites.weights))
+        CheckpointDifference(base, tuned, ours.sites.weights).tell_left()
 
 
 def output(model: nn.Module) -> Tensor:

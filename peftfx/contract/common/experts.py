@@ -21,6 +21,11 @@ def of_experts(count: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.unflatten(0, (count, -1)), b.unflatten(1, (-1, count)).permute(2, 0, 1)
 
 
+def joint(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Join the factors of each expert, [experts, r, in] and [experts, out, r], as they are stored."""
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+
+
 def of_parts(count: int, rows: int, parts: Sequence[tuple[Rows, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join the factors of parts into factors of whole weights of `rows` rows: A stacked, B block-structured."""
     each = [(index, *of_experts(count, a, b)) for index, a, b in parts]
@@ -30,7 +35,7 @@ def of_parts(count: int, rows: int, parts: Sequence[tuple[Rows, Tensor, Tensor]]
     for index, a, b in each:
         up[:, row_index(index), at : at + a.shape[1]] = b
         at += a.shape[1]
-    return down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
+    return joint(down, up)
 
 
 def fill_experts(how: bool | str, r: int, a: Tensor, b: Tensor, rng: torch.Generator | None) -> None:
