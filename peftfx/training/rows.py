@@ -63,7 +63,7 @@ def read_rows(file: Path) -> TrainingRows:
         raise PeftfxError("there is no such file", str(file), "give a file of JSON lines")
     items, kinds = [], dict[str, int]()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise PeftfxError(f"cannot be read as text: {error}", str(file), "give a file of JSON lines, UTF-8") from error
     for number, line in enumerate(lines, 1):

@@ -14,6 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from support.command import SIZES, Result, assert_refused
 
+from peftfx.serving.runs.asked import read_texts
 from peftfx.training.rows import IGNORED, Padded, encoded, read_rows
 
 Command = Callable[..., Result]
@@ -129,6 +130,16 @@ def test_of_a_chat_the_last_message_counts(base: Path, tmp_path: Path) -> None:
     batch = Padded(1)([row, {"input_ids": [3], "labels": [3]}])
     assert batch["attention_mask"].sum(1).tolist() == [9, 1]
     assert batch["labels"][1].tolist() == [3] + [IGNORED] * 8
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_where_json_lines_do(end: str, tmp_path: Path) -> None:
+    texts = [f"one{mark}two" for mark in ("\u2028", "\u2029", "\x85", " ")]
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(end.join(json.dumps({"text": text}, ensure_ascii=False) for text in (*texts, "")).encode())
+    assert [row["text"] for row in read_rows(file).items] == [*texts, ""]
+    file.write_bytes((end.join(texts) + end).encode())
+    assert read_texts(file) == tuple(texts)
 
 
 @pytest.mark.parametrize(

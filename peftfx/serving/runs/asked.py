@@ -172,7 +172,7 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
         ) from error
     except UnicodeDecodeError as error:
         raise PeftfxError(f"this file is not text in UTF-8: {error}", str(path), "save it in UTF-8") from error
-    found = tuple(line for line in read.splitlines() if line.strip())
+    found = tuple(line for line in read.split("\n") if line.strip())
     if not found:
         raise PeftfxError("the file has no text", str(path), "write each text on its own line")
     return found
