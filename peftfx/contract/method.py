@@ -77,7 +77,7 @@ class Method(ABC):
     prefix: ClassVar[str] = "base_model.model."
     """What HF PEFT puts before a module's path in the keys of this method's files."""
     ignored: ClassVar[frozenset[str]] = frozenset()
-    """Fields of HF PEFT's config that change nothing for this method, whatever their value."""
+    """Fields of HF PEFT's config that change nothing in HF PEFT for this method, whatever their value: never read."""
     refused: ClassVar[Mapping[str, str]] = {}
     """Fields of HF PEFT's config that are refused, each with the reason and, after a semicolon, what to do instead."""
     wraps_attention: ClassVar[bool] = False
@@ -198,6 +198,11 @@ class Method(ABC):
     @property
     def doubt(self) -> str:
         """Why a file of this method may not give what was trained: a warning on loading. Empty if it gives it."""
+        return ""
+
+    @property
+    def unloadable(self) -> str:
+        """Why HF PEFT cannot load the files of this rule: a warning when they are written. Empty if it can."""
         return ""
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.common.delta import DeltaMethod
-from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.common.patterns import by_loose_path, pattern_of
 from peftfx.contract.method import Base, Method, Params
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -57,7 +57,7 @@ class C3A(DeltaMethod):
         return self.init_weights is True
 
     def at(self, site: Site) -> C3A:
-        size = int(by_path(self.block_size_pattern, "block_size_pattern", site.path, self.block_size))
+        size = int(by_loose_path(self.block_size_pattern, "block_size_pattern", site.path, self.block_size))
         return dataclasses.replace(self, block_size=size, block_size_pattern={})
 
     def gather(self, methods: Mapping[str, Method]) -> C3A:

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from peftfx.contract.common.patterns import pattern_of
+from peftfx.contract.common.patterns import by_loose_path, pattern_of
 from peftfx.contract.common.spectral import SpectralMethod
 from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.update import Update
@@ -41,6 +41,11 @@ class FourierFT(SpectralMethod):
     peft_type: ClassVar[str] = "FOURIERFT"
     spectrum: ClassVar[str] = SPECTRUM
     spread: ClassVar[float] = 1.0
+
+    def at(self, site: Site) -> FourierFT:
+        counts = self.n_frequency_pattern
+        count = int(by_loose_path(counts, "n_frequency_pattern", site.path, self.n_frequency))
+        return dataclasses.replace(self, n_frequency=count, n_frequency_pattern={})
 
     def gather(self, methods: Mapping[str, Method]) -> FourierFT:
         counts = pattern_of(methods, "n_frequency", self.n_frequency, escaped=False)

@@ -7,6 +7,7 @@ no low-rank update. At an embedding the table is [num, dim], and `A` belongs to 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -25,6 +26,7 @@ from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
 A, B = "hira_A", "hira_B"
+A_EMBEDDING = "hira_embedding_A"  #: the name of A in files, at an embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,8 @@ class HiRA(WeightMethod):
         hira_dropout: dropout on the adapter's input in training; embeddings have none, as in HF PEFT.
         fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         init_weights: True (Kaiming A, zero B) and "gaussian" start as the identity; False starts at random.
-        rank_pattern: another `r` for module paths that match a key.
+        rank_pattern: another `r` for module paths that match a key. HF PEFT's `HiraConfig` has this option, and a first
+            adapter of HF PEFT (0.21) has the rank `r` everywhere: configs are read in that way.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.HiRA(r=16, target="mlp"))
@@ -51,6 +54,7 @@ class HiRA(WeightMethod):
     peft_type: ClassVar[str] = "HIRA"
     default_target: ClassVar[str] = "attention.query | attention.value"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,10 +74,23 @@ class HiRA(WeightMethod):
         return dataclasses.replace(self, r=r, rank_pattern={})
 
     def gather(self, methods: Mapping[str, Method]) -> HiRA:
-        return dataclasses.replace(self, rank_pattern=pattern_of(methods, "r", self.r))
+        ranks = {m.r for m in methods.values() if isinstance(m, HiRA)} or {self.r}
+        r = self.r if len(ranks) > 1 else ranks.pop()
+        return dataclasses.replace(self, r=r, rank_pattern=pattern_of(methods, "r", r))
+
+    def as_saved(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[HiRA, str]:
+        """Return the rule with the ranks of the file's tensors: of HF PEFT's adapters, a later one has other ranks."""
+        named = {name.rpartition("."): shape for name, shape in shapes.items()}
+        ranks = {path: shape[0] for (path, _, leaf), shape in named.items() if leaf in (A, A_EMBEDDING) and shape}
+        others = {re.escape(path): r for path, r in ranks.items() if r != self.r}
+        return dataclasses.replace(self, rank_pattern=others), ""
+
+    @property
+    def unloadable(self) -> str:
+        return "it gives each module the rank r, and these modules have others" if self.rank_pattern else ""
 
     def keys(self, site: Site) -> dict[str, str]:
-        return {A: "hira_embedding_A", B: "hira_embedding_B"} if site.kind == "embedding" else {A: A, B: B}
+        return {A: A_EMBEDDING, B: "hira_embedding_B"} if site.kind == "embedding" else {A: A, B: B}
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         if site.groups > 1:

@@ -71,7 +71,8 @@ def rule_folders(directory: Path) -> tuple[Path, ...]:
 def method_from_config(config: Mapping[str, object], where: str) -> Method:
     """Return the method of a HF PEFT config. Unknown options that change numbers are refused."""
     cls = method_named(str(getattr(config["peft_type"], "value", config["peft_type"])))
-    options = {k: v for k, v in config.items() if k in cls.options() and v is not None} | _empty(cls, config, where)
+    read = {k: v for k, v in config.items() if k in cls.options() and k not in cls.ignored}
+    options = {k: v for k, v in read.items() if v is not None} | _empty(cls, read, where)
     known = {*cls.options(), *cls.ignored, *RECORDS}
     unknown = {k: v for k, v in config.items() if k not in known}
     active = {k: v for k, v in unknown.items() if v not in (None, False) and INERT.get(k) != v}

@@ -149,7 +149,10 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     tensors |= other_projections(base, methods, tensors.values())
     tensors |= {override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
     methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}
-    config = _config(base, adapter, rule, named_by.gather(methods), sorted(methods))
+    gathered = named_by.gather(methods)
+    if gathered.unloadable:
+        warn(f"HF PEFT cannot load these files of {type(gathered).__name__}: {gathered.unloadable}")
+    config = _config(base, adapter, rule, gathered, sorted(methods))
     prefix = rule.method.prefix
     named = {f"{prefix}{name}": t for name, t in tensors.items()}
     account = adapter.accounts.get(number)

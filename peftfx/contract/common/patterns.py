@@ -18,6 +18,16 @@ def by_path(patterns: Mapping[str, float], option: str, path: str, default: floa
     return next(found, default)
 
 
+def by_loose_path(patterns: Mapping[str, float], option: str, path: str, default: float) -> float:
+    """Return the value for `path` as the methods of HF PEFT that read a key otherwise find it.
+
+    The first key counts for which `.*\\.KEY$` matches the path's start; a `|` in the key parts that whole expression.
+    Otherwise a key counts that is the path, letter by letter.
+    """
+    found = (key for key in patterns if compiled(key, option, r"(?:.*\.{}$)[\s\S]*").fullmatch(path))
+    return patterns.get(next(found, path), default)
+
+
 def pattern_of(methods: Mapping[str, Method], name: str, default: N, *, escaped: bool = True) -> dict[str, N]:
     """Return a pattern from each module path to its method's value of an option, where that is not `default`.
 

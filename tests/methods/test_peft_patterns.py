@@ -1,0 +1,126 @@
+"""Options by module path (`rank_pattern` and others) act where they do in `peft`: live, from files, in new adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxWarning
+from peftfx.testing.setup import assert_close
+
+NAMES = ["first", "up", "down", "xfirst"]
+#: Keys of one path, of the end of paths, of a part of a name, of two names, and an expression.
+KEYS = ({"first": 2}, {"blocks.0.up": 2}, {"up|down": 2}, {"blocks.0": 2, "irst": 2}, {r".*0\.up": 2, "up": 3})
+CASES: tuple[tuple[type[peft.PeftConfig], Mapping[str, object], str], ...] = (
+    (peft.LoraConfig, {"r": 4}, "rank_pattern"),
+    (peft.LoraConfig, {"r": 4}, "alpha_pattern"),
+    (peft.LoHaConfig, {"r": 4}, "rank_pattern"),
+    (peft.LoHaConfig, {"r": 4}, "alpha_pattern"),
+    (peft.LoKrConfig, {"r": 1, "decompose_both": True}, "rank_pattern"),
+    (peft.LoKrConfig, {"r": 1, "decompose_both": True}, "alpha_pattern"),
+    (peft.HiraConfig, {"r": 4}, "rank_pattern"),
+    (peft.DeloraConfig, {"r": 4}, "rank_pattern"),
+    (peft.DeloraConfig, {"r": 4}, "lambda_pattern"),
+    (peft.OSFConfig, {"effective_rank": 4}, "rank_pattern"),
+    (peft.C3AConfig, {"block_size": 4}, "block_size_pattern"),
+    (peft.FourierFTConfig, {"n_frequency": 20}, "n_frequency_pattern"),
+    (peft.WaveFTConfig, {"n_frequency": 20}, "n_frequency_pattern"),
+)
+
+
+class Nested(nn.Module):
+    """Layers at the top and in blocks, some with names that end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.xfirst = nn.Linear(12, 12), nn.Linear(12, 12)
+        parts = ({"up": nn.Linear(12, 12), "down": nn.Linear(12, 12)} for _ in range(2))
+        self.blocks = nn.ModuleList(map(nn.ModuleDict, parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block["down"](torch.tanh(block["up"](x)))  # type: ignore[index]
+        return self.xfirst(x)
+
+
+X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+INPUTS = {"x": X}
+
+
+@torch.no_grad()
+def stir(model: nn.Module) -> None:
+    rng = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(0.1 * torch.randn(p.shape, generator=rng))
+
+
+def trained(model: nn.Module) -> list[int]:
+    return sorted(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keys", KEYS, ids=" ".join)
+@pytest.mark.parametrize(("config", "options", "name"), CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_a_pattern_acts_where_it_acts_in_peft(
+    config: type[peft.PeftConfig], options: dict[str, object], name: str, keys: dict[str, int], tmp_path: Path
+) -> None:
+    asked = config(target_modules=NAMES, **options, **{name: keys})  # type: ignore[arg-type]
+    theirs = peft.get_peft_model(Nested(), asked).eval()
+    stir(theirs)
+    want = theirs(X)
+    theirs.save_pretrained(tmp_path)
+    for ours in (
+        peftfx.transform(copy.deepcopy(theirs), inputs=INPUTS),
+        peftfx.load(Nested(), tmp_path, inputs=INPUTS),
+    ):
+        assert_close(ours.eval()(X), want, 1e-4, type(asked).__name__)
+    asked = config(target_modules=NAMES, **options, **{name: keys})  # type: ignore[arg-type]
+    assert trained(peftfx.transform(Nested(), asked, inputs=INPUTS)) == trained(theirs)
+
+
+def test_a_second_hira_of_peft_has_the_ranks_of_its_pattern(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Nested(), peft.HiraConfig(r=4, target_modules=NAMES)).eval()
+    theirs.add_adapter("second", peft.HiraConfig(r=4, target_modules=NAMES, rank_pattern={"up": 2, "down": 5}))
+    theirs.set_adapter("second")
+    stir(theirs)
+    theirs.save_pretrained(tmp_path)
+    assert theirs.base_model.model.blocks[0]["up"].hira_A["second"].shape == (2, 12)
+    for ours in (
+        peftfx.transform(copy.deepcopy(theirs), inputs=INPUTS),
+        peftfx.load(Nested(), tmp_path / "second", inputs=INPUTS),
+    ):
+        torch.testing.assert_close(ours.eval()(X), theirs(X), atol=1e-5, rtol=1e-5)
+
+
+def test_hira_at_parts_is_loaded_by_peft_if_all_have_one_rank(tmp_path: Path) -> None:
+    config = hf.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    base, ids = hf.GPT2LMHeadModel(config).eval(), torch.tensor([[3, 4, 5]])
+    ours = peftfx.transform(copy.deepcopy(base), peftfx.HiRA(r=2, target="attention.query | attention.value")).eval()
+    stir(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    again = peftfx.load(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(again(input_ids=ids).logits, ours(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_hira_of_several_ranks_is_told(tmp_path: Path) -> None:
+    ours = peftfx.transform(
+        Nested(), peftfx.HiRA(r=4, target_modules=NAMES, rank_pattern={"up": 2}), inputs=INPUTS
+    ).eval()
+    stir(ours)
+    with pytest.warns(PeftfxWarning, match="HF PEFT cannot load these files of HiRA: it gives each module the rank r"):
+        ours.save_pretrained(tmp_path)
+    torch.testing.assert_close(peftfx.load(Nested(), tmp_path, inputs=INPUTS).eval()(X), ours(X))
