@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from functools import cached_property
@@ -132,9 +133,22 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         """Generate by transformers' `generate`; for sound or images, by that of the model's own class."""
         if self.view.layers.source == TEXT_INPUT and self.way is _Sourced:
             return super().generate(*args, **options)
+        return self._by_own_class("generate", *args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a method that the model's own class has beside its `generate`, such as one that tells a language."""
+        if not name.startswith("_") and "view" in vars(self) and self.view.layers.source != TEXT_INPUT:
+            beside = (vars(cls) for cls in type(self._stand_in).__mro__ if _has_own_generate(cls))
+            if any(inspect.isfunction(members.get(name)) for members in beside):
+                return functools.partial(self._by_own_class, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+    def _by_own_class(self, name: str, *args: object, **options: object) -> object:
+        """Call a method of the stand-in; rows have the adapters of `adapter_ids`."""
         given = self.numbered(options)
         ids = given.pop(IDS, None)
-        return (self._stand_in if ids is None else self._numbered_stand_in(ids)).generate(*args, **given)
+        stand_in = self._stand_in if ids is None else self._numbered_stand_in(ids)
+        return getattr(stand_in, name)(*args, **given)
 
     @property
     def way(self) -> type[Generates]:
@@ -170,6 +184,11 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
             "source_encoder": SourceEncoder(rows.beside(source.encode), source.main_input_name),
         }
         return over_graphs(self._skeleton, self.way, **parts, generation_config=self.generation_config)
+
+
+def _has_own_generate(cls: type) -> bool:
+    """Return whether a class has a `generate` other than transformers' common one."""
+    return "generate" in vars(cls) and cls is not GenerationMixin
 
 
 class _Sourced(Buffered, GeneratesFromSource):  # type: ignore[misc]

@@ -198,6 +198,18 @@ class TestTranscription:
             "Unsupported language",
         )
 
+    def test_it_tells_the_language_as_transformers_does(self, hearing: Hearing) -> None:
+        rng = torch.Generator().manual_seed(2)
+        model = runtime.load(hearing.directory)
+        for batch in (5, 1):
+            sound = torch.randn(batch, 8, 100, generator=rng)
+            want = hearing.peft.base_model.model.detect_language(input_features=sound)
+            assert torch.equal(model.detect_language(input_features=sound), want)
+            assert torch.equal(model.detect_language(sound), want)
+            assert set(want.tolist()) <= {4, 5}
+        with pytest.raises(AttributeError, match="object has no attribute 'detect_speaker'"):
+            model.detect_speaker  # noqa: B018
+
     def test_without_times_it_takes_pieces_of_the_extractors_length(
         self, hearing: Hearing, peftfx: Run, tmp_path: Path
     ) -> None:
