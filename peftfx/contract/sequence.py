@@ -105,6 +105,10 @@ class SequenceMethod(Method):
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
         """Return the entry by which this method gets its virtual tokens into the base."""
 
+    def apart_from_peft(self, base: nn.Module) -> str:
+        """Return why HF PEFT gives other outputs under this prompt, which is sized; empty if it gives the same."""
+        return ""
+
     @property
     def submodules(self) -> int:
         """How often HF PEFT counts the virtual tokens: twice for an encoder with a decoder, else once."""

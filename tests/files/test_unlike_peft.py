@@ -127,3 +127,35 @@ def test_the_half_of_a_prompt_of_tasks_that_peft_has_in_training_alone_is_told(t
         want = base(inputs_embeds=embedded, decoder_input_ids=decoder).logits
         got = ours(input_ids=ids, decoder_input_ids=decoder, task_ids=tasks).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_prefix_that_peft_lets_the_cross_attention_see_is_told(name: str, tmp_path: Path) -> None:
+    """With two submodules `peft` keeps the caches apart: what it gives then is what a prefix gives here."""
+    torch.manual_seed(0)
+    base = transformers.AutoModel.from_config(ZOO[name].build().config).eval()
+    options = {"task_type": "FEATURE_EXTRACTION", "num_virtual_tokens": 3}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.PrefixTuningConfig(**options)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.warns(PeftfxWarning, match="HF PEFT gives other outputs under PrefixTuning: .*num_transformer_submod"):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+    with pytest.warns(PeftfxWarning, match="other outputs under PrefixTuning"):
+        ours.save_pretrained(tmp_path / "ours")
+    for batch, length in ((2, 6), (1, 4)):
+        rng = torch.Generator().manual_seed(batch)
+        ids = {n: torch.randint(5, 30, (batch, length), generator=rng) for n in ("input_ids", "decoder_input_ids")}
+        with torch.no_grad():
+            prefix = transformers.EncoderDecoderCache(theirs.get_prompt(batch), transformers.DynamicCache())
+            want = base(**ids, past_key_values=prefix).last_hidden_state
+            got, own = ours(**ids).last_hidden_state, theirs(**ids).last_hidden_state
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert float((got - own).norm() / own.norm()) > 1e-3, "peft computes the same: there is nothing to say"
+    config = peft.PrefixTuningConfig(**options, num_transformer_submodules=2)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "two"))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", PeftfxWarning)
+        got = peftfx.load(copy.deepcopy(base), tmp_path / "two")(**ids).last_hidden_state
+        torch.testing.assert_close(got, theirs(**ids).last_hidden_state, atol=1e-5, rtol=1e-5)

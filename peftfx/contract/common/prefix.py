@@ -36,6 +36,15 @@ class PrefixMethod(SequenceMethod):
             num_transformer_submodules=self.num_transformer_submodules or submodules_of(base),
         )
 
+    def apart_from_peft(self, base: nn.Module) -> str:
+        if self.submodules != 1 or not encodes_and_decodes(base):
+            return ""
+        return (
+            "with num_transformer_submodules=1 its prefix is a cache without a part for the encoder's text, so each "
+            "cross-attention also attends to the prefix and to the decoder's text. Here only the decoder's "
+            "self-attention has the prefix, as with num_transformer_submodules=2"
+        )
+
     def saved_shape(self) -> tuple[int, ...]:
         assert self.num_layers is not None
         assert self.token_dim is not None
