@@ -120,6 +120,22 @@ def test_merged_and_served_a_tied_head_has_its_rows(tokens: object, tmp_path: Pa
     assert tied == (tokens is ROWS)
 
 
+def test_a_tied_head_keeps_its_bias_which_peft_drops_until_it_is_merged(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {name: number for name, number in SIZE.items() if name != "num_key_value_heads"}
+    base = hf.BertForMaskedLM(hf.BertConfig(vocab_size=64, num_hidden_layers=1, **size)).eval()
+    torch.nn.init.normal_(base.cls.predictions.bias)
+    theirs = trained(base, beside("query", {"word_embeddings": ROWS}), tmp_path)
+    ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    for batch in (2, 1):
+        inputs = call(batch=batch)
+        with torch.no_grad():
+            got, unmerged = ours(**inputs).logits, theirs(**inputs).logits
+            merged = copy.deepcopy(theirs).merge_and_unload()(**inputs).logits
+        torch.testing.assert_close(got, merged, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got, unmerged + base.cls.predictions.bias, atol=1e-5, rtol=1e-5)
+
+
 def test_ten_steps_give_pefts_rows() -> None:
     base = llama(tied=True)
     theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(ALONE))
