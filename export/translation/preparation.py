@@ -8,6 +8,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.export.translation.between_casts import is_narrow, put_between_casts
 from peftfx.export.translation.complex_pairs import pair_complex
+from peftfx.export.translation.enlarged import enlarge_as_torch
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
@@ -63,6 +64,8 @@ def prepare(graph: Graph) -> Graph:
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(rewriter, node)
+        elif enlarge_as_torch(rewriter, node):
+            continue
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)
     sweep(rewriter, random=True)  # layers that a model's code makes, and starts, in its own call

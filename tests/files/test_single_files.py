@@ -5,6 +5,8 @@ The oracle is HF PEFT's layer at the same module, with the same tensors.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +23,10 @@ import peftfx
 from peftfx.adapters.files.writer import write_rule_directory
 from peftfx.adapters.single_files.reading import as_peft
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.convert_command import convert_directory
 from peftfx.rules.peft_files import WEIGHTS
+from peftfx.testing.models import Causal
 
 #: Paths of a small U-Net, and the names that kohya's trainer gives them in SDXL.
 PUBLISHED = {
@@ -143,8 +146,14 @@ def test_a_loha_of_lycoris(effective: bool, tmp_path: Path) -> None:
 
 def test_biases_of_b_and_the_names_of_attention_processors(tmp_path: Path) -> None:
     want, tensors = _trained(_unet(), peft.LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION, lora_bias=True))
-    save_file({f"unet.{name}": t for name, t in tensors.items()}, tmp_path / "bias.safetensors")
-    _compare(_unet(), want, tmp_path / "bias.safetensors", tmp_path)
+    _unet().save_pretrained(tmp_path / "base")
+    want.save_pretrained(tmp_path / "peft")
+    file, theirs = tmp_path / "bias.safetensors", tmp_path / "peft"
+    made = functools.partial(convert_directory, tmp_path / "base", file, adapter=theirs)
+    made(to="diffusers", prefix="unet")
+    _compare(_unet(), want, file, tmp_path)
+    with pytest.raises(PeftfxError, match="kohya's format has no biases of B"):
+        made(to="kohya", force=True)
     want, tensors = _trained(_unet(), peft.LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION))
     older = {}
     for name, tensor in tensors.items():
@@ -189,6 +198,47 @@ def test_fused_layers_of_flux_are_cut(dora: bool, tmp_path: Path) -> None:
     save_file(_kohya(fused, lambda path: f"lora_unet_{names[path]}", 2.0), tmp_path / "lora.safetensors")
     plain = type(base).from_pretrained(tmp_path / "base").eval()
     _compare(plain, want, tmp_path / "lora.safetensors", tmp_path)
+
+
+def test_a_file_of_two_models_keeps_each_ones_scale(tmp_path: Path) -> None:
+    """diffusers writes the config of each model into the file's metadata, under the model's prefix."""
+    _, tensors = _trained(_unet(), peft.LoraConfig(r=4, lora_alpha=12, target_modules=["to_q"]))
+    told = {"unet.r": 4, "unet.lora_alpha": 12, "text_encoder.r": 3, "text_encoder.lora_alpha": 9}
+    both = {f"unet.{name}": t for name, t in tensors.items()}
+    both |= {f"text_encoder.encoder.layers.0.q.lora_{end}.weight": torch.ones(3, 3) for end in "AB"}
+    save_file(both, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
+    with pytest.warns(PeftfxWarning, match="1 modules are of other models"):
+        config, _ = as_peft(tmp_path / "lora.safetensors", _unet())
+    assert config["lora_alpha"] == 12
+
+
+def test_the_adapter_of_another_model_is_not_taken_by_chance(tmp_path: Path) -> None:
+    """kohya's files of SDXL have two text encoders, by the same names."""
+    base, wider = (Causal((), layers=n).build() for n in (1, 2))
+    rows, columns = base.get_submodule("model.layers.0.self_attn.q_proj").weight.shape
+    stem = "lora_te1_model_layers_0_self_attn_q_proj"
+    one = {f"{stem}.lora_down.weight": torch.ones(2, columns), f"{stem}.lora_up.weight": torch.ones(rows, 2)}
+    both = one | {name.replace("te1", "te2"): 2 * t for name, t in one.items()}
+    save_file(both, tmp_path / "twins.safetensors")
+    with pytest.raises(PeftfxError, match="adapters of several models in it fit this one"):
+        as_peft(tmp_path / "twins.safetensors", base)
+    more = {name.replace("te1", "te2").replace("_0_", "_1_"): 2 * t for name, t in one.items()}
+    save_file(both | more, tmp_path / "deeper.safetensors")
+    for model, value in ((base, 1.0), (wider, 2.0)):
+        with pytest.warns(PeftfxWarning, match="modules are of other models"):
+            _, found = as_peft(tmp_path / "deeper.safetensors", model)
+        assert {float(t.max()) for t in found.values()} == {value}
+
+
+def test_a_module_whose_name_ends_anothers_is_taken_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = build_denoiser("flux")
+    base.save_pretrained(tmp_path / "base")
+    want, tensors = _trained(base, peft.LoraConfig(r=2, lora_alpha=2, target_modules=r"proj_out"))
+    assert {name.partition(".lora")[0] for name in tensors} == {"proj_out"}
+    save_file({f"transformer.{name}": t for name, t in tensors.items()}, tmp_path / "lora.safetensors")
+    plain = type(base).from_pretrained(tmp_path / "base").eval()
+    _compare(plain, want, tmp_path / "lora.safetensors", tmp_path / "read")
 
 
 def test_names_that_nobody_knows_are_refused(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from peftfx import PeftfxError
 from peftfx.export import adapter_command, command
+from peftfx.export import directories as loading
+from peftfx.model import directories as looking
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import make_plan
 
@@ -143,9 +145,9 @@ def typing(
     def reached(*arguments: object, **options: object) -> None:
         raise PeftfxError("here the export begins")
 
-    for home in (command, adapter_command):
+    for home in (loading, looking, adapter_command):
         monkeypatch.setattr(home, "bare", captured)
-    monkeypatch.setattr(command, "plan", lambda model, rules: make_plan(model, base.adapted.sites, rules))
+    monkeypatch.setattr(looking, "plan", lambda model, rules: make_plan(model, base.adapted.sites, rules))
     monkeypatch.setattr(command, "export_onnx", reached)
     monkeypatch.setattr(adapter_command, "export_adapter", reached)
     monkeypatch.chdir(tmp_path)

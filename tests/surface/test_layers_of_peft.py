@@ -67,6 +67,15 @@ def test_a_scale_that_was_set_is_taken_over_and_saved(name: str, tmp_path: Path)
     _compare(again, model)
 
 
+def test_an_adalora_divides_by_its_rank() -> None:
+    model = _adapted(peft.AdaLoraConfig(init_r=6, target_r=3, target_modules=TARGETS, total_step=10))
+    _compare(peftfx.transform(model), model)
+    for layer in _layers(model):
+        layer.set_scale("default", 0.3)
+    with pytest.raises(PeftfxError, match="a layer of adapter 'default' has the scale"):
+        peftfx.transform(model)
+
+
 def test_what_is_told_of_a_file_names_the_adapter() -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], ensure_weight_tying=True)
     model = peft.get_peft_model(ZOO["gemma"].build(), config, adapter_name="mine")

@@ -8,7 +8,9 @@ LoRA into the file's metadata, and its scale is then the config's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +52,10 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
     tensors, metadata = read_single_file(path)
     _refuse_inputs(tensors, path)
     modules = {path: m for path, m in own_modules(base) if path}
-    found = _matched(by_stem(tensors), modules)
-    if not found.whole and (other := _matched(renamed(tensors, base), modules)).whole:
-        found = other
+    found = _matched(by_stem(tensors), modules, path)
+    if not found.fits:
+        other = _matched(renamed(tensors, base), modules, path)
+        found = other if other.fits else found
     if not found.own and not found.wrong:
         hint = "give the directory of the model that it is of: a U-Net, a transformer or a text encoder"
         raise PeftfxError("no key of it names a module of this model", str(path), hint)
@@ -63,7 +66,7 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
     if found.others:
         left = f"{len(found.others)} modules are of other models, and left out: {', '.join(found.others[:3])}"
         warn(f"{path}: {left}")
-    config = _config(found.own, path) | _told(metadata, found.prefix, path)
+    config = _config(found.own, modules, path) | _told(metadata, found.prefix, path)
     return config, {
         f"base_model.model.{place}.{name}": _fitted(modules[place], name, tensor, f"{path}: {place}")
         for place, parts in found.own.items()
@@ -74,37 +77,64 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
 
 @dataclass(frozen=True)
 class _Match:
-    """The keys of a file beside a model: the tensors by module path, what is no adapter's, and what is another's."""
+    """The keys of a file beside a model, under one prefix.
+
+    Attributes:
+        own: the tensors by module path.
+        wrong: what has the prefix and is no adapter of a module.
+        others: what has another prefix.
+        odd: how many modules have another number of inputs.
+    """
 
     prefix: str
     own: dict[str, Parts]
     wrong: list[str]
     others: list[str]
+    odd: int = 0
 
     @property
-    def whole(self) -> bool:
-        return bool(self.own) and not self.wrong and not self.others
+    def fits(self) -> bool:
+        return bool(self.own) and not self.wrong
 
 
-def _matched(stems: Mapping[str, Parts], modules: Mapping[str, nn.Module]) -> _Match:
-    """Return the keys of this model: those with the prefix by which most name a module of it.
+def _matched(stems: Mapping[str, Parts], modules: Mapping[str, nn.Module], path: Path) -> _Match:
+    """Return the keys of this model: those with the prefix by which most name a module of it, and best.
 
     Raises:
-        PeftfxError: two modules of the model have one name in such files.
+        PeftfxError: two modules of the model have one name in such files, or adapters of two models fit as well.
     """
     known = {name: path for path in modules for name in (path, path.replace(".", "_"))}
     twice = [path for path in modules if known[path.replace(".", "_")] != path]
     if twice:
         what = "with underscores for dots, these modules of the model have one name"
         raise PeftfxError(what, ", ".join(twice[:2]), "convert the file where it was made")
-    prefixes = {p for stem in stems for p in _prefixes(stem) if stem[len(p) :] in known}
-    if not prefixes:
+    counts = Counter(p for stem in stems for p in _prefixes(stem) if stem[len(p) :] in known)
+    most = max(counts.values(), default=0)
+    matches = [_match(prefix, stems, modules, known) for prefix, count in counts.items() if count == most]
+    if not matches:
         return _Match("", {}, [], sorted(stems))
-    prefix = min(prefixes, key=lambda p: (-sum(s.startswith(p) and s[len(p) :] in known for s in stems), len(p)))
+    first, *rest = sorted(matches, key=lambda m: (len(m.wrong), m.odd, len(m.prefix), m.prefix))
+    same = [m.prefix for m in rest if (len(m.wrong), m.odd) == (len(first.wrong), first.odd)]
+    if twins := [prefix for prefix in same if not prefix.startswith(first.prefix)]:
+        what = f"adapters of several models in it fit this one: the keys with {', '.join([first.prefix, *twins])}"
+        raise PeftfxError(what, str(path), "put those of this model alone into a file, or export the whole pipeline")
+    return first
+
+
+def _match(
+    prefix: str, stems: Mapping[str, Parts], modules: Mapping[str, nn.Module], known: Mapping[str, str]
+) -> _Match:
     named = {stem[len(prefix) :]: parts for stem, parts in stems.items() if stem.startswith(prefix)}
     own = {known[name]: parts for name, parts in named.items() if name in known and _is_adapter(parts)}
     wrong = sorted(name for name in named if name not in known or known[name] not in own)
-    return _Match(prefix, own, wrong, sorted(stem for stem in stems if not stem.startswith(prefix)))
+    odd = sum(not _has_inputs(modules[path], parts) for path, parts in own.items())
+    return _Match(prefix, own, wrong, sorted(stem for stem in stems if not stem.startswith(prefix)), odd)
+
+
+def _has_inputs(module: nn.Module, parts: Parts) -> bool:
+    """Return whether a linear layer has as many inputs as its A or W1b, as far as one can tell."""
+    factor = parts.get(DOWN, parts.get("hada_w1_b"))
+    return not isinstance(module, nn.Linear) or factor is None or factor.shape[1] == module.in_features
 
 
 def _prefixes(stem: str) -> list[str]:
@@ -117,7 +147,7 @@ def _is_adapter(parts: Parts) -> bool:
     return _LORA <= names <= _LORA | {MAGNITUDE, BIAS} or names in (HADAMARD, HADAMARD | CORES)
 
 
-def _config(own: Mapping[str, Parts], path: Path) -> dict[str, object]:
+def _config(own: Mapping[str, Parts], modules: Iterable[str], path: Path) -> dict[str, object]:
     """Return the config of an adapter, by its tensors.
 
     Raises:
@@ -129,7 +159,7 @@ def _config(own: Mapping[str, Parts], path: Path) -> dict[str, object]:
     r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config: dict[str, object] = {
         "r": r,
-        "target_modules": sorted(own),
+        "target_modules": _targets(own, modules),
         "rank_pattern": {place: n for place, n in ranks.items() if n != r},
         "alpha_pattern": {place: a for place, a in alphas.items() if a != alpha},
     }
@@ -138,6 +168,14 @@ def _config(own: Mapping[str, Parts], path: Path) -> dict[str, object]:
         return {"peft_type": "LOHA", "alpha": alpha, "use_effective_conv2d": cores, **config}
     kinds = {"use_dora": _all_or_none(own, MAGNITUDE, path), "lora_bias": _all_or_none(own, BIAS, path)}
     return {"peft_type": "LORA", "lora_alpha": alpha, **kinds, **config}
+
+
+def _targets(own: Mapping[str, Parts], modules: Iterable[str]) -> list[str] | str:
+    """Return the modules' paths; or, where a path is the end of another module's, an expression for these alone."""
+    parts = (path.split(".") for path in modules if path not in own)
+    if any(".".join(names[i:]) in own for names in parts for i in range(1, len(names))):
+        return "|".join(map(re.escape, sorted(own)))
+    return sorted(own)
 
 
 def _all_or_none(own: Mapping[str, Parts], name: str, path: Path) -> bool:
@@ -175,8 +213,8 @@ def _told(metadata: Mapping[str, str], prefix: str, path: Path) -> dict[str, obj
 def _fitted(module: nn.Module, name: str, tensor: Tensor, where: str) -> Tensor:
     """Return the tensor as HF PEFT has it for a module.
 
-    A 1x1 conv factor of a linear layer becomes a matrix; the magnitudes of a linear layer a vector, those of a conv
-    [1, out, 1, ...].
+    A 1x1 conv factor of a linear layer becomes a matrix, and a matrix of a conv a 1x1 factor; the magnitudes of a
+    linear layer become a vector, those of a conv [1, out, 1, ...].
 
     Raises:
         PeftfxError: the magnitudes are not one for each output.
@@ -184,6 +222,8 @@ def _fitted(module: nn.Module, name: str, tensor: Tensor, where: str) -> Tensor:
     linear = isinstance(module, nn.Linear)
     if name != MAGNITUDE:
         of_module = tensor[:, :, 0, 0] if linear and tensor.ndim == 4 else tensor
+        if isinstance(module, nn.Conv2d) and tensor.ndim == 2 and name in (DOWN, UP):
+            of_module = tensor[:, :, None, None]
         return of_module.clone(memory_format=torch.contiguous_format)  # parts of a fused layer share one A
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or tensor.numel() != len(weight):

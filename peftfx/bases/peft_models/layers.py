@@ -41,6 +41,9 @@ def scales(model: Any, adapter: str) -> dict[str, float]:
     for path, layer in _layers(model.get_base_model()):
         own = getattr(layer, "scaling", None)
         if isinstance(own, Mapping) and isinstance(scale := own.get(adapter), int | float):
+            ranks = getattr(layer, "ranknum", {})  # AdaLoRA divides by it in each call
+            if adapter in ranks:
+                scale = scale / (float(ranks[adapter]) + 1e-5)
             named = path.replace(".base_layer", "")  # of several parameters of one module
             found[".".join(filter(None, (named, getattr(layer, "parameter_name", ""))))] = float(scale)
     return found
