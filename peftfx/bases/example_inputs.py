@@ -112,7 +112,7 @@ class _Maker:
             if shape is None:
                 raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
             made[name] = self._floats(self.sizes["batch"], *shape)
-        for name in (name for name in self.accepted if name.endswith(_PART)):
+        for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():
             made["decoder_input_ids"] = self._decoder_ids()

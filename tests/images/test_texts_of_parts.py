@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers as hf
+from every_model.checks import build
 from support.adapted import randomise
 
 import peftfx
@@ -51,3 +52,14 @@ def test_a_model_without_a_vocabulary_reads_characters() -> None:
     made = example_inputs(hf.CanineModel(config))
     assert made["input_ids"].min() >= 0
     assert made["input_ids"].max() < 128
+
+
+def test_a_decoder_is_no_part_with_a_text_beside() -> None:
+    """Its tokens and their mask have one length; Canary's config has a `decoder_config` with a vocabulary."""
+    base = build("speech-to-text", "canary")
+    made = example_inputs(base, sizes={"batch": 3})
+    assert (
+        "decoder_attention_mask" not in made or made["decoder_attention_mask"].shape == made["decoder_input_ids"].shape
+    )
+    with torch.no_grad():
+        assert len(base(**made).logits) == 3
