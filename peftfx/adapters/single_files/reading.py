@@ -98,10 +98,13 @@ class _Match:
 
 
 def _matched(stems: Mapping[str, Parts], modules: Mapping[str, nn.Module], path: Path) -> _Match:
-    """Return the keys of this model: those with the prefix by which most name a module of it, and best.
+    """Return the keys of this model: those with the prefix by which most keys name a module of it.
+
+    Of prefixes with equally many, the one counts by which the fewest keys are wrong, and then the one by which the
+    fewest layers have another number of inputs.
 
     Raises:
-        PeftfxError: two modules of the model have one name in such files, or adapters of two models fit as well.
+        PeftfxError: two modules of the model have one name in such files; or the keys of two prefixes fit it equally.
     """
     known = {name: path for path in modules for name in (path, path.replace(".", "_"))}
     twice = [path for path in modules if known[path.replace(".", "_")] != path]
@@ -124,6 +127,7 @@ def _matched(stems: Mapping[str, Parts], modules: Mapping[str, nn.Module], path:
 def _match(
     prefix: str, stems: Mapping[str, Parts], modules: Mapping[str, nn.Module], known: Mapping[str, str]
 ) -> _Match:
+    """Sort the keys of a file by one prefix: this model's modules, what is wrong, and what has another prefix."""
     named = {stem[len(prefix) :]: parts for stem, parts in stems.items() if stem.startswith(prefix)}
     own = {known[name]: parts for name, parts in named.items() if name in known and _is_adapter(parts)}
     wrong = sorted(name for name in named if name not in known or known[name] not in own)
