@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import sympy
@@ -12,6 +12,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
 from torch.utils._sympy.functions import Max
+from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from peftfx.errors import PeftfxError
 
@@ -21,11 +22,12 @@ _TORCH = str(Path(torch.__file__).parent)
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
     """Trace a function of fake tensors. A graph that holds only for some sizes is refused."""
     mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-    guards = mode.shape_env.guards if mode is not None and mode.shape_env is not None else []
-    before = len(guards)
+    env = mode.shape_env if mode is not None else None
+    guards = env.guards if env is not None else []
+    before, ranges = len(guards), dict(env.var_to_range) if env is not None else {}
     graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
     for guard in guards[before:]:
-        if _binds(guard):
+        if _binds(guard) and not _always(guard.expr, ranges):
             what = f"{name} branches on a shape: {guard.expr}"
             raise PeftfxError(what, where, "write it without the branch: one trace serves all sizes")
     graph.graph.eliminate_dead_code()
@@ -42,3 +44,9 @@ def _binds(guard: ShapeGuard) -> bool:
     inside = str(getattr(place, "filename", place)).startswith(_TORCH)
     expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
     return not inside or isinstance(expr, sympy.Eq)
+
+
+def _always(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool:
+    """Return whether the ranges of the sizes already say that a statement is true."""
+    known = {symbol: ranges.get(symbol, ValueRanges.unknown_int()) for symbol in expr.free_symbols}
+    return bound_sympy(expr, known).lower is sympy.true

@@ -1,0 +1,37 @@
+"""A trace of a method's function serves all sizes, or is refused."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from peftfx import PeftfxError
+from peftfx.graph.trace import _always, trace
+
+
+@pytest.fixture
+def rows() -> Tensor:
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    free = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])  # type: ignore[list-item, var-annotated]
+    return mode.from_tensor(torch.zeros(6, 4), symbolic_context=free)
+
+
+def test_a_branch_on_a_free_size_is_refused(rows: Tensor) -> None:
+    with pytest.raises(PeftfxError, match="branches on a shape"):
+        trace(lambda x: x * 2 if x.shape[0] == 6 else x, [rows], "f", "here")
+
+
+def test_a_statement_that_is_true_for_all_sizes_is_no_branch(rows: Tensor) -> None:
+    """In which order torch simplifies one, and so whether it asks at all, depends on Python's hash seed."""
+    size = rows.shape[0].node.expr  # type: ignore[attr-defined]
+    columns, ranges = 32 * Max(1, FloorDiv(size + 5, 7)), {size: ValueRanges(2, int_oo)}
+    assert _always(sympy.Eq(Min(32, columns), 32), ranges)
+    assert not _always(sympy.Eq(Min(32, columns), 30), ranges)
+    assert not _always(sympy.Eq(size, 6), ranges)
