@@ -8,8 +8,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.export.translation.between_casts import is_narrow, put_between_casts
 from peftfx.export.translation.complex_pairs import pair_complex
-from peftfx.export.translation.enlarged import enlarge_as_torch
+from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers
+from peftfx.export.translation.pooled import pool_any_size
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source
@@ -44,7 +45,8 @@ def prepare(graph: Graph) -> Graph:
     written = bool(make_functional(rewriter))  # then a gather's copy matters, not only its value
     if not is_narrow(result.base):
         put_between_casts(rewriter)
-    for node in list(result.nodes()):
+    for given in list(result.nodes()):
+        node = widen_sounds(rewriter, given)
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)
         elif node.target in CASTS and isinstance(node.meta.get("val"), torch.Tensor):
@@ -64,7 +66,7 @@ def prepare(graph: Graph) -> Graph:
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(rewriter, node)
-        elif enlarge_as_torch(rewriter, node):
+        elif enlarge_as_torch(rewriter, node) or pool_any_size(rewriter, node):
             continue
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)

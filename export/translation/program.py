@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.operators.exact_functions import EXACT
 from peftfx.export.translation.operators.recurrences import RECURRENCES
+from peftfx.export.translation.operators.resizing import RESIZING
 from peftfx.export.translation.operators.sizes import SIZES
 from peftfx.export.translation.operators.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
@@ -43,9 +44,13 @@ class Translation:
 
     def size(self, text: str) -> str:
         """Rewrite a size expression of the program with the names of the graph's axes."""
-        if (whole := _sorted_sum(text)) in self.axes:
-            return self.axes[whole]
-        return _sorted_sum(_SYMBOL.sub(lambda match: self.axes.get(match[0], match[0]), text))
+        whole = _sorted_sum(text)
+        return self.axes[whole] if whole in self.axes else _sorted_sum(by_axis(text, self.axes))
+
+
+def by_axis(text: str, axes: Mapping[str, str]) -> str:
+    """Return a text with the names of axes in place of the symbols of their sizes."""
+    return _SYMBOL.sub(lambda match: axes.get(match[0], match[0]), text)
 
 
 def _sorted_sum(text: str) -> str:
@@ -55,7 +60,7 @@ def _sorted_sum(text: str) -> str:
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
-    table = {**_translations(), **EXACT, **RECURRENCES, **SIZES}
+    table = {**_translations(), **EXACT, **RECURRENCES, **RESIZING, **SIZES}
     with collected_once():
         result = torch.onnx.export(
             program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table

@@ -11,13 +11,22 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental import _config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from peftfx.errors import PeftfxError
 from peftfx.export.translation.preparation import prepare
-from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
+from peftfx.export.translation.program import (
+    Translation,
+    by_axis,
+    flatten_outputs,
+    run_exporter,
+    symbol_axes,
+    weights_of,
+)
 from peftfx.export.translation.scopes import adopt_scopes
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
 from peftfx.graph.linking import link
 from peftfx.graph.rewriter import Rewriter
+from peftfx.graph.trace import asked_of_sizes
 
 _WEIGHTS = "weights"
 
@@ -34,7 +43,11 @@ def retrace(graph: Graph, opset: int | None) -> Translation:
         _use_one_mode(program)
         places = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
         axes = symbol_axes(graph.inputs, [places[str(name)] for name in program.graph_signature.user_inputs])
-        model = run_exporter(program, opset)
+        with asked_of_sizes(list(places.values())) as asked:
+            model = run_exporter(program, opset)
+        if asked:
+            what = f"torch's translation would be right only where {by_axis(str(asked[0].expr), axes)}"
+            raise PeftfxError(what, type(graph.base).__name__, "write what depends on that size in another way")
         adopt_scopes(model)
         return Translation(model, targets, axes, outputs)
 

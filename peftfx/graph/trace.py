@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import sympy
@@ -21,17 +22,29 @@ _TORCH = str(Path(torch.__file__).parent)
 
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
     """Trace a function of fake tensors. A graph that holds only for some sizes is refused."""
-    mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-    env = mode.shape_env if mode is not None else None
-    guards = env.guards if env is not None else []
-    before, ranges = len(guards), dict(env.var_to_range) if env is not None else {}
-    graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
-    for guard in guards[before:]:
-        if _binds(guard) and not _always(guard.expr, ranges):
+    with asked_of_sizes(values) as asked:
+        graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
+    for guard in asked:
+        if _binds(guard):
             what = f"{name} branches on a shape: {guard.expr}"
             raise PeftfxError(what, where, "write it without the branch: one trace serves all sizes")
     graph.graph.eliminate_dead_code()
     return graph
+
+
+@contextmanager
+def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
+    """Yield a list that has in the end what torch took for true of the sizes of these fake tensors inside.
+
+    What the ranges of the sizes say already is left out.
+    """
+    asked: list[ShapeGuard] = []
+    mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
+    env = None if mode is None else mode.shape_env
+    before, ranges = (0, {}) if env is None else (len(env.guards), dict(env.var_to_range))
+    yield asked
+    if env is not None:
+        asked += [guard for guard in env.guards[before:] if not _always(guard.expr, ranges)]
 
 
 def _binds(guard: ShapeGuard) -> bool:

@@ -1,0 +1,79 @@
+"""Adaptive pools over axes whose size is free.
+
+torch's decomposition asks how the sizes divide, and its result is right for the example's answer alone. Here each
+window is read whole: place `i` of `n` pools the values from `floor(i L / n)` up to `ceil((i + 1) L / n)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from peftfx.graph.rewriter import Rewriter
+
+_aten = torch.ops.aten
+_MEANS = {
+    *(_aten.adaptive_avg_pool1d.default, _aten.adaptive_avg_pool2d.default, _aten.adaptive_avg_pool3d.default),
+    *(_aten._adaptive_avg_pool2d.default, _aten._adaptive_avg_pool3d.default),
+}
+_LARGEST = {_aten.adaptive_max_pool1d.default, _aten.adaptive_max_pool2d.default, _aten.adaptive_max_pool3d.default}
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def pool_any_size(rewriter: Rewriter, node: fx.Node) -> bool:
+    """Replace an adaptive pool over an axis whose size is free. Return whether the node was one.
+
+    A largest value's place is left to torch.
+    """
+    if node.target not in _MEANS | _LARGEST:
+        return False
+    value, sizes = node.args
+    assert isinstance(value, fx.Node)
+    assert isinstance(sizes, (list, tuple))
+    first = value.meta["val"].ndim - len(sizes)
+    results = [user for user in node.users if user.target is operator.getitem] if node.target in _LARGEST else [node]
+    if all(isinstance(size, int) for size in value.meta["val"].shape[first:]) or any(u.args[1] for u in results[1:]):
+        return False
+    at = rewriter.before(node)
+    for axis, size in enumerate(sizes, start=first):
+        given = [size] if isinstance(size, fx.Node) else []
+        want = size.meta["val"] if isinstance(size, fx.Node) else size
+        if not statically_known_true(want == value.meta["val"].shape[axis]):
+            how = (axis, None if given else size, node.target in _LARGEST)
+            value = at.trace(functools.partial(_pooled, how), value, *given, key=("adaptive pool", *how))
+    for result in results:
+        rewriter.replace(result, value)
+    return True
+
+
+def _pooled(how: tuple[int, int | None, bool], x: Tensor, size: int = 1) -> Tensor:
+    """Pool one axis of a tensor.
+
+    Args:
+        how: the axis, its size in the result or None for `size`, and whether a window gives its largest value.
+        x: the tensor.
+        size: a size that a node computes.
+    """
+    axis, fixed, largest = how
+    size = size if fixed is None else fixed
+    length, behind = x.shape[axis], [1] * (x.ndim - axis - 1)
+    if size == 1:
+        return x.amax(axis, keepdim=True) if largest else x.mean(axis, keepdim=True)
+    place = torch.arange(size, device=x.device)
+    start = (place * length).div(size, rounding_mode="floor")
+    end = ((place + 1) * length + size - 1).div(size, rounding_mode="floor")
+    window = length // size + 2
+    at = start[:, None] + torch.arange(window, device=x.device)
+    inside = (at < end[:, None]).reshape(size, window, *behind)
+    rows = x.index_select(axis, at.clamp(max=length - 1).flatten())
+    rows = rows.reshape(*x.shape[:axis], size, window, *x.shape[axis + 1 :])
+    if largest:
+        return rows.masked_fill(~inside, -torch.inf).amax(axis + 1)
+    half = x.dtype in _HALVES  # their sums are rounded at the end alone, as in torch
+    total = rows.masked_fill(~inside, 0).sum(axis + 1, dtype=torch.float32 if half else None)
+    mean = total / (end - start).reshape(size, *behind)
+    return _aten._to_copy.default(mean, dtype=x.dtype) if half else mean

@@ -1,0 +1,96 @@
+"""Pools to a fixed size and sounds of other lengths are torch's at every size, and not at the example's alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import peftfx
+from peftfx import PeftfxError
+from peftfx.export import to_onnx
+from peftfx.export.translation import preparation
+from peftfx.export.translation.pooled import _pooled
+
+PICTURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "averages": lambda x: functional.adaptive_avg_pool2d(x, (3, 4)),
+    "of rows": lambda x: functional.adaptive_avg_pool2d(x, (None, 5)),
+    "largest": lambda x: functional.adaptive_max_pool2d(x, (2, 3)),
+    "of lines": lambda x: functional.adaptive_max_pool1d(x.flatten(2), 7),
+    "area": lambda x: functional.interpolate(x, size=(4, 3), mode="area"),
+    "nearest middles": lambda x: functional.interpolate(x, size=(5, 9), mode="nearest-exact"),
+    "twice as large": lambda x: functional.interpolate(x, scale_factor=(2, 1.25), mode="nearest-exact"),
+    "smaller": lambda x: functional.interpolate(x, scale_factor=0.5, mode="nearest-exact"),
+}
+SOUNDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda x: functional.interpolate(x, scale_factor=2, mode="linear"),
+    "a little longer": lambda x: functional.interpolate(x, scale_factor=1.25, mode="linear"),
+    "aligned": lambda x: functional.interpolate(x, size=11, mode="linear", align_corners=True),
+    "nearest": lambda x: functional.interpolate(x, scale_factor=1.25, mode="nearest"),
+    "nearest middles": lambda x: functional.interpolate(x, scale_factor=3, mode="nearest-exact"),
+    "area": lambda x: functional.interpolate(x, size=4, mode="area"),
+}
+
+
+class Behind(nn.Module):
+    """A function of a layer's output."""
+
+    def __init__(self, layer: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = layer, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+@torch.no_grad()
+def hold(model: Behind, example: Tensor, shapes: list[tuple[int, ...]], directory: Path) -> None:
+    model.eval()
+    peftfx.export_onnx(model, directory, inputs={"x": example})
+    served = peftfx.runtime.load(directory)
+    for shape in shapes:
+        x = torch.randn(shape)
+        (got,) = served(x).values()
+        torch.testing.assert_close(torch.as_tensor(got), model(x), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_every_size(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = [(1, 3, 12, 11), (3, 3, 4, 5), (2, 3, 3, 16), (1, 3, 13, 7)]
+    hold(Behind(nn.Conv2d(3, 3, 1), PICTURES[name]), torch.randn(2, 3, 12, 11), shapes, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_sounds_of_every_length(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = [(1, 3, 7), (3, 3, 4), (2, 3, 12), (1, 3, 30)]
+    hold(Behind(nn.Conv1d(3, 3, 1), SOUNDS[name]), torch.randn(2, 3, 7), shapes, tmp_path / "out")
+
+
+def test_a_length_that_is_changed_stays_free_in_the_file(tmp_path: Path) -> None:
+    hold(Behind(nn.Conv1d(3, 3, 1), SOUNDS["linear"]), torch.randn(2, 3, 7), [], tmp_path / "out")
+    (output,) = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.output
+    *_, length = output.type.tensor_type.shape.dim
+    assert length.dim_param
+    assert not length.HasField("dim_value")
+
+
+def test_halves_are_summed_in_full() -> None:
+    """Three thousand ones are more than float16 can count one by one."""
+    pooled = _pooled((2, 2, False), torch.ones(1, 1, 6001, dtype=torch.float16))
+    assert torch.equal(pooled, torch.ones(1, 1, 2, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+def test_what_torch_splits_up_by_a_branch_on_a_size_is_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a rewrite of ours, torch's decomposition of a pool is that of the example's size."""
+    monkeypatch.setattr(preparation, "pool_any_size", lambda *_: False)
+    model = Behind(nn.Conv1d(3, 3, 1), SOUNDS["area"]).eval()
+    with pytest.raises(PeftfxError, match=r"would be right only where .*Mod\(x\.2, 4\)"):
+        to_onnx(peftfx.capture(model, {"x": torch.randn(2, 3, 7)}), engine=engine)
