@@ -10,12 +10,14 @@ from functools import cache
 import pytest
 import torch
 from hypothesis import settings
+from support.captures import own_capture, remembering
 from support.command import peftfx as peftfx
 from support.zoo import ZOO, Captured
 
 from peftfx.model.adapted import AdaptedModel
 from peftfx.patterns.pattern import forget, known_patterns
 from peftfx.sites.site import PATTERN
+from peftfx.views import capture as capturing
 from peftfx.views.capture import capture
 
 torch.set_num_threads(1)
@@ -25,12 +27,28 @@ settings.register_profile("whole")  # `--hypothesis-profile=whole`: the laws on 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--update-golden`: what is held to a golden file is written there instead."""
     parser.addoption("--update-golden", action="store_true", help="write golden files anew")
+    parser.addoption("--capture-each", action="store_true", help="capture each model, seen before or not")
 
 
 def pytest_collection_finish() -> None:
     """What was imported by now lives to the end: no collection of garbage needs to walk through it again."""
     gc.set_threshold(10_000, 10, 10)  # a capture makes objects by the hundred thousand, and few are in circles
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _captured_once(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Models of one structure are captured once in a session."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not pytestconfig.getoption("--capture-each"):
+            patch.setattr(capturing, "_captured", remembering())
+        yield
+
+
+@pytest.fixture
+def capture_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture each time: for tests that watch captures."""
+    monkeypatch.setattr(capturing, "_captured", own_capture)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -45,6 +45,7 @@ def without(path: str, found: Callable[..., Sites]) -> Callable[..., Sites]:
 LOST = "model.layers.1.mlp.down_proj"
 
 
+@pytest.mark.usefixtures("capture_each")
 def test_a_site_that_the_search_overlooks_in_the_exported_view_is_seen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_site_that_the_search_overlooks_in_the_exported_view_is_seen(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("capture_each")
 def test_what_loading_takes_for_a_module_that_never_runs_is_named_where_it_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ def test_what_loading_takes_for_a_module_that_never_runs_is_named_where_it_does(
     assert LOST in str(raised.value)
 
 
+@pytest.mark.usefixtures("capture_each")
 def test_a_capture_that_forgets_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     capture = capturing.as_graph
 

@@ -100,6 +100,7 @@ def test_its_sites_are_those_of_the_forward(adapted: AdaptedModel) -> None:
     assert forward.called == decode.called
 
 
+@pytest.mark.usefixtures("capture_each")
 @pytest.mark.parametrize("view", but_for({"forward"}, ["auto", "forward"]))
 def test_an_export_from_files_makes_one_capture(view: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = ZOO["llama"].build()

@@ -29,6 +29,8 @@ from peftfx.graph.capturing.loops.recurrences import (
 from peftfx.views.capture import capture
 from peftfx.views.finding.decode_view import decode_view
 
+pytestmark = pytest.mark.usefixtures("capture_each")
+
 _SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

@@ -20,6 +20,8 @@ from peftfx.views.capture import capture
 from peftfx.views.capturing.equal_layers import _Seen
 from peftfx.views.finding.named_views import find_view
 
+pytestmark = pytest.mark.usefixtures("capture_each")
+
 TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 4}
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
 TWO_STACKS = {"vocab_size": 99, "d_model": 32, "encoder_layers": 4, "decoder_layers": 4}
