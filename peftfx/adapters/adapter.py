@@ -63,7 +63,8 @@ class Adapter(Holder):
         placed: the rules that the adapter was made from, each with its placements.
         records: what a loaded config says about the base and the task; saved again with the adapter.
         accounts: the `Account` of each rule that was loaded from a file, by the rule's number.
-        named: the module paths that the keys of a loaded file name, whether or not a rule acts there.
+        named: the module paths that the keys of a loaded file name, whether or not a rule acts there, without those
+            that the file's config leaves out.
         ran: for a new adapter, the modules that ran in the call from which the rules were placed.
         start: the start by which HF PEFT moved the weights of the base in memory, such as `pissa`: to be saved with the
             adapter, so that it fits the base's files. `UNKNOWN` if the adapter was made from several.

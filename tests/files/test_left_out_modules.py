@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.export import OnnxModel
+from peftfx.export.merge_command import merge_directory
 
 CHANGES: dict[str, dict[str, object]] = {
     "modules": {"target_modules": ["q_proj"]},
@@ -49,6 +51,33 @@ def test_what_the_config_leaves_out_does_not_act_and_is_told(change: dict[str, o
     ours.save_pretrained(tmp_path / "again")
     first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
     assert first.keys() == again.keys()
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("merge", [True, False])
+def test_it_is_exported_verified_as_peft_computes(change: dict[str, object], merge: bool, tmp_path: Path) -> None:
+    adapter = saved(tmp_path / "adapter", change)
+    theirs = peft.PeftModel.from_pretrained(ZOO["llama"].build(), adapter)
+    with pytest.warns(UserWarning, match="the adapter's config leaves out"):
+        ours = peftfx.load(ZOO["llama"].build(), adapter)
+    report = ours.export(tmp_path / "out", view="forward", merge=merge)
+    assert report.reference.startswith("the model's own code, with the adapter on its modules")
+    for batch, length in ((2, 6), (1, 3)):
+        ids = torch.arange(3, 3 + batch * length).view(batch, length)
+        with torch.no_grad():
+            want = theirs.eval()(input_ids=ids).logits
+        got = OnnxModel(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_merged_verified_as_peft_merges(tmp_path: Path) -> None:
+    ZOO["llama"].build().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    adapter = saved(tmp_path / "adapter", CHANGES["excluded"])
+    theirs = peft.PeftModel.from_pretrained(ZOO["llama"].build(), adapter).merge_and_unload()
+    with pytest.warns(UserWarning, match="the adapter's config leaves out"):
+        merge_directory(tmp_path / "base", tmp_path / "out", adapter=adapter)
+    got = type(theirs).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(got), logits(theirs), rtol=0, atol=1e-5)
 
 
 def test_a_config_that_leaves_out_all_is_refused(tmp_path: Path) -> None:

@@ -148,6 +148,11 @@ class Idle:
         """The paths of modules whose tensors may change something in another call, or in training."""
         return self.unread | self.untrained
 
+    @property
+    def outside(self) -> frozenset[str]:
+        """The names of the tensors that the adapter's config leaves out: they ask for nothing."""
+        return frozenset(name for name, path in self.by_module.items() if path in self.left_out)
+
     def tell(self, where: Path) -> None:
         """Warn of the idle tensors in the directory `where`, for each reason by itself."""
         for paths, why in (

@@ -161,7 +161,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     wanted = {name: instead.get(key, key) for name, key in wanted.items()}
     unused = {name: weights[name] for name in sorted(idle.by_module)}
     adapter.accounts[0] = Account(wanted, tuple(sorted(again)), unused, idle.of_this_call)
-    adapter.named = named_modules(names, base)
+    adapter.named = named_modules(names - idle.outside, base)
     idle.tell(directory)
     return adapter
 
