@@ -11,6 +11,7 @@ from torch import nn
 from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS
 from peftfx.contract.method import Method
+from peftfx.rules.peft_conversion import as_converted
 from peftfx.rules.peft_files import RECORDS, method_from_config
 from peftfx.sites.expression import ALL_LINEAR
 
@@ -25,12 +26,16 @@ def method_from_object(config: Any, base: nn.Module) -> Method:
 
     If the config has no `target_modules`, they come from HF PEFT's tables by model type, in the installed `peft`. If
     these have no entry for the model, the method's own default holds. `all-linear` stands for every `nn.Linear` and
-    `Conv1D` except the output embedding. A task's head is added to `modules_to_save`.
+    `Conv1D` except the output embedding. A task's head is added to `modules_to_save`. Targets among stacked experts are
+    converted as `get_peft_model` converts them.
     """
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    of_peft = any(cls.__module__.startswith("peft.") for cls in type(config).__mro__) and isinstance(model_type, str)
+    if of_peft:
+        config = as_converted(config, base)
     options: dict[str, object] = dict(config.to_dict())
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    model_type = getattr(getattr(base, "config", None), "model_type", None)
-    if any(cls.__module__.startswith("peft.") for cls in type(config).__mro__) and isinstance(model_type, str):
+    if of_peft:
         for option, table in _tables(kind).items():
             if option in options and options[option] is None:
                 options[option] = table.get(model_type)
