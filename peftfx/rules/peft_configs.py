@@ -29,13 +29,13 @@ def method_from_object(config: Any, base: nn.Module) -> Method:
     `Conv1D` except the output embedding. A task's head is added to `modules_to_save`. Targets among stacked experts are
     converted as `get_peft_model` converts them.
     """
-    model_type = getattr(getattr(base, "config", None), "model_type", None)
-    of_peft = any(cls.__module__.startswith("peft.") for cls in type(config).__mro__) and isinstance(model_type, str)
-    if of_peft:
+    of_peft = any(cls.__module__.startswith("peft.") for cls in type(config).__mro__)
+    model_type = getattr(getattr(base, "config", None), "model_type", None) if of_peft else None
+    if isinstance(model_type, str):
         config = as_converted(config, base)
     options: dict[str, object] = dict(config.to_dict())
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if of_peft:
+    if isinstance(model_type, str):
         for option, table in _tables(kind).items():
             if option in options and options[option] is None:
                 options[option] = table.get(model_type)

@@ -10,9 +10,12 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.errors import PeftfxError
@@ -49,3 +52,30 @@ def as_converted(config: Any, base: nn.Module) -> Any:
         made.target_modules = made.target_modules & ends
     made.target_modules = sorted(made.target_modules)
     return made
+
+
+def taken_for_experts(base: nn.Module, names: Collection[str]) -> list[str]:
+    """Return those of a LoRA's names in `target_modules` by which the installed HF PEFT understands experts here.
+
+    Without an installed `peft`, no name is told.
+    """
+    if not (names and _is_stacked(base) and importlib.util.find_spec("peft") and importlib.util.find_spec(_MODULE)):
+        return []
+    return [name for name in sorted(names) if not _is_kept(name, base)]
+
+
+def _is_stacked(base: nn.Module) -> bool:
+    """Return whether transformers joins several weights of this model's files into one as it reads them."""
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    known = get_checkpoint_conversion_mapping(model_type) if isinstance(model_type, str) else None
+    return any(isinstance(item, WeightConverter) for item in known or ())
+
+
+def _is_kept(name: str, base: nn.Module) -> bool:
+    """Return whether HF PEFT leaves a name in `target_modules`."""
+    made = importlib.import_module("peft").LoraConfig(target_modules=[name])
+    try:
+        importlib.import_module(_MODULE).convert_peft_config_for_transformers(made, model=base, conversions=None)
+    except ValueError:  # it is a part of a stack, whose other part must be named too
+        return False
+    return name in made.target_modules

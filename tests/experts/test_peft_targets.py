@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import peft
@@ -103,3 +104,22 @@ def test_what_peft_refuses_is_refused(asked: dict[str, object], said: str) -> No
         peft.get_peft_model(mixture("qwen3_moe"), peft.LoraConfig(**asked))
     with pytest.raises(PeftfxError, match=said):
         peftfx.transform(mixture("qwen3_moe"), peft.LoraConfig(**asked))
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mixtral"])
+def test_dense_layers_that_peft_takes_for_experts_are_told(name: str, tmp_path: Path) -> None:
+    """`peft` adapts the experts in their place, and finds no tensors for these in the file."""
+    dense = name == "deepseek_v3"
+    ours = peftfx.transform(mixture(name), peftfx.LoRA(r=2, target="mlp.down" if dense else "experts | attention"))
+    randomise(ours)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        ours.eval().save_pretrained(tmp_path)
+        again = peftfx.load(mixture(name), tmp_path)
+        theirs = peft.PeftModel.from_pretrained(mixture(name), str(tmp_path)).eval()
+    found = [str(w.message) for w in told if "takes the names for those of experts" in str(w.message)]
+    assert len(found) == 2 * dense  # at the save and at the load
+    call = {"input_ids": torch.arange(3, 15).view(2, 6)}
+    want = ours(**call).logits.detach()
+    torch.testing.assert_close(again(**call).logits, want)
+    assert (float((theirs(**call).logits - want).abs().max()) > 1e-2) == dense

@@ -38,7 +38,7 @@ def as_parameters(base: nn.Module, rule: Placed) -> dict[str, str]:
     if TARGET_PARAMETERS not in rule.method.options():
         return {}
     sites = {p.site.path: p.site for p in rule.placements}
-    return {path: site.parameter for path, site in sites.items() if _is_bare(base, rule.method, site)}
+    return {path: site.parameter for path, site in sites.items() if is_bare(base, rule.method, site)}
 
 
 def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
@@ -73,7 +73,7 @@ def refuse_turned(base: nn.Module, placements: Iterable[Placement]) -> None:
             raise PeftfxError(what, site.parameter, "name the module in target_modules, if it is a layer")
 
 
-def _is_bare(base: nn.Module, method: Method, site: Site) -> bool:
+def is_bare(base: nn.Module, method: Method, site: Site) -> bool:
     """Return whether HF PEFT has no layer for a site: experts, and layers of the model's own classes, as routers."""
     if site.kind == EXPERTS or picks(method, site.parameter):
         return True

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.parameters import is_bare
 from peftfx.bases.guests import own_modules
 from peftfx.contract.placed import Placements
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import warn
+from peftfx.rules.peft_conversion import taken_for_experts
 
 
 def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> None:
@@ -31,6 +33,18 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
         if why:
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             warn(f"{where}: HF PEFT gives other outputs at {', '.join(paths[:3])}{more}: {why}")
+    _tell_taken_for_experts(base, placements, where)
+
+
+def _tell_taken_for_experts(base: nn.Module, placements: Placements, where: str) -> None:
+    """Warn of layers that a file names as HF PEFT names the layers that transformers has stacked as experts."""
+    own = [p for p in placements.weights if p.method.peft_type == "LORA" and not is_bare(base, p.method, p.site)]
+    names = taken_for_experts(base, {p.site.path.rpartition(".")[2] for p in own})
+    paths = [p.site.path for p in own if p.site.path.endswith(tuple(f".{name}" for name in names))] if names else []
+    if paths:
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        what = "HF PEFT cannot load this LoRA as it is: it takes the names for those of experts' stacked weights"
+        warn(f"{where}: {', '.join(paths[:3])}{more}: {what}. Merge it here, or leave these layers out")
 
 
 #: Inputs that HF PEFT's class for question answering takes and does not give to the model.
