@@ -40,6 +40,8 @@ _PLAIN = frozenset(
     }
 )
 _COMPILED = "torch.compile keeps the layer that HF PEFT replaces: its adapter does nothing until it is merged"
+#: Not of a method for which HF PEFT has a special layer around the attention: see `Method.wraps_attention`.
+READ_BY_ATTENTION = "torch's attention reads its weight past HF PEFT's layer, until it is merged"
 _FUSED = "in eval mode torch's encoder layer reads its weights past HF PEFT's layer, until it is merged"
 
 
@@ -170,7 +172,7 @@ def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str,
     if any(isinstance(one, nn.TransformerEncoderLayer) for one in above):
         return _FUSED
     if isinstance(above[-1], nn.MultiheadAttention) or isinstance(module, nn.MultiheadAttention):
-        return ""  # HF PEFT has a special layer for this module
+        return READ_BY_ATTENTION if isinstance(module, nn.Linear) else ""
     if isinstance(above[-1], torch._dynamo.OptimizedModule):
         return _COMPILED
     for call in site.calls:

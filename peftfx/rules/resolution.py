@@ -43,7 +43,7 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
     """Return each rule with its placements, and with the base's tensors that the rule trains."""
     placed = tuple(_place(base, sites, method) for method in as_methods(rules, base))
     refuse_crowding(placed)
-    tell_elsewhere(sites, acted_at(placed))
+    tell_elsewhere(sites, acted_at(placed), wrapped_at(placed))
     return placed
 
 
@@ -54,6 +54,11 @@ def acted_at(placed: Iterable[Placed]) -> set[str]:
         for rule in placed
         for path in (*(p.site.path for p in rule.placements), *(o.module for o in rule.overrides))
     }
+
+
+def wrapped_at(placed: Iterable[Placed]) -> set[str]:
+    """Return the module paths where methods act for which HF PEFT has a layer around whole attentions."""
+    return {p.site.path for rule in placed if rule.method.wraps_attention for p in rule.placements}
 
 
 def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftfx.analysis.running import READ_BY_ATTENTION
 from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
@@ -75,10 +76,15 @@ def refuse_unasked(base: nn.Module, method: Method) -> None:
         raise PeftfxError(what, type(base).__name__, "leave alora_invocation_tokens out: a plain LoRA acts everywhere")
 
 
-def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
+def tell_elsewhere(sites: Sites, adapted: Collection[str], wrapped: Collection[str]) -> None:
     """Warn of adapted modules that the model also runs under other names, where nothing acts, as in HF PEFT.
 
     Also warn of adapted modules where HF PEFT's layer may give other outputs (`Sites.passed_by`).
+
+    Args:
+        sites: the sites of the model.
+        adapted: paths of adapted modules.
+        wrapped: those of them that a method adapts which, in HF PEFT, has a layer around whole attentions.
     """
     told = [f"{path} as {', '.join(sites.elsewhere[path])}" for path in sites.elsewhere if path in adapted]
     if told:
@@ -86,7 +92,8 @@ def tell_elsewhere(sites: Sites, adapted: Collection[str]) -> None:
         warn(f"the model also runs {'; '.join(told[:_MOST])}{more}: nothing is adapted there, as in HF PEFT")
     unlike: dict[str, list[str]] = {}
     for path in sites.passed_by.keys() & set(adapted):
-        unlike.setdefault(sites.passed_by[path], []).append(path)
+        if sites.passed_by[path] != READ_BY_ATTENTION or path not in wrapped:
+            unlike.setdefault(sites.passed_by[path], []).append(path)
     for why, paths in sorted(unlike.items()):
         more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
         warn(f"HF PEFT may give other outputs at {', '.join(sorted(paths)[:_MOST])}{more}: {why}")

@@ -245,3 +245,41 @@ def test_an_embedding_that_hf_peft_scales_as_well_is_not_told(scale: float, tmp_
         warnings.simplefilter("error", PeftfxWarning)
         ours = peftfx.transform(base, peft.LoraConfig(r=2, target_modules=["encoder.embed_tokens"]))
     assert ours.adapter("default").placements
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention, self.layer = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.attention(x, x, x, need_weights=False)[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["LoHa", "IA3", "LoRA"])
+@torch.no_grad()
+def test_the_output_layer_of_torchs_attention_is_told_where_it_acts_here_alone(kind: str, tmp_path: Path) -> None:
+    """For LoRA, `peft` has a layer around the attention. It calls other layers only after a merge."""
+    configs = {
+        "LoHa": peft.LoHaConfig(r=2, target_modules=["out_proj", "layer"]),
+        "IA3": peft.IA3Config(target_modules=["out_proj", "layer"], feedforward_modules=[]),
+        "LoRA": peft.LoraConfig(r=2, target_modules=["attention", "layer"]),
+    }
+    theirs = peft.get_peft_model(Attends(), configs[kind]).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(2, 5, 16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PeftfxWarning)
+        ours = peftfx.load(Attends().eval(), tmp_path, inputs={"x": x})
+    told = [str(one.message) for one in caught if "attention.out_proj" in str(one.message)]
+    live = theirs(x)
+    if kind == "LoRA":
+        assert not told
+        torch.testing.assert_close(ours(x=x), live)
+        return
+    assert len(told) == 1
+    assert "until it is merged" in told[0]
+    assert not torch.allclose(ours(x=x), live, atol=1e-3)
+    torch.testing.assert_close(ours(x=x), theirs.merge_and_unload()(x), atol=1e-5, rtol=1e-4)

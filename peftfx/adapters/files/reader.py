@@ -38,6 +38,7 @@ from peftfx.rules.resolution import (
     refuse_crowding,
     where,
     without_ties,
+    wrapped_at,
 )
 from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.torch_attention import wrapper_of
@@ -64,7 +65,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         _refuse_conflict(adapter, other, folder)
         adapter.add(other)
     refuse_crowding(adapter.placed)
-    tell_elsewhere(sites, acted_at(adapter.placed))
+    tell_elsewhere(sites, acted_at(adapter.placed), wrapped_at(adapter.placed))
     warn_unlike_peft(base, adapter.placements, str(directory))
     return adapter
 
