@@ -172,7 +172,8 @@ class ExportSteps:
             facts.add_codes(report, codes)
             for part, program in finished:
                 prefix = "" if len(finished) == 1 else f"{part.stem}: "
-                facts.add_sizes(report, program, part.sizes.told, part.graph, prefix)
+                told = [*part.sizes.told, *facts.computed_anew(part.seen, self.adapted.base)]
+                facts.add_sizes(report, program, told, part.graph, prefix)
                 facts.add_images(report, program, part.seen, prefix)
         return [part for part, _ in finished], programs
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 
 import onnx_ir as ir
+from torch import nn
 
 from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, as_text
@@ -17,6 +18,7 @@ from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes import Limit
 from peftfx.formats import SIZES_KEY
+from peftfx.generation.anew import computed_anew_beyond
 from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.options import FAST
@@ -24,6 +26,7 @@ from peftfx.passes.adaptation.constants import Computed
 from peftfx.passes.adaptation.prefill import Left
 from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
+from peftfx.views.decode import Decode
 from peftfx.views.finding.image_forward import ForwardWithImages
 from peftfx.views.images.sizes import fixed_images
 from peftfx.views.images.views import ImageEncoder
@@ -72,6 +75,15 @@ def add_sizes(
     if told:
         program.metadata_props[SIZES_KEY] = "; ".join(told)
         report.sizes += [f"{prefix}{line}" for line in told]
+
+
+def computed_anew(view: object, base: nn.Module) -> list[str]:
+    """Return where the model's class computes its cache anew while it generates, which a graph cannot do by itself."""
+    beyond = computed_anew_beyond(base) if isinstance(view, Decode) else None
+    if beyond is None:
+        return []
+    anew = f"where a text grows beyond {beyond} tokens, the model's generate computes its cache anew"
+    return [f"{anew}: peftfx.runtime does, and other programs must run the whole text without a past"]
 
 
 def add_images(report: Report, program: ir.Model, view: object, prefix: str = "") -> None:

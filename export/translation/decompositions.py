@@ -30,7 +30,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from peftfx.graph.rewriter import Rewriter
-from peftfx.graph.trace import asked_of_sizes
+from peftfx.graph.trace import asked_of_sizes, splits
 from peftfx.passes.optimization.functional import make_functional
 
 Table = Mapping[OpOverload, Callable[..., object]]
@@ -145,8 +145,8 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
     # Tensors that a decomposition makes are fake too, also where the operator reads none: a unit matrix.
     with detect_fake_mode([*values, node.meta.get("val")]) or nullcontext(), asked_of_sizes(values) as asked:
         traced = make_fx(call, decomposition_table=dict(table))(*values)
-    if asked:  # the nodes would be those of the example's sizes
-        raise Uncovered(f"{node.target}, which is split up by a branch on a size: {asked[0].expr}")
+    if (where := splits(asked)) is not None:  # the nodes would be those of the example's sizes
+        raise Uncovered(f"{node.target}, which is split up by a branch on a size: {where}")
     make_functional(Rewriter(traced.graph))  # torch's decompositions write into their own intermediate results
     result = Rewriter(graph).before(node).splice(traced, sources)
     if isinstance(result, fx.Node):

@@ -26,7 +26,7 @@ from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph
 from peftfx.graph.linking import link
 from peftfx.graph.rewriter import Rewriter
-from peftfx.graph.trace import asked_of_sizes
+from peftfx.graph.trace import asked_of_sizes, splits
 
 _WEIGHTS = "weights"
 
@@ -45,8 +45,8 @@ def retrace(graph: Graph, opset: int | None) -> Translation:
         axes = symbol_axes(graph.inputs, [places[str(name)] for name in program.graph_signature.user_inputs])
         with asked_of_sizes(list(places.values())) as asked:
             model = run_exporter(program, opset)
-        if asked:
-            what = f"torch's translation would be right only where {by_axis(str(asked[0].expr), axes)}"
+        if (where := splits(asked)) is not None:
+            what = f"torch's translation would be right only where {by_axis(str(where), axes)}"
             raise PeftfxError(what, type(graph.base).__name__, "write what depends on that size in another way")
         adopt_scopes(model)
         return Translation(model, targets, axes, outputs)

@@ -47,6 +47,22 @@ def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
         asked += [guard for guard in env.guards[before:] if not _always(guard.expr, ranges)]
 
 
+def splits(asked: Sequence[ShapeGuard]) -> sympy.Basic | None:
+    """Return the first statement that some sizes above 1 do not meet, or None.
+
+    What torch makes for larger sizes is right for a size of 1, too: there it only saves an operation.
+    """
+    return next((guard.expr for guard in asked if not all(map(guard.expr.xreplace, _tried(guard.expr)))), None)
+
+
+def _tried(expr: sympy.Basic) -> Iterator[dict[sympy.Basic, sympy.Integer]]:
+    """Yield sizes above 1 for the symbols of a statement, the sizes of one call different from each other."""
+    symbols = sorted(expr.free_symbols, key=str)
+    for first in (*range(2, 34), 100, 1000, 4097, 100003):
+        for step in (0, 1, 5, 1009):
+            yield {symbol: sympy.Integer(first + i * step) for i, symbol in enumerate(symbols)}
+
+
 def _binds(guard: ShapeGuard) -> bool:
     """Return whether a guard makes the trace valid only for some sizes.
 

@@ -19,6 +19,7 @@ from peftfx.bases.transformers_config import understanding
 from peftfx.caches.held import Held, KeptTensor
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
+from peftfx.generation.anew import OwnPreparation
 from peftfx.generation.invocation import INVOCATION_KEY, OFFSETS, under_invocations
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates
@@ -114,6 +115,17 @@ class ServedGenerator(Buffered, Generates, _Serves):  # type: ignore[misc]
         tokens = tuple(map(int, model.metadata.get(INVOCATION_KEY, "").split()))
         self.view = under_invocations(view, (tokens,) if tokens and OFFSETS in model.inputs else ())
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, cache: Cache | None = None, **kwargs: Any) -> Any:
+        """Prepare a step as transformers does. The cache is computed anew where the model's own class does so."""
+        if cache is not None and cache.get_seq_length() and self._own.drops(input_ids, cache, **kwargs):
+            cache, kwargs = None, {**kwargs, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
+
+    @cached_property
+    def _own(self) -> OwnPreparation:
+        assert self.config is not None
+        return OwnPreparation(_maker(self), self.config)
+
 
 class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[misc]
     """An encoder-decoder in ONNX Runtime, as two graphs that share one file of weights."""
@@ -204,10 +216,15 @@ def skeleton(served: Served) -> Any:
     where, config = str(served.directory / "config.json"), served.config
     assert config is not None
     with understanding(where, "the model's class cannot be built"), torch.device("meta"), no_init_weights():
-        made = maker_of(config, task_of_directory(served.directory), served.directory)(config).eval()
+        made = _maker(served)(config).eval()
     if not made.can_generate():
         raise PeftfxError("this model's class cannot generate", where, "export the model in the forward view")
     return made
+
+
+def _maker(served: Served) -> type:
+    assert served.config is not None
+    return maker_of(served.config, task_of_directory(served.directory), served.directory)
 
 
 _PAST_AXIS = "past"  #: the name of the axis that has an entry for each token
