@@ -21,7 +21,7 @@ _LONGEST = 1 << 21  #: tokens; numbers of a config that are larger are no length
 class OwnPreparation:
     """What a model's class does to a cache before each step of its `generate`."""
 
-    def __init__(self, kind: type[Any], config: PreTrainedConfig) -> None:
+    def __init__(self, kind: Any, config: PreTrainedConfig) -> None:
         """Make an object of the class without modules or weights: the preparation reads the config alone."""
         self.differs = getattr(kind, _PREPARES, None) not in (None, getattr(GenerationMixin, _PREPARES))
         self._model = kind.__new__(kind)

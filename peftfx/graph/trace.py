@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
-from torch.utils._sympy.functions import Max
+from torch.utils._sympy.functions import Max, Min
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from peftfx.errors import PeftfxError
@@ -78,4 +78,17 @@ def _binds(guard: ShapeGuard) -> bool:
 def _always(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool:
     """Return whether the ranges of the sizes already say that a statement is true."""
     known = {symbol: ranges.get(symbol, ValueRanges.unknown_int()) for symbol in expr.free_symbols}
-    return bound_sympy(expr, known).lower is sympy.true
+    decided = expr.replace(Min, lambda *sizes: Min(*_smallest(sizes, known)))
+    return decided is sympy.true or bound_sympy(decided, known).lower is sympy.true
+
+
+def _smallest(sizes: Sequence[sympy.Expr], ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> list[sympy.Expr]:
+    """Return the sizes that may be the smallest."""
+    bounds = [bound_sympy(size, dict(ranges)) for size in sizes]
+    return [
+        size
+        for i, (size, own) in enumerate(zip(sizes, bounds, strict=True))
+        if not any(
+            j != i and other.upper <= own.lower and (other.upper < own.lower or j < i) for j, other in enumerate(bounds)
+        )
+    ]

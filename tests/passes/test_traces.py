@@ -34,4 +34,6 @@ def test_a_statement_that_is_true_for_all_sizes_is_no_branch(rows: Tensor) -> No
     columns, ranges = 32 * Max(1, FloorDiv(size + 5, 7)), {size: ValueRanges(2, int_oo)}
     assert _always(sympy.Eq(Min(32, columns), 32), ranges)
     assert not _always(sympy.Eq(Min(32, columns), 30), ranges)
+    assert _always(sympy.Eq(size * Min(32, 32 * size), 32 * size), ranges)
+    assert not _always(sympy.Eq(size * Min(320, 32 * size), 32 * size), ranges)
     assert not _always(sympy.Eq(size, 6), ranges)
