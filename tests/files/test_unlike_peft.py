@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support.adapted import CONVS, Convs, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -159,3 +160,20 @@ def test_a_prefix_that_peft_lets_the_cross_attention_see_is_told(name: str, tmp_
         warnings.simplefilter("error", PeftfxWarning)
         got = peftfx.load(copy.deepcopy(base), tmp_path / "two")(**ids).last_hidden_state
         torch.testing.assert_close(got, theirs(**ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+
+
+def test_keys_without_the_prefix_of_peft_are_told(tmp_path: Path) -> None:
+    """`peft` loads none of them, and computes the base."""
+    base, x = nn.Sequential(nn.Linear(8, 8)), X[0, :, 0, :8]
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["0"]))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}, file)
+    with pytest.warns(PeftfxWarning, match=r"no 'base_model\.model\.' ahead of 0\.lora_A\.weight and 1 more"):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path, inputs={"input": x})
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), base(x))
+        torch.testing.assert_close(ours(x), theirs(x))

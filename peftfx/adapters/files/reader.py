@@ -20,7 +20,7 @@ from peftfx.adapters.files.parameters import refuse_turned
 from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
-from peftfx.adapters.files.unlike_peft import telling_other_base, warn_of_inputs, warn_unlike_peft
+from peftfx.adapters.files.unlike_peft import telling_other_base, warn_of_bare_keys, warn_of_inputs, warn_unlike_peft
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.override import Override
@@ -96,6 +96,8 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     config = with_tied_names(config, base)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
+    if not isinstance(method, SequenceMethod):  # HF PEFT writes prompts without a prefix
+        warn_of_bare_keys(weights, method.prefix)
     method, why = method.as_saved(weights.shapes)
     if why:
         warn(f"{directory}: {why}")

@@ -15,6 +15,7 @@ from peftfx.contract.placed import Placements
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import warn
 from peftfx.rules.peft_conversion import taken_for_experts
+from peftfx.rules.peft_files import Weights
 
 
 def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> None:
@@ -60,6 +61,15 @@ def warn_of_inputs(base: nn.Module, task_type: object, where: str) -> None:
     if lost:
         what = f"for QUESTION_ANS, peft gives the model no {' and no '.join(lost)}, and this adapter was trained so"
         warn(f"{where}: {what}; to get its outputs, leave {'these' if len(lost) > 1 else 'it'} out here too")
+
+
+def warn_of_bare_keys(weights: Weights, prefix: str) -> None:
+    """Warn of keys without HF PEFT's prefix: it loads a file without their tensors."""
+    bare = [key for name, key in weights.names.items() if prefix and name == key]
+    if bare:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        why = "HF PEFT would not load these tensors, and here they act"
+        warn(f"{weights.path}: no {prefix!r} ahead of {bare[0]}{more}: {why}")
 
 
 @contextmanager
