@@ -45,7 +45,7 @@ def retrace(graph: Graph, opset: int | None) -> Translation:
         axes = symbol_axes(graph.inputs, [places[str(name)] for name in program.graph_signature.user_inputs])
         with asked_of_sizes(list(places.values())) as asked:
             model = run_exporter(program, opset)
-        if (where := splits(asked)) is not None:
+        if (where := splits(asked, axes)) is not None:
             what = f"torch's translation would be right only where {by_axis(str(where), axes)}"
             raise PeftfxError(what, type(graph.base).__name__, "write what depends on that size in another way")
         adopt_scopes(model)

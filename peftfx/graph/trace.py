@@ -47,20 +47,27 @@ def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
         asked += [guard for guard in env.guards[before:] if not _always(guard.expr, ranges)]
 
 
-def splits(asked: Sequence[ShapeGuard]) -> sympy.Basic | None:
-    """Return the first statement that some sizes above 1 do not meet, or None.
+def splits(asked: Sequence[ShapeGuard], axes: Mapping[str, str] | None = None) -> sympy.Basic | None:
+    """Return the first statement that some large sizes do not meet, or None.
 
-    What torch makes for larger sizes is right for a size of 1, too: there it only saves an operation.
+    A statement that only small sizes do not meet is no branch that matters: torch saves an operation at a size of 1, or
+    the model's code takes no smaller sizes. An export is verified at small sizes.
+
+    Args:
+        asked: what torch took for true.
+        axes: the names of the sizes' axes, by symbol. Sizes of one name are equal.
     """
-    return next((guard.expr for guard in asked if not all(map(guard.expr.xreplace, _tried(guard.expr)))), None)
+    names = axes or {}
+    return next((g.expr for g in asked if not all(map(g.expr.xreplace, _tried(g.expr, names)))), None)
 
 
-def _tried(expr: sympy.Basic) -> Iterator[dict[sympy.Basic, sympy.Integer]]:
-    """Yield sizes above 1 for the symbols of a statement, the sizes of one call different from each other."""
+def _tried(expr: sympy.Basic, axes: Mapping[str, str]) -> Iterator[dict[sympy.Basic, sympy.Integer]]:
+    """Yield large sizes for the symbols of a statement. Those of different axes differ in most."""
     symbols = sorted(expr.free_symbols, key=str)
-    for first in (*range(2, 34), 100, 1000, 4097, 100003):
+    places = {name: i for i, name in enumerate(dict.fromkeys(axes.get(str(s), str(s)) for s in symbols))}
+    for first in (*range(512, 544), 1000, 4097, 100003):
         for step in (0, 1, 5, 1009):
-            yield {symbol: sympy.Integer(first + i * step) for i, symbol in enumerate(symbols)}
+            yield {s: sympy.Integer(first + step * places[axes.get(str(s), str(s))]) for s in symbols}
 
 
 def _binds(guard: ShapeGuard) -> bool:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from peftfx import PeftfxError
-from peftfx.graph.trace import _always, trace
+from peftfx.graph.trace import _always, asked_of_sizes, splits, trace
 
 
 @pytest.fixture
@@ -37,3 +37,21 @@ def test_a_statement_that_is_true_for_all_sizes_is_no_branch(rows: Tensor) -> No
     assert _always(sympy.Eq(size * Min(32, 32 * size), 32 * size), ranges)
     assert not _always(sympy.Eq(size * Min(320, 32 * size), 32 * size), ranges)
     assert not _always(sympy.Eq(size, 6), ranges)
+
+
+def test_a_statement_that_is_true_for_large_sizes_splits_nothing(rows: Tensor) -> None:
+    with asked_of_sizes([rows]) as asked:
+        assert rows.shape[0] % 4 == 2
+    (guard,) = asked
+    assert splits(asked) == guard.expr
+    size, other = sympy.symbols("s1 s2", integer=True)
+    for expr, axes, found in (
+        (sympy.Ne(size, 1), {}, False),
+        (sympy.Ne(size + other, 1), {}, False),
+        (FloorDiv(size - 5, 4) > 1, {}, False),
+        (size < 100, {}, True),
+        (sympy.Eq(Mod(68 * size, other), 0), {}, True),
+        (sympy.Eq(Mod(68 * size, other), 0), {"s1": "batch", "s2": "batch"}, False),
+        (sympy.Eq(size, 7), {}, True),
+    ):
+        assert (splits([guard._replace(expr=expr)], axes) is not None) == found, expr
