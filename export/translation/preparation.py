@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -21,6 +23,7 @@ from peftfx.passes.rewriting.site_op import filled
 
 aten = torch.ops.aten
 _TRANSPOSES = {aten.transpose.int, aten.permute.default}
+_PADDED_CONVS = {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
 _SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
@@ -62,6 +65,8 @@ def prepare(graph: Graph) -> Graph:
             _name_axes(rewriter, node)
         elif node.target in _PUTS:
             _scatter(rewriter, node)
+        elif node.target in _PADDED_CONVS:
+            _pad(rewriter, node)
         elif node.target in _CONVS and node.args[2:3] in ((), (None,)):
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
@@ -90,6 +95,20 @@ def _spell_out(node: fx.Node) -> None:
     stride, padding, dilation, groups = filled(node)[3:7]
     node.target = aten.convolution.default
     node.args = (*node.args[:2], None, stride, padding, dilation, False, [0] * len(stride), groups)  # type: ignore[arg-type]
+
+
+def _pad(rewriter: Rewriter, node: fx.Node) -> None:
+    """Write a conv whose padding is a word with the numbers: torch's decomposition fixes its sizes at the example's."""
+    x, weight, bias, stride, padding, dilation, groups = cast("list[Any]", filled(node))
+    sizes = weight.meta["val"].shape[2:]
+    apart = [(size - 1) * by if padding == "same" else 0 for size, by in zip(sizes, dilation * len(sizes))]
+    if any(total % 2 for total in apart):  # the larger half is behind
+        at = rewriter.before(node)
+        sides = [side for total in reversed(apart) for side in (total // 2, total - total // 2)]
+        x, apart = at.call(aten.constant_pad_nd.default, x, sides), [0 for _ in apart]
+    numbers = [total // 2 for total in apart]
+    node.target = aten.convolution.default
+    node.args = (x, weight, bias, stride, numbers, dilation, False, [0] * len(sizes), groups)
 
 
 def _name_axes(rewriter: Rewriter, node: fx.Node) -> None:

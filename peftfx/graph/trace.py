@@ -48,17 +48,18 @@ def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
 
 
 def splits(asked: Sequence[ShapeGuard], axes: Mapping[str, str] | None = None) -> sympy.Basic | None:
-    """Return the first statement that some large sizes do not meet, or None.
+    """Return the first equality, or inequality of the kind `!=`, that some large sizes do not meet, or None.
 
-    A statement that only small sizes do not meet is no branch that matters: torch saves an operation at a size of 1, or
-    the model's code takes no smaller sizes. An export is verified at small sizes.
+    One that only small sizes do not meet is no branch that matters: torch saves an operation at a size of 1. Others
+    (`<`) pick a kernel, or say what the model's code takes, as in `_binds`. An export is verified at small sizes.
 
     Args:
         asked: what torch took for true.
         axes: the names of the sizes' axes, by symbol. Sizes of one name are equal.
     """
     names = axes or {}
-    return next((g.expr for g in asked if not all(map(g.expr.xreplace, _tried(g.expr, names)))), None)
+    equalities = (guard.expr for guard in asked if isinstance(guard.expr, sympy.Eq | sympy.Ne))
+    return next((expr for expr in equalities if not all(map(expr.xreplace, _tried(expr, names)))), None)
 
 
 def _tried(expr: sympy.Basic, axes: Mapping[str, str]) -> Iterator[dict[sympy.Basic, sympy.Integer]]:

@@ -94,3 +94,14 @@ def test_what_torch_splits_up_by_a_branch_on_a_size_is_refused(engine: str, monk
     model = Behind(nn.Conv1d(3, 3, 1), SOUNDS["area"]).eval()
     with pytest.raises(PeftfxError, match=r"would be right only where .*Mod\(x\.2, 4\)"):
         to_onnx(peftfx.capture(model, {"x": torch.randn(2, 3, 7)}), engine=engine)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(("kernel", "padding"), [(3, "same"), (4, "same"), (4, "valid")])
+@torch.no_grad()
+def test_a_conv_that_keeps_its_sizes_takes_every_size(kernel: int, padding: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 3, (kernel, 2), dilation=(1, 3), padding=padding)
+    hold(Behind(conv, torch.relu), torch.randn(2, 3, 12, 11), [(1, 3, 7, 9), (3, 3, 12, 30)], tmp_path / "out")
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    assert not any(dim.dim_value == 2 for value in graph.value_info for dim in value.type.tensor_type.shape.dim[:1])
