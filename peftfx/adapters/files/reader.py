@@ -96,8 +96,6 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     config = with_tied_names(config, base)
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
-    if not isinstance(method, SequenceMethod):  # HF PEFT writes prompts without a prefix
-        warn_of_bare_keys(weights, method.prefix)
     method, why = method.as_saved(weights.shapes)
     if why:
         warn(f"{directory}: {why}")
@@ -111,6 +109,7 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
 def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
     """Return the adapter of a method; its placements are the sites that the file has tensors for."""
     directory = weights.path.parent
+    warn_of_bare_keys(weights, method.prefix)  # not of prompts: HF PEFT writes these without a prefix
     refuse_unasked(base, method)
     able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
