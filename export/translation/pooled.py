@@ -27,7 +27,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 def pool_any_size(rewriter: Rewriter, node: fx.Node) -> bool:
     """Replace an adaptive pool over an axis whose size is free. Return whether the node was one.
 
-    A largest value's place is left to torch.
+    A pool whose largest values' places are used is left to torch.
     """
     if node.target not in _MEANS | _LARGEST:
         return False
@@ -36,7 +36,8 @@ def pool_any_size(rewriter: Rewriter, node: fx.Node) -> bool:
     assert isinstance(sizes, (list, tuple))
     first = value.meta["val"].ndim - len(sizes)
     results = [user for user in node.users if user.target is operator.getitem] if node.target in _LARGEST else [node]
-    if all(isinstance(size, int) for size in value.meta["val"].shape[first:]) or any(u.args[1] for u in results[1:]):
+    places = [user for user in results if node.target in _LARGEST and user.args[1] == 1 and user.users]
+    if places or all(isinstance(size, int) for size in value.meta["val"].shape[first:]):
         return False
     at = rewriter.before(node)
     for axis, size in enumerate(sizes, start=first):

@@ -91,12 +91,10 @@ def _always(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.E
 
 
 def _smallest(sizes: Sequence[sympy.Expr], ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> list[sympy.Expr]:
-    """Return the sizes that may be the smallest."""
-    bounds = [bound_sympy(size, dict(ranges)) for size in sizes]
-    return [
-        size
-        for i, (size, own) in enumerate(zip(sizes, bounds, strict=True))
-        if not any(
-            j != i and other.upper <= own.lower and (other.upper < own.lower or j < i) for j, other in enumerate(bounds)
-        )
-    ]
+    """Return the sizes that may be the smallest: without those that another is never above."""
+    bounds = {size: bound_sympy(size, dict(ranges)) for size in sizes}
+    kept = list(sizes)
+    for size in sizes:
+        if any(bounds[other].upper <= bounds[size].lower for other in kept if other != size):
+            kept.remove(size)
+    return kept

@@ -105,3 +105,11 @@ def test_a_conv_that_keeps_its_sizes_takes_every_size(kernel: int, padding: str,
     hold(Behind(conv, torch.relu), torch.randn(2, 3, 12, 11), [(1, 3, 7, 9), (3, 3, 12, 30)], tmp_path / "out")
     graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
     assert not any(dim.dim_value == 2 for value in graph.value_info for dim in value.type.tensor_type.shape.dim[:1])
+
+
+def test_places_of_largest_values_are_refused(tmp_path: Path) -> None:
+    def places(x: Tensor) -> Tensor:
+        return functional.adaptive_max_pool2d(x, (2, 3), return_indices=True)[1].float()
+
+    with pytest.raises(PeftfxError, match="adaptive_max_pool2d"):
+        hold(Behind(nn.Conv2d(3, 3, 1), places), torch.randn(2, 3, 12, 11), [], tmp_path / "out")
