@@ -92,8 +92,13 @@ def _names_of_memory(node: fx.Node) -> set[fx.Node]:
         name = waiting.pop()
         if name not in found:
             found.add(name)
-            waiting += [user for user in name.users if _is_view(user)]
+            waiting += [user for user in name.users if _is_view(user) and _may_share(user, name)]
     return found
+
+
+def _may_share(view: fx.Node, name: fx.Node) -> bool:
+    """Say whether a view may share memory with this one of its arguments."""
+    return view.target not in _LIKE or view.args[0] is name
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -110,7 +115,18 @@ def _is_view(node: fx.Node) -> bool:
     return aliases or (composite and node.target not in _FRESH)
 
 
-_FRESH = {aten.linear.default, aten.matmul.default, aten.conv2d.default}
+#: Composite operators that always make a new tensor.
+_FRESH = {
+    *(aten.linear.default, aten.matmul.default),
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.group_norm.default, aten.layer_norm.default, aten.instance_norm.default, aten.batch_norm.default),
+    *(aten.rms_norm.default, aten.softmax.int, aten.log_softmax.int),
+}
+#: Composite operators whose result may be a view of the first operand, and never of the second.
+_LIKE = {
+    *(aten.type_as.default, aten.to.other, aten.view_as.default, aten.reshape_as.default),
+    aten.expand_as.default,
+}
 
 
 def _functional_form(target: object) -> OpOverload | None:

@@ -25,6 +25,8 @@ STEPS = {
     "columns written": lambda a, b: (a[:, 0::2].copy_(b[0, 0].clone()), a)[1],
     "corner zeroed": lambda a, _: (a[1:].transpose(0, 1)[:2].zero_(), a[1:][:, 1:].mul_(2), a)[2],
     "constant": lambda *_: torch.tensor([[1.0, 2.0, 3.0]] * 3),
+    "normed": lambda a, _: nn.functional.layer_norm(a, (3,)),
+    "typed alike": lambda a, b: a.type_as(b),
     "turned and written": lambda a, _: (a.transpose(0, 1).mul_(torch.tensor([1.0, 2.0, 4.0])), a)[1],
 }
 
@@ -70,6 +72,9 @@ def test_no_value_changes_and_no_input_either(steps: list[tuple[str, int, int]])
         ([("grown", 1, 0), ("turned", 1, 0)], 0),  # a view that is made after the write
         ([("row written", 1, 0), ("columns written", 2, 0)], 0),  # parts of a new tensor
         ([("turned", 1, 0), ("scaled", 2, 0)], 1),  # the tensor that was written through a view is read later
+        ([("normed", 0, 0), ("scaled", 2, 0)], 0),  # a norm's result is new
+        ([("typed alike", 0, 1), ("scaled", 1, 0)], 0),  # a type is read, and no memory
+        ([("typed alike", 1, 0), ("scaled", 1, 0)], 0),  # the tensor itself, which both names show
         ([("scaled", 0, 0)], 1),  # an input
         ([("scaled", 0, 0), ("grown", 2, 1)], 2),  # an input by another name: the result of a write that stays
     ],
