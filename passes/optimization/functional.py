@@ -133,5 +133,10 @@ def _functional_form(target: object) -> OpOverload | None:
     """Return the functional form of an operator, such as `aten.add.Tensor` for `aten.add_.Tensor`, or None."""
     assert isinstance(target, OpOverload)
     namespace, name = target._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None) if name.endswith("_") else None
-    return getattr(packet, target._overloadname, None)
+    if name.startswith("__i"):  # `mask |= other` is `__ior__`, and `mask | other` is `__or__`
+        plain = f"__{name.removeprefix('__i')}"
+    elif name.endswith("_"):
+        plain = name.removesuffix("_")
+    else:
+        return None
+    return getattr(getattr(getattr(torch.ops, namespace), plain, None), target._overloadname, None)

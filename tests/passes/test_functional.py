@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 import peftfx
+from peftfx.export import to_onnx
+from peftfx.export.metadata import ENGINE
 from peftfx.graph.graph import Graph
+from peftfx.options import FAST
 from peftfx.passes import Cleanup
 
 #: What a step makes of two earlier values, all of [3, 3]: new tensors, views, and writes into the first.
@@ -83,3 +86,23 @@ def test_what_stays_is_what_another_name_shows(steps: list[tuple[str, int, int]]
     graph = peftfx.capture(Program(steps).eval(), {"x": torch.zeros(3, 3)}, axes={"x": (None, None)})
     assert written(graph)
     assert written(Cleanup()(graph).graph) == left
+
+
+class Masks(nn.Module):
+    """A mask of booleans that is changed by the operators `|=`, `&=` and `^=`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x > 0
+        mask |= x < -1
+        mask &= x < 2
+        mask ^= x > 1.5
+        return x * mask
+
+
+def test_operators_of_python_that_write_are_replaced() -> None:
+    graph = peftfx.capture(Masks().eval(), {"x": torch.zeros(3, 3)})
+    clean = Cleanup()(graph).graph
+    assert (written(graph), written(clean)) == (3, 0)
+    x = torch.randn(7, 5)
+    assert torch.equal(clean.run(x)[0], Masks()(x))
+    assert to_onnx(graph).metadata_props[ENGINE] == FAST
