@@ -23,11 +23,13 @@ class OwnPreparation:
 
     def __init__(self, kind: Any, config: PreTrainedConfig) -> None:
         """Make an object of the class without modules or weights: the preparation reads the config alone."""
-        self.differs = getattr(kind, _PREPARES, None) not in (None, getattr(GenerationMixin, _PREPARES))
         self._model = kind.__new__(kind)
         nn.Module.__init__(self._model)
         self._model.none = nn.Parameter(torch.empty(0, device="meta"))  # transformers asks on which device it is
         self._model.config, self._model.generation_config = config, GenerationConfig.from_model_config(config)
+        self.differs = getattr(kind, _PREPARES, None) not in (None, getattr(GenerationMixin, _PREPARES))
+        if self.drops_at(2):  # a class that never takes such a cache says nothing of lengths
+            self.differs = False
 
     def drops(self, input_ids: Tensor, cache: Cache, **options: Any) -> bool:
         """Return whether the class leaves a cache with tokens unused for a text that goes on from it."""
@@ -40,6 +42,11 @@ class OwnPreparation:
             return False
         return made.get("cache") is None
 
+    def drops_at(self, length: int) -> bool:
+        """Return whether the class leaves a cache of so many tokens unused for the next token."""
+        tokens, mask = torch.zeros(1, length + 1, dtype=torch.long), torch.ones(1, length + 1, dtype=torch.long)
+        return self.drops(tokens, _Counted(length), attention_mask=mask, use_cache=True, next_sequence_length=1)
+
 
 def computed_anew_beyond(base: nn.Module) -> int | None:
     """Return the number of tokens beyond which a model's class computes the cache anew, or None if it never does."""
@@ -47,15 +54,10 @@ def computed_anew_beyond(base: nn.Module) -> int | None:
     if not isinstance(config, PreTrainedConfig):
         return None
     own = OwnPreparation(type(base), config)
-    if not own.differs or _drops_at(own, 2):  # a class that never takes such a cache says nothing of lengths
+    if not own.differs:
         return None
     numbers = {value for value in vars(config).values() if type(value) is int and 2 < value <= _LONGEST}
-    return next((number for number in sorted(numbers) if _drops_at(own, number)), None)
-
-
-def _drops_at(own: OwnPreparation, length: int) -> bool:
-    tokens, mask = torch.zeros(1, length + 1, dtype=torch.long), torch.ones(1, length + 1, dtype=torch.long)
-    return own.drops(tokens, _Counted(length), attention_mask=mask, use_cache=True, next_sequence_length=1)
+    return next((number for number in sorted(numbers) if own.drops_at(number)), None)
 
 
 class _Counted(DynamicCache):

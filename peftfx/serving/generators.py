@@ -117,14 +117,18 @@ class ServedGenerator(Buffered, Generates, _Serves):  # type: ignore[misc]
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, cache: Cache | None = None, **kwargs: Any) -> Any:
         """Prepare a step as transformers does. The cache is computed anew where the model's own class does so."""
-        if cache is not None and cache.get_seq_length() and self._own.drops(input_ids, cache, **kwargs):
+        own = self._own if cache is not None and cache.get_seq_length() else None
+        if cache is not None and own is not None and own.drops(input_ids, cache, **kwargs):
             cache, kwargs = None, {**kwargs, "next_sequence_length": None}
         return super().prepare_inputs_for_generation(input_ids, cache=cache, **kwargs)
 
     @cached_property
-    def _own(self) -> OwnPreparation:
+    def _own(self) -> OwnPreparation | None:
         assert self.config is not None
-        return OwnPreparation(_maker(self), self.config)
+        try:
+            return OwnPreparation(_maker(self), self.config)
+        except PeftfxError:  # a class of the model's own code, which the directory does not have
+            return None
 
 
 class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[misc]

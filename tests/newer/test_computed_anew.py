@@ -9,7 +9,8 @@ import torch
 import transformers as hf
 
 import peftfx
-from peftfx.generation.anew import computed_anew_beyond
+from peftfx import PeftfxError
+from peftfx.generation.anew import OwnPreparation, computed_anew_beyond
 
 SHORT = 12  #: tokens
 
@@ -29,6 +30,24 @@ def model(kind: str) -> hf.PreTrainedModel:
 def test_the_length_is_found_by_asking_the_class() -> None:
     assert computed_anew_beyond(model("phi3")) == SHORT
     assert computed_anew_beyond(model("llama")) is None
+
+
+def test_a_class_that_never_takes_such_a_cache_says_nothing() -> None:
+    """XLNet hands memories on under another name: its cache would be dropped at every step."""
+    config = hf.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    assert not OwnPreparation(hf.XLNetLMHeadModel, config).drops_at(5)
+
+
+def test_a_model_without_a_known_class_generates(
+    phi3: tuple[peftfx.AdaptedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> type:
+        raise PeftfxError("this model does not do text-generation", "", "")
+
+    monkeypatch.setattr("peftfx.serving.generators.maker_of", unknown)
+    adapted, directory = phi3
+    given = {"input_ids": torch.tensor([[5, 8, 13]]), "min_new_tokens": 5, "max_new_tokens": 5}
+    assert torch.equal(peftfx.runtime.load(directory).generate(**given), adapted.generate(**given))
 
 
 @pytest.mark.parametrize("prompt", [4, 10, 14])
