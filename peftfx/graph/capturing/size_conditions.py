@@ -53,9 +53,9 @@ class Note:
     text: str
 
 
-Decide = Callable[[sympy.Basic, str], sympy.Basic | None]
+Decide = Callable[[sympy.Basic, str, str], sympy.Basic | None]
 """A function that gives the value of an expression with a boolean that was read from a tensor, for a line of code that
-asks; None if it has no value."""
+asks, by its place and its quoted text; None if it has no value."""
 
 
 @contextmanager
@@ -77,7 +77,8 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
                 return sympy.true  # the code accepts only values for which it is true
             if skips_a_turn(expr, _line(sys._getframe(1), 1)) or _only_raises(sys._getframe(1)):
                 return sympy.false
-            decided = None if decide is None else decide(expr, asked_at(sys._getframe(1)))
+            frame = sys._getframe(1)
+            decided = None if decide is None else decide(expr, asked_at(frame), _asked_in(frame))
             if decided is not None:
                 return decided
         result = answer(env, expr, *args, **kwargs)
