@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
@@ -104,8 +106,27 @@ def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> t
         raise
     except Exception as error:
         raise_if_memory_is_out(error)
-        what = f"no translation to ONNX: {first_line(error.__cause__ or error)}"
-        raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
+        raise _untranslated(graph, first_line(error.__cause__ or error)) from error
+
+
+def _untranslated(graph: Graph, said: str) -> PeftfxError:
+    """Return the error for a graph that the exporter cannot translate. It names the operator and the module, if known.
+
+    Args:
+        graph: the graph.
+        said: what the exporter says.
+    """
+    base = type(graph.base).__name__
+    operator = re.search(r"target=torch\.ops\.\w+\.(\w+)\.", said)
+    if operator is None:
+        return PeftfxError(f"no translation to ONNX: {said}", base, "see `__cause__` for the exporter's own report")
+    name = operator[1].strip("_")
+    called = ((n, str(n.target).partition(".")[2].partition(".")[0]) for n in graph.nodes() if n.op == "call_function")
+    node = next(
+        (n for n, own in called if own and name.startswith(own.strip("_"))), None
+    )  # linalg_inv as linalg_inv_ex
+    what = f"torch's {name} has no translation to ONNX"
+    return PeftfxError(what, (node and module_path(node)) or base, "compute it by other operators in the model's code")
 
 
 def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: _Weights) -> None:
