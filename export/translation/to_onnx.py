@@ -122,9 +122,8 @@ def _untranslated(graph: Graph, said: str) -> PeftfxError:
         return PeftfxError(f"no translation to ONNX: {said}", base, "see `__cause__` for the exporter's own report")
     name = operator[1].strip("_")
     called = ((n, str(n.target).partition(".")[2].partition(".")[0]) for n in graph.nodes() if n.op == "call_function")
-    node = next(
-        (n for n, own in called if own and name.startswith(own.strip("_"))), None
-    )  # linalg_inv as linalg_inv_ex
+    # The exporter may have split the operator up: linalg_inv is linalg_inv_ex there.
+    node = next((n for n, own in called if own and name.startswith(own.strip("_"))), None)
     what = f"torch's {name} has no translation to ONNX"
     return PeftfxError(what, (node and module_path(node)) or base, "compute it by other operators in the model's code")
 
