@@ -192,11 +192,16 @@ def _reader(graph: Graph, weights: _Weights) -> _Weights:
     return read
 
 
+def _size(dimension: ir.SymbolicDim, translation: Translation) -> str | None:
+    """Return the name of a size, or None if it is not known: sizes of one name would be taken for equal."""
+    return None if dimension.value is None else translation.size(dimension.value)
+
+
 def _name_interface(model: ir.Model, graph: Graph, translation: Translation) -> None:
     """Put the graph's names on inputs, outputs and sizes. Each name gets an output of its own."""
     for value in every_value(model.graph):
         if value.shape is not None:
-            value.shape = ir.Shape([d if isinstance(d, int) else translation.size(str(d.value)) for d in value.shape])
+            value.shape = ir.Shape([d if isinstance(d, int) else _size(d, translation) for d in value.shape])
     for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
         value.name = spec.name
         value.shape = ir.Shape(list(spec.shape))

@@ -114,6 +114,16 @@ def _rrelu(x: Tensor, lower: float, upper: float, training: bool, generator: obj
     return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
 
 
+def _tensor_split(x: Tensor, sections: int, dim: int) -> list[Tensor]:
+    """Cut an axis into parts, of which the first are longer by one, for any size of the axis."""
+    size, start, parts = x.shape[dim], 0, []
+    for part in range(sections):
+        length = (size + sections - 1 - part) // sections
+        parts.append(_aten.slice.Tensor(x, dim, start, start + length))
+        start = start + length
+    return parts
+
+
 _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.hypot.default: _hypot,
     _aten.cdist.default: _cdist,
@@ -125,4 +135,5 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.cummin.default: _smallest_so_far,
     _aten.searchsorted.Tensor: _searchsorted,
     _aten.rrelu.default: _rrelu,
+    _aten.tensor_split.sections: _tensor_split,
 }
