@@ -71,6 +71,31 @@ class Unlearned(nn.Module):
         return self.second(y) / rows
 
 
+class Counts(nn.Module):
+    """Code that asks for the length of a tensor, and of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [self.layer(x), x]
+        if len(x) != x.shape[0]:
+            raise ValueError("these are the same")
+        rows = torch.arange(len(parts[0])).view(len(x), *[1] * (x.ndim - 1))
+        return (parts[0] + rows) / len(parts)
+
+
+def test_the_length_of_a_tensor_stays_free(tmp_path: Path) -> None:
+    model = Counts().eval()
+    report = peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 5, 4)})
+    assert not report.sizes
+    assert "len" not in globals()
+    for batch in (1, 3):
+        x = torch.randn(batch, 6, 4)
+        torch.testing.assert_close(peftfx.export.OnnxModel(tmp_path / "out")(x=x)["output"], model(x))
+
+
 class Repeats(nn.Module):
     """Code that multiplies lists by the batch, and reads one of them itself if told to."""
 
