@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from peftfx.graph.batching.places import picked, put
-from peftfx.graph.batching.rows import attended_within, sampled, with_joined_rows
+from peftfx.graph.batching.rows import attended_within, normalised, sampled, with_joined_rows
 from peftfx.graph.batching.several import (
     Arguments,
     BatchRule,
@@ -185,6 +185,7 @@ _RULES: Mapping[str, BatchRule] = {
     ),
     **_named("upsample_nearest2d pixel_unshuffle", with_joined_rows(4)),
     **_named("conv3d", with_joined_rows(5)),
+    **_named("group_norm batch_norm", normalised),
     **_named("grid_sampler", sampled),
     **_named("scaled_dot_product_attention", attended_within),
     **_named("index", picked),
