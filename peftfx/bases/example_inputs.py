@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
-from peftfx.bases.processors.image_tokens import tokens_of_image
+from peftfx.bases.labels import class_labels
+from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
+from peftfx.bases.processors.image_tokens import in_patches, tokens_of_image
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.recordings import recording_name, recording_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
@@ -77,8 +79,6 @@ def example_inputs(
 
 
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
-CROSS_MASK = "cross_attention_mask"  #: which tokens attend to which tiles, [batch, sequence, images, tiles]
-_TILED = 6  #: the axes of images in tiles: batch, images, tiles, channels, height, width
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
 
@@ -104,9 +104,7 @@ class _Maker:
         made = {} if self.image is None else repeated(self.image, self.sizes["batch"], self._floats)
         if "input_ids" in self.accepted:
             made |= self._prompt()
-        if CROSS_MASK in self.accepted and (pixels := made.get("pixel_values")) is not None and pixels.ndim == _TILED:
-            made[CROSS_MASK] = torch.ones(*made["input_ids"].shape, *pixels.shape[1:3], dtype=torch.long)
-            made[CROSS_MASK][:, 0] = 0  # the first token is before the image
+        made |= image_masks(self.model, self.accepted, made)
         if name := recording_name(self.model, self.accepted):
             shape = recording_shape(self.config, name, self.sizes["sequence"])
             if shape is None:
@@ -120,11 +118,18 @@ class _Maker:
 
     @cached_property
     def image(self) -> Picture | None:
-        """The arguments of one image, of which only sizes and whole numbers matter; None for a model without images."""
+        """The arguments of one image, NaN where its pixels matter; None for a model without images, and for one whose
+        class says that it reads texts alone, though it would hand images on.
+        """
+        if "input_ids" in self.accepted and getattr(self.model, "input_modalities", None) == "text":
+            return None
         found = picture_inputs(self.model, self.accepted, self._resolution())
-        if found is None and "pixel_values" in self.accepted:
-            return {"pixel_values": torch.zeros(1, self._image("num_channels", 3), *self._resolution())}
-        return found
+        if found is not None or "pixel_values" not in self.accepted:
+            return found
+        plain = {"pixel_values": torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)}
+        if has_image_axis(self.model, self.accepted):
+            return {name: value[:, None] for name, value in plain.items()}
+        return in_patches(self.model, plain, self._image("patch_size", 1))
 
     def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = self.sizes["batch"]
@@ -134,7 +139,7 @@ class _Maker:
         if "labels" not in self.accepted or self.task == "feature-extraction":
             raise PeftfxError("the model takes no labels for this task", self.task, "name another task")
         if self.task in ("text-classification", "image-classification", "audio-classification"):
-            return {"labels": self._class_labels(batch, classes)}
+            return {"labels": class_labels(self.config, batch, classes, self.random)}
         if self.task == "image-segmentation":
             return {"labels": self._integers((batch, *self._resolution()), classes)}
         if self.task == "token-classification":
@@ -160,6 +165,11 @@ class _Maker:
         if self._pools_eos() and isinstance(eos, int):
             ids[torch.arange(batch), mask.sum(1) - 1] = eos
         made = {"input_ids": ids, "attention_mask": mask} if "attention_mask" in self.accepted else {"input_ids": ids}
+        if BOXES in self.accepted:
+            most = number_of(self.text, "max_2d_position_embeddings", 1000)
+            made[BOXES] = random_boxes(tuple(ids.shape), most, self.random)
+        if images and PLACES in self.accepted:
+            made[PLACES] = (torch.arange(ids.shape[1]) < images).long().repeat(batch, 1)
         if "token_type_ids" in self.accepted and number_of(self.text, "type_vocab_size", 0) > 1:
             made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
         if images and MODALITIES in self.accepted:
@@ -179,12 +189,15 @@ class _Maker:
 
     def _pools_eos(self) -> bool:
         """Say whether the model reads its text's features at the end token: CLIP, or a classifier with a decoder."""
-        two_towers = {"pixel_values", "input_ids"} <= set(self.accepted) and self._image_tokens()[0] is None
+        both = {"pixel_values", "input_ids"} <= set(self.accepted) and not self.decodes
+        two_towers = both and self._image_tokens()[0] is None
         return two_towers or (self.decodes and self.task == "text-classification")
 
     def _image_tokens(self) -> tuple[int | None, int]:
         """Return the token that stands for a piece of an image, and the number of such tokens for an image."""
         token = first_of(self.config, "image_token_id", "image_token_index")
+        if not isinstance(token, int) and PLACES in self.accepted:
+            token = 0  # any: the model is told the places
         if not isinstance(token, int):
             return None, 0
         found = None if self.image is None else tokens_of_image(self.model, self.image)
@@ -218,14 +231,6 @@ class _Maker:
     def _floats(self, *shape: int) -> Tensor:
         kinds = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return torch.randn(shape, generator=self.random).to(next(kinds, torch.float32))
-
-    def _class_labels(self, batch: int, classes: int) -> Tensor:
-        problem = first_of(self.config, "problem_type")
-        if problem == "multi_label_classification":
-            return self._integers((batch, classes), 2).float()
-        if problem == "regression" or (problem is None and classes == 1):
-            return torch.randn((batch, classes) if classes > 1 else (batch,), generator=self.random)
-        return self._integers((batch,), classes)
 
     def _visible(self, labels: Tensor, made: Mapping[str, Tensor]) -> Tensor:
         """Mask labels at padding and at pieces of an image."""

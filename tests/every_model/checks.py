@@ -104,7 +104,7 @@ def build(task: str, model_type: str) -> nn.Module:
             text.pad_token_id = config.pad_token_id = getattr(text, "pad_token_id", None) or 1
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = 4
-        if task == SEEING and has_pictures(model_type):
+        if has_pictures(model_type):
             config.name_or_path = home_of(model_type)
         return kind(config)  # type: ignore[no-any-return]
 

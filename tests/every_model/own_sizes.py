@@ -35,6 +35,14 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     },
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "mimi": {
+        "num_filters": 4,
+        "upsampling_ratios": [4, 2],
+        "upsample_groups": 32,
+        **dict.fromkeys(("codebook_size", "codebook_dim", "vector_quantization_hidden_dimension"), 16),
+        "num_quantizers": 4,
+    },
+    "kyutai_speech_to_text": {"num_codebooks": 4, "codebook_vocab_size": 20, "head_dim": 8},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "dory": {
         "num_hidden_layers": 6,
