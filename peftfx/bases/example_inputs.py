@@ -18,7 +18,7 @@ from peftfx.bases.labels import class_labels
 from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
 from peftfx.bases.processors.image_tokens import in_patches, tokens_of_image
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
-from peftfx.bases.processors.recordings import recording_name, recording_shape
+from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
@@ -109,7 +109,7 @@ class _Maker:
             shape = recording_shape(self.config, name, self.sizes["sequence"])
             if shape is None:
                 raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
-            made[name] = self._floats(self.sizes["batch"], *shape)
+            made[name] = self._floats(self.sizes["batch"], *fitted_shape(self.model, name, shape))
         for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():

@@ -24,6 +24,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 99},
     "wav2vec2-conformer": {"vocab_size": 99, "max_source_positions": 64},
     "granite_speech5_encoder": {"context_size": 8},
+    "omniasr_audio": {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "moonshine_streaming_encoder": {"sliding_windows": [[16, 4], [16, 0]]},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},

@@ -7,15 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from peftfx.bases.processors.encoded_images import by_image, main_features
+from peftfx.bases.processors.fake_runs import on_fakes
 from peftfx.graph.capturing.known_values import known_values
-from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
-from peftfx.graph.lazy_weights import faked
 
 _ENCODE = "get_image_features"
 _MOST = 256  #: numbers of a tensor whose values the model's code may read
@@ -71,11 +67,8 @@ def split_known(image: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _count(model: nn.Module, encode: Callable[..., Any], given: Mapping[str, Tensor]) -> int | None:
-    found = fake_mode_of(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    mode = found if isinstance(found, FakeTensorMode) else mode
     rest, known = split_known(given)
-    with quietly(), unchanged(model), faked(model), evaluating(model), torch.no_grad(), mode:
+    with on_fakes(model) as mode:
         fed = {name: mode.from_tensor(value) for name, value in rest.items()}
         try:
             with known_values(known.values(), fed.values()):
