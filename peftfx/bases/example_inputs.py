@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +15,8 @@ from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
 from peftfx.bases.labels import class_labels
 from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
-from peftfx.bases.processors.image_tokens import in_patches, tokens_of_image
+from peftfx.bases.processors.codebooks import codes_shape
+from peftfx.bases.processors.image_tokens import in_patches, token_and_count
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
@@ -113,14 +113,23 @@ class _Maker:
         for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():
-            made["decoder_input_ids"] = self._decoder_ids()
+            made["decoder_input_ids"] = self._decoder_ids(made)
+        elif self.image is None and "input_ids" in made:
+            made = self._with_codes(made)
         return made
+
+    def _with_codes(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put codes of several codebooks, without padding, in place of tokens, for a model that reads such."""
+        ids = made["input_ids"]
+        shape = codes_shape(self.model, self.text, "input_ids", (ids.shape[0], ids.shape[1]), {})
+        if shape == ids.shape:
+            return made
+        masks = {name: torch.ones_like(made[name]) for name in made if name == "attention_mask" and len(shape) > 2}
+        return {"input_ids": self._ids(shape), **masks}
 
     @cached_property
     def image(self) -> Picture | None:
-        """The arguments of one image, NaN where its pixels matter; None for a model without images, and for one whose
-        class says that it reads texts alone, though it would hand images on.
-        """
+        """The arguments of one image, NaN where its pixels matter; None if the model's class reads texts alone."""
         if "input_ids" in self.accepted and getattr(self.model, "input_modalities", None) == "text":
             return None
         found = picture_inputs(self.model, self.accepted, self._resolution())
@@ -195,22 +204,14 @@ class _Maker:
 
     def _image_tokens(self) -> tuple[int | None, int]:
         """Return the token that stands for a piece of an image, and the number of such tokens for an image."""
-        token = first_of(self.config, "image_token_id", "image_token_index")
-        if not isinstance(token, int) and PLACES in self.accepted:
-            token = 0  # any: the model is told the places
-        if not isinstance(token, int):
-            return None, 0
-        found = None if self.image is None else tokens_of_image(self.model, self.image)
-        if found is not None:
-            return token, found
-        count = first_of(self.config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
-        if isinstance(count, int):
-            return token, count
-        pieces = math.prod(n // self._image("patch_size", 1) for n in self._resolution())
-        return token, pieces // number_of(self.config, "downsample_factor", 1) ** 2
+        return token_and_count(
+            self.model, self.image, PLACES in self.accepted, self._resolution(), self._image("patch_size", 1)
+        )
 
-    def _decoder_ids(self) -> Tensor:
-        ids = self._ids((self.sizes["batch"], self.sizes["decoder_sequence"]))
+    def _decoder_ids(self, made: Mapping[str, Tensor]) -> Tensor:
+        shape = (self.sizes["batch"], self.sizes["decoder_sequence"])
+        text = self.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        ids = self._ids(codes_shape(self.model, text, "decoder_input_ids", shape, made))
         start = first_of(self.config, "decoder_start_token_id", "bos_token_id", "pad_token_id")
         if isinstance(start, int):
             ids[:, 0] = start
@@ -218,8 +219,9 @@ class _Maker:
 
     def _ids(self, shape: Sequence[int]) -> Tensor:
         """Make random tokens of the vocabulary, without special tokens."""
-        vocabulary = first_of(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
-        known = [v for v in (vocabulary, first_of(self.text, "vocab_size")) if isinstance(v, int)]
+        text = self.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        sizes = ((text, "vocab_size"), (self.text, "vocab_size"), (self.text, "codebook_vocab_size"))
+        known = [v for config, name in sizes if isinstance(v := first_of(config, name), int)]
         vocabulary = min(known, default=128)  # a model without a vocabulary reads characters: here ASCII's
         special = set(special_tokens(self.config))
         plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or [0])

@@ -176,15 +176,29 @@ def _seen(want: nn.Module, got: peftfx.AdaptedModel, directory: Path) -> Result:
 
 
 def _built(task: str, model_type: str) -> nn.Module:
+    inputs: dict[str, Tensor] = {}
     try:
         model = build(task, model_type)
+        inputs = example_inputs(model)
         with torch.no_grad():
-            found = model(**example_inputs(model))
+            found = model(**inputs)
     except Exception as error:
-        raise NotBuilt(_line(error)) from error
+        of_text = {name: value for name, value in inputs.items() if name in _SOURCES[:2]}
+        always = of_text.keys() < inputs.keys() and _refusal(model, of_text) == _line(error)
+        raise NotBuilt("its own code raises for text alone too: " * always + _line(error)) from error
     if any(bool(v.isnan().any()) for v in found.values() if isinstance(v, Tensor) and v.is_floating_point()):
         raise NotBuilt("its outputs are not numbers")
     return model
+
+
+def _refusal(model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
+    """What a call of a model raises; nothing if it runs."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        return _line(error)
+    return ""
 
 
 def _adapted_by_peft(base: nn.Module, task: str, model_type: str, directory: Path) -> nn.Module:

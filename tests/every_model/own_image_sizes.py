@@ -37,6 +37,7 @@ _INKLING_TEXT = {
     "rel_extent": 64,
     "n_layers_per_attn_res_block": 2,
 }
+_SAM = {"image_size": 64, "output_channels": 16, "mlp_dim": 48, "global_attn_indexes": [1], "window_size": 4}
 _MUSE = {"out_hidden_size": 128, "projector_hidden_size": 32}
 _QFORMER = {"hidden_size": 32, "encoder_hidden_size": 32, "cross_attention_frequency": 2}
 
@@ -137,16 +138,8 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "cosmos3_edge": {"projector_hidden_size": 32},
     "cosmos3_edge_text": _ROPE,
     "cosmos3_edge_vision": {"num_patches": 16},
-    "deepseek_vl_hybrid": {
-        "high_res_vision_config": {
-            "image_size": 64,
-            "output_channels": 16,
-            "mlp_dim": 48,
-            "global_attn_indexes": [1],
-            "num_pos_feats": 8,
-            "window_size": 4,
-        }
-    },
+    "deepseek_vl_hybrid": {"high_res_vision_config": {**_SAM, "num_pos_feats": 8}},
+    "unlimited_ocr_sam_vision_model": {**_SAM, "downsample_channels": [16, 32]},
     "hunyuan_vl_vision": {"out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 64},
     "hunyuan_vl_text": {**_ROPE, "head_dim": 8},
     "hy_v4_vl_vision": {"out_hidden_size": 32, "max_image_size": 64},
@@ -179,7 +172,8 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 95},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 95},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_sam_vision_model": {**_SAM, "downsample_channels": [16, 32]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "step3p5": {"sliding_window": 4, "share_expert_dim": 24},
     "gemma4_unified": {
         "vision_config": {

@@ -49,3 +49,26 @@ def test_an_encoder_that_the_forward_calls_runs_for_all_pictures(kind: str, tmp_
         got = served(**{name: inputs[name] for name in served.inputs})["logits"]
         shown = inputs["attention_mask"].bool()
         torch.testing.assert_close(got[shown], want[shown], atol=2e-5, rtol=2e-4)
+
+
+def test_patches_are_made_where_the_encoder_reads_these() -> None:
+    made = example_inputs(build("text-generation", "fuyu"), sizes={"batch": 3, "sequence": 5})
+    assert made["pixel_values"].shape == (3, 16, 3 * 8 * 8)
+    assert made["input_ids"].shape == (3, 16 + 5)
+
+
+def test_masks_say_which_tokens_are_an_image_or_see_one() -> None:
+    places = example_inputs(build("image-text-to-text", "kosmos-2"), sizes={"sequence": 5})
+    assert places["image_embeds_position_mask"].sum(1).tolist() == [64, 64]  # one for each latent query
+    seen = example_inputs(build("image-text-to-text", "idefics"))
+    assert seen["pixel_values"].shape == (2, 1, 3, 32, 32)
+    assert seen["image_attention_mask"][:, :, 0].tolist() == [[0, 1, 1, 1, 1, 1, 1]] * 2
+
+
+def test_boxes_lie_on_a_page() -> None:
+    made = example_inputs(build("text-classification", "layoutlm"))
+    left, top, right, bottom = made["bbox"].unbind(-1)
+    assert made["bbox"].shape == (*made["input_ids"].shape, 4)
+    assert ((left <= right) & (top <= bottom)).all()
+    assert made["bbox"].min() >= 0
+    assert made["bbox"].max() < 1000

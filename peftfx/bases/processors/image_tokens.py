@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from peftfx.bases.config_fields import first_of, number_of
 from peftfx.bases.processors.encoded_images import by_image, main_features
 from peftfx.bases.processors.fake_runs import on_fakes
 from peftfx.graph.capturing.known_values import known_values
@@ -26,7 +28,8 @@ def tokens_of_image(model: nn.Module, image: Mapping[str, Tensor]) -> int | None
         model: the model; its weights are not read.
         image: the arguments of one image, by the names of the forward's arguments.
     """
-    encode = next((f for m in (getattr(model, "base_model", None), model) if (f := getattr(m, _ENCODE, None))), None)
+    parts = (getattr(model, "base_model", None), *model.modules())
+    encode = next((found for part in parts if (found := getattr(part, _ENCODE, None))), None)
     if encode is None:
         return None
     accepted = inspect.signature(encode).parameters
@@ -37,6 +40,34 @@ def tokens_of_image(model: nn.Module, image: Mapping[str, Tensor]) -> int | None
     if (key := (shapes, numbers)) not in counts:
         counts[key] = _count(model, encode, given) if given else None
     return counts[key]
+
+
+def token_and_count(
+    model: nn.Module, image: Mapping[str, Tensor] | None, told: bool, size: tuple[int, int], edge: int
+) -> tuple[int | None, int]:
+    """Return the token that stands for a piece of an image, and the number of such tokens for an image.
+
+    Args:
+        model: the model; its weights are not read.
+        image: the arguments of one image, if there is an example.
+        told: whether a call says which tokens stand for an image, so that any token can.
+        size: the height and width of an image.
+        edge: the height and width of a patch.
+    """
+    config = model.config
+    token = first_of(config, "image_token_id", "image_token_index")
+    if not isinstance(token, int):
+        if not told:
+            return None, 0
+        token = 0
+    found = None if image is None else tokens_of_image(model, image)
+    if found is not None:
+        return token, found
+    count = first_of(config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
+    if isinstance(count, int):
+        return token, count
+    pieces = math.prod(n // edge for n in size)
+    return token, pieces // number_of(config, "downsample_factor", 1) ** 2
 
 
 def in_patches(model: nn.Module, image: Mapping[str, Tensor], edge: int) -> Mapping[str, Tensor]:
