@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from every_model.checks import build
 
+import peftfx
+from peftfx import PeftfxError
 from peftfx.bases.example_inputs import example_inputs
 
 
@@ -25,3 +29,13 @@ def test_codes_have_the_form_that_the_model_takes(task: str, kind: str, name: st
     assert made[name].shape == shape
     with torch.no_grad():
         model(**made)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [("text-generation", "musicgen"), ("speech-to-text", "kyutai_speech_to_text"), ("speech-to-text", "dia")],
+)
+def test_a_decode_view_of_codes_is_refused(task: str, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match="codes of several codebooks"):
+        peftfx.export_onnx(build(task, kind), tmp_path / "out", view="decode")
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.fake_runs import on_fakes
+from peftfx.errors import PeftfxError
 
 _found: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 _BATCH, _LENGTH = 2, 3  #: sizes of a trial
@@ -36,6 +37,17 @@ def codes_shape(
         forms = range(len(_forms(shape, books)))
         known[name] = next((form for form in forms if _runs(model, name, form, books, beside)), 0)
     return _forms(shape, books)[known[name]]
+
+
+def refuse_codes(model: nn.Module, ids: Tensor, batch: int) -> None:
+    """Refuse a model whose example has codes of several codebooks: it could not be run token by token.
+
+    Raises:
+        PeftfxError: the tokens are not [batch, length].
+    """
+    if ids.ndim != 2 or ids.shape[0] != batch:
+        what = "the model reads codes of several codebooks at each place, and a decode view one token"
+        raise PeftfxError(what, type(model).__name__, "use the forward view")
 
 
 def _forms(shape: tuple[int, int], books: int) -> list[tuple[int, ...]]:

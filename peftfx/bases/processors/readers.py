@@ -35,7 +35,7 @@ def encodes_in_forward(base: nn.Module) -> bool:
     """
     if _why_not_encoded(base) or takes_encoded(base):
         return not _why_not_encoded(base)
-    forward = inspect.unwrap(type(base.base_model).forward)
+    forward = inspect.unwrap(type(base.base_model).forward)  # type: ignore[union-attr]
     return ENCODE in forward.__code__.co_names
 
 
