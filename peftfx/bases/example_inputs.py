@@ -204,9 +204,8 @@ class _Maker:
 
     def _image_tokens(self) -> tuple[int | None, int]:
         """Return the token that stands for a piece of an image, and the number of such tokens for an image."""
-        return token_and_count(
-            self.model, self.image, PLACES in self.accepted, self._resolution(), self._image("patch_size", 1)
-        )
+        size, edge = self._resolution(), self._image("patch_size", 1)
+        return token_and_count(self.model, self.image, PLACES in self.accepted, size, edge)
 
     def _decoder_ids(self, made: Mapping[str, Tensor]) -> Tensor:
         shape = (self.sizes["batch"], self.sizes["decoder_sequence"])

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from peftfx.bases.processors.pictures import pictures_vary
 
 ENCODE = "get_image_features"  #: the method of transformers' models that encodes images
-ENCODED = "mm_encoder_outputs"  #: the argument of a forward that takes what the method gives
+ENCODED_IMAGES = "mm_encoder_outputs"  #: the argument of a forward that takes what the method gives
 SIZED = "leave inputs out: an export is for pictures of one size, which --image-size HEIGHTxWIDTH (image_size=) chooses"
 
 
@@ -24,7 +24,7 @@ def why_not_read(base: nn.Module) -> str:
     if why := _why_not_encoded(base):
         return why
     if not takes_encoded(base):
-        return f"the model's code takes no encoded images beside a text (`{ENCODED}`)"
+        return f"the model's code takes no encoded images beside a text (`{ENCODED_IMAGES}`)"
     return ""
 
 
@@ -41,7 +41,7 @@ def encodes_in_forward(base: nn.Module) -> bool:
 
 def takes_encoded(base: nn.Module) -> bool:
     """Return whether a model's forward takes encoded images beside a text."""
-    return ENCODED in inspect.signature(base.forward).parameters
+    return ENCODED_IMAGES in inspect.signature(base.forward).parameters
 
 
 def why_not_in_source(base: nn.Module) -> str:

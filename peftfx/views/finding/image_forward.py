@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.fixed_values import FixedValues
-from peftfx.bases.processors.readers import ENCODE, ENCODED, takes_encoded
+from peftfx.bases.processors.readers import ENCODE, ENCODED_IMAGES, takes_encoded
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, prompt_types
 from peftfx.graph.batching.run import run_for_several
 from peftfx.graph.contexts import unchanged
@@ -164,7 +164,7 @@ class ForwardWithImages:
                     setattr(base.base_model, ENCODE, lambda *_, **__: output)  # type: ignore[arg-type]
                     return {"logits": base(**given).logits}
             given = {name: value for name, value in given.items() if name not in own}
-            given[ENCODED] = {"image": output}
+            given[ENCODED_IMAGES] = {"image": output}
         return {"logits": base(**given).logits}
 
     def _encoded(self, base: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
