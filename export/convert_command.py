@@ -87,15 +87,21 @@ def convert_directory(
     made = adapted.adapter(name)
     if file is None or to != PEFT:
         _refuse_other_methods(made)
-    if to == PEFT:
-        adapted.save_pretrained(target, name)
-    else:
+
+    def write(target: Path) -> None:
+        if to == PEFT:
+            adapted.save_pretrained(target, name)
+            return
         tensors = {key: t.cpu() for key, t in as_single_file(made, to, prefix).items()}
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    if change is not None:
-        kept = change.kept_by(_read_back(adapted, Path(base), target, to), kept)
+
+    if change is not None:  # files that do not hold what they should are not left behind
+        with tempfile.TemporaryDirectory() as directory:
+            write(tried := Path(directory, target.name))
+            kept = change.kept_by(_read_back(adapted, Path(base), tried, to), kept)
+    write(target)
     cut = "" if kept > 1 - _ROUNDING else f"; it keeps {100 * kept:.2f}% of the energy"
     kind = type(made.rules[0]).__name__
     return f"{target}: a {kind} of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"

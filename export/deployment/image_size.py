@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.pictures import told_size
@@ -17,8 +17,8 @@ from peftfx.export.deployment.parts import generates, refuse_fixed
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import AUTO, DECODE
+from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.sizes import IMAGES, SIDES, with_free_sizes
-from peftfx.views.view import name_axes
 
 _INTERPOLATES = "interpolate_pos_encoding"  #: transformers' name of the argument for images of another size
 
@@ -74,8 +74,7 @@ def capture_free(adapted: AdaptedModel, example: Mapping[str, object]) -> None:
     Raises:
         PeftfxError: the model's code cannot be captured so, or fixes a size.
     """
-    tensors = {name: value for name, value in example.items() if isinstance(value, Tensor)}
-    axes = with_free_sizes(name_axes(tensors))
+    axes = with_free_sizes(axes_of_forward(adapted.base, example))
     adapted.graphs.base = adapted.source
     graph = adapted.graphs.capture_with(example, axes, adapted.entry())
     refuse_fixed(graph, axes, frozenset(SIDES), "choose one size, as in --image-size 384x384")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from peftfx.bases.processors.readers import reads_images
 from peftfx.contract.sequence import size_of
@@ -28,6 +29,7 @@ from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, n
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes import Sizes
 from peftfx.formats import BATCHED, with_version
+from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
@@ -100,7 +102,7 @@ class Batched(Deployment):
         if not cases:
             what = "the model's own code takes no call under each of the adapters, of any size that was tried"
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
-        cases = with_ids(cases, len(self.adapters))
+        cases = with_ids(part.graph, cases, len(self.adapters))
         told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
         for name in self.adapters:
             with adapted.named.acting_as((name,)):
@@ -182,7 +184,7 @@ def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
         part: the graph that is compared with the reference.
         alone: the model with only one adapter, for each adapter; and last the model without adapters.
     """
-    together = reference_of(Evaluate()(part.graph).graph)
+    together, along = reference_of(Evaluate()(part.graph).graph), _rows_in_outputs(part.graph)
 
     def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
         ids, view = feed[IDS], part.view
@@ -192,10 +194,24 @@ def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
             for name, value in alone[number](rest).items():
                 own = found[name][tuple(slice(size) for size in value.shape)]
-                own[ids == number] = value[ids == number]
+                rows = (*(slice(None) for _ in range(along.get(name, 0))), ids == number)
+                own[rows] = value[rows]
         return found
 
     return run
+
+
+def _rows_in_outputs(graph: Graph) -> dict[str, int]:
+    """Return the axis along the rows of the batch, by the names of outputs that have it behind another axis.
+
+    Such are the products of all images with all texts.
+    """
+    placeholders = [node for node in graph.nodes() if node.op == "placeholder"]
+    numbered = next(i for i, spec in enumerate(graph.inputs) if spec.name == IDS)
+    rows = str(placeholders[numbered].meta["val"].shape[0])
+    values = pytree.tree_leaves(graph.module.graph.output_node().args[0])
+    sizes = {name: [*map(str, value.meta["val"].shape)] for name, value in zip(graph.outputs, values, strict=True)}
+    return {name: own.index(rows) for name, own in sizes.items() if rows in own[1:] and own[0] != rows}
 
 
 def _alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], example: Inputs) -> Reference:
@@ -215,10 +231,12 @@ def _alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], examp
     return run
 
 
-def with_ids(cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Add adapter numbers to calls: the rows take the adapters, and none, in turn."""
+def with_ids(graph: Graph, cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """Add adapter numbers to calls of a graph: the rows take the adapters, and none, in turn."""
+    (axis,) = next(spec.shape for spec in graph.inputs if spec.name == IDS)
+    known = next(spec.name for spec in graph.inputs if spec.shape[:1] == (axis,) and spec.name != IDS)
     made = []
     for first, case in enumerate(cases):
-        rows = next(iter(case.values())).shape[0]
+        rows = case[known].shape[0]
         made.append({**case, IDS: (torch.arange(first, first + rows) % (count + 1)) - 1})
     return made

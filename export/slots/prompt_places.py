@@ -19,9 +19,10 @@ from peftfx.sites.site import SequenceSite
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
 from peftfx.views.entry import VirtualTokens, forward
+from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.prefix import Prefix
 from peftfx.views.prompt_inputs import Place, through
-from peftfx.views.view import name_axes, without_cache
+from peftfx.views.view import without_cache
 
 EXAMPLE = 3  #: the number of virtual tokens in an example
 
@@ -58,8 +59,7 @@ def _takes(place: Place, inputs: Mapping[str, object]) -> bool:
 
 def capture_forward(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> Graph:
     """Capture the graph of a forward with these places as inputs."""
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    axes = {**name_axes(tensors), **{place.what: (place.what, None) for place in places}}
+    axes = {**axes_of_forward(base, inputs), **{place.what: (place.what, None) for place in places}}
     holes = {place.what: place.entry.hole(base) for place in places}
     return capture(base, {**inputs, **holes}, axes=axes, call=through(places, forward))
 

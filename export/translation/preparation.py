@@ -12,6 +12,7 @@ from peftfx.export.translation.between_casts import is_narrow, put_between_casts
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers
+from peftfx.export.translation.operators.composed import compose
 from peftfx.export.translation.pooled import pool_any_size
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
@@ -71,7 +72,7 @@ def prepare(graph: Graph) -> Graph:
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(rewriter, node)
-        elif enlarge_as_torch(rewriter, node) or pool_any_size(rewriter, node):
+        elif enlarge_as_torch(rewriter, node) or pool_any_size(rewriter, node) or compose(rewriter, node):
             continue
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)

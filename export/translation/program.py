@@ -15,9 +15,9 @@ from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.operators.exact_functions import EXACT
+from peftfx.export.translation.operators.lacking import LACKING
 from peftfx.export.translation.operators.recurrences import RECURRENCES
 from peftfx.export.translation.operators.resizing import RESIZING
-from peftfx.export.translation.operators.sizes import SIZES
 from peftfx.export.translation.operators.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
 from peftfx.graph.lazy_weights import identity
@@ -60,7 +60,7 @@ def _sorted_sum(text: str) -> str:
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
-    table = {**_translations(), **EXACT, **RECURRENCES, **RESIZING, **SIZES}
+    table = {**_translations(), **EXACT, **RECURRENCES, **RESIZING, **LACKING}
     with collected_once():
         result = torch.onnx.export(
             program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
@@ -104,8 +106,26 @@ def _translate(graph: Graph, opset: int | None, engine: str, optimize: str) -> t
         raise
     except Exception as error:
         raise_if_memory_is_out(error)
-        what = f"no translation to ONNX: {first_line(error.__cause__ or error)}"
-        raise PeftfxError(what, type(graph.base).__name__, "see `__cause__` for the exporter's own report") from error
+        raise _untranslated(graph, first_line(error.__cause__ or error)) from error
+
+
+def _untranslated(graph: Graph, said: str) -> PeftfxError:
+    """Return the error for a graph that the exporter cannot translate. It names the operator and the module, if known.
+
+    Args:
+        graph: the graph.
+        said: what the exporter says.
+    """
+    base = type(graph.base).__name__
+    operator = re.search(r"target=torch\.ops\.\w+\.(\w+)\.", said)
+    if operator is None:
+        return PeftfxError(f"no translation to ONNX: {said}", base, "see `__cause__` for the exporter's own report")
+    name = operator[1].strip("_")
+    called = ((n, str(n.target).partition(".")[2].partition(".")[0]) for n in graph.nodes() if n.op == "call_function")
+    # The exporter may have split the operator up: linalg_inv is linalg_inv_ex there.
+    node = next((n for n, own in called if own and name.startswith(own.strip("_"))), None)
+    what = f"torch's {name} has no translation to ONNX"
+    return PeftfxError(what, (node and module_path(node)) or base, "compute it by other operators in the model's code")
 
 
 def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: _Weights) -> None:
@@ -172,11 +192,16 @@ def _reader(graph: Graph, weights: _Weights) -> _Weights:
     return read
 
 
+def _size(dimension: ir.SymbolicDim, translation: Translation) -> str | None:
+    """Return the name of a size, or None if it is not known: sizes of one name would be taken for equal."""
+    return None if dimension.value is None else translation.size(dimension.value)
+
+
 def _name_interface(model: ir.Model, graph: Graph, translation: Translation) -> None:
     """Put the graph's names on inputs, outputs and sizes. Each name gets an output of its own."""
     for value in every_value(model.graph):
         if value.shape is not None:
-            value.shape = ir.Shape([d if isinstance(d, int) else translation.size(str(d.value)) for d in value.shape])
+            value.shape = ir.Shape([d if isinstance(d, int) else _size(d, translation) for d in value.shape])
     for value, spec in zip(model.graph.inputs, graph.inputs, strict=True):
         value.name = spec.name
         value.shape = ir.Shape(list(spec.shape))

@@ -99,11 +99,14 @@ def _fixed_sides(trial: Trial, *, allow_fixed: bool = False) -> tuple[Decision, 
     """
     found = []
     for decision in trial.graph.decisions:
-        answers = [trial.answer(case) for case in _others(trial, decision)]
+        answers = [trial.answer(case) for case in _others(trial, decision, _TRIED)]
         if BRANCHES in answers and not allow_fixed:
             hint = "export with inputs=... of the calls you will serve and --allow-fixed (allow_fixed=True)"
             what = f"the model's code branches on a value: this export would be right only where {decision}"
             raise PeftfxError(what, decision.where, hint)
+        if not answers and trial.longest:  # what only the longest text decides is told, and not refused
+            longest = {"batch": 1, "sequence": trial.longest - trial.usual.get("past", 0)}
+            answers = [trial.answer(case) for case in _others(trial, decision, [longest])]
         if not answers or BRANCHES in answers:
             found.append(decision)
     return tuple(found)
@@ -141,9 +144,9 @@ def _resized(case: Mapping[str, Tensor], axes: Sequence[tuple[str, int]], size: 
     return made
 
 
-def _others(trial: Trial, decision: Decision) -> Iterator[dict[str, Tensor]]:
-    """Yield calls that take the other side of a branch."""
-    for sizes in _TRIED:
+def _others(trial: Trial, decision: Decision, tried: Sequence[Sized]) -> Iterator[dict[str, Tensor]]:
+    """Yield calls of these sizes that take the other side of a branch."""
+    for sizes in tried:
         whole = trial.whole({axis: size for axis, size in sizes.items() if axis in trial.graph.sizes})
         if not trial.affords(whole):
             continue

@@ -96,9 +96,10 @@ class _Rows:
         """Return the number of the entry for each row; see `peftfx.views.row_adapters.entries`."""
         inputs = [n for n in self.graph.nodes() if n.op == "placeholder"]
         known = next((i for i, spec in enumerate(self.graph.inputs) if spec.name == IDS), None)
-        numbers = self._numbers(inputs[0].meta["val"])
+        along = next((i for i, spec in enumerate(self.graph.inputs) if spec.shape[:1] == ("batch",)), 0)
+        numbers = self._numbers(inputs[along].meta["val"])
         if known is None:
-            self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, self.graph.inputs[0].shape[:1]))
+            self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, self.graph.inputs[along].shape[:1]))
             ids = self.rewriter.placeholder(IDS, numbers, inputs[-1])
         else:
             ids = inputs[known]
@@ -146,6 +147,11 @@ class _Rows:
         """Refuse a value whose first axis is not the batch."""
         if not self.apart(value):
             what = "this layer reads the tokens of all rows as one: it cannot tell whose they are"
+            axis = str(value.meta["val"].shape[0])
+            nodes = (node for node in self.graph.nodes() if node.op == "placeholder")
+            for spec, node in zip(self.graph.inputs, nodes, strict=False):
+                if node is not self.index and str(node.meta["val"].shape[0]) == axis:
+                    what = f"this layer has a row for each of {spec.shape[0]}, and adapters are chosen for batch"
             raise PeftfxError(what, where, "leave it out of the adapters")
 
     def norm(self, name: str) -> None:

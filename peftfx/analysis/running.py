@@ -40,6 +40,10 @@ _PLAIN = frozenset(
     }
 )
 _COMPILED = "torch.compile keeps the layer that HF PEFT replaces: its adapter does nothing until it is merged"
+_HELD = (
+    "the model also holds it outside its tree of modules (in a list, for example), where HF PEFT replaces nothing: "
+    "if its code runs it from there, HF PEFT's adapter does nothing until it is merged"
+)
 #: Not of a method for which HF PEFT has a special layer around the attention: see `Method.wraps_attention`.
 READ_BY_ATTENTION = "torch's attention reads its weight past HF PEFT's layer, until it is merged"
 _FUSED = "in eval mode torch's encoder layer reads its weights past HF PEFT's layer, until it is merged"
@@ -136,11 +140,13 @@ def passed_by(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
     """Return, for each site where HF PEFT's layer acts differently from an adapter of the operation, the reason."""
     modules = dict(own_modules(graph.base, remove_duplicate=False))
     nodes = {node.name: node for node in graph.nodes()}
+    held = {id(module) for holder in modules.values() for module in _held(holder)}
     found = {}
     for site in sites:
         module = modules.get(site.path)
         if site.kind in WEIGHT_KINDS and module is not None:
-            found[site.path] = _why(site, module, [modules[p] for p in _above(site.path)], nodes)
+            above = [modules[p] for p in _above(site.path)]
+            found[site.path] = _why(site, module, above, nodes) or (_HELD if id(module) in held else "")
     return {path: why for path, why in found.items() if why}
 
 
@@ -166,6 +172,14 @@ def refuse_other_readers(merged: Graph, sites: Iterable[Site], tied: Collection[
             what = f"the model's code also reads this weight in another way ({how}), and would read the merged one"
             hint = "export it, which changes the layer alone; or leave it unmerged, or out of the rule"
             raise PeftfxError(what, site.path, hint)
+
+
+def _held(holder: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that a module has as attributes, or in lists and tables, but not as its own modules."""
+    for name, value in vars(holder).items():
+        if name != "_modules":
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            yield from (item for item in items if isinstance(item, nn.Module))
 
 
 def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str, fx.Node]) -> str:

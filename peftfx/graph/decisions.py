@@ -19,6 +19,7 @@ class Decision:
         inputs: the names of these inputs, in the program's order.
         answer: the boolean's value on the side that was taken.
         where: the line of code that asked, such as `file.py:12`.
+        text: what that line says, quoted, in brackets.
         told: the boolean in words, if no line of code asks.
     """
 
@@ -26,6 +27,7 @@ class Decision:
     inputs: tuple[str, ...]
     answer: bool
     where: str
+    text: str = ""
     told: str = ""
 
     def of(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -48,7 +50,7 @@ class Decision:
         if self.told:
             return self.told
         asked = " and ".join(self.inputs)
-        return f"the branch at {self.where} on {asked} goes as in the example ({self.answer})"
+        return f"the branch at {self.where}{self.text} on {asked} goes as in the example ({self.answer})"
 
 
 def has_values(tensor: Tensor) -> bool:

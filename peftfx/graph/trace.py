@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
-from torch.utils._sympy.functions import Max, Min
+from torch.utils._sympy.functions import Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from peftfx.errors import PeftfxError
@@ -48,7 +48,7 @@ def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
 
 
 def splits(asked: Sequence[ShapeGuard], axes: Mapping[str, str] | None = None) -> sympy.Basic | None:
-    """Return the first equality, or inequality of the kind `!=`, that some large sizes do not meet, or None.
+    """Return the first statement with `==`, `!=` or the rest of a division that some large sizes do not meet, or None.
 
     One that only small sizes do not meet is no branch that matters: torch saves an operation at a size of 1. Others
     (`<`) pick a kernel, or say what the model's code takes, as in `_binds`. An export is verified at small sizes.
@@ -58,8 +58,8 @@ def splits(asked: Sequence[ShapeGuard], axes: Mapping[str, str] | None = None) -
         axes: the names of the sizes' axes, by symbol. Sizes of one name are equal.
     """
     names = axes or {}
-    equalities = (guard.expr for guard in asked if isinstance(guard.expr, sympy.Eq | sympy.Ne))
-    return next((expr for expr in equalities if not all(map(expr.xreplace, _tried(expr, names)))), None)
+    stated = (g.expr for g in asked if isinstance(g.expr, sympy.Eq | sympy.Ne) or g.expr.has(Mod, PythonMod))
+    return next((expr for expr in stated if not all(map(expr.xreplace, _tried(expr, names)))), None)
 
 
 def _tried(expr: sympy.Basic, axes: Mapping[str, str]) -> Iterator[dict[sympy.Basic, sympy.Integer]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftfx.adapters.adapter import UNKNOWN
+from peftfx.adapters.adapter import UNKNOWN, Adapter
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.by_name import AdaptersByName
@@ -28,7 +28,8 @@ class AdapterSums(AdaptersByName):
         """Add a weighted sum of adapters as a new adapter, and make it the active one. As in HF PEFT.
 
         Args:
-            adapters, weights: names of adapters of one method, and a factor for each; factors may be negative.
+            adapters, weights: names of adapters of one method, and a factor for each; factors may be negative. A name
+                may come twice.
             adapter_name: the name of the new adapter.
             combination_type: for LoRA, `cat` sums the effects exactly, and the sum's rank is the sum of the ranks.
                 `svd` sums the effects and cuts the sum to a rank. `linear` sums the A and the B, each times the root of
@@ -46,7 +47,9 @@ class AdapterSums(AdaptersByName):
 
         self.named.refuse(adapter_name)
         self.named.apart("an adapter is added")
-        named = {name: self.adapter(name) for name in adapters}
+        named = dict[str, Adapter]()
+        for i, name in enumerate(adapters):  # an adapter may count more than once
+            named[f"{name} ({i})" if name in named else name] = self.adapter(name)
         with fake_mode_of(self.base):
             how = Combination(
                 combination_type=combination_type,

@@ -40,8 +40,9 @@ from peftfx.views.capturing.longer import with_longer
 from peftfx.views.capturing.program_graph import as_graph
 from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.entry import Entry, EntryCall, forward
+from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.sizes import free_images
-from peftfx.views.view import Axes, keep_ones, name_axes, without_cache
+from peftfx.views.view import Axes, keep_ones, without_cache
 
 
 def capture(
@@ -60,7 +61,7 @@ def capture(
         inputs: keyword arguments of the model's forward. Tensors, nested or not, become inputs of the graph; everything
             else is a constant of this view. Only the dtypes and sizes of the tensors matter. By default examples are
             made from a transformers model's config.
-        axes: a name for each axis of each tensor; by default from `peftfx.views.view.name_axes`. Axes of one name have
+        axes: a name for each axis of each tensor; by default from `peftfx.views.forward_axes`. Axes of one name have
             one size. A named axis is free, even if its size is 1, unless the model's own code fixes it. An axis named
             `None` keeps its size. All axes of a tensor that is not listed are free.
         call: a function that runs the model with `inputs`; by default the model's forward.
@@ -83,7 +84,7 @@ def capture(
     leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     if axes is None:
-        axes = name_axes(tensors)
+        axes = axes_of_forward(model, inputs)
         freed = free_images(axes, model, inputs)
         if freed is not axes:
             with suppress(PeftfxError):  # then the model's code takes no free size, and the example's is kept

@@ -66,7 +66,7 @@ def _batched_experts(base: nn.Module) -> Iterator[None]:
             part.set_experts_implementation(chosen)
 
 
-def _unset(expr: sympy.Basic, where: str) -> sympy.Basic | None:
+def _unset(expr: sympy.Basic, where: str, text: str) -> sympy.Basic | None:
     """Take a boolean that is not known for false: what a cache keeps of a token is the same on both sides."""
     symbols = list(expr.free_symbols)
     return expr.xreplace({symbols[0]: sympy.Integer(0)}) if expr == sympy.Eq(symbols[0], 1) else None

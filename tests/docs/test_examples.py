@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,10 +22,13 @@ LAUNCHED = {  #: in two processes
     "accelerate_launch": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"],
 }
 SLOW = NEEDS.keys() | LAUNCHED.keys()
+FIRST = ("custom_module", "peft_to_onnx", "train_and_export")  #: what every run runs
 
 
-def _cases() -> list[object]:
-    return [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in SLOW else []) for p in EXAMPLES]
+def _cases() -> Iterator[object]:
+    for path in EXAMPLES:
+        marks = [pytest.mark.slow] if path.stem in SLOW else [] if path.stem in FIRST else [pytest.mark.further]
+        yield pytest.param(path, id=path.stem, marks=marks)
 
 
 @pytest.mark.parametrize("example", _cases())

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.further
+
 PACKAGE = Path(__file__).parents[2] / "examples" / "row_scale"
 BROKEN = 'gone = "peftfx_gone:Gone"\nclash = "peftfx.methods.lora:LoRA"\n'
 

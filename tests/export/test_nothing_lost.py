@@ -80,6 +80,7 @@ def names(directory: Path) -> list[str]:
     return sorted(p.name for p in directory.iterdir())
 
 
+@pytest.mark.further
 class TestKilled:
     """SIGKILL: nothing of the program runs any more."""
 

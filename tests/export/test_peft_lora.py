@@ -20,6 +20,8 @@ from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.sites.sites import Sites
 
+pytestmark = pytest.mark.further
+
 #: Their layers are of kinds that others here have: convolutions and attentions of vision, a gated text model.
 COSTLY = {"unet", "gemma2", "glm", "deberta", "whisper", "blip2", "segformer", "mpt", "convnext"}
 

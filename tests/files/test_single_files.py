@@ -28,6 +28,8 @@ from peftfx.export.convert_command import convert_directory
 from peftfx.rules.peft_files import WEIGHTS
 from peftfx.testing.models import Causal
 
+pytestmark = pytest.mark.further
+
 #: Paths of a small U-Net, and the names that kohya's trainer gives them in SDXL.
 PUBLISHED = {
     "down_blocks.0.resnets.0.conv1": "input_blocks_1_0_in_layers_2",

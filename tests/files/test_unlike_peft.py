@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.errors import PeftfxWarning
 
+pytestmark = pytest.mark.further
+
 X = torch.randn(2, 8, 12, 10)
 REASONS = {
     "grouped": ("grouped conv", {"use_dora": True}),

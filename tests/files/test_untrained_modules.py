@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx import PeftfxError, runtime
 
+pytestmark = pytest.mark.further
+
 IDS = torch.tensor([[5, 9, 11, 4, 7], [8, 3, 2, 6, 1]])
 ENCODED = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
 CONFIGS = {

@@ -23,6 +23,8 @@ import peftfx as compiler
 from peftfx import PeftfxError, runtime
 from peftfx.export.command import export_directory
 
+pytestmark = pytest.mark.further
+
 Run = Callable[..., Result]
 IMAGE, SIZE, TILES, NEW = "<|image|>", 32, 4, 6
 SHAPES = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1)]  #: of up to four tiles

@@ -71,6 +71,7 @@ def test_texts_and_images_of_other_numbers(kind: str, tmp_path: Path) -> None:
         assert not got[0].isnan().any()
 
 
+@pytest.mark.further
 def test_other_values_of_an_images_sizes_are_told_and_refused(tmp_path: Path) -> None:
     model = adapted("qwen2_vl")
     report = model.export(tmp_path / "out", view="forward")
@@ -101,6 +102,7 @@ def test_inputs_and_a_size_are_not_both_taken(tmp_path: Path) -> None:
         peftfx.export_onnx(model, tmp_path / "out", view="forward", image_size=(48, 64), inputs=model.example)
 
 
+@pytest.mark.further
 def test_positions_are_an_input_where_types_do_not_tell_them(tmp_path: Path) -> None:
     model = adapted("hunyuan_vl")
     model.export(tmp_path / "out", view="forward")
@@ -126,6 +128,7 @@ def test_positions_are_found_where_they_follow_from_types(kind: str, found: bool
         assert torch.equal(positions.of(two[MODALITIES], two["attention_mask"])[:, shown], want[:, shown])
 
 
+@pytest.mark.further
 def test_images_that_depend_on_each_other_are_not_encoded_apart(tmp_path: Path) -> None:
     model = peftfx.transform(build(TASK, "molmo2"), peftfx.LoRA(r=2, target="all-linear"))
     with pytest.raises(PeftfxError):

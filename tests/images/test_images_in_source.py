@@ -23,6 +23,8 @@ from peftfx import PeftfxError, runtime
 from peftfx.errors import PeftfxWarning
 from peftfx.export.command import export_directory
 
+pytestmark = pytest.mark.further
+
 Run = Callable[..., Result]
 IMAGE, SIZE, PIECES = "<image>", 32, 17
 OPTIONS = {"max_new_tokens": 7, "min_new_tokens": 5, "do_sample": False}

@@ -16,6 +16,8 @@ from peftfx import PeftfxError, export_onnx, runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxWarning
 
+pytestmark = pytest.mark.further
+
 TASK = "image-text-to-text"
 
 

@@ -24,6 +24,8 @@ from peftfx import PeftfxError, runtime
 from peftfx.bases.processors.writers import writer_of
 from peftfx.export.command import export_directory
 
+pytestmark = pytest.mark.further
+
 Run = Callable[..., Result]
 SIZE, PIECES, IMAGE, NEW = 32, 4, 59, 6
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3}

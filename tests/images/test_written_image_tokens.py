@@ -16,6 +16,8 @@ from peftfx import PeftfxError, runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.pictures import pictures_of
 
+pytestmark = pytest.mark.further
+
 NEW = 6
 PICTURE = (64, 64)
 #: a class with a `generate` of its own, a plain one, one with features for deeper layers, one with masks by types

@@ -15,6 +15,8 @@ from torch import Tensor
 import peftfx
 from peftfx.export import OnnxModel
 
+pytestmark = pytest.mark.further
+
 FUSED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "word_embeddings"]
 ROWS = {True: {"query": 32, "key": 16, "value": 16}, False: {"query": 32, "key": 32, "value": 32}}
 

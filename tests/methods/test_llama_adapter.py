@@ -25,6 +25,8 @@ from peftfx.export.command import export_directory
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes import Remove
 
+pytestmark = pytest.mark.further
+
 COUNT = 4  #: tokens of a prompt
 PEFT_HAS = ("llama", "mistral", "gpt2")
 

@@ -60,6 +60,19 @@ def test_a_combination_is_that_of_hf_peft(
         assert_close(ours(**inputs), theirs.eval()(**inputs), 1e-5, kind)
 
 
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_an_adapter_may_come_twice(kind: str, saved: tuple[peft.PeftModel, Path]) -> None:
+    theirs, names, weights = copy.deepcopy(saved[0]), ["one", "two", "one"], [0.7, 0.5, 0.2]
+    ours = peftfx.load(SPEC.build(), saved[1] / "one", "one", inputs=SPEC.inputs(2, 3))
+    ours.load_adapter(saved[1] / "two", "two")
+    theirs.base_model.add_weighted_adapter(names, weights, "sum", combination_type=kind)
+    ours.add_weighted_adapter(names, weights, "sum", kind)
+    theirs.set_adapter("sum")
+    inputs = SPEC.inputs(3, 5, 1)
+    with torch.no_grad():
+        assert_close(ours(**inputs), theirs.eval()(**inputs), 1e-5, kind)
+
+
 def test_what_says_nothing_is_refused(saved: tuple[peft.PeftModel, Path]) -> None:
     ours = peftfx.load(SPEC.build(), saved[1] / "one", "one", inputs=SPEC.inputs(2, 3))
     with pytest.raises(PeftfxError, match="and density"):

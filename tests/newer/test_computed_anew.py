@@ -12,6 +12,8 @@ import peftfx
 from peftfx import PeftfxError
 from peftfx.generation.anew import OwnPreparation, computed_anew_beyond
 
+pytestmark = pytest.mark.further
+
 SHORT = 12  #: tokens
 
 

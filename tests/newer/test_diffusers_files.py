@@ -21,6 +21,8 @@ from peftfx.errors import PeftfxError
 from peftfx.export.convert_command import convert_directory
 from peftfx.testing.models import Causal
 
+pytestmark = pytest.mark.further
+
 FILE = "pytorch_lora_weights.safetensors"
 CONFIGS = {
     "alpha": {"lora_alpha": 8},

@@ -151,3 +151,23 @@ def test_a_lora_that_lacks_a_module_is_an_error() -> None:
     change = CheckpointDifference(base, tuned, ours.sites.weights)
     with pytest.raises(PeftfxError, match="read back, the LoRA lacks 100% of the energy of what differs, and not 0%"):
         change.kept_by(ours.adapter("default"), 1.0)
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya"])
+def test_files_that_fail_their_check_are_not_left(to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = build("llama"), build("llama")
+    stir((p for n, p in tuned.named_parameters() if "q_proj" in n), 0.1, 2)
+    folders = saved(base, tmp_path / "base"), saved(tuned, tmp_path / "tuned")
+
+    def fails(*_: object) -> float:
+        raise PeftfxError("read back, the LoRA lacks something", "", "report this")
+
+    monkeypatch.setattr(CheckpointDifference, "kept_by", fails)
+    target = tmp_path / "lora"
+    for before in (False, True):
+        if before:
+            target.mkdir() if to == "peft" else target.write_text("the user's")
+        with pytest.raises(PeftfxError, match="lacks something"):
+            convert_directory(folders[0], target, tuned=folders[1], rank=2, to=to, force=before)
+        assert target.exists() == before
+    assert [*target.iterdir()] == [] if to == "peft" else target.read_text() == "the user's"

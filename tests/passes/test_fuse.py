@@ -21,6 +21,8 @@ from peftfx.model.api import bare
 from peftfx.passes import Cleanup, Fuse
 from peftfx.passes.optimization.fuse import FUSED
 
+pytestmark = pytest.mark.further
+
 #: In two layers: attentions, rotary embeddings of queries and keys, and two norms a layer and a last one; those of
 #: Qwen3 are also on queries and keys, and GPT-2, OPT and Phi have layer norms. GLM turns neighbours, not halves.
 EXPECTED = {

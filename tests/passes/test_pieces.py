@@ -18,6 +18,8 @@ import peftfx
 from peftfx import PeftfxError
 from peftfx.model.adapted import AdaptedModel
 
+pytestmark = pytest.mark.further
+
 RULE = peftfx.LoRA(target="all-linear", lora_dropout=0.1)
 SIZE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 FEW = ("bert", "t5", "deberta", "gpt2", "vit", "whisper", "opt", "gemma2", "clip", "unet", "swin", "blip2")

@@ -23,6 +23,8 @@ from peftfx.export.command import export_directory
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.ggml import LAYOUTS, blocks
 
+pytestmark = pytest.mark.further
+
 IDS = torch.tensor([[1, 5, 9, 30, 4], [1, 7, 7, 12, 3]])
 
 

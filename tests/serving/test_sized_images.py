@@ -22,6 +22,8 @@ from peftfx import PeftfxError, runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.pictures import pictures_of
 
+pytestmark = pytest.mark.further
+
 Run = Callable[..., Result]
 TASK = "image-text-to-text"
 WORDS = {"<|image_pad|>": 98, "<|video_pad|>": 97, "<unk>": 0, "<pad>": 1, "<eos>": 3}

@@ -24,6 +24,8 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.token_types import reads_types
 from peftfx.export.command import export_directory
 
+pytestmark = pytest.mark.further
+
 Run = Callable[..., Result]
 IMAGE, SIZE, PIECES = "<image>", 32, 4
 WORDS = ["<unk>", "<pad>", "<eos>", IMAGE, "<boi>", "<eoi>", "<bos>"]

@@ -16,6 +16,8 @@ import peftfx
 from peftfx import PeftfxError, export_onnx, runtime
 from peftfx.graph.slots import SLOT_OWN, Manifest
 
+pytestmark = pytest.mark.further
+
 #: A model, its head, and the slots that its graph has.
 CASES = {
     "vit": ("vit", "classifier", "all-linear"),

@@ -19,6 +19,8 @@ from peftfx import PeftfxError, export_onnx, runtime
 from peftfx.serving.call_rows import CallRows
 from peftfx.views.row_adapters import IDS
 
+pytestmark = pytest.mark.further
+
 _ENDS = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 4}
 _SIZES = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "init_std": 0.5}
 _ENCODER = {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 8}

@@ -39,6 +39,8 @@ from peftfx.passes import Evaluate, Merge
 from peftfx.serving.adapter_file import read_adapter_file
 from peftfx.views.encoder_decoder import Decoder, Encoder
 
+pytestmark = pytest.mark.further
+
 Run = Callable[..., Result]
 PROMPTED = {
     "prompt_tuning": PromptTuning(num_virtual_tokens=5),

@@ -19,6 +19,8 @@ import peftfx
 from peftfx import PeftfxError
 from peftfx.errors import PeftfxWarning
 
+pytestmark = pytest.mark.further
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 CONFIGS = {
     "LoRA": peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, alpha_pattern={"v_proj": 9}),

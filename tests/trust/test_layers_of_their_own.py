@@ -191,6 +191,29 @@ def test_a_layer_that_hf_peft_would_pass_by_is_told(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(x=x), theirs.merge_and_unload()(x))
 
 
+class Held(Model):
+    """Code that runs layers from a plain list (as in MaskFormer), a table, or another attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(lambda: nn.Linear(SIZE, SIZE))
+        self.__dict__["held"] = {"list": [self.layer], "table": {"one": self.layer}, "itself": self.layer}[how]
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = next(iter(self.held.values()) if isinstance(self.held, dict) else iter([self.held]))
+        return self.after(torch.relu((held[0] if isinstance(held, list) else held)(x)))
+
+
+@pytest.mark.parametrize("how", ["list", "table", "itself"])
+def test_a_layer_that_runs_from_elsewhere_than_its_place_is_told(how: str, tmp_path: Path) -> None:
+    """`peft` replaces it in its place alone, until it is merged."""
+    base, x = Held(how).eval(), torch.randn(3, SIZE)
+    with pytest.warns(UserWarning, match=r"HF PEFT may give other outputs at layer: .* outside its tree of modules"):
+        theirs, ours = both(base, peft.LoraConfig(r=2, target_modules=["layer"]), tmp_path)
+    torch.testing.assert_close(theirs(x), base(x))
+    theirs.base_model.model.layer.merge()  # changes the weight of the base's own layer
+    torch.testing.assert_close(ours(x=x), theirs(x))
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_hook_that_changes_what_a_layer_gets_or_gives_is_told(before: bool, tmp_path: Path) -> None:
     base, rule = Model(lambda: nn.Linear(SIZE, SIZE)).eval(), peftfx.LoRA(r=2, target_modules=["before", "layer"])

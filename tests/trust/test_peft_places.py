@@ -21,6 +21,8 @@ import peftfx
 from peftfx import LoRA, PeftfxError, TrainableTokens
 from peftfx.model.api import bare
 
+pytestmark = pytest.mark.further
+
 SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 OPT = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}

@@ -14,6 +14,8 @@ from peftfx import PeftfxError, runtime
 from peftfx.export.command import export_directory
 from peftfx.graph.graph import Graph
 
+pytestmark = pytest.mark.further
+
 LIMIT = 60000.0
 FINITE = torch.tensor([[1.0, 100.0], [65000.0, -3.0]], dtype=torch.float16)
 INFINITE = torch.tensor([[1.0, 100.0], [65000.0, float("inf")]], dtype=torch.float16)

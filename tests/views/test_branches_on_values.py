@@ -77,7 +77,7 @@ def test_each_side_that_differs_gets_a_graph() -> None:
         model = Doubling().eval()
         graph = peftfx.capture(model, {"input_ids": example})
         torch.testing.assert_close(graph(input_ids=example), model(example))
-        with pytest.raises(peftfx.PeftfxError, match=r"branch at \w+\.py:\d+ on input_ids goes as in"):
+        with pytest.raises(peftfx.PeftfxError, match=r"branch at \w+\.py:\d+ \(`return .*`\) on input_ids goes as in"):
             graph(input_ids=other)
         adapted = lora(model, example)
         outputs = {ids: adapted(input_ids=ids) for ids in (example, other)}
@@ -108,6 +108,26 @@ def test_an_export_of_one_side_is_refused_or_refuses_the_other_itself(tmp_path: 
     torch.testing.assert_close(served(input_ids=PADDED)["output"], adapted(input_ids=PADDED), atol=1e-5, rtol=1e-5)
     with pytest.raises(peftfx.PeftfxError, match=r"out of data bounds[\s\S]*is right where: the branch at \w+\.py:\d+"):
         served(input_ids=PLAIN)
+
+
+@pytest.mark.parametrize("view", ["forward", "decode"])
+def test_texts_are_served_to_the_last_token_that_decides_nothing(view: str, tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = hf.LlamaConfig(**sizes, vocab_size=32, max_position_embeddings=12, rope_parameters=rope)
+    model = hf.LlamaForCausalLM(config).eval()
+    (said,) = peftfx.export_onnx(model, tmp_path / "out", view=view).sizes
+    assert "(`if seq_len > max_seq_len_cached:  # growth`)" in said
+    longest, longer = torch.randint(3, 32, (2, 12)), torch.randint(3, 32, (1, 13))
+    if view == "forward":
+        served = OnnxModel(tmp_path / "out")
+        mask = torch.ones_like(longest)
+        torch.testing.assert_close(served(input_ids=longest, attention_mask=mask)["logits"], model(longest).logits)
+        with pytest.raises(peftfx.PeftfxError, match=r"is right where: .*seq_len > max_seq_len_cached"):
+            served(input_ids=longer, attention_mask=torch.ones_like(longer))
+    else:
+        generated = peftfx.runtime.load(tmp_path / "out").generate(longest[:, :5], max_new_tokens=7, do_sample=False)
+        assert torch.equal(generated, model.generate(longest[:, :5], max_new_tokens=7, do_sample=False))
 
 
 class Writing(nn.Module):

@@ -20,6 +20,8 @@ from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
 from peftfx.formats import SIZES_KEY
 
+pytestmark = pytest.mark.further
+
 
 def lora_of(base: torch.nn.Module) -> peftfx.AdaptedModel:
     adapted = peftfx.transform(base.eval(), peftfx.LoRA(r=2, target="all-linear"))

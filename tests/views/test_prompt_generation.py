@@ -22,6 +22,8 @@ from peftfx import PeftfxError, runtime
 from peftfx.caches.cache import cache_of
 from peftfx.model.adapted import AdaptedModel
 
+pytestmark = pytest.mark.further
+
 FEW = [("gpt2", "prompt"), ("llama", "prefix")]
 MORE = (
     "gpt2",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.export import OnnxModel, export_onnx
 
+pytestmark = pytest.mark.further
+
 AXES = {"x": ("batch", "sequence", None)}
 WINDOW, HEADS = 4, 2
 

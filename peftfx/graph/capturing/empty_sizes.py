@@ -19,7 +19,7 @@ import sympy
 from torch import SymInt
 from transformers import cache_utils
 
-from peftfx.graph.capturing.size_conditions import asker
+from peftfx.graph.capturing.size_conditions import asked_at, model_asks
 from peftfx.graph.conditions import Condition
 
 _QUESTIONS = {
@@ -48,9 +48,9 @@ def asked_if_empty() -> Iterator[list[Question]]:
         def ask(size: SymInt, other: object) -> Any:
             answer = kept[name](size, other)
             if threading.get_ident() == own and (symbols := _decide(name, _expression(size), _expression(other))):
-                where, code = asker(sys._getframe(1))
+                frame = sys._getframe(1)
                 # A cache without tokens has no keys yet: its code makes them.
-                if code and not where.startswith(_CACHES):
+                if model_asks(frame) and not (where := asked_at(frame)).startswith(_CACHES):
                     for question in (Question(symbol, where) for symbol in symbols):
                         if question not in found:
                             found[question] = None

@@ -60,12 +60,13 @@ class Sides:
         """Begin another capture of the same call."""
         self.made, self._answers = [], {}
 
-    def decide(self, expr: sympy.Basic, where: str) -> sympy.Basic | None:
+    def decide(self, expr: sympy.Basic, where: str, text: str) -> sympy.Basic | None:
         """Return the value of an expression with a boolean that was read from a tensor, or None if it has no side.
 
         Args:
             expr: the expression.
             where: the line of the code that asks.
+            text: what the line says, quoted, in brackets.
         """
         symbols = list(expr.free_symbols)
         if len(symbols) != 1:
@@ -74,15 +75,16 @@ class Sides:
         if symbol not in self._answers:
             mode = proxy_tensor.get_proxy_mode()
             node = None if mode is None else _read(mode.tracer.graph, symbol)
-            decision = None if mode is None or node is None else self._decision(mode.tracer, node, where)
+            decision = None if mode is None or node is None else self._decision(mode.tracer, node, where, text)
             if decision is None:
                 return None
-            self.made.append(decision)
+            if decision.inputs:  # what is computed from constants is the same in every call
+                self.made.append(decision)
             self._answers[symbol] = decision.answer
         value = expr.xreplace({symbol: sympy.Integer(int(self._answers[symbol]))})
         return value if value in (sympy.true, sympy.false) else None
 
-    def _decision(self, tracer: Any, node: fx.Node, where: str) -> Decision | None:
+    def _decision(self, tracer: Any, node: fx.Node, where: str, text: str) -> Decision | None:
         places = list(node.graph.find_nodes(op="placeholder"))[-len(self.tensors) :]
         names = dict(zip(places, self.tensors, strict=True)) if self.tensors else {}
         tensor = node.args[0]
@@ -105,7 +107,7 @@ class Sides:
         side = _general(tensor) if self.general else None
         answer = own if side is None else side
         self.turned |= answer != own
-        return Decision(program, asked.inputs, answer, where)
+        return Decision(program, asked.inputs, answer, where, text)
 
 
 def _read(graph: fx.Graph, symbol: sympy.Basic) -> fx.Node | None:

@@ -53,9 +53,9 @@ class Note:
     text: str
 
 
-Decide = Callable[[sympy.Basic, str], sympy.Basic | None]
+Decide = Callable[[sympy.Basic, str, str], sympy.Basic | None]
 """A function that gives the value of an expression with a boolean that was read from a tensor, for a line of code that
-asks; None if it has no value."""
+asks, by its place and its quoted text; None if it has no value."""
 
 
 @contextmanager
@@ -77,7 +77,8 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
                 return sympy.true  # the code accepts only values for which it is true
             if skips_a_turn(expr, _line(sys._getframe(1), 1)) or _only_raises(sys._getframe(1)):
                 return sympy.false
-            decided = None if decide is None else decide(expr, asker(sys._getframe(1))[0])
+            frame = sys._getframe(1)
+            decided = None if decide is None else decide(expr, asked_at(frame), _asked_in(frame))
             if decided is not None:
                 return decided
         result = answer(env, expr, *args, **kwargs)
@@ -107,7 +108,7 @@ def _is_asserted(frame: FrameType | None) -> bool:
 def _only_raises(frame: FrameType | None) -> bool:
     """Return whether the model's code asks only to raise an error, which it does for no valid values."""
     turned = "not " in _line(frame, 0).replace(" is not ", " ")  # there, the answer that raises nothing is the other
-    return raises_next(frame) and not turned and asker(frame)[1]
+    return raises_next(frame) and not turned and model_asks(frame)
 
 
 def raises_next(frame: FrameType | None) -> bool:
@@ -126,9 +127,9 @@ def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:
     if not getattr(expr, "free_symbols", None):
         return
     frame = sys._getframe(2)
-    where, code = asker(frame)
+    code = model_asks(frame)
     if guarded or code:  # torch's own operators are right at size 1, whatever they compare
-        yield Note(_held(expr, result), where, code, not guarded, _asked_in(frame))
+        yield Note(_held(expr, result), asked_at(frame), code, not guarded, _asked_in(frame))
 
 
 def _held(expr: sympy.Basic, result: object) -> sympy.Basic:
@@ -156,14 +157,18 @@ def _at_1(expr: sympy.Basic, symbols: Sequence[sympy.Basic]) -> sympy.Basic | No
         return None
 
 
-def asker(frame: FrameType | None) -> tuple[str, bool]:
-    """Return the line that asked, and whether it is the model's Python code. Torch's operators ask to pick a kernel."""
+def model_asks(frame: FrameType | None) -> bool:
+    """Return whether the model's Python code asked. Torch's operators ask to pick a kernel."""
     while frame is not None and (frame.f_code.co_filename in _BEARERS or _in_capture(frame)):
         frame = frame.f_back
     first = "" if frame is None else frame.f_code.co_filename
-    code = not first.startswith(_TORCH) or first.startswith(_NN)
+    return not first.startswith(_TORCH) or first.startswith(_NN)
+
+
+def asked_at(frame: FrameType | None) -> str:
+    """Return the line of the model's Python code that asked, or for which torch's operators asked."""
     frame = _behind(frame, _TORCH, _CAPTURING)
-    return ("" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"), code
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def _in_capture(frame: FrameType) -> bool:
@@ -172,7 +177,7 @@ def _in_capture(frame: FrameType) -> bool:
 
 
 def _asked_in(frame: FrameType | None) -> str:
-    """Return the text of the line that `asker` names, as `quoted` gives it."""
+    """Return the text of the line that `asked_at` names, as `quoted` gives it."""
     frame = _behind(frame, _TORCH, _CAPTURING)
     return "" if frame is None else quoted(linecache.getline(frame.f_code.co_filename, frame.f_lineno))
 

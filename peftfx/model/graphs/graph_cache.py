@@ -34,7 +34,8 @@ from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
 from peftfx.views.finding.image_text import IMAGE_TEXT
 from peftfx.views.finding.named_views import find_view
-from peftfx.views.view import Axes, View, apart, name_axes
+from peftfx.views.forward_axes import axes_of_forward
+from peftfx.views.view import Axes, View, apart
 
 MOST_STATES = 4  #: the most states of the base for one kind of call: training, evaluation, and two more
 _MOST = 16  #: the most graphs for one kind of call, for sizes at which the model's code computes something else
@@ -98,7 +99,7 @@ class Graphs:
         if alone:
             return graph
         if not all(s.accepts(tensors[s.name]) for s in graph.inputs):  # the graph fixes a size that replaced 1
-            axes = name_axes(tensors) if view is None else apart(view.axes, tensors)
+            axes = axes_of_forward(self.base, inputs) if view is None else apart(view.axes, tensors)
             sizes = _sizes(_all_named(axes, tensors), tensors)
             known[-1] = self._capture(inputs, tensors, entry, view, frozenset(a for a, n in sizes.items() if n == 1))
             return known[-1]
@@ -126,7 +127,7 @@ class Graphs:
         An axis of size 1 without a name (positions that all rows share, for example) also keeps its size if the capture
         with free sizes fails.
         """
-        axes = name_axes(tensors) if view is None else apart(view.axes, tensors)
+        axes = axes_of_forward(self.base, inputs) if view is None else apart(view.axes, tensors)
         named = _all_named(axes, tensors)
         if alone:
             axes = {n: tuple(None if a in alone else a for a in own) for n, own in named.items()}

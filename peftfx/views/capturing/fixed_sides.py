@@ -29,7 +29,7 @@ def fixed_sides(graph: Graph, fixed: Iterable[FixedValues]) -> Iterator[Decision
     )
     for values in fixed:
         program = _program(values, places[values.name].meta["val"])
-        yield Decision(program, (values.name,), True, "", f"{values} for each image")
+        yield Decision(program, (values.name,), True, "", told=f"{values} for each image")
 
 
 def _program(values: FixedValues, example: torch.Tensor) -> fx.GraphModule:

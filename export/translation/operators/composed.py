@@ -1,0 +1,139 @@
+"""Operators that ONNX lacks, written in operators that it has, before the translation.
+
+Products and comparisons of all pairs, as in `cdist` and `cummax`, take memory for all pairs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from peftfx.graph.rewriter import Rewriter
+
+_aten = torch.ops.aten
+
+
+def compose(rewriter: Rewriter, node: fx.Node) -> bool:
+    """Replace an operator that ONNX lacks. Return whether the node was one."""
+    function = _COMPOSED.get(node.target)
+    if function is None:
+        return False
+    given = _arguments(node)
+    nodes = [value for value in given if isinstance(value, fx.Node)]
+    if any(not isinstance(value.meta.get("val"), Tensor) for value in nodes):  # a size that a node computes
+        return False
+    places = [isinstance(value, fx.Node) for value in given]
+
+    def run(*tensors: Tensor) -> object:
+        rest = iter(tensors)
+        return function(*(next(rest) if is_node else value for is_node, value in zip(places, given, strict=True)))
+
+    plain = tuple(None if is_node else str(value) for is_node, value in zip(places, given, strict=True))
+    made = rewriter.before(node).trace(run, *nodes, key=(str(node.target), plain), what=str(node.target))
+    if isinstance(made, fx.Node):
+        rewriter.replace(node, made)
+        return True
+    for user in [user for user in node.users if user.target is operator.getitem]:
+        rewriter.replace(user, made[user.args[1]])
+    return True
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """Return an operator's arguments in the order of its schema, with defaults filled in."""
+    wanted = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {**dict(zip((argument.name for argument in wanted), node.args, strict=False)), **node.kwargs}
+    return [given.get(argument.name, argument.default_value) for argument in wanted]
+
+
+def _hypot(a: Tensor, b: Tensor) -> Tensor:
+    """Return `sqrt(a^2 + b^2)`, without squares that overflow."""
+    large, small = torch.maximum(a.abs(), b.abs()), torch.minimum(a.abs(), b.abs())
+    ratio = small / large.where((large > 0) & ~large.isinf(), torch.ones_like(large))
+    return torch.where(large.isinf(), large, large * (1 + ratio.square()).sqrt())
+
+
+def _cdist(a: Tensor, b: Tensor, p: float, mode: int | None) -> Tensor:
+    """Return the distances of the rows of `a` from those of `b`."""
+    apart = a.unsqueeze(-2) - b.unsqueeze(-3)
+    return torch.linalg.vector_norm(apart, p, dim=-1)
+
+
+def _ordered(x: Tensor, dim: int, *, keepdim: bool, place: Callable[[int], int]) -> tuple[Tensor, Tensor]:
+    """Return the value at one place of each row in order, and where it was."""
+    x, dim = (x, dim) if x.ndim else (x.reshape(1), 0)
+    values, places = x.sort(dim)
+    at = torch.full((1,), place(x.shape[dim]), device=x.device)  # type: ignore[arg-type]
+    found = [taken if keepdim else taken.squeeze(dim) for taken in (t.index_select(dim, at) for t in (values, places))]
+    return found[0], found[1]
+
+
+def _median(x: Tensor, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+    """Return the lower of the middle values; not a number, if a value is none."""
+    value, place = _ordered(x, dim, keepdim=keepdim, place=lambda size: (size - 1) // 2)
+    if not x.is_floating_point():
+        return value, place
+    return value.masked_fill(x.isnan().any(dim, keepdim=keepdim), torch.nan), place
+
+
+def _kthvalue(x: Tensor, k: int, dim: int, keepdim: bool) -> tuple[Tensor, Tensor]:
+    return _ordered(x, dim, keepdim=keepdim, place=lambda _: k - 1)
+
+
+def _largest_so_far(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return the largest value up to each place, and the last place that has it."""
+    moved = x.movedim(dim, -1)
+    place = torch.arange(moved.shape[-1], device=x.device)
+    seen = place <= place[:, None]
+    lowest = -torch.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
+    values = moved.unsqueeze(-2).masked_fill(~seen, lowest).amax(-1)
+    has = (moved.unsqueeze(-2) == values.unsqueeze(-1)) & seen
+    places = torch.where(has, place, -1).amax(-1)
+    return values.movedim(-1, dim), places.movedim(-1, dim)
+
+
+def _smallest_so_far(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    values, places = _largest_so_far(-x, dim)
+    return -values, places
+
+
+def _searchsorted(
+    rows: Tensor, values: Tensor, out_int32: bool, right: bool, side: str | None, sorter: Tensor | None
+) -> Tensor:
+    """Return how many values of a row in order are before each value."""
+    rows = rows if sorter is None else rows.gather(-1, sorter)
+    row, value = (rows if rows.ndim == 1 else rows.unsqueeze(-2)), values.unsqueeze(-1)
+    before = row <= value if right or side == "right" else row < value
+    return before.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+
+
+def _rrelu(x: Tensor, lower: float, upper: float, training: bool, generator: object) -> Tensor:
+    return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+
+
+def _tensor_split(x: Tensor, sections: int, dim: int) -> list[Tensor]:
+    """Cut an axis into parts, of which the first are longer by one, for any size of the axis."""
+    size, start, parts = x.shape[dim], 0, []
+    for part in range(sections):
+        length = (size + sections - 1 - part) // sections
+        parts.append(_aten.slice.Tensor(x, dim, start, start + length))
+        start = start + length
+    return parts
+
+
+_COMPOSED: Mapping[Any, Callable[..., object]] = {
+    _aten.hypot.default: _hypot,
+    _aten.cdist.default: _cdist,
+    _aten._cdist_forward.default: _cdist,
+    _aten.median.dim: _median,
+    _aten.median.default: lambda x: _median(x.flatten(), 0, keepdim=False)[0],
+    _aten.kthvalue.default: _kthvalue,
+    _aten.cummax.default: _largest_so_far,
+    _aten.cummin.default: _smallest_so_far,
+    _aten.searchsorted.Tensor: _searchsorted,
+    _aten.rrelu.default: _rrelu,
+    _aten.tensor_split.sections: _tensor_split,
+}

@@ -1,0 +1,62 @@
+"""The axes of a forward's inputs: those of `view.name_axes`, with images or sounds counted apart from texts.
+
+A model of two encoders, such as CLIP, compares each text with each image. Its texts and its images are of any numbers:
+one image and the names of ten classes, for example. Other models pair them: a caption for each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.errors import raise_if_memory_is_out
+from peftfx.graph.graph import path_name
+from peftfx.views.dry_run import fake_run
+from peftfx.views.view import Axes, name_axes
+
+#: Inputs with a row for each text.
+_OF_TEXTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
+_EXTRACTS = "get_{}_features"  #: the method of a class that encodes one side by itself
+_SIDES = {"image": "image_batch", "video": "image_batch", "audio": "audio_batch"}
+
+
+def axes_of_forward(model: nn.Module, inputs: Mapping[str, object]) -> Axes:
+    """Return a name for each axis of each input of a call of the model's forward.
+
+    They are those of `name_axes`, but in a model that encodes texts and images apart, the axis along images is
+    `image_batch` (along sounds `audio_batch`), if the model's code takes other numbers of them than of texts. A
+    contrastive loss (`return_loss`) is of pairs.
+
+    Args:
+        model: the model.
+        inputs: the keyword arguments of the call.
+    """
+    leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
+    axes = name_axes({path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)})
+    side = next((axis for name, axis in _SIDES.items() if hasattr(model, _EXTRACTS.format(name))), None)
+    if side is None or not hasattr(model, _EXTRACTS.format("text")):
+        return axes
+    if "input_ids" not in inputs or inputs.get("return_loss"):
+        return axes
+    apart = {name: (side, *own[1:]) for name, own in axes.items() if name not in _OF_TEXTS and own[:1] == ("batch",)}
+    return {**axes, **apart} if apart and _takes_another_number(model, inputs, apart) else axes
+
+
+def _takes_another_number(model: nn.Module, inputs: Mapping[str, object], apart: Axes) -> bool:
+    """Return whether a model runs, on fake tensors, with three texts and with two images."""
+
+    def some(name: str, value: object) -> object:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        return value[:1].expand(2 if name in apart else 3, *value.shape[1:]).contiguous()
+
+    given = {name: some(name, value) for name, value in inputs.items()}
+    try:
+        with fake_run(model) as fake:
+            model(**pytree.tree_map_only(Tensor, fake, given))
+    except Exception as error:  # a model's code raises various errors for numbers that it does not take
+        raise_if_memory_is_out(error)
+        return False
+    return True

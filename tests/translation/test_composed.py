@@ -1,0 +1,109 @@
+"""Operators that ONNX lacks are written in operators that it has, and are torch's at sizes that nothing was made at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx import PeftfxError
+from peftfx.export import OnnxModel
+
+EDGES = torch.tensor([-1.0, 0.0, 0.5])
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "products so far": lambda x: x.cumprod(1),
+    "median": lambda x: x.median(1).values,
+    "place of the median": lambda x: x.median(2, keepdim=True).indices,
+    "median of all": torch.median,
+    "second smallest": lambda x: x.kthvalue(2, dim=-1).values,
+    "largest so far": lambda x: x.cummax(1).values,
+    "place of the largest so far": lambda x: x.round().cummax(1).indices,
+    "smallest so far": lambda x: x.cummin(1).values,
+    "distances": lambda x: torch.cdist(x, 2 * x),
+    "sums of differences": lambda x: torch.cdist(x, x[:, :1], p=1.0),
+    "largest difference": lambda x: torch.cdist(x, x + 1, p=torch.inf),
+    "length": lambda x: torch.hypot(x, x * 1e30),
+    "place in a table": lambda x: torch.searchsorted(EDGES, x, right=True),
+    "place in its own row": lambda x: torch.searchsorted(x.sort(-1).values.contiguous(), x.contiguous()),
+    "random leak": lambda x: nn.functional.rrelu(x, 0.1, 0.5),
+    "parts": lambda x: torch.cat([part.sum(1) for part in x.tensor_split(3, dim=1)], -1),
+    "the first half": lambda x: x.tensor_split(2, dim=-2)[0],
+    "chosen": lambda x: x.masked_select(x > 0),
+    "chosen rows": lambda x: x.masked_select(x[..., :1] > 0),
+}
+
+
+class Behind(nn.Module):
+    """A function of what a layer gives."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_it_is_torchs_at_every_size(name: str, tmp_path: Path) -> None:
+    model = Behind(FUNCTIONS[name]).eval()
+    peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 7, 4)})
+    served = OnnxModel(tmp_path / "out")
+    for batch, length in ((1, 4), (3, 8), (2, 13)):
+        x = torch.randn(batch, length, 4)
+        torch.testing.assert_close(served(x=x)["output"], model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_median_of_what_is_no_number_is_none(tmp_path: Path) -> None:
+    model = Behind(FUNCTIONS["median"]).eval()
+    peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 7, 4)})
+    x = torch.randn(2, 6, 4)
+    x[0, 2] = torch.nan
+    found = OnnxModel(tmp_path / "out")(x=x)["output"]
+    assert found[0].isnan().all()
+    torch.testing.assert_close(found, model(x), equal_nan=True)
+
+
+class OfSeveralSizes(nn.Module):
+    """One layer at three lengths that the exporter has no names for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        first = self.layer(x)
+        return self.layer(x[:, :2].mean(1)), first, self.layer(torch.cat([x, first], 1))
+
+
+def test_sizes_that_are_not_known_have_no_name_in_common(tmp_path: Path) -> None:
+    """ONNX Runtime keeps sizes of one name in one buffer."""
+    model = OfSeveralSizes().eval()
+    peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 7, 8)})
+    x = torch.randn(3, 9, 8)
+    torch.testing.assert_close(tuple(OnnxModel(tmp_path / "out")(x=x).values()), model(x), atol=1e-5, rtol=1e-4)
+    values = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.value_info
+    assert "None" not in {size.dim_param for value in values for size in value.type.tensor_type.shape.dim}
+
+
+class Inverse(nn.Module):
+    """An operator that ONNX has not, in a module of a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.inner = nn.Linear(4, 4), Behind(torch.linalg.inv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.before(x))
+
+
+def test_what_has_no_translation_is_named_with_its_module(tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match=r"torch's linalg_inv_ex has no translation to ONNX \[inner\]"):
+        peftfx.export_onnx(Inverse().eval(), tmp_path / "out", inputs={"x": torch.randn(2, 4, 4)})
+    assert not (tmp_path / "out").exists()
