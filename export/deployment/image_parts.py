@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary
-from peftfx.bases.processors.readers import reads_images
+from peftfx.bases.processors.readers import encodes_in_forward
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import FREE, GraphPart, capture_parts, refuse_fixed, views_of
 from peftfx.graph.graph import Graph
@@ -22,17 +22,17 @@ from peftfx.views.view import View
 def capture_with_images(adapted: AdaptedModel, view: str, inputs: Mapping[str, object] | None) -> list[GraphPart]:
     """Capture the graphs that a model is served by; see `capture_parts`.
 
-    If the code of a forward reads numbers of images, or cannot be captured for any number of images, the program of one
-    image runs for all images of a call.
+    If the code of a forward reads numbers of images, takes the patches of all images in one axis, or cannot be captured
+    for any number of images, the program of one image runs for all images of a call.
 
     Raises:
         PeftfxError: see `capture_parts`.
     """
     base = adapted.base
-    if inputs is not None or FORWARD not in views_of(base, view, inputs).values() or not reads_images(base):
+    if inputs is not None or FORWARD not in views_of(base, view, inputs).values() or not encodes_in_forward(base):
         return capture_parts(adapted, view, inputs)
     failure: PeftfxError | None = None
-    if reads_numbers(base):
+    if reads_numbers(base) or _joins_patches(base):
         try:
             return [_by_image(adapted)]
         except PeftfxError as error:
@@ -56,6 +56,15 @@ def reads_numbers(base: nn.Module) -> bool:
         return find_images(base, of_any_size=True).reads
     except PeftfxError:
         return False
+
+
+def _joins_patches(base: nn.Module) -> bool:
+    """Return whether the patches of all images are in one axis, with a token for so many: the text tells how many."""
+    try:
+        images = find_images(base, of_any_size=True)
+    except PeftfxError:
+        return False
+    return images.each is None and not images.listed and all(shape[0] != 1 for _, shape in images.inputs)
 
 
 def picture_decides(base: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +13,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
-from peftfx.bases.processors.image_tokens import tokens_of_image
+from peftfx.bases.labels import class_labels
+from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
+from peftfx.bases.processors.codebooks import codes_shape
+from peftfx.bases.processors.image_tokens import in_patches, token_and_count
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
-from peftfx.bases.processors.recordings import recording_name, recording_shape
+from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
@@ -77,8 +79,6 @@ def example_inputs(
 
 
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
-CROSS_MASK = "cross_attention_mask"  #: which tokens attend to which tiles, [batch, sequence, images, tiles]
-_TILED = 6  #: the axes of images in tiles: batch, images, tiles, channels, height, width
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
 
@@ -104,27 +104,41 @@ class _Maker:
         made = {} if self.image is None else repeated(self.image, self.sizes["batch"], self._floats)
         if "input_ids" in self.accepted:
             made |= self._prompt()
-        if CROSS_MASK in self.accepted and (pixels := made.get("pixel_values")) is not None and pixels.ndim == _TILED:
-            made[CROSS_MASK] = torch.ones(*made["input_ids"].shape, *pixels.shape[1:3], dtype=torch.long)
-            made[CROSS_MASK][:, 0] = 0  # the first token is before the image
+        made |= image_masks(self.model, self.accepted, made)
         if name := recording_name(self.model, self.accepted):
             shape = recording_shape(self.config, name, self.sizes["sequence"])
             if shape is None:
                 raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
-            made[name] = self._floats(self.sizes["batch"], *shape)
+            made[name] = self._floats(self.sizes["batch"], *fitted_shape(self.model, name, shape))
         for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():
-            made["decoder_input_ids"] = self._decoder_ids()
+            made["decoder_input_ids"] = self._decoder_ids(made)
+        elif self.image is None and "input_ids" in made:
+            made = self._with_codes(made)
         return made
+
+    def _with_codes(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put codes of several codebooks, without padding, in place of tokens, for a model that reads such."""
+        ids = made["input_ids"]
+        shape = codes_shape(self.model, self.text, "input_ids", (ids.shape[0], ids.shape[1]), {})
+        if shape == ids.shape:
+            return made
+        masks = {name: torch.ones_like(made[name]) for name in made if name == "attention_mask" and len(shape) > 2}
+        return {"input_ids": self._ids(shape), **masks}
 
     @cached_property
     def image(self) -> Picture | None:
-        """The arguments of one image, of which only sizes and whole numbers matter; None for a model without images."""
+        """The arguments of one image, NaN where its pixels matter; None if the model's class reads texts alone."""
+        if "input_ids" in self.accepted and getattr(self.model, "input_modalities", None) == "text":
+            return None
         found = picture_inputs(self.model, self.accepted, self._resolution())
-        if found is None and "pixel_values" in self.accepted:
-            return {"pixel_values": torch.zeros(1, self._image("num_channels", 3), *self._resolution())}
-        return found
+        if found is not None or "pixel_values" not in self.accepted:
+            return found
+        plain = {"pixel_values": torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)}
+        if has_image_axis(self.model, self.accepted):
+            return {name: value[:, None] for name, value in plain.items()}
+        return in_patches(self.model, plain, self._image("patch_size", 1))
 
     def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = self.sizes["batch"]
@@ -134,7 +148,7 @@ class _Maker:
         if "labels" not in self.accepted or self.task == "feature-extraction":
             raise PeftfxError("the model takes no labels for this task", self.task, "name another task")
         if self.task in ("text-classification", "image-classification", "audio-classification"):
-            return {"labels": self._class_labels(batch, classes)}
+            return {"labels": class_labels(self.config, batch, classes, self.random)}
         if self.task == "image-segmentation":
             return {"labels": self._integers((batch, *self._resolution()), classes)}
         if self.task == "token-classification":
@@ -160,6 +174,11 @@ class _Maker:
         if self._pools_eos() and isinstance(eos, int):
             ids[torch.arange(batch), mask.sum(1) - 1] = eos
         made = {"input_ids": ids, "attention_mask": mask} if "attention_mask" in self.accepted else {"input_ids": ids}
+        if BOXES in self.accepted:
+            most = number_of(self.text, "max_2d_position_embeddings", 1000)
+            made[BOXES] = random_boxes(tuple(ids.shape), most, self.random)
+        if images and PLACES in self.accepted:
+            made[PLACES] = (torch.arange(ids.shape[1]) < images).long().repeat(batch, 1)
         if "token_type_ids" in self.accepted and number_of(self.text, "type_vocab_size", 0) > 1:
             made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
         if images and MODALITIES in self.accepted:
@@ -179,25 +198,19 @@ class _Maker:
 
     def _pools_eos(self) -> bool:
         """Say whether the model reads its text's features at the end token: CLIP, or a classifier with a decoder."""
-        two_towers = {"pixel_values", "input_ids"} <= set(self.accepted) and self._image_tokens()[0] is None
+        both = {"pixel_values", "input_ids"} <= set(self.accepted) and not self.decodes
+        two_towers = both and self._image_tokens()[0] is None
         return two_towers or (self.decodes and self.task == "text-classification")
 
     def _image_tokens(self) -> tuple[int | None, int]:
         """Return the token that stands for a piece of an image, and the number of such tokens for an image."""
-        token = first_of(self.config, "image_token_id", "image_token_index")
-        if not isinstance(token, int):
-            return None, 0
-        found = None if self.image is None else tokens_of_image(self.model, self.image)
-        if found is not None:
-            return token, found
-        count = first_of(self.config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
-        if isinstance(count, int):
-            return token, count
-        pieces = math.prod(n // self._image("patch_size", 1) for n in self._resolution())
-        return token, pieces // number_of(self.config, "downsample_factor", 1) ** 2
+        size, edge = self._resolution(), self._image("patch_size", 1)
+        return token_and_count(self.model, self.image, PLACES in self.accepted, size, edge)
 
-    def _decoder_ids(self) -> Tensor:
-        ids = self._ids((self.sizes["batch"], self.sizes["decoder_sequence"]))
+    def _decoder_ids(self, made: Mapping[str, Tensor]) -> Tensor:
+        shape = (self.sizes["batch"], self.sizes["decoder_sequence"])
+        text = self.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        ids = self._ids(codes_shape(self.model, text, "decoder_input_ids", shape, made))
         start = first_of(self.config, "decoder_start_token_id", "bos_token_id", "pad_token_id")
         if isinstance(start, int):
             ids[:, 0] = start
@@ -205,8 +218,9 @@ class _Maker:
 
     def _ids(self, shape: Sequence[int]) -> Tensor:
         """Make random tokens of the vocabulary, without special tokens."""
-        vocabulary = first_of(self.config.get_text_config(decoder=True), "vocab_size")  # type: ignore[union-attr, operator]
-        known = [v for v in (vocabulary, first_of(self.text, "vocab_size")) if isinstance(v, int)]
+        text = self.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        sizes = ((text, "vocab_size"), (self.text, "vocab_size"), (self.text, "codebook_vocab_size"))
+        known = [v for config, name in sizes if isinstance(v := first_of(config, name), int)]
         vocabulary = min(known, default=128)  # a model without a vocabulary reads characters: here ASCII's
         special = set(special_tokens(self.config))
         plain = torch.tensor([i for i in range(min(vocabulary, 4096)) if i not in special] or [0])
@@ -218,14 +232,6 @@ class _Maker:
     def _floats(self, *shape: int) -> Tensor:
         kinds = (p.dtype for p in self.model.parameters() if p.is_floating_point())
         return torch.randn(shape, generator=self.random).to(next(kinds, torch.float32))
-
-    def _class_labels(self, batch: int, classes: int) -> Tensor:
-        problem = first_of(self.config, "problem_type")
-        if problem == "multi_label_classification":
-            return self._integers((batch, classes), 2).float()
-        if problem == "regression" or (problem is None and classes == 1):
-            return torch.randn((batch, classes) if classes > 1 else (batch,), generator=self.random)
-        return self._integers((batch,), classes)
 
     def _visible(self, labels: Tensor, made: Mapping[str, Tensor]) -> Tensor:
         """Mask labels at padding and at pieces of an image."""

@@ -1,4 +1,7 @@
-"""The names of a head's classes, for an adapter that brings a head. HF PEFT's files do not have them."""
+"""The names of a head's classes, for an adapter that brings a head, and random labels.
+
+HF PEFT's files do not have the names.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from peftfx.bases.config_fields import first_of
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file
 from peftfx.formats import LABELS, read_stamped, with_version
@@ -48,3 +53,13 @@ def name_labels(model: nn.Module, directories: Iterable[Path]) -> None:
                 what = f"the file has {len(labels)} labels, but the head has {config.num_labels} classes"
                 raise PeftfxError(what, str(directory / LABELS), "delete this file, or name the adapter's own task")
             config.id2label, config.label2id = dict(enumerate(labels)), {own: i for i, own in enumerate(labels)}
+
+
+def class_labels(config: object, batch: int, classes: int, random: torch.Generator) -> Tensor:
+    """Return random labels for a classifier: a class of each, several classes of each, or numbers to come near to."""
+    problem = first_of(config, "problem_type")
+    if problem == "multi_label_classification":
+        return torch.randint(2, (batch, classes), generator=random).float()
+    if problem == "regression" or (problem is None and classes == 1):
+        return torch.randn((batch, classes) if classes > 1 else (batch,), generator=random)
+    return torch.randint(classes, (batch,), generator=random)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from peftfx.bases.example_inputs import CROSS_MASK
+from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import kept_by
 from peftfx.errors import PeftfxError

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftfx.bases.config_fields import first_of
-from peftfx.bases.example_inputs import CROSS_MASK
+from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
 from peftfx.bases.processors.token_types import TYPES
 from peftfx.bases.processors.writers import writer_of

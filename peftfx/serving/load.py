@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from peftfx.bases.example_inputs import CROSS_MASK
+from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.sentences.steps import SENTENCE
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file

@@ -37,6 +37,7 @@ _INKLING_TEXT = {
     "rel_extent": 64,
     "n_layers_per_attn_res_block": 2,
 }
+_SAM = {"image_size": 64, "output_channels": 16, "mlp_dim": 48, "global_attn_indexes": [1], "window_size": 4}
 _MUSE = {"out_hidden_size": 128, "projector_hidden_size": 32}
 _QFORMER = {"hidden_size": 32, "encoder_hidden_size": 32, "cross_attention_frequency": 2}
 
@@ -70,6 +71,16 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": 128,
     },
     "llama4_text": {"intermediate_size_mlp": 48},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 20, "no_token_index": 21},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
+    "diffusion_gemma_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 24,
+        "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
+    },
     "gemma4": {
         "vision_config": {
             **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
@@ -80,6 +91,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
             "position_embedding_size": 16,
         }
     },
+    "pix2struct_vision_model": {"patch_embed_hidden_size": 192, "seq_len": 32},
     "florence_vision": {
         "depths": [1, 1],
         "patch_size": [7, 3],
@@ -126,7 +138,8 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "cosmos3_edge": {"projector_hidden_size": 32},
     "cosmos3_edge_text": _ROPE,
     "cosmos3_edge_vision": {"num_patches": 16},
-    "deepseek_vl_hybrid": {"high_res_vision_config": {"image_size": 64}},
+    "deepseek_vl_hybrid": {"high_res_vision_config": {**_SAM, "num_pos_feats": 8}},
+    "unlimited_ocr_sam_vision_model": {**_SAM, "downsample_channels": [16, 32]},
     "hunyuan_vl_vision": {"out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 64},
     "hunyuan_vl_text": {**_ROPE, "head_dim": 8},
     "hy_v4_vl_vision": {"out_hidden_size": 32, "max_image_size": 64},
@@ -159,7 +172,8 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 95},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 95},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_sam_vision_model": {**_SAM, "downsample_channels": [16, 32]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "step3p5": {"sliding_window": 4, "share_expert_dim": 24},
     "gemma4_unified": {
         "vision_config": {

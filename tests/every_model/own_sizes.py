@@ -26,6 +26,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 99},
     "wav2vec2-conformer": {"vocab_size": 99, "max_source_positions": 64},
     "granite_speech5_encoder": {"context_size": 8},
+    "omniasr_audio": {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "moonshine_streaming_encoder": {"sliding_windows": [[16, 4], [16, 0]]},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
@@ -37,6 +38,14 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     },
     "cpmant": {"prompt_types": 4, "prompt_length": 4, "segment_types": 4},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "mimi": {
+        "num_filters": 4,
+        "upsampling_ratios": [4, 2],
+        "upsample_groups": 32,
+        **dict.fromkeys(("codebook_size", "codebook_dim", "vector_quantization_hidden_dimension"), 16),
+        "num_quantizers": 4,
+    },
+    "kyutai_speech_to_text": {"num_codebooks": 4, "codebook_vocab_size": 20, "head_dim": 8},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "dory": {
         "num_hidden_layers": 6,

@@ -17,6 +17,7 @@ _GLM = {**_GRID, "class": "Glm4vImageProcessor"}
 _LONGEST = {"size": {"longest_edge": 32}, "patch_size": 8}
 _PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 _TILES = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+_TILES_3 = {**_TILES, "class": "Idefics3ImageProcessor"}
 _SLICES = {"patch_size": 8, "scale_resolution": 64, "slice_mode": False}
 _SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 _ANYRES = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS}
@@ -30,7 +31,8 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("paddleocr_vl", "video_llama_3"), _GRID),
     **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "qwen3_vl_moe"), _QWEN),
     **dict.fromkeys(("glm4v_moe", "glm_ocr"), _GLM),
-    **dict.fromkeys(("idefics3", "smolvlm", "granite_docling"), _TILES),
+    **dict.fromkeys(("idefics3", "smolvlm"), _TILES),
+    "granite_docling": {"size": {"height": 32, "width": 32}, "max_patches": 4},
     "idefics2": {"size": {"shortest_edge": 24, "longest_edge": 32}},
     **dict.fromkeys(("llava_next", "llava_next_video", "granite4_vision"), _ANYRES),
     "llava_onevision": {"size": {"height": 32, "width": 32}, "image_grid_pinpoints": _PINPOINTS},
@@ -59,6 +61,10 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "kimi_k25": {"patch_size": 8, "merge_size": 2, "size": {"max_height": 512, "max_width": 512}},
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _SLICES),
+    **dict.fromkeys(("modernvbert", "ultravbert"), _TILES_3),
+    "siglip2": {"patch_size": 8, "max_num_patches": 16},
+    "pix2struct": {"patch_size": {"height": 8, "width": 8}, "max_patches": 16, "is_vqa": False},
+    "neomme": {"patch_size": 8},
     "emu3": {"min_pixels": 256, "max_pixels": 1024, "spatial_factor": 2},
 }
 

@@ -45,6 +45,11 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "attention without rows": lambda x: functional.scaled_dot_product_attention(x[0], x[0], x[1], is_causal=True),
     "attention with a mask of each": lambda x: functional.scaled_dot_product_attention(x, x, x, x @ x.transpose(2, 3)),
     "norms": lambda x: functional.layer_norm(x, (6, 4)) + functional.rms_norm(x, (4,)),
+    "sums by letters": lambda x: torch.einsum("nchw,hw->nhc", x, TABLE) + torch.einsum("chw,nchw->nhc", x[0], x),
+    "norms of channels": lambda x: (
+        functional.group_norm(x, 3)
+        + functional.batch_norm(functional.group_norm(x[0], 2), TABLE[:, 0], TABLE[:, 1].abs())[:2, :3, None]
+    ),
     "shared indices": lambda x: x[:, ROWS] + x[:, :, ROWS][:, :, :1] + x.index_select(1, ROWS),
     "indices of each": lambda x: TABLE[x[0, 0, 0].abs().long() % 6] + x[0, 0][x[0, 1, :4, 0].abs().long() % 6],
     "embedding": lambda x: functional.embedding(x[0].abs().long() % 6, TABLE),
@@ -91,9 +96,11 @@ def test_each_of_several_gets_what_it_gets_alone(name: str, count: int) -> None:
     [
         (lambda x: torch.roll(x, 1), "roll"),
         (lambda x: functional.conv2d(x, x[:1]), "conv2d"),
-        (lambda x: functional.group_norm(x, 3), "group_norm"),
+        (lambda x: functional.group_norm(x, 3, x[0, :, 0, 0]), "group_norm"),
+        (lambda x: functional.instance_norm(x), "instance_norm"),
+        (lambda x: torch.einsum("n...,n...->n", x, x), "einsum"),
     ],
-    ids=["rolls over all axes", "weights of each", "no rule"],
+    ids=["rolls over all axes", "weights of each", "a scale of each", "no rule", "axes without letters"],
 )
 def test_an_operator_without_a_way_is_refused(function: Callable[[Tensor], Tensor], operator_: str) -> None:
     with pytest.raises(PeftfxError, match=f"{operator_}.* cannot be run for several images"):

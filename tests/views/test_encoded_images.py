@@ -55,5 +55,5 @@ def test_features_return_to_their_fields(output: BaseModelOutputWithPooling) -> 
 
 
 def test_states_and_fields_of_another_shape_are_no_features() -> None:
-    output = _output(pooler_output=_one(0, 1), sizes=[torch.zeros(2)])
+    output = _output(pooler_output=_one(0, 1), sizes=[torch.zeros(2)], attentions_of_a_part=(None, None))
     assert deeper_features(output, main_features(output)[1]) == ()

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import transformers as hf
+from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.recordings import recording_shape
+from peftfx.bases.processors.recordings import fitted_shape, recording_shape
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,32 @@ def test_a_joined_model_takes_what_its_encoder_takes() -> None:
         "input_values": (2, 80),
         "decoder_input_ids": (2, 5),
     }
+
+
+class Hears(nn.Module):
+    """A model whose first layer reads a recording itself, or with one axis more."""
+
+    def __init__(self, first: nn.Module, *, adds_axis: bool = False) -> None:
+        super().__init__()
+        self.first, self.adds_axis = first, adds_axis
+
+    def forward(self, heard: Tensor) -> Tensor:
+        found: Tensor = self.first(heard[:, None] if self.adds_axis else heard)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("model", "told", "wanted"),
+    [
+        (Hears(nn.Linear(32, 4)), (56, 8), (56, 32)),
+        (Hears(nn.Conv1d(8, 4, 3)), (8, 32), (8, 32)),
+        (Hears(nn.Conv1d(1, 4, 3)), (160,), (1, 160)),
+        (Hears(nn.Conv1d(1, 4, 3), adds_axis=True), (160,), (160,)),
+    ],
+    ids=["frames put together", "as the config tells", "channels", "channels that the code adds"],
+)
+def test_the_first_layer_says_how_wide_a_recording_is(
+    model: nn.Module, told: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    assert fitted_shape(model, "heard", told) == wanted
+    assert not any(module._forward_pre_hooks for module in model.modules())

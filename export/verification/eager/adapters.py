@@ -132,7 +132,7 @@ def _adapt(
     module, name = _holder(base, path)
     if name not in module._parameters:  # the module's weight has another name
         name = steps[0].placement.site.weight.rpartition(".")[2]
-    kind, transposed = _kind(module, steps[0].placement)
+    kind, transposed = _kind(module, steps[0].placement, whole=whole)
     beside = [
         step for step in steps if step.placement.on_weight is None
     ]  # not expressible as a weight: after the steps that are
@@ -170,14 +170,17 @@ def _on_weight(
     stack.callback(module.register_forward_hook(lambda *_: swap.back()).remove)
 
 
-def _kind(module: nn.Module, placement: WeightPlacement) -> tuple[str, bool]:
-    """Return what the module does with its weight, by its type, and whether the weight is stored [in, out]."""
+def _kind(module: nn.Module, placement: WeightPlacement, *, whole: bool) -> tuple[str, bool]:
+    """Return what the module does with its weight, by its type, and whether the weight is stored [in, out].
+
+    Where the model's code reads the weight past the module's call (`whole`), it may multiply by it the other way round.
+    """
     if isinstance(module, nn.Embedding):
         return "embedding", False
     if isinstance(module, CONV):
         return "conv", False
     if isinstance(module, nn.Linear | Conv1D):
-        return "linear", isinstance(module, Conv1D)
+        return "linear", isinstance(module, Conv1D) or (whole and placement.site.transposed)
     return placement.site.kind, placement.site.transposed
 
 

@@ -72,4 +72,4 @@ def _numbered(layer: Any) -> tuple[int | None, Any]:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple) and bool(value)
+    return isinstance(value, list | tuple) and bool(value) and all(part is not None for part in value)

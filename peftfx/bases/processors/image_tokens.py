@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from peftfx.bases.config_fields import first_of, number_of
 from peftfx.bases.processors.encoded_images import by_image, main_features
+from peftfx.bases.processors.fake_runs import on_fakes
 from peftfx.graph.capturing.known_values import known_values
-from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
-from peftfx.graph.lazy_weights import faked
 
+_ENCODE = "get_image_features"
 _MOST = 256  #: numbers of a tensor whose values the model's code may read
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _found: WeakKeyDictionary[nn.Module, dict[tuple[_Shapes, tuple[int, ...]], int | None]] = WeakKeyDictionary()
@@ -28,7 +28,8 @@ def tokens_of_image(model: nn.Module, image: Mapping[str, Tensor]) -> int | None
         model: the model; its weights are not read.
         image: the arguments of one image, by the names of the forward's arguments.
     """
-    encode = getattr(getattr(model, "base_model", None), "get_image_features", None)
+    parts = (getattr(model, "base_model", None), *model.modules())
+    encode = next((found for part in parts if (found := getattr(part, _ENCODE, None))), None)
     if encode is None:
         return None
     accepted = inspect.signature(encode).parameters
@@ -37,8 +38,53 @@ def tokens_of_image(model: nn.Module, image: Mapping[str, Tensor]) -> int | None
     numbers = tuple(n for value in given.values() if _readable(value) for n in value.flatten().tolist())
     counts = _found.setdefault(model, {})
     if (key := (shapes, numbers)) not in counts:
-        counts[key] = _count(model, given) if given else None
+        counts[key] = _count(model, encode, given) if given else None
     return counts[key]
+
+
+def token_and_count(
+    model: nn.Module, image: Mapping[str, Tensor] | None, told: bool, size: tuple[int, int], edge: int
+) -> tuple[int | None, int]:
+    """Return the token that stands for a piece of an image, and the number of such tokens for an image.
+
+    Args:
+        model: the model; its weights are not read.
+        image: the arguments of one image, if there is an example.
+        told: whether a call says which tokens stand for an image, so that any token can.
+        size: the height and width of an image.
+        edge: the height and width of a patch.
+    """
+    config = model.config
+    token = first_of(config, "image_token_id", "image_token_index")
+    if not isinstance(token, int):
+        if not told:
+            return None, 0
+        token = 0
+    found = None if image is None else tokens_of_image(model, image)
+    if found is not None:
+        return token, found
+    count = first_of(config, "num_query_tokens", "image_seq_length", "mm_tokens_per_image")
+    if isinstance(count, int):
+        return token, count
+    pieces = math.prod(n // edge for n in size)
+    return token, pieces // number_of(config, "downsample_factor", 1) ** 2
+
+
+def in_patches(model: nn.Module, image: Mapping[str, Tensor], edge: int) -> Mapping[str, Tensor]:
+    """Return an image as its encoder takes it: plain pixels, or, if it does not run on these, one row for each patch.
+
+    Args:
+        model: the model; its weights are not read.
+        image: the pixels [1, channels, height, width], by the name of their argument.
+        edge: the height and width of a patch.
+    """
+    if tokens_of_image(model, image) is not None:
+        return image
+    rows = {
+        name: value.unfold(2, edge, edge).unfold(3, edge, edge).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        for name, value in image.items()
+    }
+    return image if tokens_of_image(model, rows) is None else rows
 
 
 def _readable(value: Tensor) -> bool:
@@ -51,16 +97,13 @@ def split_known(image: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return {name: value for name, value in image.items() if name not in known}, known
 
 
-def _count(model: nn.Module, given: Mapping[str, Tensor]) -> int | None:
-    found = fake_mode_of(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    mode = found if isinstance(found, FakeTensorMode) else mode
+def _count(model: nn.Module, encode: Callable[..., Any], given: Mapping[str, Tensor]) -> int | None:
     rest, known = split_known(given)
-    with quietly(), unchanged(model), faked(model), evaluating(model), torch.no_grad(), mode:
+    with on_fakes(model) as mode:
         fed = {name: mode.from_tensor(value) for name, value in rest.items()}
         try:
             with known_values(known.values(), fed.values()):
-                output = model.base_model.get_image_features(**fed, **known, return_dict=True)  # type: ignore[union-attr, operator]
+                output = encode(**fed, **known, return_dict=True)
             count = sum(part.shape[:-1].numel() for part in by_image(main_features(output)[1]))
         except Exception:  # whatever the model's code raises
             return None

@@ -23,7 +23,7 @@ Picture = Mapping[str, Tensor]
 
 
 def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> Picture | None:
-    """Return what the model's processor makes of one grey picture, by the names of the forward's arguments.
+    """Return what the model's processor makes of one picture, by the names of the forward's arguments.
 
     Args:
         model: a model of transformers.
@@ -31,24 +31,26 @@ def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> P
         size: the picture's height and width.
 
     Returns:
-        The tensors, with a first axis for images or for their patches; None if there is no processor, it takes no such
-        picture, or it makes plain pixels [1, channels, height, width] alone.
+        The tensors, with a first axis for images or for their patches, and NaN where a number depends on the picture's
+        pixels; None if there is no processor, it takes no such picture, or it makes plain pixels [1, channels, height,
+        width] alone.
     """
     file = processor_file(model)
     made = {} if file is None else _processed(file.parent, file.stat().st_mtime_ns, size)
-    taken = {name: value for name, value in made.items() if name in accepted and name not in _TEXTS}
+    texts = _TEXTS if "input_ids" in accepted else ()
+    taken = {name: value for name, value in made.items() if name in accepted and name not in texts}
     plain = all(name == "pixel_values" and value.ndim == 4 for name, value in taken.items())
     return None if plain else taken
 
 
 def repeated(one: Picture, count: int, floats: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Return the arguments of several images: random pixels by `floats`, given a shape, and equal whole numbers."""
-    return {
-        name: floats(len(value) * count, *value.shape[1:])
-        if value.is_floating_point()
-        else value.repeat(count, *[1] * (value.ndim - 1))
-        for name, value in one.items()
-    }
+    """Return the arguments of several images: random pixels by `floats`, given a shape, and else what all have."""
+    made = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in one.items()}
+    for name, value in made.items():
+        if value.is_floating_point():
+            pixels = floats(*value.shape)
+            made[name] = torch.where(value.isnan(), pixels, value.to(pixels.dtype))
+    return made
 
 
 _chosen: ContextVar[Size | None] = ContextVar("chosen", default=None)
@@ -71,7 +73,8 @@ def chosen_size() -> Size | None:
 
 def seeing(config: object) -> object:
     """Return the config of the part of a model that reads images."""
-    return first_of(config, "vision_config", "encoder") or config
+    part = first_of(config, "vision_config", "encoder")
+    return config if part is None else seeing(part)
 
 
 def told_size(model: nn.Module) -> Size | None:
@@ -111,12 +114,24 @@ def _processed(home: Path, changed: int, size: Size) -> Picture:
     if processor is None:
         return {}
     with _disable_current_modes(), torch.device("cpu"):
-        picture = torch.full((3, *size), 200, dtype=torch.uint8)
+        grey = torch.full((3, *size), 200, dtype=torch.uint8)
+        noise = torch.randint(256, grey.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        one, other = (_made(processor, picture) for picture in (grey, noise))
+        for name, value in one.items():
+            if value.is_floating_point() and (also := other.get(name, value)).shape == value.shape:
+                one[name] = value.masked_fill(value != also, torch.nan)
+    return one
+
+
+def _made(processor: Any, picture: Tensor) -> dict[str, Tensor]:
+    """Return the tensors that a processor makes of a picture, or nothing if it takes no such picture."""
+    for given in (picture, picture.numpy()):  # some processors take no tensors
         try:
-            made: Any = processor(images=[picture], return_tensors="pt")
+            made = processor(images=[given], return_tensors="pt")
         except Exception:  # whatever a processor raises for a picture that it does not take
-            return {}
-    return {name: value for name, value in made.items() if isinstance(value, Tensor) and value.ndim}
+            continue
+        return {name: value for name, value in made.items() if isinstance(value, Tensor) and value.ndim}
+    return {}
 
 
 @functools.lru_cache(8)

@@ -1,13 +1,16 @@
-"""The shapes of example recordings, from a model's config."""
+"""The shapes of example recordings, from a model's config, and from the first layer that reads one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
+from peftfx.bases.processors.fake_runs import on_fakes
 
 _RECORDINGS = ("input_features", "input_values")
 _PARTS = ("audio_config", "speech_config", "encoder_config", "encoder")
@@ -57,3 +60,55 @@ def recording_shape(config: object, name: str, tokens: int) -> tuple[int, ...] |
     if isinstance(mels, int) and isinstance(frames, int):
         return frames, mels
     return (_SAMPLES * (tokens + 9),) if name == "input_values" else None
+
+
+_fitted: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def fitted_shape(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of one recording as the first layer that reads it takes it.
+
+    Processors of some models put frames together, so that the features are wider than the config says, or add an axis
+    for channels to raw samples.
+
+    Args:
+        model: the model; its weights are not read.
+        name: the argument that takes the recording.
+        shape: the shape that the config tells.
+    """
+    known = _fitted.setdefault(model, {})
+    if shape not in known:
+        known[shape] = _fitted_to(_first_layer(model, name, shape), shape)
+    return known[shape]
+
+
+class _Found(Exception):
+    """The first layer has been called."""
+
+
+def _first_layer(model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Module | None:
+    """Return the first linear layer or conv that the model's code calls with a recording of this shape itself."""
+    first: list[nn.Module] = []
+
+    def called(module: nn.Module, args: tuple[object, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].shape == (2, *shape):
+            first.append(module)
+        raise _Found
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv1d)]
+    with on_fakes(model):
+        hooks = [layer.register_forward_pre_hook(called) for layer in layers]
+        try:
+            model(**{name: torch.zeros(2, *shape)})
+        except Exception:  # whatever the model's code raises before
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return first[0] if first else None
+
+
+def _fitted_to(layer: nn.Module | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(layer, nn.Linear) and len(shape) == 2:
+        return shape[0], layer.in_features
+    return (1, *shape) if isinstance(layer, nn.Conv1d) and len(shape) == 1 and layer.in_channels == 1 else shape

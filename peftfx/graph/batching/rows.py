@@ -37,6 +37,15 @@ def with_joined_rows(axes: int) -> BatchRule:
     return run
 
 
+def normalised(op: Any, given: Arguments, made: Any) -> Any:
+    """Normalise each row by itself, or by numbers that are known, [rows, channels, ...]."""
+    if given.get("training"):
+        raise not_batched(str(op))  # the rows' own numbers
+    if isinstance(given["input"], Several) and not any(isinstance(v, Several) for v in list(given.values())[1:]):
+        return _joined(op, given, made)
+    raise not_batched(str(op))
+
+
 def sampled(op: Any, given: Arguments, made: Any) -> Any:
     """Sample rows at places, [rows, channels, ...] at [rows, ..., places]."""
     count = count_of(given)

@@ -7,12 +7,13 @@ returns the results as tensors with a first axis for the examples.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from string import ascii_letters
 from typing import Any
 
 import torch
 
 from peftfx.graph.batching.places import picked, put
-from peftfx.graph.batching.rows import attended_within, sampled, with_joined_rows
+from peftfx.graph.batching.rows import attended_within, normalised, sampled, with_joined_rows
 from peftfx.graph.batching.several import (
     Arguments,
     BatchRule,
@@ -144,6 +145,18 @@ def added_product(op: Any, given: Arguments, made: Any) -> Any:
     return aten.add.Tensor(matrix_product(op, {n: given[n] for n in ("mat1", "mat2")}, made), given["self"])
 
 
+def summed_by_letters(op: Any, given: Arguments, made: Any) -> Any:
+    """Multiply and sum along axes with letters: a letter of its own goes along the examples."""
+    sides, arrow, result = given["equation"].replace(" ", "").partition("->")
+    if not arrow or "." in sides:
+        raise not_batched(str(op))
+    free = next(letter for letter in ascii_letters if letter not in sides)
+    several = [isinstance(value, Several) for value in given["tensors"]]
+    parts = [free * own + side for own, side in zip(several, sides.split(","), strict=True)]
+    values = [value.value if isinstance(value, Several) else value for value in given["tensors"]]
+    return op(f"{','.join(parts)}->{free}{result}", values)
+
+
 def made_anew(op: Any, given: Arguments, made: Any) -> Any:
     """Make a tensor of one value, of the type of another: the same for all examples."""
     shared = several_of(op(**as_tensors(given)), count_of(given)).value
@@ -178,6 +191,7 @@ _RULES: Mapping[str, BatchRule] = {
     **_named("numpy_T t", axes_reversed),
     **_named("matmul bmm mm", matrix_product),
     **_named("addmm", added_product),
+    **_named("einsum", summed_by_letters),
     **_named("conv1d", with_joined_rows(3)),
     **_named("conv2d adaptive_avg_pool2d avg_pool2d max_pool2d im2col pixel_shuffle", with_joined_rows(4)),
     **_named(
@@ -185,6 +199,7 @@ _RULES: Mapping[str, BatchRule] = {
     ),
     **_named("upsample_nearest2d pixel_unshuffle", with_joined_rows(4)),
     **_named("conv3d", with_joined_rows(5)),
+    **_named("group_norm batch_norm", normalised),
     **_named("grid_sampler", sampled),
     **_named("scaled_dot_product_attention", attended_within),
     **_named("index", picked),

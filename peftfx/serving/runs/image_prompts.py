@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from peftfx.bases.example_inputs import CROSS_MASK
+from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError

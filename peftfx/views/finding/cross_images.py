@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import DynamicCache
 
 from peftfx.bases.config_fields import first_of
-from peftfx.bases.example_inputs import CROSS_MASK, example_inputs
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.caches.cache import cache_of, empty_cache, held
 from peftfx.caches.held import KEY, VALUE, Held, KeptTensor, cache_names
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out

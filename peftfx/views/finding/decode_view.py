@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.codebooks import refuse_codes
 from peftfx.bases.processors.readers import why_not_read
 from peftfx.bases.processors.writers import writer_of
 from peftfx.caches.cache import empty_cache, held, layers_in
@@ -47,6 +48,8 @@ def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
         what = "the model takes no key/value cache: it has no decode view"
         raise PeftfxError(what, type(base).__name__, _FORWARD)
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
+    if "input_ids" in text:
+        refuse_codes(base, text["input_ids"], 2)
     if "attention_mask" not in text:
         what = "the model takes no attention mask, so a batch could not have texts of different lengths"
         raise PeftfxError(what, type(base).__name__, _FORWARD)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.codebooks import refuse_codes
 from peftfx.caches.cache import held, layers_in
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
@@ -25,6 +26,8 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
     """
     accepted = inspect.signature(base.forward).parameters
     text = example_inputs(base, sizes={"batch": 2, "sequence": 3})
+    if "decoder_input_ids" in text:
+        refuse_codes(base, text["decoder_input_ids"], 2)
     source = str(getattr(base, "main_input_name", TEXT_INPUT))
     if source not in text and hasattr(base, "get_encoder"):  # a name for whatever the encoder takes
         source = str(getattr(base.get_encoder(), "main_input_name", source))  # type: ignore[operator]

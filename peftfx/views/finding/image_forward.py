@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.fixed_values import FixedValues
+from peftfx.bases.processors.readers import ENCODE, ENCODED_IMAGES, takes_encoded
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, prompt_types
 from peftfx.graph.batching.run import run_for_several
+from peftfx.graph.contexts import unchanged
 from peftfx.graph.graph import BASE, Graph
 from peftfx.options import FORWARD
 from peftfx.views.decode import positions
@@ -153,11 +155,16 @@ class ForwardWithImages:
         given = dict(inputs)
         fake = any(isinstance(value, FakeTensor) for value in given.values())
         if fake or torch.compiler.is_exporting():
-            own = {name: given.pop(name) for name in self.images.names}
-            features = self._encoded(base, own)  # type: ignore[arg-type]
-            given["mm_encoder_outputs"] = {"image": self.images.as_output(features)}
+            own = {name: given[name] for name in self.images.names}
+            output = self.images.as_output(self._encoded(base, own))  # type: ignore[arg-type]
             if self.placed is not None:
                 given[POSITIONS] = self.placed.of(given[MODALITIES], given["attention_mask"])  # type: ignore[arg-type]
+            if not takes_encoded(base):
+                with unchanged(base):
+                    setattr(base.base_model, ENCODE, lambda *_, **__: output)  # type: ignore[arg-type]
+                    return {"logits": base(**given).logits}
+            given = {name: value for name, value in given.items() if name not in own}
+            given[ENCODED_IMAGES] = {"image": output}
         return {"logits": base(**given).logits}
 
     def _encoded(self, base: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
@@ -183,5 +190,5 @@ class ForwardWithImages:
         return features.flatten(0, 1)
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return the logits of tokens that are no padding."""
-        return value[inputs["attention_mask"].bool()]
+        """Return the logits of tokens that are no padding, or those of whole texts."""
+        return value[inputs["attention_mask"].bool()] if value.ndim > 2 else value

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from torch import nn
 
-from peftfx.bases.processors.readers import reads_images, why_not_in_source
+from peftfx.bases.processors.readers import encodes_in_forward, reads_images, why_not_in_source
 from peftfx.errors import PeftfxError, nearest
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder, EncoderDecoderLayers
@@ -59,7 +59,7 @@ def view_of_sites(base: nn.Module) -> str:
     """Return the name of the view that runs all of a model: its forward, or, if the model's code reads values of an
     image's arguments, a call in which these are constants.
     """
-    if reads_images(base):
+    if encodes_in_forward(base):
         with suppress(PeftfxError):
             return IMAGE_TEXT if find_images(base, of_any_size=True).reads else _NAMES[0]
     return _NAMES[0]

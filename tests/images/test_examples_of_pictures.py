@@ -1,0 +1,74 @@
+"""Examples of pictures, as a model's own processor makes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from every_model.checks import build
+
+import peftfx
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.export import OnnxModel
+
+
+def test_numbers_that_do_not_depend_on_pixels_are_kept() -> None:
+    """A patch starts with its row and its column; the mask of patches is of floats."""
+    made = example_inputs(build("image-text-to-text", "pix2struct"), sizes={"batch": 3})
+    rows, columns = (torch.arange(1, 5).float() for _ in range(2))
+    torch.testing.assert_close(made["flattened_patches"][1, :, :2], torch.cartesian_prod(rows, columns))
+    assert (made["flattened_patches"][0, :, 2:] != made["flattened_patches"][1, :, 2:]).all()
+    assert made["attention_mask"].eq(1).all()
+
+
+def test_a_processor_may_take_arrays_alone() -> None:
+    made = example_inputs(build("image-text-to-text", "emu3"))
+    assert made["pixel_values"].shape == (2, 3, 32, 32)
+    assert made["image_sizes"].tolist() == [[32, 32]] * 2
+
+
+def test_a_class_that_reads_texts_alone_gets_no_picture() -> None:
+    """It would hand a picture on to a model that reads them."""
+    assert set(example_inputs(build("text-classification", "qwen3_5"))) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("kind", ["modernvbert", "neomme"])
+def test_an_encoder_that_the_forward_calls_runs_for_all_pictures(kind: str, tmp_path: Path) -> None:
+    """The forward of such a model takes no encoded pictures."""
+    model = peftfx.transform(build("fill-mask", kind), peftfx.LoRA(r=2, target="all-linear")).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.export(tmp_path / "out")
+    served = OnnxModel(tmp_path / "out")
+    for batch, length in ((1, 5), (3, 11)):
+        inputs = example_inputs(model.base, sizes={"batch": batch, "sequence": length}, seed=batch)
+        with torch.no_grad():
+            want = model(**inputs).logits
+        got = served(**{name: inputs[name] for name in served.inputs})["logits"]
+        shown = inputs["attention_mask"].bool()
+        torch.testing.assert_close(got[shown], want[shown], atol=2e-5, rtol=2e-4)
+
+
+def test_patches_are_made_where_the_encoder_reads_these() -> None:
+    made = example_inputs(build("text-generation", "fuyu"), sizes={"batch": 3, "sequence": 5})
+    assert made["pixel_values"].shape == (3, 16, 3 * 8 * 8)
+    assert made["input_ids"].shape == (3, 16 + 5)
+
+
+def test_masks_say_which_tokens_are_an_image_or_see_one() -> None:
+    places = example_inputs(build("image-text-to-text", "kosmos-2"), sizes={"sequence": 5})
+    assert places["image_embeds_position_mask"].sum(1).tolist() == [64, 64]  # one for each latent query
+    seen = example_inputs(build("image-text-to-text", "idefics"))
+    assert seen["pixel_values"].shape == (2, 1, 3, 32, 32)
+    assert seen["image_attention_mask"][:, :, 0].tolist() == [[0, 1, 1, 1, 1, 1, 1]] * 2
+
+
+def test_boxes_lie_on_a_page() -> None:
+    made = example_inputs(build("text-classification", "layoutlm"))
+    left, top, right, bottom = made["bbox"].unbind(-1)
+    assert made["bbox"].shape == (*made["input_ids"].shape, 4)
+    assert ((left <= right) & (top <= bottom)).all()
+    assert made["bbox"].min() >= 0
+    assert made["bbox"].max() < 1000
