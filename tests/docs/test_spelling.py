@@ -24,7 +24,7 @@ def prose(page: str) -> str:
     """A page without its code: blocks, spans, links, options and names in quotes."""
     page = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
     page = re.sub(r"^ {4}.*$", "", page, flags=re.MULTILINE)
-    return re.sub(r"`[^`]*`|\]\([^)]*\)|<[^>]*>|--[a-z-]+|\S+_\S*|https?://\S+|\S*/\S*", "", page)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)|<[^>]*>|--[a-z-]+|[^\s`]+_[^\s`]*|https?://\S+|\S*/\S*", "", page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
