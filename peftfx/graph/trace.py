@@ -18,6 +18,7 @@ from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 from peftfx.errors import PeftfxError
 
 _TORCH = str(Path(torch.__file__).parent)
+_ASSERTS = str(Path(torch.nn.modules.module.__file__))  #: runs the module with a program's own guards
 
 
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
@@ -36,7 +37,8 @@ def trace(function: Callable[..., object], values: Sequence[object], name: str, 
 def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
     """Yield a list that has in the end what torch took for true of the sizes of these fake tensors inside.
 
-    What the ranges of the sizes say already is left out.
+    What the ranges of the sizes say already is left out. So is what a program asserts of its inputs when it runs: that
+    says how it was captured.
     """
     asked: list[ShapeGuard] = []
     mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
@@ -44,7 +46,8 @@ def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
     before, ranges = (0, {}) if env is None else (len(env.guards), dict(env.var_to_range))
     yield asked
     if env is not None:
-        asked += [guard for guard in env.guards[before:] if not _always(guard.expr, ranges)]
+        new = (guard for guard in env.guards[before:] if _asking_file(guard) != _ASSERTS)
+        asked += [guard for guard in new if not _always(guard.expr, ranges)]
 
 
 def splits(asked: Sequence[ShapeGuard], axes: Mapping[str, str] | None = None) -> sympy.Basic | None:
@@ -77,10 +80,15 @@ def _binds(guard: ShapeGuard) -> bool:
     torch's own operators compare sizes too, to pick a kernel or a memory format. Their inequalities do not limit the
     trace. Their equalities do (a broadcast against a fixed size), unless they only say that a size is at least 1.
     """
-    place = guard.sloc.framework_loc
-    inside = str(getattr(place, "filename", place)).startswith(_TORCH)
+    inside = _asking_file(guard).startswith(_TORCH)
     expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
     return not inside or isinstance(expr, sympy.Eq)
+
+
+def _asking_file(guard: ShapeGuard) -> str:
+    """Return the file of torch that asked."""
+    place = guard.sloc.framework_loc
+    return str(getattr(place, "filename", place))
 
 
 def _always(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool:

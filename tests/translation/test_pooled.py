@@ -96,6 +96,27 @@ def test_what_torch_splits_up_by_a_branch_on_a_size_is_refused(engine: str, monk
         to_onnx(peftfx.capture(model, {"x": torch.randn(2, 3, 7)}), engine=engine)
 
 
+class InBlocks(nn.Module):
+    """A text that is padded to a multiple of 8, and cut to its own length again, as in Longformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lacks = (8 - x.shape[1] % 8) % 8
+        return self.layer(self.layer(functional.pad(x, (0, 0, 0, lacks)))[:, : x.shape[1]])
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+def test_what_a_program_says_of_its_own_sizes_is_no_branch(engine: str, tmp_path: Path) -> None:
+    model = InBlocks().eval()
+    peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 11, 4)}, engine=engine)
+    for length in (8, 9, 24):
+        x = torch.randn(3, length, 4)
+        torch.testing.assert_close(peftfx.export.OnnxModel(tmp_path / "out")(x=x)["output"], model(x))
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize(("kernel", "padding"), [(3, "same"), (4, "same"), (4, "valid")])
 @torch.no_grad()
