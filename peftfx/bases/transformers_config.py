@@ -38,7 +38,7 @@ def understanding(
     where: str | Path,
     what: str,
     hint: str = "compare the file with the original",
-    also: type[Exception] | tuple[()] = (),
+    also: type[Exception] | None = None,
 ) -> Iterator[None]:
     """Turn errors of transformers about a file or an input into a PeftfxError while this context lasts.
 
@@ -48,8 +48,9 @@ def understanding(
         hint: what the user can do.
         also: a class of errors of the called code's own, which is no error of Python's.
     """
+    raised = _RAISED if also is None else (*_RAISED, also)
     try:
         yield
-    except (*_RAISED, *((also,) if also else ())) as error:
+    except raised as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise PeftfxError(f"{what}: {told}", str(where), hint) from error

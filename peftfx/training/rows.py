@@ -64,7 +64,7 @@ def read_rows(file: Path) -> TrainingRows:
         raise PeftfxError("there is no such file", str(file), "give a file of JSON lines")
     items, kinds = [], dict[str, int]()
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise PeftfxError(f"cannot be read as text: {error}", str(file), "give a file of JSON lines, UTF-8") from error
     for number, line in enumerate(lines, 1):
@@ -75,6 +75,9 @@ def read_rows(file: Path) -> TrainingRows:
         except (ValueError, RecursionError) as error:
             raise PeftfxError(f"line {number} is no JSON: {error}", str(file), "one object a line") from error
         kind = _kind(row)
+        if kind == _TEXT and "label" in row:
+            what = f"line {number} has the label {shown(row['label'])}, which names no class"
+            raise PeftfxError(what, str(file), "give a text or a whole number; or leave all labels out")
         if not kind:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else shown(row)
             hint = "text; text and label; prompt and completion; or messages"

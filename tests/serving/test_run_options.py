@@ -20,8 +20,14 @@ WORDS = ["[UNK]", "[PAD]", "</s>", "abcdef", *(f"w{i}" for i in range(4, 40))]
 SIZES = {"vocab_size": len(WORDS), "bos_token_id": None, "eos_token_id": None, "pad_token_id": 1}
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 BART = {
-    **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4},
-    **{"decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40, "max_position_embeddings": 20},
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 20,
 }
 
 
@@ -135,9 +141,7 @@ def test_what_has_no_effect_is_refused(
     assert_refused(peftfx("run", llama[1], *given), *told)
 
 
-def test_a_task_that_continues_a_prompt_may_be_named(
-    llama: tuple[hf.PreTrainedModel, Path, Path], peftfx: Run
-) -> None:
+def test_a_task_that_continues_a_prompt_may_be_named(llama: tuple[hf.PreTrainedModel, Path, Path], peftfx: Run) -> None:
     result = peftfx("run", llama[1], "--prompt", "w5", "--task", "text-generation", "--max-new-tokens", 3)
     assert (result.code, result.out.strip()) == (0, said(llama[0], "w5", max_new_tokens=3))
 
@@ -200,7 +204,10 @@ def test_a_text_ends_where_learned_positions_do(
 
 @pytest.mark.parametrize(
     ("template", "told"),
-    [("{{ raise_exception('roles must alternate') }}", "roles must alternate"), ("{% for %}", "Expected an expression")],
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for %}", "Expected an expression"),
+    ],
     ids=["raises", "spelled"],
 )
 def test_a_chat_template_that_fails_is_told(

@@ -37,7 +37,9 @@ def run(
         typer.Option(help="WAV file to transcribe or classify, of any sampling rate; repeat it for more."),
     ] = None,
     task: Annotated[str | None, task_choice("what the model was made for")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most new tokens; by default 128 after a prompt, or fewer if the model's configs say so.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most new tokens; by default 128 after a prompt, or fewer as its configs tell.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="Temperature of sampling; 0 always takes the most likely token.")
     ] = 0.0,

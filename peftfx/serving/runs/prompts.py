@@ -17,6 +17,7 @@ from peftfx.serving.runs.streaming import Writer, generation_options, room
 from peftfx.serving.served import Served
 from peftfx.views.encoder_decoder import TEXT_INPUT
 
+
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """Continue the prompt, writing each word to `out` as it is generated. Then yield the whole continuation.
 
