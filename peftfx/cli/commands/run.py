@@ -38,7 +38,7 @@ def run(
     ] = None,
     task: Annotated[str | None, task_choice("what the model was made for")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most new tokens; by default 128 after a prompt, or fewer as its configs tell.")
+        int | None, typer.Option(help="Most new tokens; by default 128 after a prompt, or fewer if the configs say so.")
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Temperature of sampling; 0 always takes the most likely token.")
