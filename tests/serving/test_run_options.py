@@ -175,6 +175,15 @@ class TestGenerationConfigs:
         refused = peftfx("run", out, "--prompt", "w5 w6")
         assert_refused(refused, "cannot generate with this generation config", "Contrastive Search", "change the file")
 
+    @pytest.mark.parametrize("kind", ["static", "offloaded"])
+    def test_a_kind_of_cache_is_ignored_and_told(
+        self, kind: str, llama: tuple[hf.PreTrainedModel, Path, Path], tmp_path: Path, peftfx: Run
+    ) -> None:
+        out = configured(llama[1], tmp_path / "out", cache_implementation=kind)
+        result = peftfx("run", out, "--prompt", "w5 w6", "--max-new-tokens", 5)
+        assert (result.code, result.out.strip()) == (0, said(llama[0], "w5 w6", max_new_tokens=5))
+        assert f"a cache of the kind '{kind}': it is ignored" in result.err
+
     def test_its_limits_hold_if_no_number_is_given(
         self, llama: tuple[hf.PreTrainedModel, Path, Path], tmp_path: Path, peftfx: Run
     ) -> None:
