@@ -25,7 +25,7 @@ def saved_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
     read_json(path, "copy the base model's again")
     with understanding(path, "cannot read how the model generates"):
         made = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    if made.cache_implementation not in (None, "dynamic"):
+    if made.cache_implementation not in (None, "dynamic", "hybrid"):  # transformers itself ignores "hybrid"
         kind, made.cache_implementation = made.cache_implementation, None
         warn(f"{path.name} asks for a cache of the kind {kind!r}: it is ignored, as the graphs have their own")
     return made

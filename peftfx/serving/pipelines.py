@@ -29,7 +29,7 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
         PeftfxError: the task is unknown, or the directory lacks a tokenizer or image processor.
     """
     import transformers
-    from transformers.pipelines import PipelineException
+    from transformers.pipelines.base import PipelineException
     from transformers.utils import logging
 
     served = model if isinstance(model, Served) else load(model)

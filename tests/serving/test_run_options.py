@@ -183,6 +183,8 @@ class TestGenerationConfigs:
         result = peftfx("run", out, "--prompt", "w5 w6", "--max-new-tokens", 5)
         assert (result.code, result.out.strip()) == (0, said(llama[0], "w5 w6", max_new_tokens=5))
         assert f"a cache of the kind '{kind}': it is ignored" in result.err
+        usual = configured(llama[1], tmp_path / "usual", cache_implementation="hybrid")
+        assert "cache" not in peftfx("run", usual, "--prompt", "w5 w6", "--max-new-tokens", 5).err
 
     def test_its_limits_hold_if_no_number_is_given(
         self, llama: tuple[hf.PreTrainedModel, Path, Path], tmp_path: Path, peftfx: Run

@@ -39,7 +39,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     Raises:
         PeftfxError: the model is for another task, or lacks a tokenizer or image processor.
     """
-    from transformers.pipelines import PipelineException
+    from transformers.pipelines.base import PipelineException
 
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
