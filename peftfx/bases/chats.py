@@ -9,7 +9,7 @@ from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 
 
-def filled(writer: Any, said: Sequence[Mapping[str, Any]], where: str, hint: str, **options: object) -> Any:
+def filled_template(writer: Any, said: Sequence[Mapping[str, Any]], where: str, hint: str, **options: object) -> Any:
     """Return what `apply_chat_template` of a tokenizer or processor makes of messages.
 
     Args:

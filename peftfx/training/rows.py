@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfx.bases.chats import filled
+from peftfx.bases.chats import filled_template
 from peftfx.errors import PeftfxError, shown
 from peftfx.files import is_file
 
@@ -147,8 +147,8 @@ def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int]
         ahead = ahead[: -len(end)] if end and ahead[-1:] == end else ahead
         return ahead + list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + end, len(ahead)
     messages, hint = row["messages"], "give prompts and completions"
-    ahead = filled(tokenizer, messages[:-1], where, hint, add_generation_prompt=True, tokenize=False)
-    whole = filled(tokenizer, messages, where, hint, tokenize=False)
+    ahead = filled_template(tokenizer, messages[:-1], where, hint, add_generation_prompt=True, tokenize=False)
+    whole = filled_template(tokenizer, messages, where, hint, tokenize=False)
     start = ahead if whole.startswith(ahead) else ""
     first = list(tokenizer(start, add_special_tokens=False)["input_ids"]) if start else []
     rest = list(tokenizer(whole.removeprefix(start), add_special_tokens=False)["input_ids"])

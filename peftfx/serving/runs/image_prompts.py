@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from peftfx.bases.chats import filled
+from peftfx.bases.chats import filled_template
 from peftfx.bases.example_inputs import CROSS_MASK
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
@@ -137,7 +137,7 @@ def _templated(processor: Any, asked: Asked) -> str:
     content = [*({"type": "image"} for _ in asked.images), {"type": "text", "text": asked.prompt}]
     said = [{"role": "user", "content": content}]
     options = {"add_generation_prompt": True, "tokenize": False}
-    return str(filled(processor, said, str(asked.directory), "leave --chat out", **options))
+    return str(filled_template(processor, said, str(asked.directory), "leave --chat out", **options))
 
 
 def _processed(processor: Any, asked: Asked, images: list[Any], token: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 import torch
 
-from peftfx.bases.chats import filled
+from peftfx.bases.chats import filled_template
 from peftfx.errors import PeftfxError, warn
 from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
@@ -74,5 +74,5 @@ def _encode(tokenizer: Any, asked: Asked, prompt: str) -> dict[str, torch.Tensor
         return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
     said = [{"role": "user", "content": prompt}]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    made = filled(tokenizer, said, str(asked.directory), "leave --chat out", **options)
+    made = filled_template(tokenizer, said, str(asked.directory), "leave --chat out", **options)
     return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}

@@ -12,7 +12,7 @@ from peftfx.bases.config_fields import length_of
 from peftfx.errors import PeftfxError, first_line
 from peftfx.serving.runs.asked import Asked
 
-MOST = 128  #: new tokens, where neither the user nor the model's configs tell fewer
+_MOST = 128  #: new tokens, where neither the user nor the model's configs tell fewer
 
 
 def room(model: Any, before: int) -> int:
@@ -20,7 +20,7 @@ def room(model: Any, before: int) -> int:
     own = model.generation_config
     whole = (length_of(model.config), own.max_length if own.max_new_tokens is None else None)
     left = [most - before for most in whole if most is not None and most > before]
-    return min(own.max_new_tokens or MOST, MOST, *left)
+    return min(own.max_new_tokens or _MOST, _MOST, *left)
 
 
 def generation_options(asked: Asked, most: int | None = None) -> dict[str, Any]:
