@@ -13,6 +13,7 @@ from peftfx.formats import REPORT, read_stamped
 from peftfx.pages.page import Page, bars, make_page, table, text
 
 _MOST = 40  #: the most rows of a table of places
+_DATA = (".onnx", ".onnx.data")  #: the ends of the names of graphs and their weights
 _KNOWN = ("model", "adapters", "tensors", "bytes", "seconds", "comparisons", "probes")
 
 
@@ -43,6 +44,20 @@ def read_report(directory: Path) -> Mapping[str, Any]:
     kinds = {"model": str, "adapters": list, "comparisons": list, "probes": list}
     if any(not isinstance(found.get(name), kinds.get(name, dict)) for name in _KNOWN):
         raise PeftfxError("not the report of an export", str(path), "export the model again")
+    return found
+
+
+def changed_files(directory: Path, report: Mapping[str, Any]) -> list[str]:
+    """Return the graphs and weights of an export that are missing, or have another size than its report tells."""
+    found = []
+    for name, size in report["bytes"].items():
+        path = directory / name
+        if not name.endswith(_DATA) or not isinstance(size, int):
+            continue
+        if not is_file(path):
+            found.append(f"{name} is missing")
+        elif (now := path.stat().st_size) != size:
+            found.append(f"{name} has {now:,} bytes, and was written with {size:,}")
     return found
 
 

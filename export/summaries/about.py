@@ -10,7 +10,7 @@ from typing import Any
 
 from peftfx.bases.load import read_base_config
 from peftfx.errors import PeftfxError
-from peftfx.export.reports.report_page import read_report
+from peftfx.export.reports.report_page import changed_files, read_report
 from peftfx.files import is_file, is_folder
 from peftfx.formats import ADAPTER, BATCHED, REPORT, RULES, SLOTS
 from peftfx.graph.slots import Manifest
@@ -18,6 +18,7 @@ from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_f
 from peftfx.rules.text import write_rule
 from peftfx.rules.tied_copies import method_of_file
 
+_FILES = {".safetensors": "a file of tensors", ".onnx": "a graph", ".onnx.data": "the weights of a graph"}
 _MOST = 8  #: items that are told in words; JSON has them all
 
 
@@ -46,6 +47,9 @@ def about(path: Path) -> About:
     """
     if is_file(path) and path.name.endswith(ADAPTER):
         return _slot_file(path)
+    if is_file(path):
+        kind = next((kind for ending, kind in _FILES.items() if path.name.endswith(ending)), "a file")
+        raise PeftfxError(f"this is {kind}, and info takes a directory", str(path), f"give its folder: {path.parent}")
     if not is_folder(path):
         hint = "give the directory of an adapter, an export or a base, or an .onnx_adapter file"
         raise PeftfxError("there is no such directory", str(path), hint)
@@ -83,6 +87,7 @@ def _export(path: Path) -> About:
         "inputs": [f"{name} [{', '.join(map(str, shape))}]" for name, shape in report.get("inputs", {}).items()],
         "outputs": report.get("outputs", []),
         "files": report["bytes"],
+        "not as written": changed_files(path, report),
         "opset": report.get("opset"),
         "nodes": report.get("nodes"),
         "fused": report.get("fused", {}),

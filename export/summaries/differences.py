@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.reports.report_page import read_report
+from peftfx.export.reports.report_page import changed_files, read_report
 from peftfx.files import is_file
 from peftfx.formats import REPORT
 from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
@@ -65,7 +65,9 @@ def differences(first: Path, second: Path) -> Differences:
     kinds = [is_file(path / REPORT) for path in (first, second)]
     if all(kinds):
         a, b = read_report(first), read_report(second)
-        return Differences("export", _fields(_leave(a, _PASSING), _leave(b, _PASSING)))
+        changed = changed_files(first, a), changed_files(second, b)
+        fields = {"not as written": changed} if any(changed) else {}
+        return Differences("export", {**_fields(_leave(a, _PASSING), _leave(b, _PASSING)), **fields})
     if any(kinds):
         what = "an export and something else have nothing to compare"
         raise PeftfxError(what, f"{first}, {second}", "give two exports, or two adapters")

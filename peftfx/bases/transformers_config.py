@@ -34,10 +34,23 @@ def read_config(directory: Path, **options: object) -> PreTrainedConfig:
 
 
 @contextlib.contextmanager
-def understanding(where: str | Path, what: str, hint: str = "compare the file with the original") -> Iterator[None]:
-    """Turn errors of transformers about a file or an input into a PeftfxError while this context lasts."""
+def understanding(
+    where: str | Path,
+    what: str,
+    hint: str = "compare the file with the original",
+    also: type[Exception] | None = None,
+) -> Iterator[None]:
+    """Turn errors of transformers about a file or an input into a PeftfxError while this context lasts.
+
+    Args:
+        where: the file or the input.
+        what: what cannot be done.
+        hint: what the user can do.
+        also: a class of errors of the called code's own, which is no error of Python's.
+    """
+    raised = _RAISED if also is None else (*_RAISED, also)
     try:
         yield
-    except _RAISED as error:
+    except raised as error:
         told = " ".join(str(error).split()) or type(error).__name__
         raise PeftfxError(f"{what}: {told}", str(where), hint) from error

@@ -25,8 +25,8 @@ from peftfx.views.row_adapters import IDS
 Step = Callable[[dict[str, Tensor], Cache | None], Mapping[str, Tensor]]
 """A function that runs a view on its inputs, by name. It may keep memory for its results in the cache."""
 
-#: Arguments of a forward that only change how results are returned.
-_HARMLESS = frozenset({"return_dict", "use_cache"})
+#: Arguments of a forward that only change how results are returned, or that `generate` hands on from its own.
+_HARMLESS = frozenset({"return_dict", "use_cache", "tokenizer"})
 LOGITS_KEPT = "logits_to_keep"  #: the argument that says for which tokens a call gives logits
 
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig
+from transformers import Cache, GenerationMixin
 from transformers.initialization import no_init_weights
 
 from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import understanding
 from peftfx.caches.held import Held, KeptTensor
 from peftfx.errors import PeftfxError
-from peftfx.files import is_file, read_json
 from peftfx.generation.anew import OwnPreparation
 from peftfx.generation.invocation import INVOCATION_KEY, OFFSETS, under_invocations
 from peftfx.generation.over_graphs import over_graphs
+from peftfx.generation.saved_config import saved_config
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
@@ -61,7 +61,7 @@ class _Serves(Served, GenerationMixin):
         if self.config is None:
             where = str(directory / "config.json")
             raise PeftfxError("the model's config is missing", where, "put the base model's config there")
-        self.generation_config = _generation_config(directory, self.config)
+        self.generation_config = saved_config(directory, self.config)
 
     def can_generate(self) -> bool:
         """Say that the model can generate."""
@@ -243,12 +243,3 @@ def _layers_of(model: OnnxModel, part: str = "") -> tuple[Held, ...]:
             shape = tuple(size if isinstance(size, int) else None for size in model.axes[name][1:])
             found.setdefault(int(inner[0]), []).append(KeptTensor(inner[-1], shape, ONNX_DTYPES[model.types[name]]))
     return tuple(Held(tuple(found.get(i, ()))) for i in range(max(found, default=-1) + 1))
-
-
-def _generation_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
-    path = directory / "generation_config.json"
-    if is_file(path):
-        read_json(path, "copy the base model's again")
-        with understanding(path, "cannot read how the model generates"):
-            return GenerationConfig.from_pretrained(directory, local_files_only=True)
-    return GenerationConfig.from_model_config(config)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftfx.bases.tasks import task_of_class
+from peftfx.bases.processors.recordings import RECORDINGS
+from peftfx.bases.tasks import HEARING, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
 from peftfx.formats import REPORT, read_stamped
 
+_CLASSES_OF_TEXT, (_, _CLASSES_OF_SOUND) = "text-classification", HEARING
+
 
 def task_of_directory(directory: Path) -> str:
     """Return the task of the model in an exported directory, by its report, or else by its config.
+
+    Classes that classify sequences are named alike for texts and for sound. The inputs in the report tell them apart.
 
     Raises:
         PeftfxError: neither file says the task.
@@ -20,8 +25,15 @@ def task_of_directory(directory: Path) -> str:
         path = directory / name
         if is_file(path):
             read = read_stamped if name == REPORT else read_json
-            found = read(path, "export the model again").get(key)
+            told = read(path, "export the model again")
+            found = told.get(key)
             named = found[0] if isinstance(found, list) and found else found
             if isinstance(named, str) and (task := task_of_class(named)) is not None:
-                return task
+                sound = task == _CLASSES_OF_TEXT and _hears(told.get("inputs"))
+                return _CLASSES_OF_SOUND if sound else task
     raise PeftfxError("the model's files do not tell its task", str(directory), "name the task")
+
+
+def _hears(inputs: object) -> bool:
+    """Return whether these are the inputs of a model that hears."""
+    return isinstance(inputs, dict) and any(name in inputs for name in RECORDINGS)

@@ -29,6 +29,7 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
         PeftfxError: the task is unknown, or the directory lacks a tokenizer or image processor.
     """
     import transformers
+    from transformers.pipelines.base import PipelineException
     from transformers.utils import logging
 
     served = model if isinstance(model, Served) else load(model)
@@ -43,7 +44,7 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
     before = logging.get_verbosity()
     logging.set_verbosity(50)  # critical only: transformers warns that it does not know the class
     try:
-        with understanding(task, "transformers has no pipeline for this", "name another task"):
+        with understanding(task, "transformers has no pipeline for this", "name another task", also=PipelineException):
             return transformers.pipeline(task, model=served, device="cpu", **parts)  # type: ignore[call-overload]
     finally:
         logging.set_verbosity(before)

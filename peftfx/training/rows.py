@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfx.bases.chats import filled_template
 from peftfx.errors import PeftfxError, shown
 from peftfx.files import is_file
 
@@ -63,7 +64,7 @@ def read_rows(file: Path) -> TrainingRows:
         raise PeftfxError("there is no such file", str(file), "give a file of JSON lines")
     items, kinds = [], dict[str, int]()
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise PeftfxError(f"cannot be read as text: {error}", str(file), "give a file of JSON lines, UTF-8") from error
     for number, line in enumerate(lines, 1):
@@ -74,6 +75,9 @@ def read_rows(file: Path) -> TrainingRows:
         except (ValueError, RecursionError) as error:
             raise PeftfxError(f"line {number} is no JSON: {error}", str(file), "one object a line") from error
         kind = _kind(row)
+        if kind == _TEXT and "label" in row:
+            what = f"line {number} has the label {shown(row['label'])}, which names no class"
+            raise PeftfxError(what, str(file), "give a text or a whole number; or leave all labels out")
         if not kind:
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else shown(row)
             hint = "text; text and label; prompt and completion; or messages"
@@ -142,11 +146,9 @@ def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int]
         ahead = list(tokenizer(row["prompt"])["input_ids"])
         ahead = ahead[: -len(end)] if end and ahead[-1:] == end else ahead
         return ahead + list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"]) + end, len(ahead)
-    if not getattr(tokenizer, "chat_template", None):
-        raise PeftfxError("the tokenizer has no chat template", where, "give prompts and completions")
-    messages = row["messages"]
-    ahead = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    messages, hint = row["messages"], "give prompts and completions"
+    ahead = filled_template(tokenizer, messages[:-1], where, hint, add_generation_prompt=True, tokenize=False)
+    whole = filled_template(tokenizer, messages, where, hint, tokenize=False)
     start = ahead if whole.startswith(ahead) else ""
     first = list(tokenizer(start, add_special_tokens=False)["input_ids"]) if start else []
     rest = list(tokenizer(whole.removeprefix(start), add_special_tokens=False)["input_ids"])

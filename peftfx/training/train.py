@@ -17,7 +17,7 @@ from peftfx.bases.labels import write_labels
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
 from peftfx.export.writing.atomic_directory import check_output, publish
 from peftfx.formats import RULES
 from peftfx.model.adapted import AdaptedModel
@@ -25,6 +25,7 @@ from peftfx.model.api import transform
 from peftfx.pages.plot import plot
 from peftfx.rules.peft_files import CONFIG
 from peftfx.rules.text import parse_rules
+from peftfx.training.checkpoints import last_checkpoint, rules_in_words, rules_keeper
 from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_rows
 
 
@@ -63,6 +64,8 @@ class TrainOptions:
         wrong += ["save_steps"] if self.save_steps < 0 else []
         if wrong:
             raise PeftfxError(f"{wrong[0]} is {getattr(self, wrong[0])}", wrong[0], "a number above 0")
+        if not 0 <= self.seed < 2**32:  # what numpy takes
+            raise PeftfxError(f"seed is {shown(self.seed)}", "seed", "a number from 0 to 4294967295")
 
 
 @dataclass(frozen=True)
@@ -150,15 +153,17 @@ def _train(
     sets = [encoded(found, tokenizer, asked.max_length, rows.labels) for found in (rows, held) if found is not None]
     adapted = transform(model, methods, seed=asked.seed)
     say("train")
-    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    checkpoints, words = output.with_name(f"{output.name}-checkpoints"), rules_in_words(methods)
+    last = last_checkpoint(checkpoints, words, adapted.state_dict()) if asked.resume else None
     trainer = trainer_class(
         model=adapted,
         args=_arguments(asked, checkpoints, held is not None),
         train_dataset=sets[0],
         eval_dataset=sets[1] if held is not None else None,
         data_collator=Padded(_pad(tokenizer)),
+        callbacks=[rules_keeper(words)],
     )
-    done = trainer.train(resume_from_checkpoint=_last(checkpoints) if asked.resume else None)
+    done = trainer.train(resume_from_checkpoint=last)
     evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
     parameters = adapted.get_nb_trainable_parameters()[0]
@@ -252,15 +257,6 @@ def _model(base: Path, rows: TrainingRows) -> tuple[nn.Module, tuple[str, ...]]:
 def _pad(tokenizer: Any) -> int:
     found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if found is None else int(found)
-
-
-def _last(checkpoints: Path) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    found = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if found is None:
-        raise PeftfxError("there is no checkpoint to go on from", str(checkpoints), "leave --resume out")
-    return str(found)
 
 
 def _is_adapter(directory: Path) -> bool:

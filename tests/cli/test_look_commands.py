@@ -49,6 +49,31 @@ def test_info_tells_what_there_is(inputs: Inputs, peftfx: Command, tmp_path: Pat
     assert_refused(peftfx("info", tmp_path), "no config.json")
 
 
+def test_info_of_a_file_tells_what_to_give(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
+    file = inputs.lora / "adapter_model.safetensors"
+    assert_refused(peftfx("info", file), "this is a file of tensors", f"give its folder: {inputs.lora}")
+    for name, told in (("model.onnx", "a graph"), ("model.onnx.data", "the weights of a graph"), ("a.txt", "a file")):
+        (tmp_path / name).write_bytes(b"x")
+        assert_refused(peftfx("info", tmp_path / name), f"this is {told}, and info takes a directory", str(tmp_path))
+
+
+def test_graphs_that_are_missing_or_cut_are_told(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
+    words = ("export", "--base", inputs.classifier, "--adapter", inputs.lora, "--output", tmp_path / "out", "--quiet")
+    assert peftfx(*words).code == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
+    assert peftfx("diff", tmp_path / "out", tmp_path / "copy").out.strip() == "the same export"
+    assert "not as written" not in peftfx("info", tmp_path / "copy").out
+    (tmp_path / "copy" / "model.onnx").unlink()
+    data = tmp_path / "copy" / "model.onnx.data"
+    whole = data.stat().st_size
+    data.write_bytes(data.read_bytes()[:100])
+    told = ["model.onnx is missing", f"model.onnx.data has 100 bytes, and was written with {whole:,}"]
+    assert json.loads(peftfx("info", tmp_path / "copy", "--json").out)["facts"]["not as written"] == told
+    for other in ("out", "copy"):
+        done = peftfx("diff", tmp_path / other, tmp_path / "copy", "--json")
+        assert (done.code, json.loads(done.out)["fields"]["not as written"][1]) == (1, told)
+
+
 def test_diff_tells_what_differs(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
     same = peftfx("diff", inputs.lora, inputs.lora)
     assert (same.code, same.out.strip()) == (0, "the same adapter: 8 tensors")

@@ -14,6 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from support.command import SIZES, Result, assert_refused
 
+from peftfx import PeftfxError
 from peftfx.serving.runs.asked import read_texts
 from peftfx.training.rows import IGNORED, Padded, encoded, read_rows
 
@@ -132,6 +133,39 @@ def test_of_a_chat_the_last_message_counts(base: Path, tmp_path: Path) -> None:
     assert batch["labels"][1].tolist() == [3] + [IGNORED] * 8
 
 
+def test_no_run_goes_on_by_other_rules(base: Path, completions: Path, peftfx: Command, tmp_path: Path) -> None:
+    words = ("train", "--base", base, "--data", completions, "--batch-size", 4, "--save-steps", 1, "--output")
+    words = (*words, tmp_path / "out", "--quiet", "--steps")
+    assert peftfx(*words, 1, "--rules", "lora(r=2)@attention").code == 0
+    again = (*words, 2, "--resume", "--force", "--rules")
+    for rules in ("lora(r=4)@mlp", "lora(r=2, lora_alpha=3)@attention", "lora(r=2)@attention; ia3@mlp"):
+        assert_refused(peftfx(*again, rules), "trained by the rules lora(r=2)@attention", "the same --rules")
+    (kept,) = (tmp_path / "out-checkpoints").glob("*/rules.txt")
+    kept.unlink()  # as in a checkpoint of an older version
+    assert_refused(peftfx(*again, "lora(r=4)@mlp"), "other tensors than an adapter by the rules lora(r=4)@mlp")
+    done = peftfx(*again, "lora( r=2 ) @ attention")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out" / "training" / "losses.json").read_text(encoding="utf-8"))["steps"] == 2
+
+
+def test_a_chat_template_that_raises_is_told(base: Path, tmp_path: Path) -> None:
+    tokenizer = hf.AutoTokenizer.from_pretrained(base)
+    messages = [{"role": role, "content": "red"} for role in ("user", "assistant")]
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    rows = read_rows(lines(tmp_path / "rows.jsonl", [{"messages": messages}]))
+    with pytest.raises(PeftfxError, match="roles must alternate") as caught:
+        encoded(rows, tokenizer, 64)
+    assert caught.value.where.endswith("row 1")
+
+
+def test_a_mark_of_unicode_before_the_first_line_is_no_text(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('\ufeff{"text": "one"}\n', encoding="utf-8")
+    assert [row["text"] for row in read_rows(file).items] == ["one"]
+    file.write_text("\ufeffone\ntwo\n", encoding="utf-8")
+    assert read_texts(file) == ("one", "two")
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_lines_end_where_json_lines_do(end: str, tmp_path: Path) -> None:
     texts = [f"one{mark}two" for mark in ("\u2028", "\u2029", "\x85", " ")]
@@ -156,6 +190,12 @@ def test_lines_end_where_json_lines_do(end: str, tmp_path: Path) -> None:
         ),
         ('{"messages": []}', "line 1 has messages"),
         ('{"messages": [{"role": "user", "content": "x"}]}', "line 1 has messages"),
+        (
+            '{"text": "one", "label": 1}\n{"text": "two", "label": 0.5}',
+            "line 2 has the label 0.5",
+        ),
+        ('{"text": "one", "label": ["x"]}', "line 1 has the label ['x']"),
+        ('{"text": "one", "label": null}', "line 1 has the label None"),
         ('{"prompt": "one", "completion": "two", "x": "\\ud800"}\n' + '{"prompt": 1}', "line 2 has prompt"),
     ],
 )
@@ -170,6 +210,8 @@ def test_bad_options_are_told(base: Path, completions: Path, peftfx: Command, tm
     words = ("train", "--base", base, "--data", completions, "--output", tmp_path / "out")
     assert_refused(peftfx(*words, "--batch-size", 0), "batch_size is 0")
     assert_refused(peftfx(*words, "--epochs", "nan"), "epochs is nan")
+    for seed in (-1, 2**32, 10**20 - 1):
+        assert_refused(peftfx(*words, "--seed", seed), f"seed is {seed}", "from 0 to 4294967295")
     assert_refused(peftfx(*words, "--rules", "lorra"), "lorra")
     assert_refused(peftfx(*words, "--max-length", 2), "nothing to learn from")
     assert_refused(peftfx(*words[:-1], tmp_path, "--data", tmp_path / "no"), "not an earlier output")

@@ -285,6 +285,49 @@ class TestLetters:
         assert_refused(refused, "--language", "leave it out")
 
 
+class TestLabels:
+    @pytest.mark.parametrize("kind", [None, "SEQ_CLS"])
+    def test_a_classifier_of_sequences_labels_sound(self, kind: str | None, peftfx: Run, tmp_path: Path) -> None:
+        """Its class is named as those that classify texts."""
+        from peftfx.export.command import export_directory
+
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+        config = hf.Wav2Vec2Config(
+            **sizes,
+            conv_dim=(16, 16),
+            conv_kernel=(10, 8),
+            conv_stride=(5, 4),
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            initializer_range=0.4,
+            id2label={0: "cat", 1: "dog", 2: "cow"},
+            label2id={"cat": 0, "dog": 1, "cow": 2},
+        )
+        model = hf.Wav2Vec2ForSequenceClassification(config).eval()
+        extractor = hf.Wav2Vec2FeatureExtractor(return_attention_mask=False)
+        model.save_pretrained(tmp_path / "base"), extractor.save_pretrained(tmp_path / "base")
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type=kind)
+        eager = peft.get_peft_model(model, lora).eval()
+        randomise(eager)
+        eager.save_pretrained(str(tmp_path / "adapter"))
+        task = "audio-classification" if kind is None else None
+        export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task)
+        for seconds in (0.3, 0.7):
+            write_wav(tmp_path / "a.wav", seconds)
+            sound = read_wav(tmp_path / "a.wav")[0].numpy()
+            made = extractor(sound, sampling_rate=RATE, return_tensors="pt")
+            with torch.no_grad():
+                want = eager(**made).logits.softmax(-1)[0]
+            result = peftfx("run", tmp_path / "out", "--audio", tmp_path / "a.wav", "--top", 3)
+            assert result.code == 0, result.err
+            (found,) = (json.loads(line) for line in result.out.splitlines())
+            assert [one["label"] for one in found] == [config.id2label[int(i)] for i in want.argsort(descending=True)]
+            for one in found:
+                assert one["score"] == pytest.approx(float(want[config.label2id[one["label"]]]), abs=1e-5)
+        assert_refused(peftfx("run", tmp_path / "out", "--text", "x"), "takes sound", "--audio")
+
+
 class TestSound:
     @pytest.mark.parametrize("rate", [8000, 22050, 44100])
     def test_resampling_keeps_a_tone_as_it_is(self, rate: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.fake_runs import on_fakes
 
-_RECORDINGS = ("input_features", "input_values")
+RECORDINGS = ("input_features", "input_values")  #: the names of inputs that are sound
 _PARTS = ("audio_config", "speech_config", "encoder_config", "encoder")
 #: Raw samples of a token, where the config does not give the strides: 25 ms at 16 kHz.
 _SAMPLES = 400
@@ -30,7 +30,7 @@ def recording_name(model: nn.Module, accepted: Collection[str]) -> str | None:
     name = getattr(model, "main_input_name", None)
     if name not in accepted or name == "inputs":
         name = getattr(getattr(model, "encoder", None), "main_input_name", None)
-    return name if name in _RECORDINGS and name in accepted else None
+    return name if name in RECORDINGS and name in accepted else None
 
 
 def recording_shape(config: object, name: str, tokens: int) -> tuple[int, ...] | None:

@@ -21,7 +21,10 @@ def run(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Text to continue, one in a run; the answer is streamed.")
     ] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Text for the model's task; repeat it for more.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for the model's task; a model that generates continues it. Repeat it for more."),
+    ] = None,
     texts: Annotated[
         Path | None, typer.Option(help="File of texts for the model's task, one in each line; - is the standard input.")
     ] = None,
@@ -34,7 +37,9 @@ def run(
         typer.Option(help="WAV file to transcribe or classify, of any sampling rate; repeat it for more."),
     ] = None,
     task: Annotated[str | None, task_choice("what the model was made for")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Most new tokens; by default 128 after a prompt.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most new tokens; by default 128 after a prompt, or fewer if the configs say so.")
+    ] = None,
     temperature: Annotated[
         float, typer.Option(help="Temperature of sampling; 0 always takes the most likely token.")
     ] = 0.0,
@@ -49,7 +54,7 @@ def run(
     timestamps: Annotated[
         bool, typer.Option("--timestamps", help="With --audio: print the times of each piece, if the model can.")
     ] = False,
-    top: Annotated[int, typer.Option(help="How many labels to print.")] = 5,
+    top: Annotated[int | None, typer.Option(help="How many labels to print; by default 5.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
     prompt_name: Annotated[
         str | None, typer.Option(help="Name of the model's prompt for texts that are embedded.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from peftfx.bases.tasks import SENTENCES, check_task
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Asked:
         images: the image files for the model's task.
         sounds: the WAV files for the model's task.
         task: the name of a pipeline; None means the task that the model was made for.
-        top: the number of labels to show.
+        top: the number of labels to show, by default 5.
         adapter: an `.onnx_adapter` file to load into the model.
         providers: the execution providers of ONNX Runtime; see `peftfx.serving.providers`.
         query: a text with which each of the texts is compared.
@@ -48,7 +48,7 @@ class Asked:
     images: tuple[Path, ...] = ()
     sounds: tuple[Path, ...] = ()
     task: str | None = None
-    top: int = 5
+    top: int | None = None
     adapter: Path | None = None
     providers: tuple[str, ...] = ()
     query: str | None = None
@@ -94,6 +94,8 @@ class Asked:
         for flag, (value, fewest) in least.items():
             if value is not None and not value >= fewest:
                 raise PeftfxError(f"{flag} is {value}", flag, f"give {fewest} or more")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise PeftfxError(f"--seed is {shown(self.seed)}, which torch does not take", "--seed", "give fewer digits")
         for flag, path, ending in (("--save", self.save, ".npy"), ("--output", self.output, ".png")):
             if path is not None and path.suffix.lower() not in ("", ending):
                 raise PeftfxError(
@@ -105,6 +107,11 @@ class Asked:
                 raise PeftfxError(
                     f"{flag} is a file in a folder that does not exist", str(path), "make the folder first"
                 )
+
+    @property
+    def most_labels(self) -> int:
+        """The number of labels to show."""
+        return 5 if self.top is None else self.top
 
     @property
     def kind(self) -> str:
@@ -165,7 +172,7 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        read = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        read = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise PeftfxError(
             f"this file cannot be read: {error.strerror or error}", str(path), "check the path"

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from peftfx.bases.chats import filled_template
 from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
@@ -19,7 +20,8 @@ from peftfx.serving.image_generators import ServedOverImages, ServedSeq2SeqWithI
 from peftfx.serving.load import load
 from peftfx.serving.pipelines import image_processor
 from peftfx.serving.runs.asked import Asked, Found
-from peftfx.serving.runs.streaming import generation_options, streamer_to
+from peftfx.serving.runs.fitting import WRITING, refuse_idle, refuse_task_of_prompt
+from peftfx.serving.runs.streaming import Writer, generation_options, room
 from peftfx.views.images.encoded import Images
 
 PIXELS = "pixel_values"
@@ -37,6 +39,8 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         PeftfxError: the model reads no images, its directory has no processor or chat template, or the processor's
             outputs do not fit the inputs of the graphs.
     """
+    refuse_task_of_prompt(asked)
+    refuse_idle(asked, "writes a text about images", *WRITING, "chat")
     model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
     if isinstance(model, ServedSeq2Seq) and model.main_input_name == PIXELS:
         yield from _described(model, asked, out)
@@ -55,17 +59,20 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     masks = (CROSS_MASK,) if isinstance(model, ServedOverImages) else ()
     inputs = _taken(model.images, made, asked.directory, masks)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    options = generation_options(asked, most=128) | {"pad_token_id": pad}
-    tokens: Any = model.generate(**inputs, **options, streamer=streamer_to(out, tokenizer))
     before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
-    written = tokenizer.decode(tokens[0, before:], skip_special_tokens=True)
-    told = {"prompt": asked.prompt, "images": [str(path) for path in asked.images], "text": str(written)}
-    yield Found(told, words="")
+    options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
+    writer = Writer(model, tokenizer, out)
+    tokens = writer.generate(**inputs, **options)
+    text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
+    told = {"prompt": asked.prompt, "images": [str(path) for path in asked.images], "text": text}
+    yield Found(told, writer.words(text))
 
 
 def _described(model: ServedSeq2Seq, asked: Asked, out: TextIO | None) -> Iterator[Found]:
     """Write a text for each image, or what follows the prompt, with which each text begins."""
+    refuse_idle(asked, "writes a text about an image alone", *WRITING)
     prepare, tokenizer = image_processor(asked.directory), model.tokenizer
+    writer = Writer(model, tokenizer, out)
     options = generation_options(asked)
     begins = tokenizer(asked.prompt or "", add_special_tokens=False, return_tensors="pt")["input_ids"].long()
     if count := begins.shape[1]:
@@ -73,11 +80,11 @@ def _described(model: ServedSeq2Seq, asked: Asked, out: TextIO | None) -> Iterat
     for path in asked.images:
         pixels = prepare(read_image(path), return_tensors="pt")[PIXELS].to(model.dtype)
         with understanding(path, "the model does not take this image", "pass --verbose to see the cause"):
-            tokens: Any = model.generate(pixels, **options, streamer=streamer_to(out, tokenizer))
+            tokens = writer.generate(pixels, **options)
         before = count + int(not torch.equal(tokens[:1, :count], begins))  # transformers may put a start token first
         text = str(tokenizer.decode(tokens[0, before if count else 0 :], skip_special_tokens=True))
         told = {"prompt": asked.prompt} if asked.prompt else {}
-        yield Found({**told, "image": str(path), "text": text}, words="")
+        yield Found({**told, "image": str(path), "text": text}, writer.words(text))
 
 
 def processor_of(directory: Path) -> Any:
@@ -127,12 +134,10 @@ def with_image_tokens(processor: Any, prompt: str, count: int) -> str:
 
 
 def _templated(processor: Any, asked: Asked) -> str:
-    if not getattr(processor, "chat_template", None):
-        raise PeftfxError("the processor has no chat template", str(asked.directory), "leave --chat out")
     content = [*({"type": "image"} for _ in asked.images), {"type": "text", "text": asked.prompt}]
     said = [{"role": "user", "content": content}]
-    with understanding(asked.directory, "the chat template cannot be filled", "leave --chat out"):
-        return str(processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False))
+    options = {"add_generation_prompt": True, "tokenize": False}
+    return str(filled_template(processor, said, str(asked.directory), "leave --chat out", **options))
 
 
 def _processed(processor: Any, asked: Asked, images: list[Any], token: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftfx.errors import PeftfxError
 from peftfx.serving.load import load
 from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.fitting import refuse_idle
 from peftfx.serving.runs.ranking import ranked
 from peftfx.serving.served import Served
 
@@ -28,15 +29,17 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         what = "this model neither embeds sentences nor classifies texts: it cannot compare a query with texts"
         raise PeftfxError(what, str(asked.directory), "leave --query out")
     assert asked.query is not None
+    several = served.model.axes["logits"][1] != 1
+    refuse_idle(asked, "compares texts with a query", *(("top",) if several else ()))
     logits = torch.cat([_logits(served, asked.query, some) for some in _batches(asked.texts)])
     config: Any = served.config
     if logits.shape[1] == 1:
         yield from ranked(asked.texts, activation(config)(logits[:, 0]).tolist(), "score")
         return
-    several = getattr(config, "problem_type", None) == "multi_label_classification"
-    shares = logits.sigmoid() if several else logits.softmax(-1)
+    labelled = getattr(config, "problem_type", None) == "multi_label_classification"
+    shares = logits.sigmoid() if labelled else logits.softmax(-1)
     for text, row in zip(asked.texts, shares, strict=True):
-        order = row.argsort(descending=True)[: asked.top].tolist()
+        order = row.argsort(descending=True)[: asked.most_labels].tolist()
         labels = [{"label": config.id2label[i], "score": float(row[i])} for i in order]
         yield Found({"text": text, "labels": labels})
 

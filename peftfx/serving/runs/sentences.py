@@ -11,6 +11,7 @@ from peftfx.errors import PeftfxError
 from peftfx.files import write_file, writing
 from peftfx.serving.load import load
 from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.fitting import refuse_idle
 from peftfx.serving.runs.ranking import ranked
 from peftfx.serving.sentences import ServedSentences
 
@@ -25,6 +26,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     if not isinstance(served, ServedSentences):
         what = "this model embeds no sentences"
         raise PeftfxError(what, str(asked.directory), "export a base that has sentence-transformers' modules.json")
+    refuse_idle(asked, "embeds texts")
     if asked.query is not None:
         query = served.encode_query([asked.query])
         scores = served.similarity(query, served.encode_document(asked.texts))[0]

@@ -16,6 +16,7 @@ from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.pipelines import feature_extractor, pipeline
 from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.fitting import WRITING, refuse_idle
 from peftfx.serving.runs.streaming import generation_options
 from peftfx.serving.served import Served
 from peftfx.serving.sound import read_wav, resample
@@ -38,10 +39,12 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         raise PeftfxError("this model does not take sound", task, "pass --text, --prompt or --image")
     extractor = feature_extractor(served.directory)
     if task == TRANSCRIBED and isinstance(served, ServedSeq2Seq):
+        refuse_idle(asked, "transcribes speech", *WRITING, "language", "translate", "timestamps")
         hear: Any = Transcriber(served, extractor, asked)
     else:
         _refuse_options(asked)
-        hear = _Labels(served, task, int(extractor.sampling_rate), asked.top)
+        refuse_idle(asked, f"does the task {task}", *(() if task == TRANSCRIBED else ("top",)))
+        hear = _Labels(served, task, int(extractor.sampling_rate), asked.most_labels)
     for path in asked.sounds:
         sound, rate = read_wav(path)
         with understanding(path, _DOES_NOT_TAKE, "pass --verbose to see the cause"):
