@@ -210,7 +210,10 @@ def _rows_in_outputs(graph: Graph) -> dict[str, int]:
     numbered = next(i for i, spec in enumerate(graph.inputs) if spec.name == IDS)
     rows = str(placeholders[numbered].meta["val"].shape[0])
     values = pytree.tree_leaves(graph.module.graph.output_node().args[0])
-    sizes = {name: [*map(str, value.meta["val"].shape)] for name, value in zip(graph.outputs, values, strict=True)}
+    made = {
+        name: value.meta["val"] for name, value in zip(graph.outputs, values, strict=True) if hasattr(value, "meta")
+    }
+    sizes = {name: [*map(str, value.shape)] for name, value in made.items() if isinstance(value, Tensor)}
     return {name: own.index(rows) for name, own in sizes.items() if rows in own[1:] and own[0] != rows}
 
 

@@ -150,7 +150,7 @@ class _Rows:
             axis = str(value.meta["val"].shape[0])
             nodes = (node for node in self.graph.nodes() if node.op == "placeholder")
             for spec, node in zip(self.graph.inputs, nodes, strict=False):
-                if node is not self.index and str(node.meta["val"].shape[0]) == axis:
+                if spec.shape and spec.name != IDS and str(node.meta["val"].shape[0]) == axis:
                     what = f"this layer has a row for each of {spec.shape[0]}, and adapters are chosen for batch"
             raise PeftfxError(what, where, "leave it out of the adapters")
 
