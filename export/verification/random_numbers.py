@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from peftfx.analysis.dataflow import arguments_of
 from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
@@ -51,7 +52,5 @@ def _draws(node: fx.Node) -> bool:
     op = node.target
     if not isinstance(op, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
         return False
-    names = [argument.name for argument in op._schema.arguments]
-    given = {a.name: a.default_value for a in op._schema.arguments if a.has_default_value()}
-    given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    given = arguments_of(node)
     return not any(name in given and given[name] == off for name, off in _OFF.items())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -90,6 +91,13 @@ NOTHING = Flow()
 
 #: Ops that take the larger or the smaller of two tensors, but are named as reductions are.
 _OF_TWO: Mapping[object, str] = {torch.ops.aten.max.other: "maximum", torch.ops.aten.min.other: "minimum"}
+
+
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """Return an operator's arguments by the names of its schema, in its order, with defaults filled in."""
+    wanted = node.target._schema.arguments  # type: ignore[union-attr]
+    given = {**dict(zip((argument.name for argument in wanted), node.args, strict=False)), **node.kwargs}
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in wanted}
 
 
 def op_name(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from peftfx.analysis.dataflow import arguments_of
 from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
@@ -22,7 +23,7 @@ def compose(rewriter: Rewriter, node: fx.Node) -> bool:
     function = _COMPOSED.get(node.target)
     if function is None:
         return False
-    given = _arguments(node)
+    given = [*arguments_of(node).values()]
     nodes = [value for value in given if isinstance(value, fx.Node)]
     if any(not isinstance(value.meta.get("val"), Tensor) for value in nodes):  # a size that a node computes
         return False
@@ -40,13 +41,6 @@ def compose(rewriter: Rewriter, node: fx.Node) -> bool:
     for user in [user for user in node.users if user.target is operator.getitem]:
         rewriter.replace(user, made[user.args[1]])
     return True
-
-
-def _arguments(node: fx.Node) -> list[Any]:
-    """Return an operator's arguments in the order of its schema, with defaults filled in."""
-    wanted = node.target._schema.arguments  # type: ignore[union-attr]
-    given = {**dict(zip((argument.name for argument in wanted), node.args, strict=False)), **node.kwargs}
-    return [given.get(argument.name, argument.default_value) for argument in wanted]
 
 
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
