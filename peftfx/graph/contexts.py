@@ -14,8 +14,10 @@ import torch
 from torch import fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import config as fx_config
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 TRACING = threading.RLock()  #: a lock, held by the thread that captures or traces
 _DESCRIBE = "_extract_tensor_metadata"  #: the function by which torch describes a node's value a second time
@@ -169,6 +171,16 @@ def keeping_activations(model: nn.Module) -> Iterator[None]:
 def fake_mode_of(model: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Return the `FakeTensorMode` that the model was built under, or a null context."""
     return detect_fake_mode(list(model.parameters())) or contextlib.nullcontext()
+
+
+def fake_mode_to_run(model: nn.Module) -> FakeTensorMode:
+    """Return the mode that the model was built under, or a new one.
+
+    In a new one, code may ask for the number in a tensor, and gets one that is not known.
+    """
+    found = fake_mode_of(model)
+    new = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    return found if isinstance(found, FakeTensorMode) else new
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 import sympy
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from peftfx.bases.guests import own_modules
@@ -17,7 +15,7 @@ from peftfx.graph.capturing.loops.mask_loops import over_masks
 from peftfx.graph.capturing.loops.recurrences import recurrences
 from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.size_conditions import noted
-from peftfx.graph.contexts import TRACING, evaluating, fake_mode_of, quietly, unchanged
+from peftfx.graph.contexts import TRACING, evaluating, fake_mode_to_run, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.views.capturing.equal_layers import equal_layers_run_twice
 from peftfx.views.view import without_cache
@@ -26,10 +24,7 @@ from peftfx.views.view import without_cache
 @contextmanager
 def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Put `base` into eval mode on fake tensors, and yield the function that makes a tensor fake."""
-    found = fake_mode_of(base)
-    env = ShapeEnv()  # in which code may ask for the number in a tensor, and gets one that is not known
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env, static_shapes=True)
-    mode = found if isinstance(found, FakeTensorMode) else mode
+    mode = fake_mode_to_run(base)
     with (
         quietly(),
         unchanged(base),

@@ -8,17 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from peftfx.graph.contexts import evaluating, fake_mode_of, quietly, unchanged
+from peftfx.graph.contexts import evaluating, fake_mode_to_run, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 
 
 @contextmanager
 def on_fakes(model: nn.Module) -> Iterator[FakeTensorMode]:
     """Give the mode in which a model's code runs without its weights. Afterwards the model is as before."""
-    found = fake_mode_of(model)
-    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-    mode = found if isinstance(found, FakeTensorMode) else mode
+    mode = fake_mode_to_run(model)
     with quietly(), unchanged(model), faked(model), evaluating(model), torch.no_grad(), mode:
         yield mode
