@@ -23,12 +23,11 @@ from peftfx.options import AUTO, DECODE, FORWARD, check_view
 from peftfx.views.finding.cross_images import crosses, why_not_crossed
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_views import find_images
-from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.encoded import IMAGE_TOKENS, VISION
 from peftfx.views.images.sizes import IMAGES
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
-from peftfx.views.view import View
+from peftfx.views.view import View, name_axes
 
 #: Axes that must be free if the user gave no size.
 FREE = frozenset(
@@ -93,7 +92,7 @@ def capture_parts(adapted: AdaptedModel, view: str, inputs: Mapping[str, object]
         if inputs is None:
             given = {spec.name: example[spec.name] for spec in graph.inputs if spec.name in example}
             hint = {"hint": SIZED} if reads_sized_images(adapted.base) else {}
-            refuse_fixed(graph, axes_of_forward(adapted.base, given), **hint)  # type: ignore[arg-type]
+            refuse_fixed(graph, name_axes(given), **hint)  # type: ignore[arg-type]
         return [GraphPart("model.onnx", None, graph, graph)]
     refuse_arguments({n: v for n, v in (inputs or {}).items() if n == LOGITS_KEPT or not isinstance(v, Tensor)})
     parts = []

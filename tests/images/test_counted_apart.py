@@ -84,6 +84,21 @@ def test_texts_that_belong_to_images_are_counted_with_them(tmp_path: Path) -> No
         torch.testing.assert_close(OnnxModel(tmp_path / "out")(**inputs)["both"], model(**inputs)["both"])
 
 
+class OneByOne(hf.CLIPModel):
+    """Images that are encoded in a loop, which a capture repeats as often as the example has images."""
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        texts = self.get_text_features(input_ids, attention_mask).pooler_output
+        images = [self.get_image_features(pixel_values[i : i + 1]).pooler_output for i in range(pixel_values.shape[0])]
+        return {"near": texts @ torch.cat(images).mT}
+
+
+def test_a_number_of_images_that_the_code_fixes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match=r"the model's code fixes the batch, here at 2.*pixel_values"):
+        export_onnx(build(OneByOne), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_call_with_a_loss_of_pairs_counts_pairs() -> None:
     model = build()
     axes = axes_of_forward(model, {**example_inputs(model), "return_loss": True})
