@@ -31,7 +31,7 @@ from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
-from peftfx.export.verification.sizes import Sizes
+from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.export.writing.finite import may_be_infinite
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions

@@ -12,7 +12,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.kept_state import StateError, state_kept
-from peftfx.export.verification.sizes import EVERY, Sizes
+from peftfx.export.verification.sizes.limits import EVERY, Sizes
 from peftfx.generation.invocation import invoked
 from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel

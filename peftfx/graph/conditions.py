@@ -90,6 +90,8 @@ def _compiled(holds: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., bool]]
 
 
 def _in_words(holds: sympy.Basic) -> str:
+    if isinstance(holds, sympy.Rel) and all(side.could_extract_minus_sign() for side in holds.args):
+        holds = holds.reversedsign  # `-size <= -12` says that the size is at least 12
     words = {sympy.Eq: "=", sympy.Ne: "!=", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
     word = next((w for kind, w in words.items() if isinstance(holds, kind)), None)
     if word is None:

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.export.onnx_directory import export_onnx
-from peftfx.export.verification import trial
+from peftfx.export.verification.sizes import trial
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
 

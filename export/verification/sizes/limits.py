@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.verification.trial import BRANCHES, SAME, TAKES_NO_OTHER, Sized, Trial
+from peftfx.export.verification.sizes.trial import BRANCHES, DECLARES, SAME, TAKES_NO_OTHER, Sized, Trial
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 
@@ -115,8 +115,8 @@ def _refusal(condition: Condition, first: bool) -> PeftfxError:
 def _verdict(answers: Sequence[str]) -> str:
     if not answers:
         return UNTRIED
-    why = next((why for why in (BRANCHES, SAME, TAKES_NO_OTHER) if why in answers), _UNREACHED)
-    return why if why in (BRANCHES, TAKES_NO_OTHER) else ""
+    why = next((why for why in (BRANCHES, DECLARES, SAME, TAKES_NO_OTHER) if why in answers), _UNREACHED)
+    return why if why in (BRANCHES, DECLARES, TAKES_NO_OTHER) else ""
 
 
 def _last(condition: Condition, around: Sequence[Sized]) -> Iterator[Sized]:
