@@ -79,6 +79,34 @@ def unmet(conditions: Iterable[Condition], sizes: Mapping[str, int], *, edges: b
     return [c for c in conditions if (edges or not c.edge) and not c.met(sizes)]
 
 
+def completed(
+    conditions: Iterable[Condition], chosen: Mapping[str, int], usual: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Return sizes with those that follow from them by relations.
+
+    Args:
+        conditions: the conditions, of which the relations are used, in order.
+        chosen: the chosen sizes, by axis.
+        usual: the sizes of the other axes, unless a relation gives another.
+    """
+    found = dict(chosen)
+    for condition in conditions:
+        if condition.relation:
+            found |= _related(condition, {**(usual or {}), **found}, found)
+    return {**(usual or {}), **found}
+
+
+def _related(relation: Condition, sizes: Mapping[str, int], chosen: Mapping[str, int]) -> dict[str, int]:
+    """Return the size of an axis that follows from the chosen sizes by a relation."""
+    values = {sympy.Symbol(axis, integer=True, positive=True): sympy.Integer(size) for axis, size in sizes.items()}
+    left, right = relation.holds.args
+    for axis, value in ((left, right), (right, left)):
+        number = value.xreplace(values)
+        if axis.is_Symbol and str(axis) not in chosen and number.is_Integer:
+            return {str(axis): int(number)}
+    return {}
+
+
 @functools.cache
 def _compiled(holds: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., bool]]:
     symbols = sorted(holds.free_symbols, key=str)
