@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
+from sympy.printing.precedence import PRECEDENCE
+from sympy.printing.str import StrPrinter
 from torch.utils._sympy.printers import PythonPrinter
 
 _SAMPLES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 33, 64, 1 << 20)
@@ -123,6 +125,16 @@ def _in_words(holds: sympy.Basic) -> str:
     words = {sympy.Eq: "=", sympy.Ne: "!=", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
     word = next((w for kind, w in words.items() if isinstance(holds, kind)), None)
     if word is None:
-        return str(holds)
-    left, right = holds.args
+        return _Words().doprint(holds)
+    left, right = map(_Words().doprint, holds.args)
     return f"{left} {word} {right}"
+
+
+class _Words(StrPrinter):  # type: ignore[misc]
+    """Writes the rest of a division as in Python."""
+
+    def _print_Mod(self, expr: sympy.Basic) -> str:
+        left, right = (self.parenthesize(side, PRECEDENCE["Mul"]) for side in expr.args)
+        return f"{left} % {right}"
+
+    _print_PythonMod = _print_Mod

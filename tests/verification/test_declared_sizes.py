@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -23,6 +24,49 @@ class Last(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.layer(x[:, -4:] * mask[:, -4:].abs())
+
+
+class Windows(nn.Module):
+    """Means over windows of four; what is not whole is padded, and what is whole is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest = -x.shape[1] % 4
+        if rest > 0:
+            x = F.pad(x, (0, 0, 0, rest))
+        return self.layer(x).unflatten(1, (-1, 4)).mean(2)
+
+
+class OddAndEven(nn.Module):
+    """Another function of whole windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * 3 if x.shape[1] % 4 else self.layer(x)
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_an_example_of_whole_windows_is_captured_as_one_that_is_padded(length: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Windows().eval()
+    report = export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, length, 4)})
+    assert report.inputs == {"x": ["batch", "x.1", 4]}
+    served = OnnxModel(tmp_path / "out")
+    for other in (1, 4, 6, 12, 13):
+        x = torch.randn(3, other, 4)
+        torch.testing.assert_close(served(x=x)["output"], model(x).detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("length", "word"), [(7, "!="), (8, "=")])
+def test_code_that_computes_something_else_there_is_refused(length: int, word: str, tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match=f"right only where x.1 % 4 {word} 0"):
+        export_onnx(OddAndEven().eval(), tmp_path / "out", inputs={"x": torch.randn(2, length, 4)})
 
 
 def test_a_mask_of_one_is_refused_where_the_file_declares_four(tmp_path: Path) -> None:
