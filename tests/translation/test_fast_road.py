@@ -117,6 +117,7 @@ def test_random_starts_that_nothing_reads_are_dropped(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(got), base(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.further
 @torch.no_grad()
 @pytest.mark.parametrize("length", [7, 8])  # a text that is padded to whole windows of 4, and one that is whole
 def test_a_token_that_attends_to_all(length: int, tmp_path: Path) -> None:
