@@ -20,7 +20,7 @@ from peftfx.export.translation.program import Translation
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.stamped import translate
 from peftfx.export.translation.torch_exporter import retrace
-from peftfx.graph.capturing.free_sizes import checks_of_sizes
+from peftfx.graph.capturing.sizes.free_sizes import checks_of_sizes
 from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.graph.lazy_weights import load_contiguous, pieces
 from peftfx.options import CPU, FAST, NONE, TORCH, check_engine, check_opset, check_optimize
