@@ -131,10 +131,22 @@ def _in_words(holds: sympy.Basic) -> str:
 
 
 class _Words(StrPrinter):  # type: ignore[misc]
-    """Writes the rest of a division as in Python."""
+    """Writes torch's functions of sizes as in Python."""
+
+    def _between(self, word: str, expr: sympy.Basic) -> str:
+        left, right = (self.parenthesize(side, PRECEDENCE["Mul"]) for side in expr.args)
+        return f"{left} {word} {right}"
 
     def _print_Mod(self, expr: sympy.Basic) -> str:
-        left, right = (self.parenthesize(side, PRECEDENCE["Mul"]) for side in expr.args)
-        return f"{left} % {right}"
+        return self._between("%", expr)
 
-    _print_PythonMod = _print_Mod
+    def _print_IntTrueDiv(self, expr: sympy.Basic) -> str:
+        return self._between("/", expr)
+
+    def _print_ToFloat(self, expr: sympy.Basic) -> str:
+        return str(self._print(expr.args[0]))
+
+    def _print_TruncToInt(self, expr: sympy.Basic) -> str:
+        return f"int({self._print(expr.args[0])})"
+
+    _print_PythonMod, _print_FloatTrueDiv = _print_Mod, _print_IntTrueDiv
