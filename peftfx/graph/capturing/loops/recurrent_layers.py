@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  #: torch's names of the functions
+FUNCTIONS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  #: torch's names of the functions
 _VF: Any = torch._VF  # type: ignore[attr-defined]
 
 Layer = tuple[Tensor, Tensor, Tensor]
@@ -48,7 +48,7 @@ def recurrent_layer(
         hidden, cell: [batch, hidden], before the first step. Only an LSTM reads the cell.
         weight_ih, weight_hh: [gates * hidden, in] and [gates * hidden, hidden], with torch's order of gates.
         bias_ih, bias_hh: [gates * hidden], or None for both.
-        kind: one of `KINDS`.
+        kind: one of `FUNCTIONS`.
         reverse: whether the last step is the first.
 
     Returns:
@@ -84,13 +84,13 @@ recurrent_layer.register_autograd(_backward, setup_context=_keep)
 @contextmanager
 def recurrent_layers() -> Iterator[None]:
     """Let torch's modules run `recurrent_layer` inside the context, where they draw no random numbers."""
-    own = {kind: getattr(_VF, kind) for kind in KINDS}
-    for kind in KINDS:
+    own = {kind: getattr(_VF, kind) for kind in FUNCTIONS}
+    for kind in FUNCTIONS:
         setattr(_VF, kind, _stand_in(kind, own[kind]))
     try:
         yield
     finally:
-        for kind in KINDS:
+        for kind in FUNCTIONS:
             delattr(_VF, kind)  # torch's own functions are found by `__getattr__`
 
 
