@@ -136,8 +136,8 @@ def _fixed_sides(trial: Trial, *, allow_fixed: bool = False) -> tuple[Decision, 
 def _fixed_axes(trial: Trial) -> Iterator[str]:
     """Yield a line for each axis that the capture fixed at the example's size, though the model takes a longer one.
 
-    Most fixed sizes are the model's own: its weights take no other. An operator that torch captures step by step, such
-    as an LSTM, fixes the number of its steps.
+    Most fixed sizes are the model's own: its weights take no other. A loop in the model's code fixes the number of its
+    steps.
     """
     case = trial.make(trial.whole({}))
     asked = name_axes(case)
