@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -62,14 +63,12 @@ def examples_beyond(
     adapted: AdaptedModel, example: Mapping[str, object], condition: Condition
 ) -> Iterator[dict[str, object]]:
     """Yield a few examples on the other side of a condition, in whose captures the same axes are free."""
-    graph, found = adapted.graphs.captured(example, adapted.entry()), 0
-    for sizes in condition.tried():
-        if found == _OTHER_SIDES or min(sizes.values()) < _FREE or condition.met(sizes):
-            continue
+    graph = adapted.graphs.captured(example, adapted.entry())
+    tried = (sizes for sizes in condition.tried() if min(sizes.values()) >= _FREE and not condition.met(sizes))
+    for sizes in itertools.islice(tried, _OTHER_SIDES):  # each is a capture
         with suppress(PeftfxError):
             other = nested(case_of(adapted, graph.inputs, example, {**graph.sizes, **sizes}, 0), example)
             if adapted.graphs.captured(other, adapted.entry()).inputs == graph.inputs:
-                found += 1
                 yield other
 
 
