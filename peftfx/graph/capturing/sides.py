@@ -2,8 +2,8 @@
 
 Code such as `if mask.any(): x = x.masked_fill(mask, 0)` asks for a value that a capture does not have. The boolean is
 computed from the call's inputs alone, so the nodes that compute it become a program of their own. The program tells for
-each call which side the code takes. A boolean that is computed from the model's buffers alone has the side of their values.
-One that is computed from weights, or from buffers and inputs, is not decided, and neither is a number.
+each call which side the code takes. A boolean that is computed from the model's buffers alone has the side of their
+values. One that is computed from weights, or from buffers and inputs, is not decided, and neither is a number.
 """
 
 from __future__ import annotations
