@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -233,26 +233,23 @@ class Served:
         return found
 
 
-_Model = TypeVar("_Model", bound=Served)
-_Given, _Made = ParamSpec("_Given"), TypeVar("_Made")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def under_one_adapter(
-    method: Callable[Concatenate[_Model, _Given], _Made],
-) -> Callable[Concatenate[_Model, _Given], _Made]:
+def under_one_adapter(method: _Method) -> _Method:
     """Wrap a method of a served model that calls its graphs often: an adapter that another thread makes active in the
     meantime does not act in it. The cache would have keys and values of two adapters.
     """
 
     @functools.wraps(method)
-    def whole(self: _Model, *args: _Given.args, **options: _Given.kwargs) -> _Made:
+    def whole(self: Served, *args: Any, **options: Any) -> Any:
         with ExitStack() as kept:
             with self.switching:
                 for graph in self.graphs.values():
                     kept.enter_context(graph.keeping())
             return method(self, *args, **options)
 
-    return whole
+    return cast(_Method, whole)
 
 
 class ServedForward(Served):
