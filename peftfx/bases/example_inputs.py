@@ -19,6 +19,7 @@ from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import in_patches, token_and_count
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
+from peftfx.bases.processors.series import VALUES, as_video, series_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
@@ -78,6 +79,7 @@ def example_inputs(
     return made
 
 
+_CLASSIFYING = ("text-classification", "image-classification", "video-classification", "audio-classification")
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
@@ -110,6 +112,8 @@ class _Maker:
             if shape is None:
                 raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
             made[name] = self._floats(self.sizes["batch"], *fitted_shape(self.model, name, shape))
+        if series := series_shape(self.config, self.accepted):
+            made[VALUES] = self._floats(self.sizes["batch"], *series)
         for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():
@@ -138,6 +142,9 @@ class _Maker:
         plain = {"pixel_values": torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)}
         if has_image_axis(self.model, self.accepted):
             return {name: value[:, None] for name, value in plain.items()}
+        video = as_video(self.model, self.accepted, plain["pixel_values"])
+        if video.ndim > plain["pixel_values"].ndim:
+            return {"pixel_values": video}
         return in_patches(self.model, plain, self._image("patch_size", 1))
 
     def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +154,7 @@ class _Maker:
             return {name: torch.full((batch,), i) for i, name in enumerate(("start_positions", "end_positions"))}
         if "labels" not in self.accepted or self.task == "feature-extraction":
             raise PeftfxError("the model takes no labels for this task", self.task, "name another task")
-        if self.task in ("text-classification", "image-classification", "audio-classification"):
+        if self.task in _CLASSIFYING:
             return {"labels": class_labels(self.config, batch, classes, self.random)}
         if self.task == "image-segmentation":
             return {"labels": self._integers((batch, *self._resolution()), classes)}

@@ -33,6 +33,7 @@ TASKS: Mapping[str, Task] = {
     "question-answering": Task(("AutoModelForQuestionAnswering",), ("ForQuestionAnswering",)),
     "fill-mask": Task(("AutoModelForMaskedLM",), ("ForMaskedLM",)),
     "image-classification": Task(("AutoModelForImageClassification",), ("ForImageClassification",)),
+    "video-classification": Task(("AutoModelForVideoClassification",), ("ForVideoClassification",)),
     "image-segmentation": Task(
         ("AutoModelForSemanticSegmentation", "AutoModelForUniversalSegmentation"),
         ("ForSemanticSegmentation", "ForUniversalSegmentation"),

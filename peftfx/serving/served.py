@@ -249,7 +249,7 @@ def under_one_adapter(method: _Method) -> _Method:
                     kept.enter_context(graph.keeping())
             return method(self, *args, **options)
 
-    return cast(_Method, whole)
+    return cast("_Method", whole)
 
 
 class ServedForward(Served):
