@@ -19,7 +19,7 @@ from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import in_patches, token_and_count
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
-from peftfx.bases.processors.series import VALUES, as_video, series_shape
+from peftfx.bases.processors.series import PAST_VALUES, as_video, series_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
 from peftfx.bases.tasks import resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
@@ -113,7 +113,7 @@ class _Maker:
                 raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
             made[name] = self._floats(self.sizes["batch"], *fitted_shape(self.model, name, shape))
         if series := series_shape(self.config, self.accepted):
-            made[VALUES] = self._floats(self.sizes["batch"], *series)
+            made[PAST_VALUES] = self._floats(self.sizes["batch"], *series)
         for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():

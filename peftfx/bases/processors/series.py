@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.fake_runs import on_fakes
 
-VALUES = "past_values"  #: the argument that takes a time series, [batch, time, channels]
+PAST_VALUES = "past_values"  #: the argument that takes a time series, [batch, time, channels]
 
 
 def series_shape(config: object, accepted: Collection[str]) -> tuple[int, int] | None:
@@ -22,7 +22,7 @@ def series_shape(config: object, accepted: Collection[str]) -> tuple[int, int] |
         accepted: the arguments of its forward.
     """
     length, channels = first_of(config, "context_length"), first_of(config, "num_input_channels")
-    known = VALUES in accepted and isinstance(length, int) and isinstance(channels, int)
+    known = PAST_VALUES in accepted and isinstance(length, int) and isinstance(channels, int)
     return (length, channels) if known else None
 
 
