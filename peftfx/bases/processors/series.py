@@ -22,8 +22,9 @@ def series_shape(config: object, accepted: Collection[str]) -> tuple[int, int] |
         accepted: the arguments of its forward.
     """
     length, channels = first_of(config, "context_length"), first_of(config, "num_input_channels")
-    known = PAST_VALUES in accepted and isinstance(length, int) and isinstance(channels, int)
-    return (length, channels) if known else None
+    if PAST_VALUES not in accepted or not isinstance(length, int) or not isinstance(channels, int):
+        return None
+    return length, channels
 
 
 _reads: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
