@@ -120,7 +120,7 @@ def export_onnx(
         in_eval(adapted),
         pictures_of(picture),
     ):
-        parts = work.capture()
+        work, parts = work.captured()
         work.count(parts)
         parts = work.rewrite(work.merge(parts))
         parts, programs = work.convert(parts, told_bfloat16=told_bfloat16)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import nn
 
-from peftfx.errors import warn
+from peftfx.errors import PeftfxError, warn
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph, Inputs
 from peftfx.export.deployment.image_size import capture_free
-from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.deployment.parts import GraphPart, views_of
 from peftfx.export.own_passes import behind, run_own, shown_of
 from peftfx.export.quantised import agreement_of, round_weights
 from peftfx.export.reports import facts
@@ -31,12 +31,14 @@ from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
-from peftfx.export.verification.sizes import Sizes
+from peftfx.export.verification.sizes.limits import OneSidedError, Sizes
+from peftfx.export.verification.sizes.search import examples_beyond
 from peftfx.export.writing.finite import may_be_infinite
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import FORWARD
 from peftfx.passes.adaptation.constants import freeze_solutions
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import Pass
@@ -97,6 +99,26 @@ class ExportSteps:
         """Whether a large graph may be tried at sizes of 1 by the verification alone: it compares the export there."""
         plain = not (self.asked.allow_fixed or self.asked.rounds or self.passes)
         return plain and isinstance(self.way, InGraph) and not no_oracle(self.adapted)
+
+    def captured(self) -> tuple[ExportSteps, list[GraphPart]]:
+        """Capture the graphs, where that is right on both sides of the branches on sizes in the model's code.
+
+        Code that pads a text to whole windows pads none of a text that is whole already. A capture of such a text is
+        right for such texts alone, and one of another text is right for all. Return the graphs, and the steps with the
+        example that was captured.
+
+        Raises:
+            PeftfxError: see `capture`.
+        """
+        try:
+            return self, self.capture()
+        except OneSidedError as refusal:
+            if set(views_of(self.adapted.base, self.asked.view, self.inputs).values()) == {FORWARD}:
+                for example in examples_beyond(self.adapted, self.example, refusal.condition):
+                    with suppress(PeftfxError):
+                        steps = replace(self, inputs=example, example=example)
+                        return steps, steps.capture()
+            raise
 
     def capture(self) -> list[GraphPart]:
         """Capture the graphs, and find the sizes at which each is right.

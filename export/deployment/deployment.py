@@ -15,8 +15,8 @@ from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_conf
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.verification.oracle import Oracle, eager_oracle
-from peftfx.export.verification.size_trials import sizes_of
-from peftfx.export.verification.sizes import Sizes
+from peftfx.export.verification.sizes.limits import Sizes
+from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode

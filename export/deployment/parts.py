@@ -14,7 +14,7 @@ from peftfx.bases.tasks import HEARING, task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, warn
 from peftfx.export.verification.comparison import Comparison
-from peftfx.export.verification.sizes import Sizes
+from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.generation.step import LOGITS_KEPT, refuse_arguments
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Slot

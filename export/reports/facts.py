@@ -16,7 +16,7 @@ from peftfx.export.metadata import ENGINE
 from peftfx.export.reports.report import TWIN, Report
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
-from peftfx.export.verification.sizes import Limit
+from peftfx.export.verification.sizes.limits import Limit
 from peftfx.formats import SIZES_KEY
 from peftfx.generation.anew import computed_anew_beyond
 from peftfx.graph.decisions import Decision

@@ -23,7 +23,7 @@ from peftfx.export.slots.initializers import untied_heads
 from peftfx.export.slots.served_as import idle_in, served_as
 from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
-from peftfx.export.verification.size_trials import sizes_of
+from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes

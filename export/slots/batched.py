@@ -27,7 +27,7 @@ from peftfx.export.verification.comparison import Reference, VerificationError, 
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
-from peftfx.export.verification.sizes import Sizes
+from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.formats import BATCHED, with_version
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT

@@ -17,6 +17,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.translation.operators.exact_functions import EXACT
 from peftfx.export.translation.operators.lacking import LACKING
 from peftfx.export.translation.operators.recurrences import RECURRENCES
+from peftfx.export.translation.operators.recurrent_layers import RECURRENT_LAYERS
 from peftfx.export.translation.operators.resizing import RESIZING
 from peftfx.export.translation.operators.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
@@ -60,7 +61,7 @@ def _sorted_sum(text: str) -> str:
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
-    table = {**_translations(), **EXACT, **RECURRENCES, **RESIZING, **LACKING}
+    table = {**_translations(), **EXACT, **RECURRENCES, **RECURRENT_LAYERS, **RESIZING, **LACKING}
     with collected_once():
         result = torch.onnx.export(
             program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
 
 from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import CONSTANTS, Graph
@@ -38,9 +40,10 @@ def checked(graph: Graph, sides: Sequence[Decision]) -> Graph:
     named = {spec.name: node for spec, node in zip(graph.inputs, places, strict=True)}
     at = rewriter.before(next(n for n in graph.nodes() if n.op not in ("placeholder", "get_attr")))
     divisor: fx.Node | None = None
-    for side in sides:
-        element = _element(at, side, [named[name] for name in side.inputs], graph.module)
-        divisor = element if divisor is None else at.call(_aten.mul.Tensor, divisor, element)
+    with detect_fake_mode([node.meta["val"] for node in places]) or nullcontext():
+        for side in sides:
+            element = _element(at, side, [named[name] for name in side.inputs], graph.module)
+            divisor = element if divisor is None else at.call(_aten.mul.Tensor, divisor, element)
     (output,) = rewriter.graph.find_nodes(op="output")
     end = rewriter.before(output)
     returned = [_divided(end, value, divisor) for value in output.args[0]]
@@ -71,8 +74,10 @@ def _element(at: Cursor, side: Decision, operands: list[fx.Node], module: fx.Gra
 def _constant(rewriter: Rewriter, node: fx.Node, side: Decision, module: fx.GraphModule) -> fx.Node:
     """Return the node that reads a constant of a side's program in the graph."""
     name = f"side_{str(node.target).rpartition('.')[2]}"
-    module.get_submodule(CONSTANTS).register_buffer(name, operator.attrgetter(str(node.target))(side.program))
-    return rewriter.attribute(f"{CONSTANTS}.{name}", node.meta["val"])
+    value = operator.attrgetter(str(node.target))(side.program)
+    module.get_submodule(CONSTANTS).register_buffer(name, value)
+    # The side's program was captured by itself: its tensors are of another fake mode than the graph's.
+    return rewriter.attribute(f"{CONSTANTS}.{name}", torch.empty(value.shape, dtype=value.dtype))
 
 
 def _divided(at: Cursor, value: object, divisor: fx.Node | None) -> object:

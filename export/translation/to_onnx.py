@@ -16,11 +16,12 @@ from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
+from peftfx.export.translation.operators.recurrent_layers import refuse_recurrent_layers
 from peftfx.export.translation.program import Translation
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.translation.stamped import translate
 from peftfx.export.translation.torch_exporter import retrace
-from peftfx.graph.capturing.free_sizes import checks_of_sizes
+from peftfx.graph.capturing.sizes.free_sizes import checks_of_sizes
 from peftfx.graph.graph import ADAPTERS, BASE, CONSTANTS, DERIVED, Graph
 from peftfx.graph.lazy_weights import load_contiguous, pieces
 from peftfx.options import CPU, FAST, NONE, TORCH, check_engine, check_opset, check_optimize
@@ -55,7 +56,7 @@ def to_onnx(
 
     Raises:
         PeftfxError: the graph was captured in training mode, takes or gives complex numbers, or has an operator without
-            a translation.
+            a translation or a kernel.
     """
     check_opset(opset)
     check_engine(engine)
@@ -64,6 +65,7 @@ def to_onnx(
         hint = "call model.eval() and capture again"
         raise PeftfxError("a graph captured in training mode cannot be served", "", hint)
     _refuse_complex(graph)
+    refuse_recurrent_layers(graph)
     with checks_of_sizes():
         translation, went = _translate(graph, opset, engine, optimize)
     model = translation.model

@@ -12,7 +12,7 @@ from peftfx.export.verification.eager.adapters import unpublished
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.float64 import MOST_EXACT
 from peftfx.export.verification.probes import probes, refused, view_cases
-from peftfx.export.verification.sizes import EVERY, Sizes
+from peftfx.export.verification.sizes.limits import EVERY, Sizes
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel

@@ -12,8 +12,9 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.kept_state import StateError, state_kept
-from peftfx.export.verification.sizes import EVERY, Sizes
+from peftfx.export.verification.sizes.limits import EVERY, Sizes
 from peftfx.generation.invocation import invoked
+from peftfx.graph.conditions import Condition, completed
 from peftfx.graph.graph import Graph, TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
 from peftfx.telling import tell_share
@@ -71,10 +72,14 @@ def probes(
     large = is_large(adapted.base)
     captured = adapted.graphs.captured(example, adapted.entry())
     own = captured.sizes_of(_tensors(example))
-    first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own)]
+    relations = captured.conditions
+    first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own, relations)]
     count = len(first) + (len(FEW) if large else COUNT)
     for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES)):
-        case = invoked(case_of(adapted, specs, example, wanted, seed), adapted.invocations, seed)
+        whole = completed(relations, wanted)
+        if min(whole.values(), default=1) < 1:
+            continue
+        case = invoked(case_of(adapted, specs, example, whole, seed), adapted.invocations, seed)
         if not sizes.allow(captured.sizes_of(case)) or not sizes.serve(case):
             continue
         want = None
@@ -222,10 +227,14 @@ def _sized(spec: TensorSpec, value: Tensor, sizes: Mapping[str, int]) -> bool:
     return all(sizes.get(str(axis), size) == size for axis, size in zip(spec.shape, value.shape, strict=True))
 
 
-def _varied(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Yield sizes for axes without usual sizes: one and two more than the example's."""
-    free = [axis for axis in own if axis not in PROBE_SIZES[0]]
-    yield from ({**PROBE_SIZES[i], **{axis: own[axis] + i for axis in free}} for i in (1, 2) if free)
+def _varied(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:
+    """Yield sizes for axes without usual sizes: one and two more than the example's, or what follows from others."""
+    free = [axis for axis in own if axis not in completed(relations, PROBE_SIZES[0])]
+    for i in (1, 2) if free else ():
+        sizes = dict(PROBE_SIZES[i])
+        for axis in free:
+            sizes = completed(relations, {axis: own[axis] + i, **sizes})
+        yield sizes
 
 
 def _resized(

@@ -124,6 +124,11 @@ class AdapterSet:
         self.module.add_module(name, adapter)
         self.activate((name,))
 
+    def exchange(self, name: str, adapter: Adapter) -> None:
+        """Put another adapter in the place of the one of this name: as active, and trained, as that one is."""
+        trained = any(p.requires_grad for p in self[name].parameters())
+        self.module._modules[name] = adapter.requires_grad_(trained)
+
     def activate(self, names: Sequence[str]) -> None:
         """Make these adapters the active ones, in this order; only they are trained.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import sympy
 import torch
+from sympy.printing.precedence import PRECEDENCE
+from sympy.printing.str import StrPrinter
 from torch.utils._sympy.printers import PythonPrinter
 
 _SAMPLES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 33, 64, 1 << 20)
@@ -79,6 +81,34 @@ def unmet(conditions: Iterable[Condition], sizes: Mapping[str, int], *, edges: b
     return [c for c in conditions if (edges or not c.edge) and not c.met(sizes)]
 
 
+def completed(
+    conditions: Iterable[Condition], chosen: Mapping[str, int], usual: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Return sizes with those that follow from them by relations.
+
+    Args:
+        conditions: the conditions, of which the relations are used, in order.
+        chosen: the chosen sizes, by axis.
+        usual: the sizes of the other axes, unless a relation gives another.
+    """
+    found = dict(chosen)
+    for condition in conditions:
+        if condition.relation:
+            found |= _related(condition, {**(usual or {}), **found}, found)
+    return {**(usual or {}), **found}
+
+
+def _related(relation: Condition, sizes: Mapping[str, int], chosen: Mapping[str, int]) -> dict[str, int]:
+    """Return the size of an axis that follows from the chosen sizes by a relation."""
+    values = {sympy.Symbol(axis, integer=True, positive=True): sympy.Integer(size) for axis, size in sizes.items()}
+    left, right = relation.holds.args
+    for axis, value in ((left, right), (right, left)):
+        number = value.xreplace(values)
+        if axis.is_Symbol and str(axis) not in chosen and number.is_Integer:
+            return {str(axis): int(number)}
+    return {}
+
+
 @functools.cache
 def _compiled(holds: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., bool]]:
     symbols = sorted(holds.free_symbols, key=str)
@@ -90,9 +120,33 @@ def _compiled(holds: sympy.Basic) -> tuple[tuple[str, ...], Callable[..., bool]]
 
 
 def _in_words(holds: sympy.Basic) -> str:
+    if isinstance(holds, sympy.Rel) and all(side.could_extract_minus_sign() for side in holds.args):
+        holds = holds.reversedsign  # `-size <= -12` says that the size is at least 12
     words = {sympy.Eq: "=", sympy.Ne: "!=", sympy.Le: "<=", sympy.Lt: "<", sympy.Ge: ">=", sympy.Gt: ">"}
     word = next((w for kind, w in words.items() if isinstance(holds, kind)), None)
     if word is None:
-        return str(holds)
-    left, right = holds.args
+        return _Words().doprint(holds)
+    left, right = map(_Words().doprint, holds.args)
     return f"{left} {word} {right}"
+
+
+class _Words(StrPrinter):  # type: ignore[misc]
+    """Writes torch's functions of sizes as in Python."""
+
+    def _between(self, word: str, expr: sympy.Basic) -> str:
+        left, right = (self.parenthesize(side, PRECEDENCE["Mul"]) for side in expr.args)
+        return f"{left} {word} {right}"
+
+    def _print_Mod(self, expr: sympy.Basic) -> str:
+        return self._between("%", expr)
+
+    def _print_IntTrueDiv(self, expr: sympy.Basic) -> str:
+        return self._between("/", expr)
+
+    def _print_ToFloat(self, expr: sympy.Basic) -> str:
+        return str(self._print(expr.args[0]))
+
+    def _print_TruncToInt(self, expr: sympy.Basic) -> str:
+        return f"int({self._print(expr.args[0])})"
+
+    _print_PythonMod, _print_FloatTrueDiv = _print_Mod, _print_IntTrueDiv

@@ -242,18 +242,25 @@ def set_peft_model_state_dict(
 
 
 def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "default") -> None:
-    """Copy the tensors of a HF PEFT directory into an adapter; a compiled model is not compiled again.
+    """Put the adapter of a HF PEFT directory in the place of an adapter of the model, as active as that one is.
+
+    If ranks and scales are the same, tensors are copied, and a compiled model is not compiled again. An adapter of
+    other ranks or scales, or at fewer places, brings its own tensors: give an optimizer the new parameters.
 
     Args:
         model: the adapted model.
-        path: a HF PEFT directory of an adapter with the same placements, ranks and options.
-        adapter_name: the name of the adapter that gets the tensors.
+        path: a HF PEFT directory of an adapter at the same places, or fewer, with the same options but for `r`,
+            `lora_alpha` and their patterns.
+        adapter_name: the name of the adapter that is replaced; its name stays.
 
     Raises:
-        PeftfxError: the two adapters differ in placements, ranks or options, or the file does not fit this model.
+        PeftfxError: the two adapters differ in more, or the file does not fit this model.
 
     Example:
         >>> peftfx.hotswap_adapter(adapted, "adapter")
     """
     model.named.apart("an adapter gets other values")
-    swap_file(model.source, model.sites, model.adapter(adapter_name), Path(path))
+    adapter = model.adapter(adapter_name)
+    new = swap_file(model.source, model.sites, adapter, Path(path))
+    if new is not adapter:
+        model.exchange(adapter_name, new)

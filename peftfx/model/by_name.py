@@ -138,6 +138,19 @@ class AdaptersByName(SeenByTrainers):
         self.named.add(name, adapter)
         self.modules_road.enter(name, adapter, seating)
 
+    def exchange(self, name: str, adapter: Adapter) -> None:
+        """Put another adapter in the place of the one of this name, as active, and trained, as that one is.
+
+        Args:
+            name: the name of the adapter that is replaced.
+            adapter: an adapter on the sites of this model.
+        """
+        seating = self._seat(adapter)
+        self.named.exchange(name, adapter)
+        self.modules_road.leave(name)
+        self.modules_road.enter(name, adapter, seating)
+        self.graphs.forget_derived()
+
     def _seat(self, adapter: Adapter) -> Seating:
         """Return where an adapter acts in the base's modules.
 

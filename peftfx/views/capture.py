@@ -19,18 +19,17 @@ from torch.utils import _pytree as pytree
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.graph.capturing.axis_symbols import tied
-from peftfx.graph.capturing.empty_sizes import asked_if_empty
-from peftfx.graph.capturing.free_sizes import checks_of_sizes, size_arithmetic, size_tensors
 from peftfx.graph.capturing.loops.mask_loops import over_masks
 from peftfx.graph.capturing.loops.recurrences import recurrences
 from peftfx.graph.capturing.masks import broadcast_masks
 from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.overflows import limits_of_overflows
 from peftfx.graph.capturing.sides import Sides
-from peftfx.graph.capturing.size_conditions import noted
+from peftfx.graph.capturing.sizes.axis_symbols import tied
+from peftfx.graph.capturing.sizes.empty_sizes import asked_if_empty
+from peftfx.graph.capturing.sizes.kept_free import kept_free
+from peftfx.graph.capturing.sizes.size_conditions import noted
 from peftfx.graph.capturing.stamping import stamped
-from peftfx.graph.capturing.tensor_lengths import free_lengths
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, Graph, path_name
 from peftfx.graph.lazy_weights import faked
@@ -142,12 +141,9 @@ def _captured(
                 asked_if_empty() as questions,
                 tied(named),
                 broadcast_masks(),
-                free_lengths(model),
                 casting_in_graph(),
                 over_masks(),
-                size_arithmetic(),
-                size_tensors(),
-                checks_of_sizes(),
+                kept_free(model),
                 limits_of_overflows(),
                 loops,
                 stamped(model, own_modules) if stamp else nullcontext(),

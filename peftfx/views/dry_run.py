@@ -14,7 +14,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.graph.capturing.loops.mask_loops import over_masks
 from peftfx.graph.capturing.loops.recurrences import recurrences
 from peftfx.graph.capturing.module_casts import casting_in_graph
-from peftfx.graph.capturing.size_conditions import noted
+from peftfx.graph.capturing.sizes.size_conditions import noted
 from peftfx.graph.contexts import TRACING, evaluating, fake_mode_to_run, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.views.capturing.equal_layers import equal_layers_run_twice

@@ -315,8 +315,8 @@ def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
     got = peftfx.runtime.load(directory)
     inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
     inputs = {name: value for name, value in inputs.items() if name in _SOURCES}
-    if "input_ids" in inputs:  # without the tokens of an image, which is not given
-        inputs["input_ids"] = inputs["input_ids"][:, -6:]
+    for name in inputs.keys() & {"input_ids", "attention_mask"}:  # without the tokens of an image, which is not given
+        inputs[name] = inputs[name][:, -6:]
     if "decoder_input_ids" not in example_inputs(model):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :2] = 0

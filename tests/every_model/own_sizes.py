@@ -45,6 +45,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
         **dict.fromkeys(("codebook_size", "codebook_dim", "vector_quantization_hidden_dimension"), 16),
         "num_quantizers": 4,
     },
+    "moshi": {"num_codebooks": 4},
     "kyutai_speech_to_text": {"num_codebooks": 4, "codebook_vocab_size": 20, "head_dim": 8},
     "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1},
     "dory": {

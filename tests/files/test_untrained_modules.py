@@ -102,3 +102,43 @@ def test_variants_that_change_the_base_with_a_zero_b_are_refused(options: dict[s
     made.save_pretrained(str(tmp_path))
     with pytest.raises(PeftfxError, match="this call does not run it"):
         peftfx.load(_decoder(), tmp_path)
+
+
+def _with_a_table_past_its_layer() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    page = {"coordinate_size": 4, "shape_size": 8, "max_2d_position_embeddings": 64, "visual_embed": False}
+    return hf.LayoutLMv3ForSequenceClassification(hf.LayoutLMv3Config(vocab_size=99, **sizes, **page)).eval()
+
+
+def _page(batch: int, length: int) -> dict[str, Tensor]:
+    boxes = torch.randint(30, (batch, length, 4)).sort(-1).values
+    return {"input_ids": torch.randint(3, 99, (batch, length)), "bbox": boxes}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_layers_whose_weights_alone_are_read_get_no_training_in_peft(tmp_path: Path) -> None:
+    base = _with_a_table_past_its_layer()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear", r=4)).eval()
+    theirs(**_page(2, 5)).logits.sum().backward()
+    trained = {name for name, p in theirs.named_parameters() if p.grad is not None}
+    assert not any("rel_pos" in name for name in trained)  # the code reads `layer.weight`, and peft's layer is not run
+    with torch.no_grad():
+        for name, tensor in theirs.named_parameters():
+            if name in trained:
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.warns(UserWarning, match=r"reads weights, and makes no call, of the modules of .*rel_pos_bias"):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "adapter", inputs=_page(2, 7))
+    case = _page(3, 5)
+    with torch.no_grad():
+        want = theirs(**case).logits
+        torch.testing.assert_close(ours(**case).logits, want, atol=1e-5, rtol=1e-5)
+    report = ours.export(tmp_path / "onnx")
+    assert len(report.probes) > 5, "boxes are as many as tokens, in every call of the verification"
+    torch.testing.assert_close(runtime.load(tmp_path / "onnx")(**case)["logits"], want, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        theirs.base_model.model.layoutlmv3.encoder.rel_pos_bias.lora_B["default"].weight.fill_(0.1)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(PeftfxError, match="its weight is read by index"):
+        peftfx.load(copy.deepcopy(base), tmp_path / "adapter", inputs=_page(2, 7))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -174,8 +175,37 @@ def test_other_tensors_in_place(pair: tuple[AdaptedModel, peft.PeftModel], tmp_p
     hotswap_adapter(theirs, str(tmp_path / "two"), "two")
     close(ours(**given).logits, theirs(**given).logits)
     assert kept == {name: id(t) for name, t in ours.adapter("one").tensors()}
-    with pytest.raises(PeftfxError, match="places, ranks or options differ"):
+    with pytest.raises(PeftfxError, match="places or options differ"):
         peftfx.hotswap_adapter(ours, tmp_path / "two", "one")
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+@pytest.mark.parametrize(
+    "options",
+    [{"lora_alpha": 3}, {"r": 8}, {"r": 2, "target_modules": ["v_proj"]}, {"rank_pattern": {"0.self_attn.q_proj": 2}}],
+)
+def test_an_adapter_of_other_ranks_or_scales_in_its_place(options: dict[str, Any], road: str, tmp_path: Path) -> None:
+    old: dict[str, Any] = {**FIRST, "init_lora_weights": False}
+    for name, own in (("old", old), ("new", {**old, **options}), ("biased", {**old, **options, "bias": "all"})):
+        peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**own)).save_pretrained(str(tmp_path / name))
+    theirs = peft.PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "old")).eval()
+    ours = peftfx.load(ZOO["llama"].build(), tmp_path / "old", road=road).eval()
+    ours.add_adapter("more", peftfx.LoRA(r=2, target_modules=["q_proj"]))
+    ours.set_adapter(["default", "more"])
+    with pytest.raises(PeftfxError, match="places or options differ"):
+        peftfx.hotswap_adapter(ours, tmp_path / "biased")
+    if "rank_pattern" in options:  # peft swaps it in with another scale: docs/where-peft-differs.md
+        theirs = peft.PeftModel.from_pretrained(ZOO["llama"].build(), str(tmp_path / "new")).eval()
+    else:
+        hotswap_adapter(theirs, str(tmp_path / "new"), "default")
+    peftfx.hotswap_adapter(ours, tmp_path / "new")
+    given = inputs(ours.base)
+    close(ours(**given).logits, theirs(**given).logits)
+    assert (ours.names(), ours.active) == (("default", "more"), ("default", "more"))
+    assert all(p.requires_grad for p in ours.adapter("default").parameters())
+    state = peftfx.get_peft_model_state_dict(peftfx.load(ZOO["llama"].build(), tmp_path / "old"))
+    with pytest.raises(PeftfxError):
+        peftfx.set_peft_model_state_dict(ours, {**state, "base_model.model.more.lora_A.weight": torch.ones(4, 4)})
 
 
 def test_a_config_is_a_rule(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from every_model.diffusion_models import build_denoiser
 from support.few import but_for
 from torch import Tensor, nn
@@ -142,3 +143,27 @@ def test_random_starts_that_nothing_reads_are_dropped(tmp_path: Path) -> None:
     x = torch.randn(3, 2, 6)
     (got,) = peftfx.runtime.load(tmp_path / "out")(x).values()
     torch.testing.assert_close(torch.as_tensor(got), base(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.further
+@torch.no_grad()
+@pytest.mark.parametrize("length", [7, 8])  # a text that is padded to whole windows of 4, and one that is whole
+def test_a_token_that_attends_to_all(length: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LongformerConfig(vocab_size=99, attention_window=4, max_position_embeddings=66, **sizes)
+    base = transformers.LongformerForSequenceClassification(config).eval()
+
+    def call(batch: int, length: int) -> dict[str, Tensor]:
+        ids = torch.randint(3, 99, (batch, length))
+        mask = torch.ones_like(ids)
+        mask[-1, length - 2 :] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    rules = LoRA(r=4, target_modules=["query", "value_global"], init_lora_weights=False)
+    adapted = peftfx.transform(base, rules, inputs=call(2, length))
+    report = adapted.export(tmp_path / "out")
+    assert report.engine == "fast"
+    served = peftfx.runtime.load(tmp_path / "out")
+    for case in (call(1, 5), call(3, 12), call(2, 30)):
+        torch.testing.assert_close(served(**case)["logits"], adapted(**case).logits, atol=1e-5, rtol=1e-4)

@@ -2,8 +2,8 @@
 
 A tensor is *taken* into the adapter; or it is a *repeat* of a tensor of the base or of the file; or it is *unused*: the
 tensor of a module that the config leaves out, or that provably never runs, or whose results reach no output of this
-call, or that this call does not run and the tensor does not change. Such a tensor changes nothing in HF PEFT either.
-Unused tensors are kept, and saved again.
+call, or that this call does not run (but may read the weight of) and the tensor does not change. Such a tensor changes
+nothing in HF PEFT either. Unused tensors are kept, and saved again.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class Idle:
         untrained: the paths of other modules that this call does not run, and that their tensors do not change. A
             training that never runs a module leaves its tensors as they were made: HF PEFT's "all-linear" picks the
             layers of an image encoder, too, and texts train nothing there.
+        read: the paths of modules whose weights the model's code reads past their calls, and that their tensors do not
+            change: a training in HF PEFT runs nothing of its layers there.
         left_out: the paths of modules that the adapter's config leaves out.
     """
 
@@ -100,6 +102,7 @@ class Idle:
     never: frozenset[str]
     unread: frozenset[str]
     untrained: frozenset[str]
+    read: frozenset[str]
     left_out: frozenset[str] = frozenset()
 
     @classmethod
@@ -138,10 +141,10 @@ class Idle:
             if path not in sites.called and has_module(base, path)
         )
         own = ((path, {end: weights[name] for end, name in suffixes[path].items()}) for path in others)
-        untrained = {path for path, tensors in own if method.changes_nothing(tensors)}
-        idle = unread | never | untrained | outside
+        zero = frozenset(path for path, tensors in own if method.changes_nothing(tensors))
+        idle = unread | never | zero | outside
         by_module = {name: path for path in sorted(idle) for name in suffixes[path].values()}
-        return cls(by_module, never, unread, frozenset(untrained), outside)
+        return cls(by_module, never, unread, zero - sites.reads.keys(), zero & sites.reads.keys(), outside)
 
     @property
     def of_this_call(self) -> frozenset[str]:
@@ -159,6 +162,7 @@ class Idle:
             (self.never, "no call of the model runs"),
             (self.unread, "this call uses nothing of"),
             (self.untrained, "this call does not run"),
+            (self.read, "the model's code reads weights, and makes no call, of"),
             (self.left_out, "the adapter's config leaves out"),
         ):
             names = sorted(name for name, path in self.by_module.items() if path in paths)

@@ -21,6 +21,9 @@ from peftfx.sites.sites import Sites
 _STARTS = frozenset({*PLACING, "modules_to_save", "init_lora_weights", "init_ia3_weights", "init_weights"})
 """Options that say where an adapter acts and how it was initialised. Its outputs do not depend on them any more."""
 
+_SIZES = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
+"""Options that say how large a LoRA's factors are, and by what their product is multiplied."""
+
 
 def swap_state(base: nn.Module, sites: Sites, adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     """Copy the tensors of a state, by HF PEFT's names, into an adapter.
@@ -32,26 +35,34 @@ def swap_state(base: nn.Module, sites: Sites, adapter: Adapter, state: Mapping[s
     with tempfile.TemporaryDirectory() as folder:
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
         write_rule_directory(Path(folder), config, {WEIGHTS: tensors})
-        swap_file(base, sites, adapter, Path(folder))
+        if swap_file(base, sites, adapter, Path(folder)) is not adapter:
+            what = "this state is not one of the adapter: its ranks differ, or places are left out"
+            raise PeftfxError(what, "peft_model_state_dict", "put the adapter of a directory there: hotswap_adapter")
 
 
 @torch.no_grad()
-def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) -> None:
-    """Copy the tensors of a HF PEFT directory into an adapter.
+def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) -> Adapter:
+    """Copy the tensors of a HF PEFT directory into an adapter, and return it.
+
+    If only ranks and scales differ, or places are left out, the tensors cannot be copied, and the adapter of the
+    directory is returned.
 
     Raises:
-        PeftfxError: the two adapters differ in more than the values of their tensors.
+        PeftfxError: the two adapters differ in more.
     """
     new = read_adapter(directory, base, sites)
     own, others = dict(adapter.tensors()), dict(new.tensors())
-    names = own.keys() ^ others.keys()
-    shapes = [n for n in own.keys() & others.keys() if own[n].shape != others[n].shape]
-    rules = _computed(new) != _computed(adapter)
-    if names or shapes or rules:
-        where = min([*names, *shapes], default="its options")
-        what = "this adapter cannot take the place of the loaded one: its places, ranks or options differ"
-        raise PeftfxError(what, where, "load it beside the other one: load_adapter(path, another_name)")
+    copies = {o.key for o in adapter.overrides} ^ {o.key for o in new.overrides}
+    unlike = sorted(copies or others.keys() - own.keys())
+    unlike += [p.key for p in new.placements if not _is_alike(p, adapter)]
+    if unlike:
+        what = "this adapter cannot take the place of the loaded one: its places or options differ"
+        raise PeftfxError(what, unlike[0], "load it beside the other one: load_adapter(path, another_name)")
+    shapes = [t.shape for t in own.values()] != [others[n].shape for n in own if n in others]
+    if shapes or _computed(new) != _computed(adapter):
+        return new
     fill(adapter, new)
+    return adapter
 
 
 @torch.no_grad()
@@ -65,6 +76,16 @@ def fill(adapter: Adapter, other: Adapter) -> None:
 def _computed(adapter: Adapter) -> dict[str, object]:
     """Return the options that an adapter's outputs depend on, by placement."""
     return {p.key: _options(p) for p in adapter.placements}
+
+
+def _is_alike(placement: Placement, adapter: Adapter) -> bool:
+    """Return whether an adapter has a placement there, of the same options but for ranks and scales."""
+    others = (_options(other) for other in adapter.placements if other.key == placement.key)
+    return _plain(_options(placement)) in map(_plain, others)
+
+
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name not in _SIZES}
 
 
 def _options(placement: Placement) -> dict[str, object]:

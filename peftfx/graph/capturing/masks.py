@@ -10,6 +10,7 @@ from transformers import masking_utils
 
 _VMAP, _BROADCAST = "_vmap_expansion_sdpa", "_non_vmap_expansion_sdpa"
 _INDEXING = "TransformGetItemToIndex"  #: lets `vmap` index by scalars; what it records is no operator
+_UNNEEDED = "_ignore_bidirectional_mask_sdpa"  #: tells whether attention over both sides goes without a mask
 
 Mask = Callable[..., Tensor]
 
@@ -18,11 +19,15 @@ Mask = Callable[..., Tensor]
 def broadcast_masks() -> Iterator[None]:
     """Inside the context, transformers evaluates functions of masks at all indices by broadcasting, not by `vmap`.
 
-    transformers' own exporters do the same. A function gets the indices of batch, head, query and key.
+    transformers' own exporters do the same. A function gets the indices of batch, head, query and key. Attention over
+    both sides that has no mask in a call of the model has none in a capture.
     """
     namespace = vars(masking_utils)
     kept = {name: namespace[name] for name in (_VMAP, _INDEXING) if name in namespace and _BROADCAST in namespace}
     namespace.update({name: way for name, way in ((_VMAP, _broadcast), (_INDEXING, nullcontext)) if name in kept})
+    if _UNNEEDED in namespace:
+        kept[_UNNEEDED] = namespace[_UNNEEDED]
+        namespace[_UNNEEDED] = _unneeded(namespace[_UNNEEDED])
     try:
         yield
     finally:
@@ -35,3 +40,17 @@ def _broadcast(function: Mask) -> Mask:
         return made.expand(*(index.shape[0] for index in indices))
 
     return expanded
+
+
+def _unneeded(decide: Callable[..., bool]) -> Callable[..., bool]:
+    """What transformers decides, but for its mask of nothing in captures: it exists for masks with values to look at.
+
+    Such a mask is more than a cost: Informer's cross attention has it made for the wrong number of keys.
+    """
+
+    def unneeded(padding_mask: Tensor | None, kv_length: int, local_attention_size: int | None = None) -> bool:
+        if padding_mask is None and local_attention_size is None:
+            return True
+        return decide(padding_mask, kv_length, local_attention_size)
+
+    return unneeded

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.analysis.running import called_modules
-from peftfx.graph.capturing.axis_symbols import place_of, symbols_of
-from peftfx.graph.capturing.empty_sizes import Question, filled_of
-from peftfx.graph.capturing.free_sizes import count_from_start
-from peftfx.graph.capturing.size_conditions import Note, conditions_of, fixed_by
+from peftfx.graph.capturing.sizes.axis_symbols import place_of, symbols_of
+from peftfx.graph.capturing.sizes.empty_sizes import Question, filled_of
+from peftfx.graph.capturing.sizes.free_sizes import count_from_start
+from peftfx.graph.capturing.sizes.size_conditions import Note, conditions_of, fixed_by
 from peftfx.graph.capturing.tensors_in_pieces import concatenate_filled, read_apart
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec
 from peftfx.graph.linking import link

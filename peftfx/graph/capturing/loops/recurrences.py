@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfx.graph.capturing.loops.recurrence_operator import recurrence
+from peftfx.graph.capturing.loops.recurrent_layers import recurrent_layers
 
 
 def _delta_rule(
@@ -180,7 +181,10 @@ _METHODS: Mapping[str, Callable[..., object]] = {"_rnn_scan": _channel_scan}
 
 @contextmanager
 def recurrences(model: nn.Module) -> Iterator[None]:
-    """Replace the kernels and methods of these names in the code of `model` by recurrences, inside the context."""
+    """Replace the kernels and methods of these names in the code of `model` by recurrences, inside the context.
+
+    torch's recurrent layers are operators there, too.
+    """
     replaced: list[tuple[dict[str, Any], str, object]] = []
     methods: list[tuple[type, str, object]] = []
     _READ.listening, _READ.state = True, None
@@ -200,7 +204,8 @@ def recurrences(model: nn.Module) -> Iterator[None]:
                 if kernel is not None:
                     replaced.append((namespace, attribute, function))
                     namespace[attribute] = kernel
-        yield
+        with recurrent_layers():
+            yield
     finally:
         _READ.listening, _READ.state = False, None
         for namespace, attribute, function in replaced:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from peftfx.bases.config_fields import length_of
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.comparison import Shown
 from peftfx.export.verification.probes import ONE, case_of, eager_forward, eager_view, is_large, tensors_in
-from peftfx.export.verification.sizes import Sizes, find_sizes
-from peftfx.export.verification.trial import BRANCHES, Eager, Make, Sized, Trial
+from peftfx.export.verification.sizes.limits import Sizes, find_sizes
+from peftfx.export.verification.sizes.trial import BRANCHES, Eager, Make, Sized, Trial
+from peftfx.graph.conditions import Condition
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import Graph
@@ -54,6 +56,25 @@ def sizes_of(
     sides = _fixed_sides(trial, allow_fixed=allow_fixed)
     fixed = tuple(_fixed_axes(trial)) if view is None else ()
     return dataclasses.replace(find_sizes(trial, allow_fixed=allow_fixed), sides=sides, fixed=fixed)
+
+
+def examples_beyond(
+    adapted: AdaptedModel, example: Mapping[str, object], condition: Condition
+) -> Iterator[dict[str, object]]:
+    """Yield a few examples on the other side of a condition, in whose captures the same axes are free."""
+    graph, found = adapted.graphs.captured(example, adapted.entry()), 0
+    for sizes in condition.tried():
+        if found == _OTHER_SIDES or min(sizes.values()) < _FREE or condition.met(sizes):
+            continue
+        with suppress(PeftfxError):
+            other = nested(case_of(adapted, graph.inputs, example, {**graph.sizes, **sizes}, 0), example)
+            if adapted.graphs.captured(other, adapted.entry()).inputs == graph.inputs:
+                found += 1
+                yield other
+
+
+_OTHER_SIDES = 2
+_FREE = 3  #: the least size that a capture takes for one of many
 
 
 def _of_forward(adapted: AdaptedModel, example: Mapping[str, object]) -> Trial:
@@ -115,8 +136,8 @@ def _fixed_sides(trial: Trial, *, allow_fixed: bool = False) -> tuple[Decision, 
 def _fixed_axes(trial: Trial) -> Iterator[str]:
     """Yield a line for each axis that the capture fixed at the example's size, though the model takes a longer one.
 
-    Most fixed sizes are the model's own: its weights take no other. An operator that torch captures step by step, such
-    as an LSTM, fixes the number of its steps.
+    Most fixed sizes are the model's own: its weights take no other. A loop in the model's code fixes the number of its
+    steps.
     """
     case = trial.make(trial.whole({}))
     asked = name_axes(case)

@@ -28,7 +28,7 @@ from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 _TORCH = str(Path(torch.__file__).parent)
-_CAPTURING = str(Path(__file__).parent)  #: functions that stand in for torch's during a capture
+_CAPTURING = str(Path(__file__).parents[1])  #: functions that stand in for torch's during a capture
 _NN = str(Path(torch.nn.__file__).parent)
 #: Files in which torch asks on behalf of a caller, whose frame is further out.
 _BEARERS = tuple(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.verification.trial import BRANCHES, SAME, TAKES_NO_OTHER, Sized, Trial
+from peftfx.export.verification.sizes.trial import BRANCHES, DECLARES, SAME, TAKES_NO_OTHER, Sized, Trial
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 
@@ -16,6 +16,20 @@ UNTRIED = "what is beyond is too large to be tried here"
 LONGER = "the model is made for no more tokens"
 _UNREACHED = "no such call can be made"
 _TRIALS = 3  #: how many sizes are tried on the other side of a condition
+
+
+class OneSidedError(PeftfxError):
+    """Raised when a capture is right on one side of a branch in the model's code, and the model takes the other.
+
+    Attributes:
+        condition: says at which sizes the capture is right.
+    """
+
+    def __init__(self, condition: Condition) -> None:
+        self.condition = condition
+        what = f"the model's code branches on a size: this export would be right only where {condition}"
+        hint = "export with inputs=... of the sizes you will serve and --allow-fixed (allow_fixed=True), or rewrite it"
+        super().__init__(what, condition.where, hint)
 
 
 @dataclass(frozen=True)
@@ -69,8 +83,9 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     if it is on the sizes of images, or holds for all texts that the model is made for, it is only reported.
 
     Raises:
-        PeftfxError: the graph is right on one side of a branch in the model's code, and the model takes the other;
+        OneSidedError: the graph is right on one side of a branch in the model's code, and the model takes the other;
             not with `allow_fixed`.
+        PeftfxError: so it is for the first tokens of a text.
     """
     limits, probes = list[Limit](), list[Sized]()
     known: dict[tuple[tuple[str, int], ...], str] = {}
@@ -91,7 +106,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         if why == BRANCHES and trial.is_of_long_texts(condition):
             why = LONGER
         if why == BRANCHES and not allow_fixed and not trial.is_of_images(condition):
-            raise _refusal(condition, condition in trial.graph.filled)
+            raise _refused(condition, condition in trial.graph.filled)
         limits += [Limit(condition, why)] if why else []
         if not condition.edge:  # a size of 1 is always verified
             probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == SAME][:1]
@@ -102,21 +117,20 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))
 
 
-def _refusal(condition: Condition, first: bool) -> PeftfxError:
+def _refused(condition: Condition, first: bool) -> PeftfxError:
     """Return the error for a condition that divides the calls that a model takes; `first` divides off a first call."""
-    what = "the model's code branches on a size"
-    hint = "export with inputs=... of the sizes you will serve and --allow-fixed (allow_fixed=True), or rewrite it"
-    if first:
-        what = "the model's code computes something else for the first tokens of a text than for the tokens behind them"
-        hint = "use the forward view"
-    return PeftfxError(f"{what}: this export would be right only where {condition}", condition.where, hint)
+    if not first:
+        return OneSidedError(condition)
+    what = "the model's code computes something else for the first tokens of a text than for the tokens behind them"
+    where = f"this export would be right only where {condition}"
+    return PeftfxError(f"{what}: {where}", condition.where, "use the forward view")
 
 
 def _verdict(answers: Sequence[str]) -> str:
     if not answers:
         return UNTRIED
-    why = next((why for why in (BRANCHES, SAME, TAKES_NO_OTHER) if why in answers), _UNREACHED)
-    return why if why in (BRANCHES, TAKES_NO_OTHER) else ""
+    why = next((why for why in (BRANCHES, DECLARES, SAME, TAKES_NO_OTHER) if why in answers), _UNREACHED)
+    return why if why in (BRANCHES, DECLARES, TAKES_NO_OTHER) else ""
 
 
 def _last(condition: Condition, around: Sequence[Sized]) -> Iterator[Sized]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftfx.graph.capturing.free_sizes import repeated_lists
+from peftfx.graph.capturing.sizes.free_sizes import repeated_lists
 
 _NAME = "len"
 

@@ -10,6 +10,8 @@ graph. `Tensor.split` gets a plain list, as torch takes no other: how many parts
 `torch.div(length, window, rounding_mode="floor")` makes a tensor of two numbers, and code that uses it as a size reads
 the number from the tensor. In a capture this number would be unknown, so it is computed as a size.
 
+`math.sqrt(length)` reads its number, too; a power of one half does not.
+
 `(window - length % window) % window` is how much a length lacks to a multiple of the window. It is written as the next
 multiple minus the length, so that the sum of both is a multiple. Otherwise torch takes minutes to see that.
 
@@ -20,6 +22,7 @@ empty. A program without the branch counts from the start, `x[:, :length - paddi
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import threading
 from collections import UserList
@@ -31,6 +34,7 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from peftfx.graph.capturing.sizes.free_arguments import is_free, stand_in
 from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
@@ -145,12 +149,19 @@ def size_arithmetic() -> Iterator[None]:
         parts[result.node.expr] = size, by
         return result
 
+    root = math.sqrt
+
+    @functools.wraps(root)
+    def sqrt(number: Any) -> Any:
+        return number**0.5 if is_free(number) and threading.get_ident() == own else root(number)
+
     torch.div = div  # type: ignore[assignment]
     SymInt.__mod__ = mod  # type: ignore[method-assign]
+    math.sqrt = sqrt
     try:
         yield
     finally:
-        torch.div, SymInt.__mod__ = divided, left  # type: ignore[method-assign]
+        torch.div, SymInt.__mod__, math.sqrt = divided, left, root  # type: ignore[method-assign]
 
 
 class size_tensors(TorchFunctionMode):
@@ -169,8 +180,10 @@ class size_tensors(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = dict(kwargs or {})
-        if func is _TENSOR and args and _is_free(args[0]) and self._thread == threading.get_ident():
+        if func is _TENSOR and args and is_free(args[0]) and self._thread == threading.get_ident():
             return self._made(args[0], **given)
+        if self._thread == threading.get_ident():
+            func = stand_in(func, args, given)
         if not self._sizes:
             return func(*args, **given)
         if func is Tensor.__getitem__:
@@ -202,10 +215,6 @@ class size_tensors(TorchFunctionMode):
             return index
         ends = (index.start, index.stop, index.step)
         return slice(*(self._size(end) if isinstance(end, Tensor) and id(end) in self._sizes else end for end in ends))
-
-
-def _is_free(value: object) -> bool:
-    return isinstance(value, SymInt) and value.node.maybe_as_int() is None
 
 
 def count_from_start(graph: fx.Graph) -> None:

@@ -1,0 +1,60 @@
+"""Operators that take a free size where torch, or its translation to ONNX, takes a plain number.
+
+During a capture, other operators compute the same, in which the size stays free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import SymInt, Tensor
+from torch.utils import _pytree as pytree
+
+
+def is_free(value: object) -> bool:
+    """Return whether a value is a size that a capture leaves free."""
+    return isinstance(value, SymInt) and value.node.maybe_as_int() is None
+
+
+def stand_in(func: Callable[..., Any], args: object, kwargs: object) -> Callable[..., Any]:
+    """Return the function that computes what `func` does of these arguments and leaves their sizes free."""
+    other = _STAND_INS.get(func)
+    return func if other is None or not any(map(is_free, pytree.tree_leaves((args, kwargs)))) else other
+
+
+def _number(size: SymInt, like: Tensor | None = None) -> Tensor:
+    device = None if like is None else like.device
+    return torch.scalar_tensor(size, dtype=torch.int64, device=device)  # type: ignore[arg-type]
+
+
+def _remainder(input: Tensor, other: SymInt) -> Tensor:
+    return torch.remainder(input, _number(other, input))
+
+
+def _roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
+    if dims is None or dims == ():
+        return _roll(input.reshape(-1), shifts, 0).reshape(input.shape)
+    pairs = zip(*((x if isinstance(x, list | tuple) else [x]) for x in (shifts, dims)), strict=True)
+    for shift, dim in pairs:
+        size = input.shape[dim]
+        places = torch.arange(size, device=input.device) - shift
+        input = input.index_select(dim, torch.remainder(places, _number(size, input)))  # type: ignore[arg-type]
+    return input
+
+
+def _linspace(start: Any, end: Any, steps: SymInt, **how: Any) -> Tensor:
+    """Count from both ends, as torch does, so that both are exact."""
+    places = torch.arange(steps, device=how.get("device"))  # type: ignore[call-overload]
+    rest = (steps - 1) - places
+    step = (end - start) / torch.clamp(_number(steps, places) - 1, min=1)
+    line = torch.where(places < rest, start + places * step, end - rest * step)
+    return line.to(how.get("dtype") or torch.get_default_dtype()).requires_grad_(how.get("requires_grad", False))
+
+
+_STAND_INS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    torch.linspace: _linspace,
+    **dict.fromkeys((torch.roll, Tensor.roll), _roll),
+    **dict.fromkeys((torch.remainder, Tensor.remainder, Tensor.__mod__), _remainder),
+}

@@ -1,0 +1,57 @@
+"""Code that uses a size where torch takes a number: the axis stays free, and every size is torch's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.export import OnnxModel
+
+CODE: dict[str, Callable[[Tensor], Tensor]] = {
+    "linspace": lambda x: x * torch.linspace(-1, 3, steps=x.shape[1])[:, None],
+    "linspace of a dtype": lambda x: x * torch.linspace(0, 1, x.shape[1], dtype=torch.float64).float()[:, None],
+    "roll": lambda x: torch.roll(x, x.shape[1] // 2, 1),
+    "roll back, over two axes": lambda x: x.roll((-(x.shape[1] // 2), 1), dims=(1, 2)),
+    "roll flat": lambda x: torch.roll(x, x.shape[1]),
+    "rest of whole numbers": lambda x: x + (torch.arange(20) % x.shape[1]).float().sum(),
+    "rest of floats": lambda x: torch.remainder(10 * x, x.shape[1]),
+    "root": lambda x: x / math.sqrt(x.shape[1]),
+    "max_pool1d": lambda x: F.max_pool1d(x.transpose(1, 2), 2),
+    "max_pool1d, padded": lambda x: F.max_pool1d(x.transpose(1, 2), 3, 2, padding=1),
+    "max_pool1d, ceil": lambda x: F.max_pool1d(x.transpose(1, 2), 3, 2, ceil_mode=True),
+    "max_pool1d, dilated": lambda x: F.max_pool1d(x.transpose(1, 2), kernel_size=(2,), stride=(1,), dilation=2),
+    "places of max_pool1d": lambda x: F.max_pool1d(x.transpose(1, 2), 2, return_indices=True)[1].float(),
+}
+
+
+class Code(nn.Module):
+    """A layer, and one line of code."""
+
+    def __init__(self, code: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.code = nn.Linear(4, 4), code
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(self.layer(x))
+
+
+@pytest.mark.parametrize("code", CODE.values(), ids=CODE)
+@torch.no_grad()
+def test_it_is_exported_for_all_sizes(code: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Code(code)
+    rules = peftfx.LoRA(r=2, target_modules=["layer"], init_lora_weights=False)
+    adapted = peftfx.transform(base, rules, inputs={"x": torch.randn(2, 9, 4)}).eval()
+    report = adapted.export(tmp_path / "out")
+    assert report.inputs["x"][1] == "x.1"
+    served = OnnxModel(tmp_path / "out")
+    for batch, length in ((1, 5), (3, 8), (2, 17)):
+        x = torch.randn(batch, length, 4)
+        torch.testing.assert_close(served(x=x)["output"], adapted(x), atol=1e-5, rtol=1e-5)
