@@ -20,6 +20,8 @@ CASTS = {aten.to.dtype: 3, aten.to.device: 4, aten.to.dtype_layout: 6, aten.to.o
 #: Always views, so a result of the same shape is the same value. A squeeze of an axis that is not of size 1 is one too.
 _VIEWS = {aten.expand.default, aten.view.default, aten.squeeze.dim, aten.squeeze.dims}
 _SAME = {aten.alias.default, aten.detach.default, aten.detach_.default}
+#: Dropouts of whole channels, which give their input itself in inference, and which ONNX does not have.
+_DROPOUTS = {aten.feature_dropout.default, aten.feature_alpha_dropout.default}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _does_nothing(node: fx.Node) -> bool:
         return True
     if node.target in _VIEWS:
         return have_one_shape(node, source(node))
-    return node.target in _SAME
+    return node.target in _SAME or (node.target in _DROPOUTS and node.args[2] is False)
 
 
 def _copies(node: fx.Node) -> bool:

@@ -199,6 +199,7 @@ class Adapter(Holder):
     def put(self, key: str, value: Tensor, *, trained: bool = True) -> None:
         """Keep the tensor `value` under the dotted name `key`, as a parameter (`trained`) or as a buffer."""
         path, _, name = key.rpartition(".")
+        value = value.contiguous()  # factors of a decomposition may not be, and safetensors writes no others
         holder = self._holder(path)
         if trained:
             holder.register_parameter(name, nn.Parameter(value))

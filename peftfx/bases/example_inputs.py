@@ -19,13 +19,14 @@ from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import in_patches, token_and_count
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
+from peftfx.bases.processors.series import PAST_VALUES, as_video, series_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
-from peftfx.bases.tasks import resolve_task, task_of
+from peftfx.bases.tasks import CHOOSING, resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
 
 #: The sizes of an example. They all differ, and none is 1, so that a capture does not confuse two axes or fix an axis.
 #: `sequence` counts the text's tokens. If the prompt holds an image, the image's tokens are added.
-_SIZES: Mapping[str, int] = {"batch": 2, "sequence": 7, "decoder_sequence": 5}
+_SIZES: Mapping[str, int] = {"batch": 2, "sequence": 7, "decoder_sequence": 5, "choices": 3}
 
 
 def example_inputs(
@@ -42,9 +43,9 @@ def example_inputs(
         model: the model. Its config, its class and the signature of its forward say what it takes. Its weights are not
             read.
         task: the task; by default the task of the model's class.
-        sizes: the sizes `batch`, `sequence`, `decoder_sequence`, `height` and `width` that differ from `_SIZES`, and
-            from the image size in the config, or else in the model's processor file. If the batch has several rows and
-            the text is long enough, the last row is padded on the right.
+        sizes: the sizes `batch`, `sequence`, `decoder_sequence`, `choices`, `height` and `width` that differ from
+            `_SIZES`, and from the image size in the config, or else in the model's processor file. If the batch has
+            several rows and the text is long enough, the last row is padded on the right.
         labels: add labels, so that the model computes a loss.
         seed: the seed of the random values.
 
@@ -78,6 +79,7 @@ def example_inputs(
     return made
 
 
+_CLASSIFYING = ("text-classification", "image-classification", "video-classification", "audio-classification")
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
 _PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
 
@@ -103,18 +105,20 @@ class _Maker:
     def inputs(self) -> dict[str, Tensor]:
         made = {} if self.image is None else repeated(self.image, self.sizes["batch"], self._floats)
         if "input_ids" in self.accepted:
-            made |= self._prompt()
+            made |= self._prompts_to_choose() if self.task == CHOOSING else self._prompt(self.sizes["batch"])
         made |= image_masks(self.model, self.accepted, made)
         if name := recording_name(self.model, self.accepted):
             shape = recording_shape(self.config, name, self.sizes["sequence"])
             if shape is None:
                 raise PeftfxError(f"peftfx cannot make an example of {name}", type(self.model).__name__, _PASS_INPUTS)
             made[name] = self._floats(self.sizes["batch"], *fitted_shape(self.model, name, shape))
+        if series := series_shape(self.config, self.accepted):
+            made[PAST_VALUES] = self._floats(self.sizes["batch"], *series)
         for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():
             made["decoder_input_ids"] = self._decoder_ids(made)
-        elif self.image is None and "input_ids" in made:
+        elif self.image is None and "input_ids" in made and self.task != CHOOSING:
             made = self._with_codes(made)
         return made
 
@@ -138,6 +142,9 @@ class _Maker:
         plain = {"pixel_values": torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)}
         if has_image_axis(self.model, self.accepted):
             return {name: value[:, None] for name, value in plain.items()}
+        video = as_video(self.model, self.accepted, plain["pixel_values"])
+        if video.ndim > plain["pixel_values"].ndim:
+            return {"pixel_values": video}
         return in_patches(self.model, plain, self._image("patch_size", 1))
 
     def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -147,7 +154,9 @@ class _Maker:
             return {name: torch.full((batch,), i) for i, name in enumerate(("start_positions", "end_positions"))}
         if "labels" not in self.accepted or self.task == "feature-extraction":
             raise PeftfxError("the model takes no labels for this task", self.task, "name another task")
-        if self.task in ("text-classification", "image-classification", "audio-classification"):
+        if self.task == CHOOSING:
+            return {"labels": self._integers((batch,), self.sizes["choices"])}
+        if self.task in _CLASSIFYING:
             return {"labels": class_labels(self.config, batch, classes, self.random)}
         if self.task == "image-segmentation":
             return {"labels": self._integers((batch, *self._resolution()), classes)}
@@ -159,9 +168,14 @@ class _Maker:
             return {"labels": self._visible(made["input_ids"].clone(), made)}
         raise PeftfxError("peftfx cannot make labels for this task", self.task, _PASS_INPUTS)
 
-    def _prompt(self) -> dict[str, Tensor]:
+    def _prompts_to_choose(self) -> dict[str, Tensor]:
+        """Make several texts for each row, of which the model chooses one."""
+        rows = self.sizes["batch"], self.sizes["choices"]
+        return {name: value.unflatten(0, rows) for name, value in self._prompt(rows[0] * rows[1]).items()}
+
+    def _prompt(self, batch: int) -> dict[str, Tensor]:
         """Make the text: image tokens first if the prompt holds the image, and padding last."""
-        batch, length = self.sizes["batch"], self.sizes["sequence"]
+        length = self.sizes["sequence"]
         image, images = (None, 0) if self.image is None else self._image_tokens()
         ids = torch.cat([torch.full((batch, images), image or 0), self._ids((batch, length))], dim=1)
         mask = torch.ones_like(ids)

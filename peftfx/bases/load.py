@@ -79,11 +79,15 @@ def load_base(
 
 def read_base_config(directory: Path) -> dict[str, object]:
     """Read the config of a local model directory, as JSON. A missing or broken config is a PeftfxError."""
+    if is_file(directory):
+        what = "a base is a folder or a .gguf file, and this is another file"
+        raise PeftfxError(what, str(directory), "give the folder that it is in")
     if not is_folder(directory):
         raise PeftfxError("there is no such directory", str(directory), "download the base model and pass its folder")
     path = directory / "config.json"
     if not is_file(path):
-        parts = sorted(p.parent.name for p in directory.glob("*/config.json"))
+        below = (p.parent for depth in ("*", "snapshots/*") for p in directory.glob(f"{depth}/config.json"))
+        parts = sorted(p.relative_to(directory).as_posix() for p in below)
         hint = f"pass one of its folders: {', '.join(parts)}" if parts else "pass the folder of a base model"
         raise PeftfxError("the directory has no config.json", str(directory), hint)
     config = read_json(path)

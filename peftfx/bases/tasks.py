@@ -31,8 +31,10 @@ TASKS: Mapping[str, Task] = {
     "text-classification": Task(("AutoModelForSequenceClassification",), ("ForSequenceClassification",)),
     "token-classification": Task(("AutoModelForTokenClassification",), ("ForTokenClassification",)),
     "question-answering": Task(("AutoModelForQuestionAnswering",), ("ForQuestionAnswering",)),
+    "multiple-choice": Task(("AutoModelForMultipleChoice",), ("ForMultipleChoice",)),
     "fill-mask": Task(("AutoModelForMaskedLM",), ("ForMaskedLM",)),
     "image-classification": Task(("AutoModelForImageClassification",), ("ForImageClassification",)),
+    "video-classification": Task(("AutoModelForVideoClassification",), ("ForVideoClassification",)),
     "image-segmentation": Task(
         ("AutoModelForSemanticSegmentation", "AutoModelForUniversalSegmentation"),
         ("ForSemanticSegmentation", "ForUniversalSegmentation"),
@@ -80,6 +82,7 @@ PEFT_HEADS: Mapping[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+CHOOSING = "multiple-choice"  #: the task in which a row has several texts
 FEATURES, SENTENCES = "feature-extraction", "sentence-similarity"  #: the tasks of models without a head
 HEARING = ("automatic-speech-recognition", "audio-classification")  #: the tasks whose input is sound
 _LANGUAGE = ("text-generation", "text2text-generation")

@@ -1,4 +1,6 @@
-"""Decisions: the branches of a model's code on booleans of a call's inputs, each of which a captured program fixes."""
+"""Decisions: the branches of a model's code on booleans of a call's inputs, or of its own buffers, which a captured
+program fixes.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """A boolean of a call's inputs that the model's code branches on, and the side that a captured program took.
+    """A boolean that the model's code branches on, and the side that a captured program took.
 
     Attributes:
-        program: computes the boolean from inputs of the call.
-        inputs: the names of these inputs, in the program's order.
+        program: computes the boolean from inputs of the call, or from the model's buffers.
+        inputs: the names of these inputs, in the program's order. Without any, every call takes the same side for as
+            long as the buffers have their values.
         answer: the boolean's value on the side that was taken.
         where: the line of code that asked, such as `file.py:12`.
         text: what that line says, quoted, in brackets.
         told: the boolean in words, if no line of code asks.
+        buffers: the model's own buffers that the program reads, if it reads no inputs.
     """
 
     program: fx.GraphModule = field(repr=False)
@@ -29,6 +33,7 @@ class Decision:
     where: str
     text: str = ""
     told: str = ""
+    buffers: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def of(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return the boolean's value in a call.
@@ -37,7 +42,8 @@ class Decision:
             tensors: the call's inputs by name.
         """
         with torch.no_grad():
-            found = self.program.forward(*(tensors[name].detach() for name in self.inputs))
+            read = (*(tensors[name] for name in self.inputs), *self.buffers)
+            found = self.program.forward(*(tensor.detach() for tensor in read))
         return bool(found)
 
     def met(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -49,7 +55,7 @@ class Decision:
     def __str__(self) -> str:
         if self.told:
             return self.told
-        asked = " and ".join(self.inputs)
+        asked = " and ".join(self.inputs) or "the model's buffers"
         return f"the branch at {self.where}{self.text} on {asked} goes as in the example ({self.answer})"
 
 

@@ -58,13 +58,13 @@ def records_of(rules: Iterable[object]) -> dict[str, object]:
 
 def _tables(kind: str) -> dict[str, Mapping[str, object]]:
     """Return HF PEFT's tables for a method: for each option that may be left out, its default by model type."""
-    utils = importlib.import_module("peft.utils")
+    tables = importlib.import_module("peft.utils.constants")  # `peft.utils` passes some of them on, not all
     name = f"TRANSFORMERS_MODELS_TO_{kind.replace('_', '')}"
     found = {
         "target_modules": f"{name}_TARGET_MODULES_MAPPING",
         "feedforward_modules": f"{name}_FEEDFORWARD_MODULES_MAPPING",
     }
-    return {option: getattr(utils, table) for option, table in found.items() if hasattr(utils, table)}
+    return {option: getattr(tables, table) for option, table in found.items() if hasattr(tables, table)}
 
 
 def _every_linear(base: nn.Module) -> list[str]:

@@ -35,6 +35,11 @@ _LENGTHS = ("num_virtual_tokens", "adapter_len")
 
 def read_adapter_config(directory: Path) -> dict[str, object]:
     """Return the adapter config of a HF PEFT directory."""
+    if is_file(directory):
+        hint = "make a folder of it, if it is a LoRA: peftfx convert --base BASE --file FILE --output DIR"
+        if is_file(directory.parent / CONFIG):
+            hint = "give the folder that it is in"
+        raise PeftfxError("an adapter is a folder, and this is a file", str(directory), hint)
     if not is_folder(directory):
         raise PeftfxError(
             "there is no such directory", str(directory), "give the folder that holds adapter_config.json"

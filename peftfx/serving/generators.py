@@ -29,7 +29,7 @@ from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
 from peftfx.serving.call_rows import CallRows
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import Served
+from peftfx.serving.served import Served, under_one_adapter
 from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.encoder_decoder import DECODED, ENCODED, TEXT_INPUT, Decoder, EncoderDecoderLayers
 from peftfx.views.images.encoded import IMAGE_FEATURES
@@ -75,6 +75,7 @@ class _Serves(Served, GenerationMixin):
         """Return no choices: the implementation was fixed when the graph was made."""
         return {}
 
+    @under_one_adapter
     def generate(self, *args: Any, **options: Any) -> Any:
         """Generate by transformers' `generate`. `adapter_ids` may be the adapters' names, one for each row.
 
@@ -159,6 +160,7 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
                 return functools.partial(self._by_own_class, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
+    @under_one_adapter
     def _by_own_class(self, name: str, *args: object, **options: object) -> object:
         """Call a method of the stand-in; rows have the adapters of `adapter_ids`."""
         given = self.numbered(options)

@@ -21,7 +21,7 @@ from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
 from peftfx.serving.call_inputs import ONNX_DTYPES
 from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, skeleton
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import Served
+from peftfx.serving.served import Served, under_one_adapter
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.cross_images import CrossImages, DecodeOverImages
 from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, Images
@@ -38,6 +38,7 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         images, self.encode = _images_of(self, model, encoder)
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
 
+    @under_one_adapter
     def generate(self, *args: object, **options: object) -> Any:
         """Generate by the `generate` of the model's own class."""
         return self._own.generate(*args, **options)
@@ -64,6 +65,7 @@ class ServedOverImages(GeneratesOverImages, ServedGenerator):  # type: ignore[mi
         cross = CrossImages(images, layers, tuple(int(size) for size in model.axes[CROSS_MASK][2:]))
         self.view = DecodeOverImages(self.view.layers, self.view.positions, cross)
 
+    @under_one_adapter
     def generate(self, *args: object, **options: object) -> Any:
         """Generate by the `generate` of the model's own class."""
         return self._own.generate(*args, **options)

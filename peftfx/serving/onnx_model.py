@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import ml_dtypes
@@ -23,6 +25,10 @@ _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 _OUTSIDE = re.compile(
     r"Name:'(?P<node>[^']*)'.*idx=(?P<row>-?\d+) must be within the inclusive range \[-?\d+,(?P<last>\d+)\]", re.DOTALL
 )
+
+
+class _Kept(threading.local):
+    values: Mapping[str, ort.OrtValue] | None = None  #: what the slots hold in this thread; None: what was last put
 
 
 class OnnxModel:
@@ -52,6 +58,7 @@ class OnnxModel:
         chosen = chosen_providers(providers)
         options = session_options(threads, mapped) if options is None else options
         self._put: Mapping[str, ort.OrtValue] = {}
+        self._kept = _Kept()
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=chosen)
         except Exception as error:
@@ -79,8 +86,27 @@ class OnnxModel:
         return tuple(i.name for i in self._session.get_overridable_initializers())
 
     def put(self, values: Mapping[str, ort.OrtValue]) -> None:
-        """Put these `values` into the model's slots from now on. All other slots have their defaults."""
+        """Put these `values` into the model's slots from now on. All other slots have their defaults.
+
+        Calls of other threads that are inside `keeping` still have what was there before.
+        """
         self._put = dict(values)
+        if self._kept.values is not None:
+            self._kept.values = self._put
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep what the slots hold, in this thread, until the `with` block ends, whatever other threads put there."""
+        before = self._kept.values
+        self._kept.values = self._in_slots
+        try:
+            yield
+        finally:
+            self._kept.values = before
+
+    @property
+    def _in_slots(self) -> Mapping[str, ort.OrtValue]:
+        return self._put if self._kept.values is None else self._kept.values
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -117,7 +143,7 @@ class OnnxModel:
             PeftfxError: an input is missing or unknown.
         """
         self._check(tensors)
-        return {**self._put, **{name: to_ort(value) for name, value in tensors.items()}}
+        return {**self._in_slots, **{name: to_ort(value) for name, value in tensors.items()}}
 
     def run_into(self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Run the model on tensors in place, and write the results into other tensors. Nothing is copied.
@@ -131,7 +157,7 @@ class OnnxModel:
             PeftfxError: ONNX Runtime refuses a shape or dtype.
         """
         binding = self._session.io_binding()
-        for name, value in {**self._put, **{n: _lent(t) for n, t in inputs.items()}}.items():
+        for name, value in {**self._in_slots, **{n: _lent(t) for n, t in inputs.items()}}.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
             binding.bind_ortvalue_output(name, _lent(value))

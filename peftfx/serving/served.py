@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ class Served:
         model: the ONNX model itself, which takes and returns tensors by their ONNX names.
         config: transformers' config, or None for a model of another kind.
         graphs: all its ONNX models, by the names of their files.
+        switching: is held while an adapter is put into the graphs.
     """
 
     base_model_prefix = ""
@@ -42,6 +46,7 @@ class Served:
         self.graphs: Mapping[str, OnnxModel] = {MODEL: model}
         self.adapters: dict[str, Mapping[str, Mapping[str, Any]]] = {}
         self.active: str | None = None
+        self.switching = threading.Lock()
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Read an `.onnx_adapter` at `path`, and make it active. Return its `name`, by default the file's.
@@ -115,7 +120,9 @@ class Served:
             raise PeftfxError(what, IDS, hint)
 
     def set_adapter(self, name: str | None) -> None:
-        """Make the loaded adapter `name` active; None means the base. Switching costs nothing.
+        """Make the loaded adapter `name` active, in all threads; None means the base. Switching costs nothing.
+
+        A text that another thread is writing is written to its end with the adapter that it began with.
 
         Raises:
             PeftfxError: no adapter of this name is loaded, or several names are given.
@@ -126,9 +133,10 @@ class Served:
         if name is not None and name not in self.adapters:
             hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
             raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
-        for graph, model in self.graphs.items():
-            model.put({} if name is None else self.adapters[name][graph])
-        self.active = name
+        with self.switching:
+            for graph, model in self.graphs.items():
+                model.put({} if name is None else self.adapters[name][graph])
+            self.active = name
 
     if TYPE_CHECKING:
 
@@ -223,6 +231,25 @@ class Served:
         if found.pad_token is None:
             found.pad_token = found.eos_token
         return found
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def under_one_adapter(method: _Method) -> _Method:
+    """Wrap a method of a served model that calls its graphs often: an adapter that another thread makes active in the
+    meantime does not act in it. The cache would have keys and values of two adapters.
+    """
+
+    @functools.wraps(method)
+    def whole(self: Served, *args: Any, **options: Any) -> Any:
+        with ExitStack() as kept:
+            with self.switching:
+                for graph in self.graphs.values():
+                    kept.enter_context(graph.keeping())
+            return method(self, *args, **options)
+
+    return cast("_Method", whole)
 
 
 class ServedForward(Served):

@@ -148,6 +148,8 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
         known = _labels_axes(tensor, tensors)
     if name == "position_ids" and tensor.ndim == 3:  # one row of positions for each rotary section
         known = (None, *_TEXT)
+    if known == _TEXT and _several_texts(tensor, tensors):
+        known = ("batch", "choices", "sequence")
     if name == "hidden_states" and "img_ids" in tensors:  # an image as a sequence of tokens
         known = ("batch", "image_sequence", None)
     if name.endswith("attention_mask") and tensor.ndim == 4 and len(known) != 4:  # its second axis may be the heads
@@ -155,6 +157,14 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
     if len(known) != tensor.ndim:
         known = ("batch", *(f"{name}.{i}" for i in range(1, tensor.ndim))) if tensor.ndim else ()
     return known
+
+
+def _several_texts(tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether each row has several texts, of which the model chooses one: then their mask has three axes too."""
+    ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
+    if ids is None or mask is None or ids.ndim != 3:
+        return False
+    return ids.shape == mask.shape == tensor.shape
 
 
 def _labels_axes(labels: Tensor, tensors: Mapping[str, Tensor]) -> tuple[str, str]:

@@ -110,6 +110,19 @@ def test_bad_input_is_one_message(name: str, inputs: Inputs, peftfx: Callable[..
     assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
 
 
+def test_a_file_in_place_of_a_folder_is_told(inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path) -> None:
+    def refused(base: Path, adapter: Path, *texts: str) -> None:
+        assert_refused(peftfx("export", "--base", base, "--adapter", adapter, "--output", tmp_path / "out"), *texts)
+
+    single = tmp_path / "kohya.safetensors"
+    save_file({"lora_te_x.lora_down.weight": torch.zeros(2, 4)}, single)
+    refused(inputs.classifier, single, "this is a file", "peftfx convert --base BASE --file FILE")
+    refused(inputs.classifier, inputs.lora / "adapter_model.safetensors", "this is a file", "the folder that it is in")
+    refused(inputs.classifier / "model.safetensors", inputs.lora, "another file", "the folder that it is in")
+    shutil.copytree(inputs.classifier, tmp_path / "hub" / "snapshots" / "abc")
+    refused(tmp_path / "hub", inputs.lora, "no config.json", "snapshots/abc")
+
+
 def test_a_module_to_save_that_the_base_does_not_have_is_told(
     inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path
 ) -> None:

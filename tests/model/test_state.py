@@ -10,12 +10,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.adapted import QUERY_VALUE, adapt, both
 from support.zoo import ZOO
 from torch import nn
 
+from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.methods.lora import LoRA
+from peftfx.methods.psoft import PSOFT
 from peftfx.model.adapted import AdaptedModel
 
 
@@ -33,6 +36,17 @@ class TestState:
                 p.zero_()
         other.load_state_dict({name: t.clone() for name, t in state.items()})
         assert torch.equal(other(**inputs).logits, adapted(**inputs).logits)
+
+    @pytest.mark.parametrize(
+        "method",
+        [LoRA(r=4, init_lora_weights=how) for how in ("pissa", "pissa_niter_4", "olora", "mica")] + [PSOFT(r=4)],
+        ids=["pissa", "pissa_niter_4", "olora", "mica", "psoft"],
+    )
+    def test_starts_from_a_decomposition_can_be_saved(self, method: Method, tmp_path: Path) -> None:
+        """`Trainer` gives the state to safetensors, which refuses other strides than those of rows."""
+        adapted = adapt("llama", method)
+        save_file(adapted.state_dict(), tmp_path / "model.safetensors")
+        assert load_file(tmp_path / "model.safetensors").keys() == adapted.state_dict().keys()
 
     def test_a_state_of_other_adapters_is_refused(self) -> None:
         adapted = adapt("custom", LoRA())

@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
+from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
@@ -124,3 +126,16 @@ def test_hira_of_several_ranks_is_told(tmp_path: Path) -> None:
     with pytest.warns(PeftfxWarning, match="HF PEFT cannot load these files of HiRA: it gives each module the rank r"):
         ours.save_pretrained(tmp_path)
     torch.testing.assert_close(peftfx.load(Nested(), tmp_path, inputs=INPUTS).eval()(X), ours(X))
+
+
+@pytest.mark.parametrize("config", [peft.HiraConfig(r=4), peft.OSFConfig(effective_rank=4)], ids=["hira", "osf"])
+def test_default_targets_are_those_of_every_table_of_peft(config: peft.PeftConfig, tmp_path: Path) -> None:
+    """`peft.utils` passes on some of the tables, and not these two."""
+    base = ZOO["gpt_neox"].build()
+    peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).save_pretrained(tmp_path / "theirs")
+    peftfx.transform(base, config).save_pretrained(tmp_path / "ours")
+    found, want = (
+        {key: tuple(t.shape) for key, t in load_file(tmp_path / whose / "adapter_model.safetensors").items()}
+        for whose in ("ours", "theirs")
+    )
+    assert found == want

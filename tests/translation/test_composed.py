@@ -30,6 +30,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "length": lambda x: torch.hypot(x, x * 1e30),
     "place in a table": lambda x: torch.searchsorted(EDGES, x, right=True),
     "place in its own row": lambda x: torch.searchsorted(x.sort(-1).values.contiguous(), x.contiguous()),
+    "among a few": lambda x: torch.isin(x.round(), EDGES.round()).float(),
+    "none of many": lambda x: torch.isin((9 * x).round(), torch.arange(-30.0, 0.0).view(5, 6), invert=True).float(),
     "random leak": lambda x: nn.functional.rrelu(x, 0.1, 0.5),
     "parts": lambda x: torch.cat([part.sum(1) for part in x.tensor_split(3, dim=1)], -1),
     "the first half": lambda x: x.tensor_split(2, dim=-2)[0],

@@ -49,6 +49,34 @@ def test_rms_norms_of_torch(dtype: torch.dtype, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.as_tensor(got), want, **close)
 
 
+class Dropouts(nn.Module):
+    """Dropouts of single numbers and of whole channels, also in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 4, 3)
+        kinds = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+        self.drops = nn.ModuleList(kind(0.5, inplace) for kind in kinds for inplace in (False, True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        for drop in self.drops:
+            z = drop(y) * 2
+            y = z - y
+        return y
+
+
+@torch.no_grad()
+def test_dropouts_of_channels_are_nothing_in_inference(tmp_path: Path) -> None:
+    rule = LoRA(r=2, target="/layer/", init_lora_weights=False)
+    ours = peftfx.transform(Dropouts().eval(), rule, inputs={"x": torch.randn(2, 3, 6, 7)})
+    assert ours.export(tmp_path / "out").engine == "fast"
+    x = torch.randn(3, 3, 9, 5)
+    (got,) = peftfx.runtime.load(tmp_path / "out")(x).values()
+    torch.testing.assert_close(torch.as_tensor(got), ours(x), atol=1e-5, rtol=1e-4)
+
+
 class Written(nn.Module):
     """Writes to what is one of several: a value whose halves are views in a tuple, and the first result of `topk`."""
 

@@ -235,3 +235,50 @@ def test_a_dry_run_takes_a_side_of_a_branch_on_a_boolean() -> None:
     model = Asking().eval()
     with fake_run(model) as fake:
         assert model(fake(torch.randn(2, 5)), fake(torch.ones(2, 5, dtype=torch.bool))).shape == (2, 5)
+
+
+class Gated(nn.Module):
+    """Code that skips layers by its own buffers, as EoMT's does, after parameters and buffers that have two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.more, self.again = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.again.weight = self.head.weight
+        self.register_buffer("off", torch.zeros(2))
+        self.register_buffer("off_too", self.off)
+        self.register_buffer("on", torch.tensor([1.0, 0.0]))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.head(input_ids)
+        if self.off_too.any():
+            x = x + 1
+        for share in self.on:
+            if share > 0:
+                x = self.again(self.more(x))
+        return x
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_a_branch_on_the_models_buffers_goes_as_they_say_now(road: str, tmp_path: Path) -> None:
+    model, x = Gated().eval(), torch.randn(3, 7, 4)
+    rule = peftfx.LoRA(r=2, target="/head|more/", init_lora_weights=False)
+    adapted = peftfx.transform(model, rule, inputs={"input_ids": torch.randn(5, 6, 4)}, road=road)
+    for number, share in enumerate((0, 1)):
+        model.on[1] = share
+        want = adapted(input_ids=x)
+        report = adapted.export(tmp_path / str(number))
+        assert report.sizes == []
+        served = OnnxModel(tmp_path / str(number))
+        torch.testing.assert_close(served(input_ids=x)["output"], want, atol=1e-5, rtol=1e-5)
+    adapted.merge()
+    torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_branch_on_a_buffer_that_the_code_changes_is_refused() -> None:
+    class Counting(Gated):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            self.off += 1
+            return super().forward(input_ids)
+
+    with pytest.raises(peftfx.PeftfxError, match="branches on the values of a tensor"):
+        peftfx.capture(Counting().eval(), {"input_ids": torch.randn(2, 4)})

@@ -104,6 +104,12 @@ def _searchsorted(
     return before.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
 
 
+def _isin(x: Tensor, among: Tensor, assume_unique: bool, invert: bool) -> Tensor:
+    """Return which values are among others. torch's own way is by order, where the others are many."""
+    found = (x.unsqueeze(-1) == among.flatten()).any(-1)
+    return ~found if invert else found
+
+
 def _rrelu(x: Tensor, lower: float, upper: float, training: bool, generator: object) -> Tensor:
     return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
 
@@ -128,6 +134,7 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.cummax.default: _largest_so_far,
     _aten.cummin.default: _smallest_so_far,
     _aten.searchsorted.Tensor: _searchsorted,
+    _aten.isin.Tensor_Tensor: _isin,
     _aten.rrelu.default: _rrelu,
     _aten.tensor_split.sections: _tensor_split,
 }

@@ -118,7 +118,7 @@ def _fixed_sides(trial: Trial, *, allow_fixed: bool = False) -> tuple[Decision, 
         PeftfxError: the model computes something else for a call of the other side; not with `allow_fixed`.
     """
     found = []
-    for decision in trial.graph.decisions:
+    for decision in (d for d in trial.graph.decisions if d.inputs):  # others are the same in every call
         answers = [trial.answer(case) for case in _others(trial, decision, _TRIED)]
         if BRANCHES in answers and not allow_fixed:
             hint = "export with inputs=... of the calls you will serve and --allow-fixed (allow_fixed=True)"

@@ -1,19 +1,21 @@
-"""Sides: during a capture, the side of each branch of the model's code on a boolean of the call's inputs.
+"""Sides: during a capture, the side of each branch of the model's code on a boolean of the call's inputs or of buffers.
 
 Code such as `if mask.any(): x = x.masked_fill(mask, 0)` asks for a value that a capture does not have. The boolean is
 computed from the call's inputs alone, so the nodes that compute it become a program of their own. The program tells for
-each call which side the code takes. A boolean that is computed from weights, or a number, is not decided.
+each call which side the code takes. A boolean that is computed from the model's buffers alone has the side of their
+values. One that is computed from weights, or from buffers and inputs, is not decided, and neither is a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -52,6 +54,7 @@ class Sides:
 
     tensors: Mapping[str, Tensor]
     general: bool
+    held: Sequence[Tensor] = ()
     made: list[Decision] = field(default_factory=list)
     turned: bool = False
     _answers: dict[sympy.Basic, bool] = field(default_factory=dict)
@@ -78,18 +81,21 @@ class Sides:
             decision = None if mode is None or node is None else self._decision(mode.tracer, node, where, text)
             if decision is None:
                 return None
-            if decision.inputs:  # what is computed from constants is the same in every call
+            if decision.inputs or decision.buffers:  # what is computed from constants is the same in every call
                 self.made.append(decision)
             self._answers[symbol] = decision.answer
         value = expr.xreplace({symbol: sympy.Integer(int(self._answers[symbol]))})
         return value if value in (sympy.true, sympy.false) else None
 
     def _decision(self, tracer: Any, node: fx.Node, where: str, text: str) -> Decision | None:
-        places = list(node.graph.find_nodes(op="placeholder"))[-len(self.tensors) :]
-        names = dict(zip(places, self.tensors, strict=True)) if self.tensors else {}
+        places = list(node.graph.find_nodes(op="placeholder"))
+        read = dict(zip(places[len(places) - len(self.tensors) :], self.tensors.values(), strict=True))
+        names = dict(zip(read, self.tensors, strict=True))
+        if len(places) == len(self.held) + len(read):
+            read |= {n: t for n, t in zip(places, self.held) if not isinstance(t, nn.Parameter)}
         tensor = node.args[0]
         assert isinstance(tensor, fx.Node)
-        body = _needed(tensor, set(names))
+        body = _needed(tensor, set(read))
         if body is None or tensor.meta["val"].dtype != torch.bool:
             return None
         constants = [node for node in body if node.op == "get_attr"]
@@ -98,16 +104,17 @@ class Sides:
         if len(numbers) < len(constants):
             return None
         inputs = [place for place in places if any(place in other.all_input_nodes for other in body)]
-        if not all(has_values(self.tensors[names[place]]) for place in inputs):
+        if not all(has_values(read[place]) for place in inputs) or len({place in names for place in inputs}) > 1:
             return None
+        buffers = tuple(read[place] for place in inputs if place not in names)
         with torch._C.DisableTorchFunction(), _disable_current_modes():  # this is no part of the capture
             program = _program(inputs, body, tensor, {n: number.item() for n, number in numbers.items()})
-            asked = Decision(program, tuple(names[place] for place in inputs), False, where)
+            asked = Decision(program, tuple(names[p] for p in inputs if p in names), False, where, text, "", buffers)
             own = asked.of(self.tensors)
-        side = _general(tensor) if self.general else None
+        side = _general(tensor) if self.general and not buffers else None
         answer = own if side is None else side
         self.turned |= answer != own
-        return Decision(program, asked.inputs, answer, where, text)
+        return dataclasses.replace(asked, answer=answer)
 
 
 def _read(graph: fx.Graph, symbol: sympy.Basic) -> fx.Node | None:

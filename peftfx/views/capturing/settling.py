@@ -35,7 +35,9 @@ def on_general_sides(captured: Callable[[Sides], Graph], model: nn.Module, tenso
     Raises:
         PeftfxError: the model's code cannot be captured.
     """
-    sides = Sides(tensors, general=_runs(model, tensors))
+    parts = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    held = [tensor for part in parts for _, tensor in part]
+    sides = Sides(tensors, _runs(model, tensors), held)
     try:
         graph = captured(sides)
         turned = opposed(graph.decisions, tensors)
@@ -44,7 +46,7 @@ def on_general_sides(captured: Callable[[Sides], Graph], model: nn.Module, tenso
     except PeftfxError:
         if not sides.turned:
             raise
-    return captured(Sides(tensors, general=False))
+    return captured(Sides(tensors, False, held))
 
 
 def served(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:

@@ -1,0 +1,78 @@
+"""Models of videos and of time series need no inputs of the user's, and are exported as `peft` computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from support.parity import outputs, randomise
+from torch import nn
+
+import peftfx
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.tasks import task_of
+from peftfx.export import OnnxModel
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+FRAMES = {**SIZES, "image_size": 16, "num_frames": 4, "num_labels": 3}
+SERIES = {"context_length": 16, "patch_length": 4, "patch_stride": 4, "num_input_channels": 3, "d_model": 16}
+Make = Callable[[], nn.Module]
+MODELS: Mapping[str, tuple[Make, tuple[int, ...]]] = {
+    "videomae": (
+        lambda: hf.VideoMAEForVideoClassification(hf.VideoMAEConfig(**FRAMES, patch_size=8, tubelet_size=2)),
+        (4, 3, 16, 16),
+    ),
+    "timesformer": (
+        lambda: hf.TimesformerForVideoClassification(hf.TimesformerConfig(**FRAMES, patch_size=8)),
+        (4, 3, 16, 16),
+    ),
+    "patchtst": (
+        lambda: hf.PatchTSTForPrediction(
+            hf.PatchTSTConfig(**SERIES, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, loss="mse")
+        ),
+        (16, 3),
+    ),
+    "patchtsmixer": (
+        lambda: hf.PatchTSMixerForPrediction(hf.PatchTSMixerConfig(**SERIES, num_layers=1, loss="mse")),
+        (16, 3),
+    ),
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name][0]().eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_exported_by_itself_as_peft_computes_it(name: str, tmp_path: Path) -> None:
+    base, shape = build(name), MODELS[name][1]
+    targets = [path for path, module in base.named_modules() if type(module) is nn.Linear]
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    peftfx.load(build(name), tmp_path / "adapter").export(tmp_path / "out", view="forward")
+    served = OnnxModel(tmp_path / "out")
+    (given,) = served.inputs
+    for batch in (1, 3):
+        inputs = {given: torch.randn(batch, *shape)}
+        want = outputs(theirs, inputs)
+        for output, value in served(**inputs).items():
+            torch.testing.assert_close(value, want[output.removesuffix(".output")], atol=1e-5, rtol=1e-4)
+
+
+def test_a_video_has_labels_and_a_task() -> None:
+    model = build("videomae")
+    assert task_of(model) == "video-classification"
+    assert model(**example_inputs(model, labels=True)).loss.isfinite()
+
+
+def test_a_model_that_takes_frames_one_by_one_has_pictures() -> None:
+    model = hf.XCLIPVisionModel(
+        hf.XCLIPVisionConfig(**SIZES, image_size=16, patch_size=8, num_frames=2, mit_num_hidden_layers=1)
+    ).eval()
+    assert example_inputs(model)["pixel_values"].shape == (2, 3, 16, 16)
