@@ -75,7 +75,7 @@ def probes(
     relations = captured.conditions
     first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own, relations)]
     count = len(first) + (len(FEW) if large else COUNT)
-    for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES)):
+    for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES, *_beside(own))):
         whole = completed(relations, wanted)
         if min(whole.values(), default=1) < 1:
             continue
@@ -225,6 +225,13 @@ def _tensors(example: Mapping[str, object]) -> dict[str, Tensor]:
 
 def _sized(spec: TensorSpec, value: Tensor, sizes: Mapping[str, int]) -> bool:
     return all(sizes.get(str(axis), size) == size for axis, size in zip(spec.shape, value.shape, strict=True))
+
+
+def _beside(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Yield sizes beside the example's, for a model that takes none of the usual ones, such as one of recordings."""
+    yield {**own, "batch": 1}
+    yield {axis: size + 3 for axis, size in own.items()}
+    yield {axis: 2 * size + 1 for axis, size in own.items()}
 
 
 def _varied(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:

@@ -15,6 +15,23 @@ from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel, export_onnx
 
 
+class Heard(nn.Module):
+    """A convolution that takes no fewer than 40 values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(1, 4, 40, stride=5), nn.Linear(4, 4)
+
+    def forward(self, input_values: Tensor) -> Tensor:
+        return self.out(self.conv(input_values[:, None]).transpose(1, 2))
+
+
+def test_a_model_that_takes_none_of_the_usual_sizes_is_compared_beside_its_examples(tmp_path: Path) -> None:
+    report = export_onnx(Heard().eval(), tmp_path / "out", inputs={"input_values": torch.randn(2, 80)})
+    seen = {tuple(sizes["input_values"]) for sizes in report.probes}
+    assert {(2, 80), (1, 80), (5, 83)} <= seen
+
+
 class Last(nn.Module):
     """The last four of a row, and of its mask: torch broadcasts a mask of one."""
 
