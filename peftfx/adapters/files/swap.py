@@ -54,12 +54,13 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
     own, others = dict(adapter.tensors()), dict(new.tensors())
     copies = {o.key for o in adapter.overrides} ^ {o.key for o in new.overrides}
     unlike = sorted(copies or others.keys() - own.keys())
-    unlike += [p.key for p in new.placements if not _is_alike(p, adapter)]
+    known, computed = _computed(adapter), _computed(new)
+    unlike += [key for key, options in computed.items() if _plain(options) != _plain(known.get(key, {}))]
     if unlike:
         what = "this adapter cannot take the place of the loaded one: its places or options differ"
         raise PeftfxError(what, unlike[0], "load it beside the other one: load_adapter(path, another_name)")
     shapes = [t.shape for t in own.values()] != [others[n].shape for n in own if n in others]
-    if shapes or _computed(new) != _computed(adapter):
+    if shapes or computed != known:
         return new
     fill(adapter, new)
     return adapter
@@ -73,18 +74,13 @@ def fill(adapter: Adapter, other: Adapter) -> None:
         own[name].copy_(value)
 
 
-def _computed(adapter: Adapter) -> dict[str, object]:
+def _computed(adapter: Adapter) -> dict[str, dict[str, object]]:
     """Return the options that an adapter's outputs depend on, by placement."""
     return {p.key: _options(p) for p in adapter.placements}
 
 
-def _is_alike(placement: Placement, adapter: Adapter) -> bool:
-    """Return whether an adapter has a placement there, of the same options but for ranks and scales."""
-    others = (_options(other) for other in adapter.placements if other.key == placement.key)
-    return _plain(_options(placement)) in map(_plain, others)
-
-
 def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    """Return the options without those of ranks and scales."""
     return {name: value for name, value in options.items() if name not in _SIZES}
 
 

@@ -77,7 +77,7 @@ def repeated_lists() -> Iterator[None]:
 
     def multiplied(name: str) -> object:
         def multiply(size: SymInt, other: object) -> object:
-            if type(other) is list and threading.get_ident() == own and size.node.maybe_as_int() is None:
+            if type(other) is list and threading.get_ident() == own and is_free(size):
                 return _Repeated(list(other), size)
             return kept[name](size, other)
 
