@@ -48,6 +48,8 @@ class Sides:
         tensors: the example's inputs, by name, in the order of the capture's last placeholders.
         general: whether to take the side of a call in which elements differ, `any` true and `all` false: what the code
             does there often changes nothing in other calls. Otherwise the side that the example takes.
+        held: the model's own parameters and buffers, in the order of the placeholders ahead of those. Only buffers are
+            read: a parameter may be trained.
         made: the decisions.
         turned: whether some decision is not the example's.
     """
