@@ -16,11 +16,12 @@ from torch._dynamo import config as dynamo_config
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import config as fx_config
-from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 TRACING = threading.RLock()  #: a lock, held by the thread that captures or traces
 _DESCRIBE = "_extract_tensor_metadata"  #: the function by which torch describes a node's value a second time
+_FIND_FREE = "_free_unbacked_symbols_with_path"  #: the function by which torch looks for sizes that values decide
 
 
 @contextlib.contextmanager
@@ -54,13 +55,14 @@ def sparing(model: nn.Module) -> Iterator[None]:
     Nothing reads these, and they take a third of a capture's time. Python's garbage collection is off too, as it would
     visit all nodes again and again. torch's cache of fake tensors is off: with symbolic sizes a look-up costs more than
     the computation. A node's metadata is its value alone: torch also asks for the value's memory format each time, and
-    such questions about symbolic sizes are dear. Code that runs the program of torch.export must not use this context,
-    because the program's guards are made from such source.
+    such questions about symbolic sizes are dear. Sizes that values decide are looked for only if there are any. Code
+    that runs the program of torch.export must not use this context, because the program's guards are made from such
+    source.
     """
     traces, recompile, collects = fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile, gc.isenabled()
     own = detect_fake_mode(list(model.parameters()))
     caches = dynamo_config.fake_tensor_cache_enabled, own is not None and own.cache_enabled
-    described = vars(proxy_tensor)[_DESCRIBE]
+    described, found = vars(proxy_tensor)[_DESCRIBE], vars(symbolic_shapes)[_FIND_FREE]
 
     def later(module: fx.GraphModule) -> None:
         def forward(self: fx.GraphModule, *args: object, **kwargs: object) -> object:
@@ -71,9 +73,13 @@ def sparing(model: nn.Module) -> Iterator[None]:
             module._in_spec, module._out_spec = codegen.pytree_info.in_spec, codegen.pytree_info.out_spec
         type(module).forward = forward
 
+    def find(*args: object, pending: set[object] | None = None, **kwargs: object) -> object:
+        return found(*args, pending=pending, **kwargs) if pending else {}
+
     fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = True, later  # type: ignore[method-assign, assignment]
     dynamo_config.fake_tensor_cache_enabled = False  # for the modes that torch makes
     setattr(proxy_tensor, _DESCRIBE, lambda *_: None)
+    setattr(symbolic_shapes, _FIND_FREE, find)
     if own is not None:
         own.cache_enabled = False
     gc.disable()
@@ -82,6 +88,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
     finally:
         dynamo_config.fake_tensor_cache_enabled = caches[0]
         setattr(proxy_tensor, _DESCRIBE, described)
+        setattr(symbolic_shapes, _FIND_FREE, found)
         if own is not None:
             own.cache_enabled = caches[1]
         fx_config.do_not_emit_stack_traces, fx.GraphModule.recompile = traces, recompile  # type: ignore[method-assign]

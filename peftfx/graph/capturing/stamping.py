@@ -304,10 +304,22 @@ def _again(tracer: Any, leaf: object, traced: _Traced, call: LayerCall, copies: 
     node = copies[traced.ends[id(leaf)]]
     # without functions' modes: in a capture, one writes a node for each change of grad mode
     with torch._C.DisableTorchFunction(), _disable_current_modes(), leaf.fake_mode:  # type: ignore[attr-defined]
-        made = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-        if leaf.requires_grad:  # code may write in place into a result, but not into a leaf
+        if leaf.requires_grad:
             with torch.enable_grad():
-                result = made.requires_grad_().clone()
-            made = result if result.stride() == made.stride() else made
+                made = _Result.apply(leaf)  # type: ignore[no-untyped-call]
+        else:
+            made = _empty_as(leaf)
     proxy_tensor.track_tensor(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)
     return made
+
+
+def _empty_as(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+class _Result(torch.autograd.Function):
+    """A tensor without values that is no leaf of autograd: code may write in place into it."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor) -> Tensor:
+        return _empty_as(like)
