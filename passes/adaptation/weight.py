@@ -11,7 +11,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.contract.acting import Acting, adapted, overlap
 from peftfx.contract.placement import WeightPlacement
 from peftfx.graph.graph import ADAPTERS
-from peftfx.passes.rewriting.site_op import bind, read_beside, weight_and_bias
+from peftfx.passes.rewriting.site_op import bind, one_of_stack, read_beside, weight_and_bias
 from peftfx.passes.rewriting.splice import Splicer
 from peftfx.sites.site import Call, Site
 
@@ -57,7 +57,8 @@ def _under(splicer: Splicer, placement: WeightPlacement, y: fx.Node) -> list[Rea
 def _key(acting: list[Named], op: fx.Node) -> object:
     """Return all that a trace depends on besides its operands."""
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
-    return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, fixed
+    number = one_of_stack(op, acting[0][0].site)
+    return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, number, fixed
 
 
 def _signature(placement: WeightPlacement) -> Site:

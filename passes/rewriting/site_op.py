@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from peftfx.analysis.weight_ops import as_stored
+from peftfx.analysis.stored_weights import as_stored, is_grouped, stack_read
 from peftfx.errors import PeftfxError
 from peftfx.graph.rewriter import OVERRIDES, Cursor, Rewriter
 from peftfx.sites.site import EXPERTS, Call, Site
@@ -20,21 +20,27 @@ _GROUPS = 6  #: the position of `groups` in a conv's arguments
 
 
 def weight_and_bias(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[fx.Node, fx.Node | None]:
-    """Return the nodes that read the weight and the bias at one call, before any casts."""
+    """Return the nodes that read the weight and the bias at one call, before any casts. A stack has no bias."""
     op, y = nodes[call.op], nodes[call.y]
     weight = as_stored(_argument(op, _weight_index(op, site)))
     if OVERRIDES in weight.meta and weight.op != "get_attr":
         what = "rows of this weight are trained, its tokens: a method that acts on all of it does not go with them"
         raise PeftfxError(what, site.path, "leave the site out of that rule")
-    if weight.op != "get_attr":  # x @ W.T
+    while weight.op != "get_attr":  # x @ W.T, or x @ W[3]
         weight = as_stored(_argument(weight, 0))
-    bias = bias_of(op, y)
+    bias = None if site.kind == EXPERTS else bias_of(op, y)
     return weight, None if bias is None else as_stored(bias)
 
 
 def read_beside(op: fx.Node, site: Site) -> list[fx.Node]:
-    """Return the nodes that the operation reads besides input, weight and bias: for experts, the ends of their rows."""
-    return [_argument(op, 2)] if site.kind == EXPERTS else []
+    """Return the nodes that the operation reads besides input, weight and bias: the ends of experts' rows."""
+    return [_argument(op, 2)] if site.kind == EXPERTS and is_grouped(op) else []
+
+
+def one_of_stack(op: fx.Node, site: Site) -> int | None:
+    """Return the number of the expert whose weight alone the operation reads."""
+    read = stack_read(op) if site.kind == EXPERTS else None
+    return None if read is None else read.number
 
 
 class Operation:
@@ -46,20 +52,23 @@ class Operation:
         kind: the kind of the site.
         name: the operator's name in `torch.ops`.
         fixed: the operator's other arguments, including tensors.
+        number: which of a stack of weights it reads, if it reads one.
     """
 
-    def __init__(self, kind: str, name: str, fixed: tuple[object, ...]) -> None:
-        self.kind, self.name, self.fixed = kind, name, fixed
+    def __init__(self, kind: str, name: str, fixed: tuple[object, ...], number: int | None = None) -> None:
+        self.kind, self.name, self.fixed, self.number = kind, name, fixed, number
         self.target = operator.attrgetter(name)(torch.ops)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Operation, (self.kind, self.name, self.fixed)  # an operator cannot be pickled
+        return Operation, (self.kind, self.name, self.fixed, self.number)  # an operator cannot be pickled
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kind == "linear":
             return F.linear(x, weight.to(x.dtype), _like(bias, x))
         if self.kind == "embedding":
             return self.target(weight, x, *self.fixed)  # type: ignore[no-any-return]
+        if self.kind == EXPERTS and self.number is not None:
+            return F.linear(x, weight[self.number].to(x.dtype), _like(bias, x))
         if self.kind == EXPERTS and self.target is _GROUPED:
             return _aligned(x, weight, *self.fixed)  # type: ignore[arg-type]
         if self.kind == EXPERTS:
@@ -75,7 +84,7 @@ def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Operation:
         fixed = op.args[2:]
     if site.kind == "conv":
         fixed = filled(op)[3:_GROUPS]
-    return Operation(site.kind, str(op.target), tuple(fixed))
+    return Operation(site.kind, str(op.target), tuple(fixed), one_of_stack(op, site))
 
 
 def _aligned(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

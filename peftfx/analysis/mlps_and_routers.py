@@ -25,6 +25,7 @@ from peftfx.analysis.dataflow import (
 )
 from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.analysis.rows import as_ranges
+from peftfx.analysis.stored_weights import is_grouped
 from peftfx.analysis.weight_ops import Occurrence
 from peftfx.sites.site import EXPERTS, Part
 
@@ -132,7 +133,7 @@ def _choosing(analysis: Analysis) -> Iterator[WeightFacts]:
 
 def _sorting(analysis: Analysis) -> Iterator[WeightFacts]:
     """Yield the linear layers that the ends of a grouped product's groups are computed from."""
-    ends = [found.op.args[2] for found in analysis.occurrences() if found.kind == EXPERTS]
+    ends = [found.op.args[2] for found in analysis.occurrences() if found.kind == EXPERTS and is_grouped(found.op)]
     todo = [node for node in ends if isinstance(node, fx.Node)]
     seen = set(todo)
     while todo:

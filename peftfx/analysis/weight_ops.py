@@ -9,14 +9,11 @@ import torch
 from torch import fx, nn
 
 from peftfx.analysis.dataflow import is_depthwise, names, op_name
+from peftfx.analysis.stored_weights import CAST_OPS, TRANSPOSES, StackRead, parameter_of, stack_reads
 from peftfx.graph.graph import BASE, Graph
 from peftfx.sites.site import EXPERTS
 
-_TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
 _VIEWS = names("view reshape _unsafe_view flatten")
-_GROUPED = names("_grouped_mm transformers::grouped_mm_fallback")
-_CASTS = names("to _to_copy float half bfloat16 double type_as")
-_AS_IT_IS = _CASTS | names("detach alias clone contiguous lift_fresh_copy")
 
 
 @dataclass(frozen=True)
@@ -57,12 +54,14 @@ class Occurrence:
 
 def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
     """Yield the weight ops of a graph, in order."""
-    paths = _Paths(graph)
+    paths, stacks = _Paths(graph), stack_reads(graph)
     for node in graph.nodes():
         if node.op != "call_function":
             continue
         name = op_name(node)
-        if name == "linear":
+        if node in stacks:
+            yield _of_stack(paths, node, stacks[node])
+        elif name == "linear":
             yield from _weighted(paths, "linear", node, node.args[0], node.args[1], _arg(node, 2))
         elif name in ("conv1d", "conv2d", "conv3d"):
             yield from _weighted(paths, "conv", node, node.args[0], node.args[1], _arg(node, 2))
@@ -72,14 +71,12 @@ def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
             yield from _product(paths, node, node.args[1], node.args[2], node.args[0])
         elif name in ("mm", "matmul"):
             yield from _product(paths, node, node.args[0], node.args[1], None)
-        elif name in _GROUPED and len(node.args) == 3 and not node.kwargs:
-            yield from _grouped(paths, node)
 
 
 def _weighted(
     paths: _Paths, kind: str, op: fx.Node, x: object, weight: object, bias: object, transposed: bool = False
 ) -> Iterator[Occurrence]:
-    weight, bias_node = _parameter(weight), _parameter(bias)
+    weight, bias_node = parameter_of(weight), parameter_of(bias)
     if not isinstance(x, fx.Node) or weight is None or (bias_node is None and bias is not None):
         return
     x, y = (x, op) if kind != "linear" else _outside_views(op, x)
@@ -91,8 +88,8 @@ def _weighted(
 
 def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object) -> Iterator[Occurrence]:
     """Yield a linear layer that is written as a product: `x @ W` (W stored [in, out]) or `x @ W.T`."""
-    turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
-    stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
+    turned = isinstance(weight, fx.Node) and op_name(weight) in TRANSPOSES
+    stored = parameter_of(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
     if stored is None:
         return
     if paths.graph.get(str(stored.target)).ndim != 2:
@@ -101,16 +98,13 @@ def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object
         yield _with_added_bias(paths.graph, found) if found.bias is None else found
 
 
-def _grouped(paths: _Paths, op: fx.Node) -> Iterator[Occurrence]:
-    """Yield a stack of linear layers, `x[i] @ W[group of i]`, with W [groups, in, out] or transposed."""
-    x, weight, _ = op.args
-    turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
-    stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
-    if not isinstance(x, fx.Node) or stored is None:
-        return
-    shape = tuple(int(size) for size in paths.graph.get(str(stored.target)).shape)
-    path = paths.of(op, stored)
-    yield Occurrence(path, EXPERTS, op, x, op, str(stored.target), None, shape, transposed=not turned)
+def _of_stack(paths: _Paths, op: fx.Node, read: StackRead) -> Occurrence:
+    """Return the occurrence of a stack of linear layers, `x[i] @ W[layer of i]`, or of one layer of it, `x @ W[3]`."""
+    x = op.args[0]
+    assert isinstance(x, fx.Node)
+    target = str(read.stored.target)
+    shape = tuple(int(size) for size in paths.graph.get(target).shape)
+    return Occurrence(paths.of(op, read.stored), EXPERTS, op, x, op, target, None, shape, read.transposed)
 
 
 def _with_added_bias(graph: Graph, found: Occurrence) -> Occurrence:
@@ -118,7 +112,7 @@ def _with_added_bias(graph: Graph, found: Occurrence) -> Occurrence:
     user = next(iter(found.y.users), None)
     if user is None or len(found.y.users) != 1 or op_name(user) != "add" or user.args[0] is not found.y:
         return found
-    bias = _parameter(user.args[1])
+    bias = parameter_of(user.args[1])
     _, size = found.features
     if bias is None or tuple(graph.get(str(bias.target)).shape) != (size,):
         return found
@@ -142,28 +136,11 @@ def _outside_views(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _outside_casts(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Return the values outside `cast -> op -> cast back`, or else the op's own."""
     after = next(iter(op.users), None)
-    wrapped = op_name(x) in _CASTS and x.meta["val"].is_floating_point() and len(op.users) == 1
-    if not wrapped or after is None or op_name(after) not in _CASTS or not isinstance(x.args[0], fx.Node):
+    wrapped = op_name(x) in CAST_OPS and x.meta["val"].is_floating_point() and len(op.users) == 1
+    if not wrapped or after is None or op_name(after) not in CAST_OPS or not isinstance(x.args[0], fx.Node):
         return x, op
     outer = x.args[0]
     return (outer, after) if outer.meta["val"].dtype == after.meta["val"].dtype else (x, op)
-
-
-def _parameter(value: object) -> fx.Node | None:
-    """Return the node that reads the base's tensor that `value` is, through casts to floating dtypes; or None."""
-    if not isinstance(value, fx.Node):
-        return None
-    read = as_stored(value)
-    return read if read.op == "get_attr" and str(read.target).startswith(f"{BASE}.") else None
-
-
-def as_stored(node: fx.Node) -> fx.Node:
-    """Return the node of a value before its casts, copies and detachments."""
-    while node.op == "call_function" and op_name(node) in _AS_IT_IS and node.meta["val"].is_floating_point():
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        node = source
-    return node
 
 
 def _arg(node: fx.Node, index: int) -> object:

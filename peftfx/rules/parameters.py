@@ -47,5 +47,5 @@ def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites) -> 
         if left is not None:
             owner = left.rpartition(".")[0]
             why = why_no_place(owner, base, sites, method.kinds) or "it is no linear weight"
-            hint = "experts can where they run as grouped products: model.set_experts_implementation('grouped_mm')"
+            hint = "experts can where only products read them: model.set_experts_implementation('grouped_mm')"
             raise PeftfxError(f"this parameter cannot be adapted here: {why}", left, hint)

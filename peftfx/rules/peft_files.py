@@ -107,6 +107,7 @@ class Weights:
 
     def __init__(self, directory: Path, prefix: str = Method.prefix, file: str = WEIGHTS) -> None:
         self.path, self._prefix = directory / file, prefix
+        self._instead: dict[str, Tensor] = {}
         if not is_file(self.path):
             if is_file(directory / PICKLE):
                 hint = "load it once with peft and save it again: save_pretrained writes safetensors"
@@ -132,7 +133,14 @@ class Weights:
             what = f"complex numbers, whose imaginary part would be lost: {shown(complex_names[0])}"
             raise PeftfxError(what, str(self.path), "save the adapter again with real tensors")
 
+    def replace(self, values: Mapping[str, Tensor]) -> None:
+        """Give these values from now on, instead of those that the file has under these names."""
+        self._instead |= values
+        self.shapes |= {name: tuple(value.shape) for name, value in values.items()}
+
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._instead:
+            return self._instead[name]
         try:
             return self._file.get_tensor(self.names[name])  # type: ignore[no-any-return]
         except (SafetensorError, OSError) as error:

@@ -62,6 +62,8 @@ def _batched_experts(base: nn.Module) -> Iterator[None]:
 
 
 def _unset(expr: sympy.Basic, where: str, text: str) -> sympy.Basic | None:
-    """Take a boolean that is not known for false: what a cache keeps of a token is the same on both sides."""
+    """Take a boolean that is not known for false, and a number of tokens for more than 0: caches keep the same."""
     symbols = list(expr.free_symbols)
+    if expr == sympy.Eq(symbols[0], 0):
+        return sympy.false
     return expr.xreplace({symbols[0]: sympy.Integer(0)}) if expr == sympy.Eq(symbols[0], 1) else None

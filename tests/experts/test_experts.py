@@ -120,10 +120,24 @@ def test_what_cannot_be_is_refused(rule: peftfx.LoRA, message: str, gpt_oss: Ada
         gpt_oss.add_adapter("default", rule)
 
 
-@pytest.mark.parametrize("how", ["eager", "batched_mm"])
-def test_other_implementations_are_refused_with_the_one_that_works(how: str) -> None:
+def test_a_loop_over_the_experts_is_adapted_as_their_grouped_products() -> None:
     model = mixture("mixtral")
-    model.set_experts_implementation(how)
+    model.set_experts_implementation("eager")
+    looped, grouped = (
+        peftfx.transform(m, LoRA(r=2, target="experts.gate | experts.down")) for m in (model, mixture("mixtral"))
+    )
+    assert [p.site.role for p in looped.adapter("default").placements] == ["experts.gate_up", "experts.down"]
+    randomise(looped)
+    grouped.load_state_dict(looped.state_dict())
+    want = grouped(**text()).logits
+    torch.testing.assert_close(looped(**text()).logits, want, atol=1e-5, rtol=1e-4)
+    looped.merge()
+    torch.testing.assert_close(looped(**text()).logits, want, atol=2e-5, rtol=1e-4)
+
+
+def test_an_implementation_that_gathers_weights_is_refused_with_the_one_that_works() -> None:
+    model = mixture("mixtral")
+    model.set_experts_implementation("batched_mm")
     with pytest.raises(PeftfxError, match=r"set_experts_implementation\('grouped_mm'\)"):
         peftfx.transform(model, LoRA(target_parameters=["experts.down_proj"]))
 
@@ -135,10 +149,3 @@ def test_no_slot_of_a_graph_takes_experts(tmp_path: Path) -> None:
         ours.export(tmp_path / "rows", batched=["default"])
     with pytest.raises(PeftfxError, match="experts' weights cannot be put"):
         adapter_tensors(ours, decodes=True)
-
-
-def test_a_stack_that_peft_would_take_for_turned_is_not_written(tmp_path: Path) -> None:
-    ours = peftfx.transform(mixture("gpt_oss"), LoRA(r=2, target="experts"))
-    ours.base.model.layers[0].mlp.experts.is_transposed = False
-    with pytest.raises(PeftfxError, match="HF PEFT reads it the other way round"):
-        ours.save_pretrained(tmp_path)

@@ -10,15 +10,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftfx.contract.method import Method
+from peftfx.adapters.files.names import name_of
+from peftfx.contract.common.experts import transposed_factors
+from peftfx.contract.common.low_rank import A, B
+from peftfx.contract.method import Method, Params
 from peftfx.contract.placed import Placed
 from peftfx.contract.placement import Placement, owner_of
-from peftfx.errors import PeftfxError
 from peftfx.graph.places import has_module
 from peftfx.rules.parameters import TARGET_PARAMETERS, picks
+from peftfx.rules.peft_files import Weights
 from peftfx.sites.site import EXPERTS, Site
 
 
@@ -48,29 +51,33 @@ def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
     return dataclasses.replace(method, **{TARGET_PARAMETERS: tuple(sorted(names.values()))})  # type: ignore[arg-type]
 
 
-def refuse_turned(base: nn.Module, placements: Iterable[Placement]) -> None:
-    """Refuse parameters whose storage order (in, out) HF PEFT would read the other way round.
+def read_transposed(base: nn.Module, weights: Weights, placements: Iterable[Placement]) -> None:
+    """Give LoRA's factors in the place of a file's, where HF PEFT reads a parameter the other way round."""
+    for placement in placements:
+        if is_transposed(base, placement):
+            path = parameter_path(base, placement.method, placement.site.path)
+            names = {name: name_of(path, suffix) for name, suffix in placement.file_suffixes().items()}
+            if set(names.values()) <= weights.names.keys():
+                read = in_other_order(placement.site, {own: weights[name] for own, name in names.items()})
+                weights.replace({names[own]: value for own, value in read.items()})
+
+
+def in_other_order(site: Site, p: Params) -> dict[str, Tensor]:
+    """Return LoRA's factors with the other storage order, (in, out), of the weight of a site: A is then B."""
+    count = site.shape[0] if site.kind == EXPERTS else 1
+    return {**p, **dict(zip((A, B), transposed_factors(count, p[A], p[B]), strict=True))}
+
+
+def is_transposed(base: nn.Module, placement: Placement) -> bool:
+    """Return whether HF PEFT reads a parameter's storage order, (in, out), the other way round, so that its A is our B.
 
     For experts, HF PEFT reads the storage order from the module's `is_transposed`. A single weight is always taken for
     [out, in].
-
-    Raises:
-        PeftfxError: HF PEFT would read the other order, so that its A would be our B.
     """
-    for placement in placements:
-        site = placement.site
-        stored = "[in, out]" if site.transposed else "[out, in]"
-        if site.kind == EXPERTS:
-            owner, _ = owner_of(base, site.path)
-            if bool(getattr(owner, "is_transposed", False)) != site.transposed:
-                what = (
-                    f"the weight of each expert is stored as {stored}, and HF PEFT reads it the other way "
-                    "round because of its module's class"
-                )
-                raise PeftfxError(what, site.path, f"set is_transposed = {site.transposed} on the module's class")
-        elif site.transposed and picks(placement.method, site.parameter):
-            what = f"it is stored {stored}, and HF PEFT takes what target_parameters name for [out, in]"
-            raise PeftfxError(what, site.parameter, "name the module in target_modules, if it is a layer")
+    site = placement.site
+    if site.kind != EXPERTS:
+        return site.transposed and picks(placement.method, site.parameter)
+    return bool(getattr(owner_of(base, site.path)[0], "is_transposed", False)) != site.transposed
 
 
 def is_bare(base: nn.Module, method: Method, site: Site) -> bool:

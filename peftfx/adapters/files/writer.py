@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
 from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import name_of, name_of_base, override_name
-from peftfx.adapters.files.parameters import as_parameters, naming_parameters, refuse_turned
+from peftfx.adapters.files.parameters import as_parameters, in_other_order, is_transposed, naming_parameters
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
@@ -131,7 +131,6 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     rule = adapter.placed[number]
     if rule.placements.prompts:
         return written_prompt(base, adapter, rule)
-    refuse_turned(base, rule.placements)
     parameters = as_parameters(base, rule)
     named_by = naming_parameters(rule.method, parameters)
     tensors: dict[str, Tensor] = {}
@@ -139,6 +138,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     for path, group in _by_site(rule.placements).items():
         method, params = group[0].whole(base, {p: adapter.params(p) | adapter.all_of(p) for p in group})
         placement = dataclasses.replace(group[0], method=method)
+        params = in_other_order(placement.site, params) if is_transposed(base, placement) else params
         named_path = path_in_file(base, named_by, path, placement.known_as)
         for key, suffix in placement.file_suffixes().items():
             times = times_in_use(base, method, path, suffix)
@@ -180,7 +180,8 @@ def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, pat
     """Return HF PEFT's config of an adapter, with the records of the config that it was loaded from."""
     method = method.naming(paths, [name for name, _ in own_modules(base)])
     options: dict[str, object] = {f: getattr(method, f) for f in method.options()}
-    if any(p.site.transposed and p.site.kind == "linear" for p in rule.placements) and "fan_in_fan_out" in options:
+    stored_in_out = any(p.site.transposed and p.site.kind == "linear" for p in rule.placements)
+    if stored_in_out and "fan_in_fan_out" in options and not as_parameters(base, rule):  # HF PEFT has not both
         options["fan_in_fan_out"] = True
     if adapter.start not in ("", UNKNOWN) and "init_lora_weights" in options:
         options["init_lora_weights"] = adapter.start

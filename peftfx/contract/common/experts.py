@@ -26,6 +26,12 @@ def joint(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
+def transposed_factors(count: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the joint factors of `count` experts whose updates are the transposes of these factors' updates."""
+    down, up = of_experts(count, a, b)
+    return joint(up.mT, down.mT)
+
+
 def of_parts(count: int, rows: int, parts: Sequence[tuple[Rows, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Join the factors of parts into factors of whole weights of `rows` rows: A stacked, B block-structured."""
     each = [(index, *of_experts(count, a, b)) for index, a, b in parts]

@@ -9,7 +9,6 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from peftfx.analysis.no_grad_regions import inline_no_grad
 from peftfx.analysis.roles import find_sites
 from peftfx.analysis.running import called_modules
 from peftfx.graph.capturing.sizes.axis_symbols import place_of, symbols_of
@@ -23,6 +22,7 @@ from peftfx.graph.places import name_places
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
+from peftfx.views.capturing.no_grad_regions import inline_no_grad
 from peftfx.views.capturing.strided import choose_by_indices
 from peftfx.views.decode import PRESENT
 from peftfx.views.view import MAY_BE_EMPTY, Axes
