@@ -34,9 +34,9 @@ from peftfx.export.rounding.calibrated import fit_weights
 from peftfx.export.rounding.texts import compared_text, refuse_text, split_text
 from peftfx.export.stages import OnStage, Stages
 from peftfx.export.verification.agreement import agreement
+from peftfx.export.verification.cases import FEW, PROBE_SIZES, is_large
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
-from peftfx.export.verification.probes import FEW, PROBE_SIZES, is_large
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes

@@ -23,10 +23,10 @@ from peftfx.export.rounding.budget import candidates, share_out
 from peftfx.export.rounding.calibrated import Candidate, fit_weights, paths_of
 from peftfx.export.rounding.texts import compared_text, split_text, whole_call
 from peftfx.export.verification.agreement import Agreement, agreement, texts
+from peftfx.export.verification.cases import PROBE_SIZES
 from peftfx.export.verification.comparison import Reference, VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, named_in
-from peftfx.export.verification.probes import PROBE_SIZES
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.quantize import BLOCKS, Scheme

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import prefix, sequence_site, untyped, virtual_tokens
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.export.verification.probes import hold
+from peftfx.export.verification.captured import hold
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.sites.site import SequenceSite

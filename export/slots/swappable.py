@@ -22,10 +22,12 @@ from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, refuse_fixed, views_of, without_images
 from peftfx.export.slots.initializers import neutral_of, open_initializers
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
+from peftfx.export.verification.captured import hold_view
+from peftfx.export.verification.cases import is_large
 from peftfx.export.verification.comparison import VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
-from peftfx.export.verification.probes import hold_view, is_large, probes, view_cases
+from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.slots import INNER, OUTER, SLOT_OWN, Manifest, Slot

@@ -17,9 +17,9 @@ from torch import Tensor
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.held import cache_names
 from peftfx.errors import PeftfxError
+from peftfx.export.verification.cases import is_large
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.eager.reference import EagerReference
-from peftfx.export.verification.probes import is_large
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export_options.values import MaxError
 from peftfx.model.adapted import AdaptedModel

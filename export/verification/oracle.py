@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.translation.program import onnx_outputs
+from peftfx.export.verification.captured import refused
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager.adapters import unpublished
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.float64 import MOST_EXACT
-from peftfx.export.verification.probes import probes, refused, view_cases
+from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes.limits import EVERY, Sizes
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.graph.graph import Graph

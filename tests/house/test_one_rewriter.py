@@ -21,7 +21,7 @@ MAKERS = {
 #: torch.export has just made, as none of ours; and what copies layers while torch.export makes its graph.
 SANCTIONED = {
     *("peftfx/graph/rewriter.py", "peftfx/graph/graph.py", "peftfx/graph/places.py"),
-    "peftfx/graph/capturing/stamping.py",
+    "peftfx/graph/capturing/traced_layers.py",
 }
 #: Keys of the `meta` of values and tensors of an ONNX program, which are no nodes of fx.
 ONNX = {"SOURCE", "PERMUTED", "PIECES"}

@@ -100,13 +100,13 @@ VIEWS = [
 def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The layers that were copied, by path."""
     found: list[str] = []
-    copied = stamping._copied
+    copied = stamping.copied_layer
 
     def seen(tracer: object, traced: object, call: object, path: str) -> object:
         found.append(path)
         return copied(tracer, traced, call, path)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(stamping, "_copied", seen)
+    monkeypatch.setattr(stamping, "copied_layer", seen)
     return found
 
 

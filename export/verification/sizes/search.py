@@ -13,8 +13,9 @@ from torch import Tensor
 
 from peftfx.bases.config_fields import length_of
 from peftfx.errors import PeftfxError
+from peftfx.export.verification.captured import eager_forward, eager_view, tensors_in
+from peftfx.export.verification.cases import ONE, case_of, is_large
 from peftfx.export.verification.comparison import Shown
-from peftfx.export.verification.probes import ONE, case_of, eager_forward, eager_view, is_large, tensors_in
 from peftfx.export.verification.sizes.limits import Sizes, find_sizes
 from peftfx.export.verification.sizes.trial import BRANCHES, Eager, Make, Sized, Trial
 from peftfx.graph.conditions import Condition

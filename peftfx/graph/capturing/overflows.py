@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from peftfx.errors import PeftfxError
-from peftfx.graph.capturing.sizes.size_conditions import raises_next
+from peftfx.graph.capturing.sizes.asking_code import raises_next
 
 _TESTS = {torch.isfinite: False, Tensor.isfinite: False, torch.isinf: True, Tensor.isinf: True}
 _JOINS = {torch.all: False, Tensor.all: False, torch.any: True, Tensor.any: True}

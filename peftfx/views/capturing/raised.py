@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peftfx.graph.capturing.sizes.size_conditions import quoted
+from peftfx.graph.capturing.sizes.asking_code import quoted
 
 _TORCH = str(Path(torch.__file__).parent)
 _OWN = str(Path(__file__).parents[2])

@@ -19,7 +19,7 @@ import sympy
 from torch import SymInt
 from transformers import cache_utils
 
-from peftfx.graph.capturing.sizes.size_conditions import asked_at, model_asks
+from peftfx.graph.capturing.sizes.asking_code import asked_at, model_asks
 from peftfx.graph.conditions import Condition
 
 _QUESTIONS = {

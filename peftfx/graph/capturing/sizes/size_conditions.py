@@ -8,38 +8,29 @@ less than 2: so `if n == 1` leaves no guard. This module records both, by listen
 from __future__ import annotations
 
 import functools
-import linecache
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import sympy
-import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from peftfx.graph.capturing.loops.mask_loops import skips_a_turn
+from peftfx.graph.capturing.sizes.asking_code import (
+    asked_at,
+    is_asserted,
+    line_asked,
+    line_of_code,
+    model_asks,
+    only_raises,
+)
 from peftfx.graph.conditions import Condition, unmet
 
 _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
-_TORCH = str(Path(torch.__file__).parent)
-_CAPTURING = str(Path(__file__).parents[1])  #: functions that stand in for torch's during a capture
-_NN = str(Path(torch.nn.__file__).parent)
-#: Files in which torch asks on behalf of a caller, whose frame is further out.
-_BEARERS = tuple(
-    str(Path(_TORCH, *parts))
-    for parts in (
-        ("__init__.py",),
-        ("fx", "experimental", "sym_node.py"),
-        ("fx", "experimental", "symbolic_shapes.py"),
-        ("fx", "experimental", "recording.py"),
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -73,12 +64,12 @@ def noted(decide: Decide | None = None) -> Iterator[list[Note]]:
             return answer(env, expr, *args, **kwargs)
         before = len(env.guards)
         if _of_values(expr):
-            if _is_asserted(sys._getframe(1)):
+            if is_asserted(sys._getframe(1)):
                 return sympy.true  # the code accepts only values for which it is true
-            if skips_a_turn(expr, _line(sys._getframe(1), 1)) or _only_raises(sys._getframe(1)):
+            if skips_a_turn(expr, line_of_code(sys._getframe(1), 1)) or only_raises(sys._getframe(1)):
                 return sympy.false
             frame = sys._getframe(1)
-            decided = None if decide is None else decide(expr, asked_at(frame), _asked_in(frame))
+            decided = None if decide is None else decide(expr, asked_at(frame), line_asked(frame))
             if decided is not None:
                 return decided
         result = answer(env, expr, *args, **kwargs)
@@ -100,36 +91,13 @@ def _of_values(expr: object) -> bool:
     return any(symbol_is_type(s, _READ) for s in getattr(expr, "free_symbols", ()) if isinstance(s, sympy.Symbol))
 
 
-def _is_asserted(frame: FrameType | None) -> bool:
-    """Return whether the model's code asks in an `assert`, which is true for all valid values."""
-    return _line(frame, 0).strip().startswith("assert ")
-
-
-def _only_raises(frame: FrameType | None) -> bool:
-    """Return whether the model's code asks only to raise an error, which it does for no valid values."""
-    turned = "not " in _line(frame, 0).replace(" is not ", " ")  # there, the answer that raises nothing is the other
-    return raises_next(frame) and not turned and model_asks(frame)
-
-
-def raises_next(frame: FrameType | None) -> bool:
-    """Return whether the model's code asks in an `if` whose first line raises an error."""
-    asks, then = _line(frame, 0).strip(), _line(frame, 1).strip()
-    return asks.startswith("if ") and asks.endswith(":") and then.startswith("raise ")
-
-
-def _line(frame: FrameType | None, after: int) -> str:
-    """Return the line of the model's code that asks, or one after it."""
-    frame = _behind(frame, _TORCH, _CAPTURING)
-    return "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno + after)
-
-
 def _notes(expr: sympy.Basic, result: object, guarded: bool) -> Iterator[Note]:
     if not getattr(expr, "free_symbols", None):
         return
     frame = sys._getframe(2)
     code = model_asks(frame)
     if guarded or code:  # torch's own operators are right at size 1, whatever they compare
-        yield Note(_held(expr, result), asked_at(frame), code, not guarded, _asked_in(frame))
+        yield Note(_held(expr, result), asked_at(frame), code, not guarded, line_asked(frame))
 
 
 def _held(expr: sympy.Basic, result: object) -> sympy.Basic:
@@ -155,47 +123,6 @@ def _at_1(expr: sympy.Basic, symbols: Sequence[sympy.Basic]) -> sympy.Basic | No
         return expr.xreplace(dict.fromkeys(symbols, sympy.Integer(1)))
     except (AssertionError, ZeroDivisionError):  # the expression divides by 0 at these sizes
         return None
-
-
-def model_asks(frame: FrameType | None) -> bool:
-    """Return whether the model's Python code asked. Torch's operators ask to pick a kernel."""
-    while frame is not None and (frame.f_code.co_filename in _BEARERS or _in_capture(frame)):
-        frame = frame.f_back
-    first = "" if frame is None else frame.f_code.co_filename
-    return not first.startswith(_TORCH) or first.startswith(_NN)
-
-
-def asked_at(frame: FrameType | None) -> str:
-    """Return the line of the model's Python code that asked, or for which torch's operators asked."""
-    frame = _behind(frame, _TORCH, _CAPTURING)
-    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-
-
-def _in_capture(frame: FrameType) -> bool:
-    """Return whether this is code that stands for a function of torch during a capture, and asks for its caller."""
-    return frame.f_code.co_filename.startswith(_CAPTURING)
-
-
-def _asked_in(frame: FrameType | None) -> str:
-    """Return the text of the line that `asked_at` names, as `quoted` gives it."""
-    frame = _behind(frame, _TORCH, _CAPTURING)
-    return "" if frame is None else quoted(linecache.getline(frame.f_code.co_filename, frame.f_lineno))
-
-
-def _behind(frame: FrameType | None, *folders: str) -> FrameType | None:
-    """Return the innermost frame whose code is in none of these folders."""
-    while frame is not None and frame.f_code.co_filename.startswith(folders):
-        frame = frame.f_back
-    return frame
-
-
-def quoted(line: str) -> str:
-    """Return a line of code in brackets, for the end of a sentence that names its place, or nothing for no line."""
-    text = line.strip().replace("`", "'")
-    return f" (`{text if len(text) <= _WIDE else text[: _WIDE - 4] + ' ...'}`)" if text else ""
-
-
-_WIDE = 100  #: the longest quotation of a line
 
 
 def fixed_by(notes: Sequence[Note], symbol: sympy.Basic, size: int) -> str:

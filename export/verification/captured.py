@@ -1,0 +1,78 @@
+"""The captured base compared with the model's own code, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.eager.kept_state import state_kept
+from peftfx.graph.graph import Graph
+from peftfx.model.adapted import AdaptedModel
+from peftfx.views.entry import Entry, forward
+from peftfx.views.view import View, without_cache
+
+_TOLERANCE = 1e-4  #: of the captured base compared with the eager base, relative to the largest output
+
+
+def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
+    """Run the model's own forward, with zeros as the active soft prompt, and return its output."""
+    entry, base = adapted.entry(), adapted.base
+    with state_kept(base):
+        return base(**call) if entry is None else entry(forward, base, entry.hole(base), call)
+
+
+def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run the model's own code in a view, with zeros as the soft prompt, and return its outputs."""
+    with state_kept(base):
+        output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
+    assert isinstance(output, dict)
+    return output
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """Return the tensors of a model's output, in order."""
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None:
+    got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    tensors = [(name, b) for name, b in zip(captured.outputs, got, strict=True) if isinstance(b, Tensor)]
+    for (name, b), a in zip(tensors, tensors_in(want), strict=True):
+        hold(name, a, b, same=a.shape == b.shape)
+
+
+def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> None:
+    """Compare the captured base with the eager base in a view, in one call.
+
+    Raises:
+        PeftfxError: the eager model refuses the call.
+        VerificationError: the captured base differs from the eager base.
+    """
+    seen, entry = adapted.under_prompt(view)
+    captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
+    try:
+        with without_cache(adapted.base):
+            want = eager_view(seen, entry, adapted.base, case)
+    except Exception as error:
+        raise_if_memory_is_out(error)
+        raise refused(adapted, view, error) from error
+    got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    for (name, a), b in zip(want.items(), got, strict=True):
+        hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
+
+
+def hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
+    """Compare an output of the captured model with the model's own output, and refuse a difference."""
+    error = float((want.float() - got.float()).abs().max()) if same and want.numel() else 0.0
+    if not same or error > _TOLERANCE * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
+        raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")
+
+
+def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:
+    """Make the error for a model whose own code does not run in a view."""
+    what = f"the model does not run in its {view.name} view: {first_line(error)}"
+    return PeftfxError(what, type(adapted.base).__name__, "export its forward view")

@@ -1,0 +1,128 @@
+"""Inputs of a call at sizes that no capture saw, made from a model's config or from the example's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxError
+from peftfx.graph.conditions import Condition, completed
+from peftfx.graph.graph import TensorSpec, path_name
+from peftfx.model.adapted import AdaptedModel
+
+PROBE_SIZES: Sequence[Mapping[str, int]] = (
+    {"batch": 1, "sequence": 9, "decoder_sequence": 4},
+    {"batch": 3, "sequence": 5, "decoder_sequence": 8},
+    {"batch": 4, "sequence": 12, "decoder_sequence": 6},
+    {"batch": 5, "sequence": 8, "decoder_sequence": 3},
+    {"batch": 2, "sequence": 16, "decoder_sequence": 7},
+)
+ONE: Mapping[str, int] = dict.fromkeys(PROBE_SIZES[0], 1)
+COUNT = 3  #: how many sizes are compared; the others replace sizes that the model itself refuses
+FEW: Sequence[Mapping[str, int]] = (
+    {"batch": 1, "sequence": 5, "decoder_sequence": 3},
+    {"batch": 3, "sequence": 3, "decoder_sequence": 4},
+)  #: for a model that takes about a second for each token
+_LARGE = 1 << 30  #: bytes of weights from which a model is large
+
+
+def is_large(base: nn.Module) -> bool:
+    return sum(p.numel() * p.element_size() for p in base.parameters()) > _LARGE
+
+
+def case_of(
+    adapted: AdaptedModel,
+    specs: Sequence[TensorSpec],
+    example: Mapping[str, object],
+    sizes: Mapping[str, int],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Make inputs of these sizes. If the config does not suffice, the example's own inputs are repeated and cut."""
+    names = [spec.name for spec in specs]
+    sizes = _with_pieces(adapted.base, sizes)
+    try:
+        made = _made(adapted.base, sizes, seed + 1)
+    except PeftfxError:
+        made = {}
+    if set(made) == set(names):
+        case = {spec.name: made[spec.name].to(spec.dtype) for spec in specs}
+        if all(spec.accepts(case[spec.name]) and _sized(spec, case[spec.name], sizes) for spec in specs):
+            return case
+    given = named_tensors(example)
+    rng = torch.Generator().manual_seed(seed)
+    picked: dict[str, Tensor] = {}
+    return {spec.name: _resized(given[spec.name], spec.shape, sizes, rng, picked) for spec in specs}
+
+
+def _made(base: nn.Module, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    text = {name: size for name, size in sizes.items() if name in PROBE_SIZES[0]}
+    if "sequence" in text:
+        text["sequence"] -= _pieces(base)
+    return example_inputs(base, sizes=text, seed=seed)
+
+
+def _with_pieces(base: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, int]:
+    """Return the sizes, with room in the text for all tokens that stand for pieces of an image."""
+    least = _pieces(base) + 1
+    return {name: max(size, least) if name == "sequence" else size for name, size in sizes.items()}
+
+
+def _pieces(base: nn.Module) -> int:
+    """Return how many tokens of an example's text stand for pieces of its image."""
+    try:
+        made = example_inputs(base, sizes={"batch": 1, "sequence": 1})
+    except PeftfxError:
+        return 0
+    return made["input_ids"].shape[1] - 1 if "input_ids" in made else 0
+
+
+def named_tensors(example: Mapping[str, object]) -> dict[str, Tensor]:
+    leaves, _ = pytree.tree_flatten_with_path(dict(example))
+    return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _sized(spec: TensorSpec, value: Tensor, sizes: Mapping[str, int]) -> bool:
+    return all(sizes.get(str(axis), size) == size for axis, size in zip(spec.shape, value.shape, strict=True))
+
+
+def sizes_beside(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Yield sizes beside the example's, for a model that takes none of the usual ones, such as one of recordings."""
+    yield {**own, "batch": 1}
+    yield {axis: size + 3 for axis, size in own.items()}
+    yield {axis: 2 * size + 1 for axis, size in own.items()}
+
+
+def varied_sizes(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:
+    """Yield sizes for axes without usual sizes: one and two more than the example's, or what follows from others."""
+    free = [axis for axis in own if axis not in completed(relations, PROBE_SIZES[0])]
+    for i in (1, 2) if free else ():
+        sizes = dict(PROBE_SIZES[i])
+        for axis in free:
+            sizes = completed(relations, {axis: own[axis] + i, **sizes})
+        yield sizes
+
+
+def _resized(
+    value: Tensor,
+    axes: Sequence[int | str],
+    sizes: Mapping[str, int],
+    rng: torch.Generator,
+    picked: dict[str, Tensor],
+) -> Tensor:
+    """Pick places of the example along each axis, in order, and the same in all inputs, so that a token sees itself.
+
+    If each row of a boolean mask shows something, so does each row of the result: attention to nothing has no value.
+    """
+    shows = value.dtype == torch.bool and value.ndim > 1 and bool(value.any(-1).all())
+    for dim, axis in enumerate(axes):
+        if isinstance(axis, str) and axis in sizes:
+            if axis not in picked:
+                picked[axis] = torch.randint(value.shape[dim], (sizes[axis],), generator=rng).sort().values
+            value = value.index_select(dim, picked[axis])
+    if value.is_floating_point():
+        return value + 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float32).to(value.dtype)
+    return value | ~value.any(-1, keepdim=True) if shows else value
