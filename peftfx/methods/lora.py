@@ -213,18 +213,24 @@ class LoRA(LoraForms):
         return rescaled_dropped(site, moved, bare, gains, delta).to(y.dtype)
 
     def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `B(s A(x))` in the adapter's precision. The scale is applied where that costs least."""
+        """Return `B(s A(x))` in the adapter's precision. The scale is applied where that costs least.
+
+        In half precision around an adapter in float32, it is applied last, as in HF PEFT: sums with the layer's output
+        are rounded alike then, and training takes the same steps.
+        """
         if site.kind == "embedding":
             return F.linear(self.scaling * op(x, a.T), b)
         if site.kind == EXPERTS:
             down, up = of_experts(site.shape[0], a, b)
             return op(self.scaling * op(x.to(a.dtype), down), up)
-        bias = None if bias is None else self.scaling * bias
-        low = self.scaling * op(x.to(a.dtype), a)
+        low, last = op(x.to(a.dtype), a), x.dtype != a.dtype
+        if not last:
+            low, bias = self.scaling * low, None if bias is None else self.scaling * bias
         if site.kind == "linear":
-            return F.linear(low, b, bias)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3]
-        return conv(low, b, bias, groups=site.groups)
+            delta = F.linear(low, b, bias)
+        else:
+            delta = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3](low, b, bias, groups=site.groups)
+        return self.scaling * delta if last else delta
 
     def _updated(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         """Return `W + s (B A - B0 A0)`, as a dense weight for a conv of several groups."""

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
+import peft
 import pytest
 import ten_steps
+import torch
+import transformers as hf
+from support.adapted import randomise
 from ten_steps import CLOSE, DROPOUT, METHODS, MODELS, Method, Model
+
+import peftfx
 
 #: By default, some methods on one model, others in their own files; `pytest -m slow` has every pair.
 QUICK = {"LoRA": 0, "IA3": 1, "VeRA": 1, "LN tuning": 0, "Prefix tuning": 0}
@@ -40,3 +49,31 @@ def test_the_adapter_is_pefts_with_dropout_and_without(
         assert found.adapter < CLOSE, found
         assert found.loss < CLOSE, found
     assert moved == [True] * 4
+
+
+@pytest.mark.parametrize("options", [{"lora_alpha": 12}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
+def test_loras_steps_on_a_base_in_bfloat16_are_pefts_to_the_bit(options: dict[str, object], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**size, num_hidden_layers=2, vocab_size=60)).bfloat16()
+    config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = peftfx.load(base, tmp_path)
+    ids = torch.randint(60, (4, 9))
+    losses: list[list[float]] = []
+    for model in (ours.train(), theirs.train()):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses.append([])
+        for _ in range(5):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(float(loss))
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][-1]
+    got, want = peftfx.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
