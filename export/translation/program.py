@@ -23,6 +23,7 @@ from peftfx.export.translation.operators.torchlib import collected_once
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
 from peftfx.graph.lazy_weights import identity
 from peftfx.graph.rewriter import Cursor, Rewriter
+from peftfx.graph.trace import forgetting_sizes
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
 
@@ -62,7 +63,8 @@ def _sorted_sum(text: str) -> str:
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
     table = {**_translations(), **EXACT, **RECURRENCES, **RECURRENT_LAYERS, **RESIZING, **LACKING}
-    with collected_once():
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    with collected_once(), forgetting_sizes(values):
         result = torch.onnx.export(
             program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table
         )

@@ -17,7 +17,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from peftfx.graph.graph import Graph
-from peftfx.graph.trace import trace
+from peftfx.graph.trace import forgetting_sizes, trace
 
 REGION = "peftfx_region"  #: in `node.meta` of every inserted node: its `Region`
 REPLACES = "peftfx_replaces"  #: in `node.meta` of a region's result: the name of the node that it replaced
@@ -255,8 +255,10 @@ def _apart(values: Sequence[object]) -> list[object]:
 
 
 def _computed(target: Any, args: Any, kwargs: Any) -> object:
-    with enable_python_dispatcher():  # without it, torch's own form of some operators takes no symbols as sizes
-        return target(*values_of(args), **values_of(kwargs))
+    args, kwargs = values_of(args), values_of(kwargs)
+    # Without the dispatcher, torch's own form of some operators takes no symbols as sizes.
+    with forgetting_sizes((args, kwargs)), enable_python_dispatcher():
+        return target(*args, **kwargs)
 
 
 def _keyed(tags: Mapping[str, object]) -> dict[str, object]:

@@ -50,6 +50,22 @@ def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
         asked += [guard for guard in new if not _always(guard.expr, ranges)]
 
 
+@contextmanager
+def forgetting_sizes(values: object) -> Iterator[None]:
+    """Forget the sizes that values decide which come up inside, where nothing holds them: the next trace would fail.
+
+    Args:
+        values: fake tensors, at any depth, that share their sizes' symbols with what is computed inside.
+    """
+    mode = detect_fake_mode(values)
+    pending = [] if mode is None or mode.shape_env is None else mode.shape_env.pending_fresh_unbacked_symbols
+    before = len(pending)
+    try:
+        yield
+    finally:
+        del pending[before:]
+
+
 def splits(asked: Sequence[ShapeGuard], axes: Mapping[str, str] | None = None) -> sympy.Basic | None:
     """Return the first statement with `==`, `!=` or the rest of a division that some large sizes do not meet, or None.
 
