@@ -23,8 +23,9 @@ from peftfx.views.finding.image_views import find_images
 TASK = "image-text-to-text"
 
 
-def adapted(kind: str) -> AdaptedModel:
-    made = peftfx.transform(build(TASK, kind), peftfx.LoRA(r=2, target="all-linear"))
+def adapted(kind: str, *, head: bool = True) -> AdaptedModel:
+    model = build(TASK, kind)
+    made = peftfx.transform(model if head else model.base_model, peftfx.LoRA(r=2, target="all-linear"))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -33,8 +34,8 @@ def adapted(kind: str) -> AdaptedModel:
 
 def hold(model: AdaptedModel, served: OnnxModel, inputs: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        want = model(**inputs).logits
-    got = served(**{name: value for name, value in inputs.items() if name in served.inputs})["logits"]
+        (name, want), *_ = model(**inputs).items()
+    got = served(**{name: value for name, value in inputs.items() if name in served.inputs})[name]
     shown = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[shown], want[shown], atol=2e-5, rtol=2e-4)
 
@@ -69,6 +70,17 @@ def test_texts_and_images_of_other_numbers(kind: str, tmp_path: Path) -> None:
         got = served(**inputs)["logits"]
         assert got[1].isnan().any()
         assert not got[0].isnan().any()
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_a_model_without_a_head_gives_hidden_states(kind: str, tmp_path: Path) -> None:
+    model = adapted(kind, head=False)
+    model.export(tmp_path / "out", view="forward")
+    served = OnnxModel(tmp_path / "out")
+    assert list(served.outputs) == ["last_hidden_state"]
+    hold_other_numbers(model, served)
+    with pytest.raises(PeftfxError, match="gives no logits: its class has no head that writes text"):
+        model.export(tmp_path / "decode", view="decode")
 
 
 @pytest.mark.further

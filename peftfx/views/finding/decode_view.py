@@ -61,7 +61,7 @@ def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
             given |= images.encoded(base, torch.zeros(0, images.width, dtype=images.dtype))
         try:
             with noting_windows(base) as windows:
-                base(**given, cache=cache, use_cache=True)
+                output = base(**given, cache=cache, use_cache=True)
         except Exception as error:
             raise_if_memory_is_out(error)
             line = "" if said_by(error, "raise") else line_of(error, base)
@@ -72,6 +72,9 @@ def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
         placed = "position_ids" in accepted and _gives_positions(writer, plain)
         layers = layers_in(cache, windows) if held(cache) else ()
         new_mask = all(tensor.along is None for tensor in kept_by(layers)) and not _runs(base, given, cache, past=3)
+    if getattr(output, "logits", None) is None:
+        what = "the model gives no logits: its class has no head that writes text"
+        raise PeftfxError(what, type(base).__name__, f"load it with its head (AutoModelForCausalLM), or {_FORWARD}")
     if not layers:
         what = "the model leaves its key/value cache empty: it has no decode view"
         raise PeftfxError(what, type(base).__name__, _FORWARD)

@@ -30,7 +30,7 @@ from peftfx.options import FORWARD
 from peftfx.views.decode import positions
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.image_positions import ImagePositions
-from peftfx.views.images.encoded import Images
+from peftfx.views.images.encoded import Images, output_of_text
 from peftfx.views.view import Axes, RunView
 
 ALONG_IMAGES, ALONG_PATCHES = "images", "patches"  #: the axis along images, and along what an image has several of
@@ -162,10 +162,10 @@ class ForwardWithImages:
             if not takes_encoded(base):
                 with unchanged(base):
                     setattr(base.base_model, ENCODE, lambda *_, **__: output)  # type: ignore[arg-type]
-                    return {"logits": base(**given).logits}
+                    return output_of_text(base(**given))
             given = {name: value for name, value in given.items() if name not in own}
             given[ENCODED_IMAGES] = {"image": output}
-        return {"logits": base(**given).logits}
+        return output_of_text(base(**given))
 
     def _encoded(self, base: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
         """Return the features of all images, [pieces of all images, width]."""

@@ -7,6 +7,7 @@ The numbers are read from what the model's own code gives for one text, and trie
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def find_image_positions(base: nn.Module, made: Mapping[str, Tensor], token: int
         }
 
     with unchanged(base), unset_fake_temporarily(), torch.device("cpu"):
-        own = _own(base, call([[*plain[:3], None, *plain[3:]]]))
+        own = own_positions(base, call([[*plain[:3], None, *plain[3:]]]))
         if own is None or own.ndim != 3:
             return None
         start, end = own[:, 0, 3 : 3 + pieces] - 3, own[:, 0, 3 + pieces] - 3
@@ -90,7 +91,7 @@ def _agrees(
     tried = [call([row]) for row in several]
     tried += [call(several[:2], left=left) for left in (False, True)]
     tried += [call([[plain[0], one, None, one, plain[1], None, plain[2]]]) for one in special]
-    pairs = [(one, _own(base, one)) for one in tried]
+    pairs = [(one, own_positions(base, one)) for one in tried]
     seen = [(one, want) for one, want in pairs if want is not None]
     same = (_same(found, one, want) for one, want in seen)
     return all(want is not None for _, want in pairs[: len(several)]) and all(same)
@@ -101,13 +102,26 @@ def _same(found: ImagePositions, call: Mapping[str, Tensor], want: Tensor) -> bo
     return got.shape == want.shape and torch.equal(got[:, shown], want[:, shown])
 
 
-def _own(base: Any, call: dict[str, Tensor]) -> Tensor | None:
-    """Return the positions that the model's own code makes for a call, or None if it refuses the call."""
+def own_positions(base: Any, call: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the positions that the model's own code makes for a call, or None if it makes none or refuses the call.
+
+    A class that generates makes them before its forward, and a class without a head inside its forward.
+    """
+    generates, computes = (getattr(base, name, None) for name in _MAKE_POSITIONS)
     try:
-        found = base._prepare_position_ids_for_generation(call["input_ids"], dict(call))
+        if generates is not None:
+            found = generates(call["input_ids"], dict(call))
+        elif computes is not None:
+            accepted = inspect.signature(computes).parameters
+            found = computes(**{**dict.fromkeys(accepted), **{n: v for n, v in call.items() if n in accepted}})
+        else:
+            return None
     except Exception:  # whatever the model's code raises for a text that it does not take
         return None
     return found if isinstance(found, Tensor) else None
+
+
+_MAKE_POSITIONS = ("_prepare_position_ids_for_generation", "compute_3d_position_ids")
 
 
 def _call(rows: list[_Row], token: int, pieces: int, *, left: bool) -> dict[str, Tensor]:

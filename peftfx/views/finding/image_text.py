@@ -17,7 +17,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.token_types import MODALITIES
 from peftfx.views.decode import positions
 from peftfx.views.entry import POSITIONS
-from peftfx.views.images.encoded import Images, with_known
+from peftfx.views.images.encoded import Images, output_of_text, with_known
 from peftfx.views.view import Axes, RunView
 
 IMAGE_TEXT = "image-text"
@@ -59,7 +59,7 @@ class ImageText:
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model's forward."""
         with with_known(self.images, inputs) as (given, _):
-            return {"logits": base(**given).logits}
+            return output_of_text(base(**given))
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """Return the whole value."""

@@ -22,6 +22,7 @@ from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
+from peftfx.views.finding.image_positions import own_positions
 from peftfx.views.images.encoded import Images
 
 
@@ -63,7 +64,7 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
     inputs = tuple((name, tuple(value.shape)) for name, value in given.items() if name not in names)
     deeper = deeper_features(output, first)
     width = int(first.shape[-1]) * (bool(field) + sum(len(layers) for _, layers in deeper))
-    sections = _sections(base)
+    sections = _sections(base, made)
     return Images(
         *(token, width, first.dtype, each, several, inputs, typed),
         *(fixed, reads, sections, deeper),
@@ -122,15 +123,12 @@ def _has_read(fake: Callable[[Tensor], Tensor]) -> bool:
     return env is not None and env.unbacked_symint_counter > 0
 
 
-def _sections(base: nn.Module) -> int:
-    """Return how many positions each token has when the model's class generates; 0 if it has one."""
-    prepare = getattr(base, "_prepare_position_ids_for_generation", None)
-    if prepare is None or "position_ids" not in inspect.signature(base.forward).parameters:
+def _sections(base: nn.Module, made: Mapping[str, Tensor]) -> int:
+    """Return how many positions each token of a text with an image, `made`, has by the model's own class; 0 for one."""
+    if "position_ids" not in inspect.signature(base.forward).parameters:
         return 0
     with unchanged(base), unset_fake_temporarily(), torch.device("cpu"):
         ids = torch.zeros(1, 2, dtype=torch.long)
-        try:
-            found = prepare(ids, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        except Exception:  # whatever the model's code raises: then it takes usual positions
-            return 0
-    return int(found.shape[0]) if isinstance(found, Tensor) and found.ndim == 3 else 0
+        calls = ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, made)
+        found = next((own for call in calls if (own := own_positions(base, call)) is not None), None)
+    return int(found.shape[0]) if found is not None and found.ndim == 3 else 0

@@ -136,3 +136,9 @@ def with_known(images: Images, inputs: Mapping[str, object]) -> Iterator[tuple[d
     pixels = [value for name, value in inputs.items() if name in images.names and isinstance(value, Tensor)]
     with known_values(fixed.values(), pixels) as known:
         yield given, known
+
+
+def output_of_text(output: Any) -> dict[str, Tensor]:
+    """Return what a model computes of a text's tokens: the logits, or the last hidden states of one without a head."""
+    name = "logits" if getattr(output, "logits", None) is not None else "last_hidden_state"
+    return {name: getattr(output, name)}
