@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from peftfx.analysis.dataflow import is_depthwise, names, op_name
 from peftfx.graph.graph import BASE, Graph
 from peftfx.sites.site import EXPERTS
 
-_TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
+TRANSPOSES = names("t numpy_T mT transpose permute adjoint")
 _VIEWS = names("view reshape _unsafe_view flatten")
 _GROUPED = names("_grouped_mm transformers::grouped_mm_fallback")
 _CASTS = names("to _to_copy float half bfloat16 double type_as")
@@ -56,7 +57,24 @@ class Occurrence:
 
 
 def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
-    """Yield the weight ops of a graph, in order."""
+    """Yield the weight ops of a graph, in order. Those of one path do the same, as a path names one site.
+
+    Where other code reads a module's weight for something else (`F.linear(x, embedding.weight)`), the path of that
+    operation is the parameter's. A parameter without a layer is for what its first operation does.
+    """
+    found = list(_all_occurrences(graph))
+    uses: dict[str, tuple[str, bool]] = {}
+    for one in sorted(found, key=lambda one: not runs_in(one.op, one.path)):
+        uses.setdefault(one.path, (one.kind, one.transposed))
+    layers = {one.path for one in found if runs_in(one.op, one.path)}
+    for one in found:
+        if (one.kind, one.transposed) == uses[one.path]:
+            yield one
+        elif one.path in layers:
+            yield dataclasses.replace(one, path=f"{one.path}.weight")
+
+
+def _all_occurrences(graph: Graph) -> Iterator[Occurrence]:
     paths = _Paths(graph)
     for node in graph.nodes():
         if node.op != "call_function":
@@ -91,7 +109,7 @@ def _weighted(
 
 def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object) -> Iterator[Occurrence]:
     """Yield a linear layer that is written as a product: `x @ W` (W stored [in, out]) or `x @ W.T`."""
-    turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
+    turned = isinstance(weight, fx.Node) and op_name(weight) in TRANSPOSES
     stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
     if stored is None:
         return
@@ -104,7 +122,7 @@ def _product(paths: _Paths, op: fx.Node, x: object, weight: object, bias: object
 def _grouped(paths: _Paths, op: fx.Node) -> Iterator[Occurrence]:
     """Yield a stack of linear layers, `x[i] @ W[group of i]`, with W [groups, in, out] or transposed."""
     x, weight, _ = op.args
-    turned = isinstance(weight, fx.Node) and op_name(weight) in _TRANSPOSES
+    turned = isinstance(weight, fx.Node) and op_name(weight) in TRANSPOSES
     stored = _parameter(weight.args[0] if isinstance(weight, fx.Node) and turned else weight)
     if not isinstance(x, fx.Node) or stored is None:
         return
@@ -176,6 +194,12 @@ def module_path(node: fx.Node) -> str:
     return base_path(next(reversed(list(stack.values())), ("",))[0])
 
 
+def runs_in(node: fx.Node, path: str) -> bool:
+    """Return whether a call of this module runs the node."""
+    name = f"{BASE}.{path}" if path else BASE
+    return any(entry[0].partition("@")[0] == name for entry in (node.meta.get("nn_module_stack") or {}).values())
+
+
 def base_path(path: str) -> str:
     """A module's path relative to the base, from torch's stack of the modules that run; empty outside the base."""
     path = path.partition("@")[0]
@@ -193,13 +217,14 @@ class _Paths:
 
     def of(self, op: fx.Node, weight: fx.Node) -> str:
         path = module_path(op)
-        name = _own_name(self.graph.base, path, self.graph.get(str(weight.target)))
+        name = own_name(self.graph.base, path, self.graph.get(str(weight.target)))
         if name is None:
             return str(weight.target).removeprefix(f"{BASE}.").removesuffix(".weight")
         return path if name == "weight" else f"{path}.{name}".removeprefix(".")
 
 
-def _own_name(base: nn.Module, path: str, tensor: torch.Tensor) -> str | None:
+def own_name(base: nn.Module, path: str, tensor: torch.Tensor) -> str | None:
+    """Return the name of a parameter in the module at a path; None if that module does not have it."""
     try:
         owner = base.get_submodule(path)
     except AttributeError:

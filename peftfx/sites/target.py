@@ -158,7 +158,7 @@ def _picker(sites: Iterable[Site], where: Where) -> Picker:
 
 def _modules(modules: Modules) -> Picker:
     if isinstance(modules, str) and modules.lower() == ALL_LINEAR:
-        return all_linear
+        return lambda site: frozenset() if site.path == site.parameter else all_linear(site)
     named = _named(modules, "target_modules")
     return lambda site: units(site) if site.kind != EXPERTS and named(site) else frozenset()
 
