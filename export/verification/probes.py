@@ -52,8 +52,8 @@ def probes(
 ) -> list[dict[str, Tensor]]:
     """Make inputs by name, at several sizes that the model takes.
 
-    One call has the example's sizes, one has a batch and a text of size 1, and some are at the bounds of `sizes`. The
-    last row of a batch is padded.
+    One call has the example's sizes, one has a batch and a text of size 1, one a size of 1 along every axis, and some
+    are at the bounds of `sizes`. The last row of a batch is padded.
 
     Args:
         adapted: the model.
@@ -73,7 +73,7 @@ def probes(
     captured = adapted.graphs.captured(example, adapted.entry())
     own = captured.sizes_of(_tensors(example))
     relations = captured.conditions
-    first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own, relations)]
+    first = [*([] if large else [own]), ONE, *sizes.probes, *_varied(own, relations), *_each_one(own, relations)]
     count = len(first) + (len(FEW) if large else COUNT)
     for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES, *_beside(own))):
         whole = completed(relations, wanted)
@@ -232,6 +232,12 @@ def _beside(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
     yield {**own, "batch": 1}
     yield {axis: size + 3 for axis, size in own.items()}
     yield {axis: 2 * size + 1 for axis, size in own.items()}
+
+
+def _each_one(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:
+    """Yield a size of 1 for all axes, if axes without usual sizes are among them."""
+    if own.keys() - completed(relations, ONE).keys():
+        yield dict.fromkeys(own, 1)
 
 
 def _varied(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:
