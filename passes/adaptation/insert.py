@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.analysis.running import Owners, owners_of, read_for
+from peftfx.analysis.running import Owners, owners_of, owners_read
 from peftfx.analysis.weight_ops import module_path, own_name
 from peftfx.contract.override import Override
 from peftfx.contract.placement import (
@@ -88,7 +88,7 @@ def _reads(graph: Graph, path: str, override: Override, tensor: torch.Tensor, ow
         return True
     if own_name(graph.base, path, tensor) is not None:
         return False
-    held = [holder for holder, _ in read_for(owners.get(id(tensor), []), path)]
+    held = [holder for holder, _ in owners_read(owners.get(id(tensor), []), path)]
     return bool(held) and all(f"{h}.".startswith(f"{override.module}.") for h in held)
 
 

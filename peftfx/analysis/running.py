@@ -83,7 +83,7 @@ def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
             continue
         holders = owners.get(id(graph.get(str(node.target))), [])
         for user in node.users:
-            for owner, name in read_for(holders, module_path(user)):
+            for owner, name in owners_read(holders, module_path(user)):
                 if owner not in adapted and f"{owner}.{name}".removeprefix(".") not in adapted:
                     found.setdefault(owner, _how(name, user))
     return found
@@ -101,7 +101,7 @@ def read_past(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
         holders = owners.get(id(graph.get(site.weight)), [])
         for user in _readers(reads[site.weight]):
             own = user.name in {call.op for call in site.calls}
-            if not own and (owner, name) in read_for(holders, module_path(user)):
+            if not own and (owner, name) in owners_read(holders, module_path(user)):
                 found.setdefault(site.parameter, op_name(user))
     return found
 
@@ -133,7 +133,7 @@ def owners_of(base: nn.Module) -> Owners:
     return owners
 
 
-def read_for(holders: list[tuple[str, str]], reader: str) -> list[tuple[str, str]]:
+def owners_read(holders: list[tuple[str, str]], reader: str) -> list[tuple[str, str]]:
     """Return those of a tensor's owners from which code of the module `reader` reads it: itself, or modules inside."""
     exact = [holder for holder in holders if holder[0] == reader]
     return exact or [holder for holder in holders if not reader or f"{holder[0]}.".startswith(f"{reader}.")] or holders
