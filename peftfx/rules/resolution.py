@@ -77,7 +77,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     saved = saved_modules(base, method)
     if error := no_module_to_save(base, method, saved):
         raise error
-    own = [p for p in placements_of(method, base, sites) if not is_inside(p.site.path, saved)]
+    own = [p for p in chosen_placements(method, base, sites) if not is_inside(p.site.path, saved)]
     for word, near in unknown_words(sites, where(method)).items():
         warn(f"{word!r} is no role and no module that this model runs: it picks nothing. {near}".strip())
     own = as_modules(base, method, own)
@@ -117,6 +117,15 @@ def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
     if not methods:
         raise PeftfxError("there are no rules", "rules", "pass at least one method, as in LoRA(r=8)")
     return tuple(methods)
+
+
+def chosen_placements(method: Method, base: nn.Module, sites: Sites) -> Sequence[Placement]:
+    """Return a method's placements. If there are none, the error says why the modules that it names have no site."""
+    try:
+        return placements_of(method, base, sites)
+    except PeftfxError:
+        refuse_unplaced(base, method, sites, where(method), ())
+        raise
 
 
 @functools.singledispatch

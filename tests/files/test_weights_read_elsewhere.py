@@ -169,3 +169,9 @@ def test_a_parameter_that_peft_cannot_adapt_is_told_when_it_is_saved(tmp_path: P
         adapted.save_pretrained(tmp_path)
     again = px.load(copy.deepcopy(base), tmp_path, inputs={"ids": CALLS[0]}).eval()
     torch.testing.assert_close(_run(again, CALLS[2]), _run(adapted, CALLS[2]))
+
+
+def test_a_layer_with_a_parametrised_weight_is_refused_with_the_reason() -> None:
+    base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))).eval()
+    with pytest.raises(PeftfxError, match="computed from others"):
+        px.transform(base, px.LoRA(target_modules=["0"]), inputs={"input": torch.randn(2, 8)})

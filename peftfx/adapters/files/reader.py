@@ -34,6 +34,7 @@ from peftfx.rules.resolution import (
     acted_at,
     as_modules,
     check_reads,
+    chosen_placements,
     placement_at,
     placements_of,
     refuse_crowding,
@@ -121,7 +122,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     left_out = _left_out(placements, targeted, method, base)
     placements = [p for p in placements if p not in left_out]
     if not marks:  # the placements save no tensors of their own: only the config says which placements there are
-        placements = list(placements_of(method, base, sites))
+        placements = list(chosen_placements(method, base, sites))
         refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
     placements = as_modules(base, method, without_ties(placements))
     refuse_turned(base, placements)
