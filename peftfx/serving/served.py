@@ -175,6 +175,7 @@ class Served:
         """
         cuts = self._gives_all_logits and LOGITS_KEPT not in self.model.inputs
         kept = inputs.pop(LOGITS_KEPT, None) if cuts else None
+        inputs = self.numbered(inputs)
         wrong = next((n for n in self.model.inputs if not isinstance(inputs.get(n), Tensor | None)), None)
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if wrong is not None or not given:
