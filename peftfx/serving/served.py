@@ -21,7 +21,7 @@ from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
 from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
-from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
+from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken, taken_apart
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
@@ -206,7 +206,8 @@ class Served:
             PeftfxError: as for `forward`; or tokens are no rows of whole numbers of 0 or more.
         """
         inputs = inputs if main is None else {self.main_input_name: main, **inputs}
-        return self.forward(**{name: taken(name, value) for name, value in inputs.items()})
+        given = taken_apart(inputs, self.model.inputs)
+        return self.forward(**{name: taken(name, value) for name, value in given.items()})
 
     @cached_property
     def tokenizer(self) -> Any:
