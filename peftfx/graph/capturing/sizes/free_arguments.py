@@ -75,8 +75,23 @@ def _linspace(start: Any, end: Any, steps: SymInt, **how: Any) -> Tensor:
     return line.to(how.get("dtype") or torch.get_default_dtype()).requires_grad_(how.get("requires_grad", False))
 
 
+def _affine_grid(theta: Tensor, size: Any, align_corners: bool | None = None) -> Tensor:
+    """Place points evenly from -1 to 1 along each axis, and map them by the matrices `theta`. A single one is at 0."""
+    lines = []
+    for n in size[2:]:
+        places = torch.arange(n, dtype=theta.dtype, device=theta.device)
+        apart = n - 1 if align_corners else n
+        least = torch.clamp(_number(apart, theta), min=1)
+        lines.append((2 * places - (n - 1)) / least)
+    first, *others = torch.meshgrid(*lines, indexing="ij")
+    points = torch.stack([*reversed([first, *others]), torch.ones_like(first)], -1)
+    mapped = points.reshape(1, -1, points.shape[-1]) @ theta.mT
+    return mapped.reshape(-1, *size[2:], points.shape[-1] - 1)
+
+
 _STAND_INS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.linspace: _linspace,
+    torch.nn.functional.affine_grid: _affine_grid,
     **dict.fromkeys((torch.roll, Tensor.roll), _roll),
     **dict.fromkeys((torch.remainder, Tensor.remainder, Tensor.__mod__), _remainder),
 }
