@@ -138,7 +138,7 @@ def _scatter(rewriter: Rewriter, node: fx.Node) -> None:
     if any(more) or not isinstance(mask, fx.Node) or not isinstance(values, fx.Node) or not isinstance(x, fx.Node):
         return
     own, place, rows = (n.meta["val"] for n in (x, mask, values))
-    if place.dtype != torch.bool or place.ndim >= own.ndim or rows.dtype != own.dtype:
+    if place.dtype != torch.bool or rows.ndim != own.ndim - place.ndim + 1 or rows.dtype != own.dtype:
         return
     if rows.shape[1:] != own.shape[place.ndim :] or statically_known_true(rows.shape[0] == 1):  # values are repeated
         return

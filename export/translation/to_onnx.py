@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from peftfx.analysis.weight_ops import module_path
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
+from peftfx.export.translation.complex_pairs import pair_tensors
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
 from peftfx.export.translation.operators.recurrent_layers import refuse_recurrent_layers
 from peftfx.export.translation.program import Translation
@@ -66,6 +67,7 @@ def to_onnx(
         raise PeftfxError("a graph captured in training mode cannot be served", "", hint)
     _refuse_complex(graph)
     refuse_recurrent_layers(graph)
+    graph = pair_tensors(graph)
     with checks_of_sizes():
         translation, went = _translate(graph, opset, engine, optimize)
     model = translation.model

@@ -96,6 +96,12 @@ def sizes_beside(own: Mapping[str, int]) -> Iterator[dict[str, int]]:
     yield {axis: 2 * size + 1 for axis, size in own.items()}
 
 
+def sizes_of_one(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:
+    """Yield a size of 1 for all axes, if axes without usual sizes are among them."""
+    if own.keys() - completed(relations, ONE).keys():
+        yield dict.fromkeys(own, 1)
+
+
 def varied_sizes(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:
     """Yield sizes for axes without usual sizes: one and two more than the example's, or what follows from others."""
     free = [axis for axis in own if axis not in completed(relations, PROBE_SIZES[0])]

@@ -17,6 +17,7 @@ from peftfx.export.verification.cases import (
     is_large,
     named_tensors,
     sizes_beside,
+    sizes_of_one,
     varied_sizes,
 )
 from peftfx.export.verification.comparison import VerificationError
@@ -43,8 +44,8 @@ def probes(
 ) -> list[dict[str, Tensor]]:
     """Make inputs by name, at several sizes that the model takes.
 
-    One call has the example's sizes, one has a batch and a text of size 1, and some are at the bounds of `sizes`. The
-    last row of a batch is padded.
+    One call has the example's sizes, one has a batch and a text of size 1, one a size of 1 along every axis, and some
+    are at the bounds of `sizes`. The last row of a batch is padded.
 
     Args:
         adapted: the model.
@@ -64,7 +65,13 @@ def probes(
     captured = adapted.graphs.captured(example, adapted.entry())
     own = captured.sizes_of(named_tensors(example))
     relations = captured.conditions
-    first = [*([] if large else [own]), ONE, *sizes.probes, *varied_sizes(own, relations)]
+    first = [
+        *([] if large else [own]),
+        ONE,
+        *sizes.probes,
+        *varied_sizes(own, relations),
+        *sizes_of_one(own, relations),
+    ]
     count = len(first) + (len(FEW) if large else COUNT)
     for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES, *sizes_beside(own))):
         whole = completed(relations, wanted)

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.analysis.weight_ops import module_path
+from peftfx.analysis.running import Owners, owners_of, owners_read
+from peftfx.analysis.weight_ops import module_path, own_name
 from peftfx.contract.override import Override
 from peftfx.contract.placement import (
     AttentionPlacement,
@@ -63,19 +64,32 @@ def _override(splicer: Splicer) -> int:
         tensor = getattr(module.get_submodule(owner), leaf)
         for target in targets.get(id(tensor), ()):
             wanted.setdefault(target, []).append(override)
-    changed = 0
+    changed, owners = 0, owners_of(splicer.graph.base) if wanted else {}
     for target, choices in wanted.items():
-        node = splicer.attributes[target]
+        node, tensor = splicer.attributes[target], splicer.graph.get(target)
         made: dict[str, fx.Node] = {}
         for user in list(node.users):
             path = module_path(user)
-            found = next((o for o in choices if f"{path}.".startswith(f"{o.module}." if o.module else "")), None)
+            found = next((o for o in choices if _reads(splicer.graph, path, o, tensor, owners)), None)
             if found is not None:
                 if found.key not in made:
                     made[found.key] = _own(splicer, found, node)
                 user.replace_input_with(node, made[found.key])
                 changed += 1
     return changed
+
+
+def _reads(graph: Graph, path: str, override: Override, tensor: torch.Tensor, owners: Owners) -> bool:
+    """Return whether code of the module at `path` reads an override's tensor.
+
+    That is code inside the override's module, and code of another module that reads the tensor from there.
+    """
+    if f"{path}.".startswith(f"{override.module}." if override.module else ""):
+        return True
+    if own_name(graph.base, path, tensor) is not None:
+        return False
+    held = [holder for holder, _ in owners_read(owners.get(id(tensor), []), path)]
+    return bool(held) and all(f"{h}.".startswith(f"{override.module}.") for h in held)
 
 
 def _own(splicer: Splicer, override: Override, node: fx.Node) -> fx.Node:

@@ -25,7 +25,7 @@ from peftfx.analysis.links import find_links
 from peftfx.analysis.mlps_and_routers import assign_mlps, find_output_gates, find_routers
 from peftfx.analysis.norms import find_norms
 from peftfx.analysis.rows import as_ranges
-from peftfx.analysis.running import called_modules, parameter_reads, passed_by, run_elsewhere
+from peftfx.analysis.running import called_modules, parameter_reads, passed_by, read_past, run_elsewhere
 from peftfx.analysis.weight_ops import Occurrence, find_occurrences, module_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
@@ -90,7 +90,8 @@ def find_sites(graph: Graph, kept: Collection[str] = ()) -> Sites:
     others = {name for names in elsewhere.values() for name in names}
     ordered = tuple(site for site in ordered if site.path not in others)
     reads, unlike = parameter_reads(graph, ordered), passed_by(graph, ordered)
-    return Sites(ordered, called, frozenset(), reads, elsewhere, unlike, find_links(graph, ordered))
+    links, past = find_links(graph, ordered), read_past(graph, ordered)
+    return Sites(ordered, called, frozenset(), reads, elsewhere, unlike, links, read_past=past)
 
 
 def _analyse(graph: Graph) -> Analysis:

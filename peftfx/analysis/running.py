@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
+from typing import TypeAlias
 
 import torch
 from torch import fx, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.analysis.dataflow import op_name
-from peftfx.analysis.weight_ops import module_path
+from peftfx.analysis.stored_weights import operations_reading
+from peftfx.analysis.weight_ops import module_path, runs_in
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
 from peftfx.graph.places import places_of
-from peftfx.sites.site import WEIGHT_KINDS, Site
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
 
+#: By a parameter's id, the path of each module that has it, and its name there.
+Owners: TypeAlias = "dict[int, list[tuple[str, str]]]"
 _REGIONS = {
     "wrap_with_autocast": "it runs under torch.autocast",
     "wrap_with_set_grad_enabled": "it runs under torch.no_grad",
@@ -72,7 +76,7 @@ def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
     A tensor with several owners counts for the owner whose code reads it. If the code belongs to no owner, the tensor
     counts for the owners inside the code's module.
     """
-    owners = _owners(graph.base)
+    owners = owners_of(graph.base)
     adapted = {site.path for site in sites if site.weight}
     found: dict[str, str] = {}
     for node in graph.nodes():
@@ -80,9 +84,26 @@ def parameter_reads(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
             continue
         holders = owners.get(id(graph.get(str(node.target))), [])
         for user in node.users:
-            for owner, name in _read_for(holders, module_path(user)):
+            for owner, name in owners_read(holders, module_path(user)):
                 if owner not in adapted and f"{owner}.{name}".removeprefix(".") not in adapted:
                     found.setdefault(owner, _how(name, user))
+    return found
+
+
+def read_past(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
+    """Return, for each parameter of a weight's site that something else than the site's operation reads: what."""
+    owners = owners_of(graph.base)
+    reads = {str(node.target): node for node in graph.nodes() if node.op == "get_attr"}
+    found: dict[str, str] = {}
+    for site in sites:
+        if site.kind not in (*WEIGHT_KINDS, EXPERTS):
+            continue
+        owner, _, name = site.parameter.rpartition(".")
+        holders = owners.get(id(graph.get(site.weight)), [])
+        for user in operations_reading(reads[site.weight]):
+            own = user.name in {call.op for call in site.calls}
+            if not own and (owner, name) in owners_read(holders, module_path(user)):
+                found.setdefault(site.parameter, op_name(user))
     return found
 
 
@@ -94,7 +115,7 @@ def region_reads(graph: Graph) -> dict[str, str]:
     return {path: region for path, region in pairs if region is not None}
 
 
-def _owners(base: nn.Module) -> dict[int, list[tuple[str, str]]]:
+def owners_of(base: nn.Module) -> Owners:
     """Return, by a parameter's id, the path of each module that has the parameter, and its name there."""
     owners: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for path, module in own_modules(base):
@@ -104,7 +125,8 @@ def _owners(base: nn.Module) -> dict[int, list[tuple[str, str]]]:
     return owners
 
 
-def _read_for(holders: list[tuple[str, str]], reader: str) -> list[tuple[str, str]]:
+def owners_read(holders: list[tuple[str, str]], reader: str) -> list[tuple[str, str]]:
+    """Return those of a tensor's owners from which code of the module `reader` reads it: itself, or modules inside."""
     exact = [holder for holder in holders if holder[0] == reader]
     return exact or [holder for holder in holders if not reader or f"{holder[0]}.".startswith(f"{reader}.")] or holders
 
@@ -190,10 +212,10 @@ def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str,
     if isinstance(above[-1], torch._dynamo.OptimizedModule):
         return _COMPILED
     for call in site.calls:
-        if not _inside(nodes[call.op], site.path):
+        if not runs_in(nodes[call.op], site.path):
             return _PAST
-        before = _inside(nodes[call.x], site.path)
-        after = any(_inside(user, site.path) for user in nodes[call.y].users)
+        before = runs_in(nodes[call.x], site.path)
+        after = any(runs_in(user, site.path) for user in nodes[call.y].users)
         if (before and module._forward_pre_hooks) or (after and module._forward_hooks):
             return _HOOKED
         own = isinstance(module, _LAYERS) and not type(module).__module__.startswith("torch.nn")
@@ -215,7 +237,7 @@ def _is_changed(node: fx.Node, path: str, *, back: bool) -> bool:
         back: whether to look before the operation.
     """
     steps = [node] if back else list(node.users)
-    own = [step for step in steps if step.op == "call_function" and _inside(step, path)]
+    own = [step for step in steps if step.op == "call_function" and runs_in(step, path)]
     if any(op_name(step) not in _PLAIN for step in own):
         return True
     return any(_is_changed(n, path, back=back) for step in own for n in (step.all_input_nodes if back else [step]))
@@ -225,9 +247,3 @@ def _above(path: str) -> list[str]:
     """Return the paths of the modules that contain this module, from the outermost inwards."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(len(parts))]
-
-
-def _inside(node: fx.Node, path: str) -> bool:
-    """Return whether a call of this module runs the node."""
-    name = f"{BASE}.{path}" if path else BASE
-    return any(entry[0].partition("@")[0] == name for entry in (node.meta.get("nn_module_stack") or {}).values())

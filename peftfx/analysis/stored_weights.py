@@ -81,15 +81,15 @@ def stack_reads(graph: Graph) -> dict[fx.Node, StackRead]:
     found = {op: read for op in graph.nodes() if op.op == "call_function" and (read := stack_read(op)) is not None}
     targets = {read.stored.target for read in found.values()}
     stored = [node for node in graph.nodes() if node.op == "get_attr" and node.target in targets]
-    shared = {node.target for node in stored if any(end not in found for end in _readers(node))}
+    shared = {node.target for node in stored if any(end not in found for end in operations_reading(node))}
     return {op: read for op, read in found.items() if read.stored.target not in shared}
 
 
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
+def operations_reading(node: fx.Node) -> Iterator[fx.Node]:
     """Yield the operations that read a tensor: as it is, cast, transposed, or an item of it."""
     for user in node.users:
         if op_name(user) in _AS_IT_IS | {"unbind"} or _turns(user) or _picked(user) is not None:
-            yield from _readers(user)
+            yield from operations_reading(user)
         else:
             yield user
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,7 +54,24 @@ class Occurrence:
 
 
 def find_occurrences(graph: Graph) -> Iterator[Occurrence]:
-    """Yield the weight ops of a graph, in order."""
+    """Yield the weight ops of a graph, in order. Those of one path do the same, as a path names one site.
+
+    Where other code reads a module's weight for something else (`F.linear(x, embedding.weight)`), the path of that
+    operation is the parameter's. A parameter without a layer is for what its first operation does.
+    """
+    found = list(_all_occurrences(graph))
+    uses: dict[str, tuple[str, bool]] = {}
+    for one in sorted(found, key=lambda one: not runs_in(one.op, one.path)):
+        uses.setdefault(one.path, (one.kind, one.transposed))
+    layers = {one.path for one in found if runs_in(one.op, one.path)}
+    for one in found:
+        if (one.kind, one.transposed) == uses[one.path]:
+            yield one
+        elif one.path in layers:
+            yield dataclasses.replace(one, path=f"{one.path}.weight")
+
+
+def _all_occurrences(graph: Graph) -> Iterator[Occurrence]:
     paths, stacks = _Paths(graph), stack_reads(graph)
     for node in graph.nodes():
         if node.op != "call_function":
@@ -153,6 +171,12 @@ def module_path(node: fx.Node) -> str:
     return base_path(next(reversed(list(stack.values())), ("",))[0])
 
 
+def runs_in(node: fx.Node, path: str) -> bool:
+    """Return whether a call of this module runs the node."""
+    name = f"{BASE}.{path}" if path else BASE
+    return any(entry[0].partition("@")[0] == name for entry in (node.meta.get("nn_module_stack") or {}).values())
+
+
 def base_path(path: str) -> str:
     """A module's path relative to the base, from torch's stack of the modules that run; empty outside the base."""
     path = path.partition("@")[0]
@@ -170,13 +194,14 @@ class _Paths:
 
     def of(self, op: fx.Node, weight: fx.Node) -> str:
         path = module_path(op)
-        name = _own_name(self.graph.base, path, self.graph.get(str(weight.target)))
+        name = own_name(self.graph.base, path, self.graph.get(str(weight.target)))
         if name is None:
             return str(weight.target).removeprefix(f"{BASE}.").removesuffix(".weight")
         return path if name == "weight" else f"{path}.{name}".removeprefix(".")
 
 
-def _own_name(base: nn.Module, path: str, tensor: torch.Tensor) -> str | None:
+def own_name(base: nn.Module, path: str, tensor: torch.Tensor) -> str | None:
+    """Return the name of a parameter in the module at a path; None if that module does not have it."""
     try:
         owner = base.get_submodule(path)
     except AttributeError:

@@ -191,6 +191,11 @@ class Method(ABC):
         return None
 
     @property
+    def at_layers_alone(self) -> bool:
+        """Whether options of this rule need a layer in HF PEFT, so that `target_parameters` cannot name its sites."""
+        return False
+
+    @property
     def counted(self) -> bool:
         """Whether a place's parameters depend on the number of places and on the place's index: all places must run."""
         return False

@@ -7,7 +7,7 @@ checkpoints the base's layers remembers the adapters that act when a layer first
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -36,16 +36,26 @@ def _run(keys: Keys, given: Mapping[str, Tensor], function: Callable[..., object
         return function(*args, **kwargs)
 
 
-def refuse_recomputed() -> None:
-    """Refuse to run in a backward outside of a call, because the adapters of the forward are not known there.
+def recomputed(acted: Collection[Keys | None]) -> Keys | None:
+    """Return the adapters with which a layer is computed again outside of a call, in a backward; None elsewhere.
+
+    The model's own code may checkpoint a part of itself, `checkpoint(self.block, x)`. The backward then runs the
+    layer as its one forward did.
+
+    Args:
+        acted: the adapters of each call that has run the layer; None for a call with inputs or rows of its own.
 
     Raises:
-        PeftfxError: a layer runs in a backward outside of a call.
+        PeftfxError: several adapters have acted, so those of the forward are not known.
     """
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return None
+    found = next(iter(acted), None)
+    if len(acted) != 1 or found is None:
         what = "a layer is computed again in the backward by a checkpoint that peftfx does not know of"
         hint = "call gradient_checkpointing_enable() of the adapted model, or wrap the layers ahead of peftfx.transform"
         raise PeftfxError(what, "gradient checkpointing", hint)
+    return found
 
 
 def bind_checkpoints(base: nn.Module) -> None:

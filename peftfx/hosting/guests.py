@@ -152,6 +152,7 @@ class Hosted(Guests):
         self.matches: dict[str, list[PatternGuest]] = {}
         self.copies: dict[str, dict[str, Copy]] = {}
         self.kept: dict[str, list[str]] = {}
+        self.acted: set[Keys | None] = set()  #: see `recomputed`
 
     def keep(self, key: str, owner: nn.Module) -> None:
         """Add the module `owner` of an adapter's parameters as a child, unless it is a child already."""
@@ -172,6 +173,11 @@ class Hosted(Guests):
                 owner.hosted = False
         self.copies = {name: table for name, table in self.copies.items() if table}
         return any(self._tables())
+
+    def note_call(self) -> None:
+        """Keep which adapters act in this call of the module."""
+        if CURRENT.keys is not None and not torch.compiler.is_compiling():
+            self.acted.add(None if CURRENT.given or CURRENT.rows is not None else CURRENT.keys)
 
     def hosts(self, keys: Keys) -> bool:
         """Return whether one of these adapters acts in this module."""

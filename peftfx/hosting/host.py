@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from peftfx.bases.guests import GUESTS, OWN_CLASS, own_class
 from peftfx.errors import PeftfxError
 from peftfx.hosting.by_row import run_by_row
-from peftfx.hosting.call import CURRENT
-from peftfx.hosting.checkpointing import refuse_recomputed
+from peftfx.hosting.call import CURRENT, acting
+from peftfx.hosting.checkpointing import recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
 from peftfx.hosting.seating import torch_layer_of
 from peftfx.twins.offloaded import OWN_FORWARD
@@ -82,8 +82,11 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
         guests = self._modules.get(GUESTS)
-        if CURRENT.keys is None:
-            refuse_recomputed()
+        if isinstance(guests, Hosted):
+            if CURRENT.keys is None and (keys := recomputed(guests.acted)) is not None:
+                with acting(keys):
+                    return forward(self, *args, **kwargs)
+            guests.note_call()
         if CURRENT.rows is not None and isinstance(guests, Hosted):
             return run_by_row(self, guests, args, kwargs)
         if not CURRENT.keys or not isinstance(guests, Hosted):

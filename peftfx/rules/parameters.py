@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -26,6 +27,19 @@ def picks(method: Method, parameter: str) -> bool:
 def as_parameter(method: Method, site: Site) -> Site:
     """Return a site with the name by which HF PEFT's patterns know its parameter, if the rule names the parameter."""
     return dataclasses.replace(site, path=site.parameter) if picks(method, site.parameter) else site
+
+
+def refuse_read_past(sites: Sites, method: Method, adapted: Iterable[Site]) -> None:
+    """Refuse a rule on a parameter that the model's code also reads for something else, where no adapter would act.
+
+    Raises:
+        PeftfxError: there is such a parameter.
+    """
+    for site in adapted:
+        how = sites.read_past.get(site.parameter)
+        if how and (site.path == site.parameter or picks(method, site.parameter)):
+            what = f"the model's code reads this parameter in another place too ({how}), where no adapter would act"
+            raise PeftfxError(what, site.parameter, "leave it out of the rule, or name the module that has it")
 
 
 def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites) -> None:

@@ -27,11 +27,11 @@ from peftfx.contract.sequence import SequenceMethod, sequence_site
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError, warn
 from peftfx.rules.naming import as_named
-from peftfx.rules.parameters import as_parameter, refuse_unknown_parameters
+from peftfx.rules.parameters import as_parameter, refuse_read_past, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
-from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere
+from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, tell_read_past
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select, unknown_words
@@ -44,7 +44,15 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
     placed = tuple(_place(base, sites, method) for method in as_methods(rules, base))
     refuse_crowding(placed)
     tell_elsewhere(sites, acted_at(placed), wrapped_at(placed))
+    check_reads(sites, placed)
     return placed
+
+
+def check_reads(sites: Sites, placed: Iterable[Placed]) -> None:
+    """Refuse, or tell of, weights that the model's code reads also where an adapter, or HF PEFT's, does not act."""
+    for rule in placed:
+        refuse_read_past(sites, rule.method, [p.site for p in rule.placements.weights])
+        tell_read_past(sites, [p.site for p in rule.placements if p.copies])
 
 
 def acted_at(placed: Iterable[Placed]) -> set[str]:
@@ -69,7 +77,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     saved = saved_modules(base, method)
     if error := no_module_to_save(base, method, saved):
         raise error
-    own = [p for p in placements_of(method, base, sites) if not is_inside(p.site.path, saved)]
+    own = [p for p in chosen_placements(method, base, sites) if not is_inside(p.site.path, saved)]
     for word, near in unknown_words(sites, where(method)).items():
         warn(f"{word!r} is no role and no module that this model runs: it picks nothing. {near}".strip())
     own = as_modules(base, method, own)
@@ -109,6 +117,15 @@ def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
     if not methods:
         raise PeftfxError("there are no rules", "rules", "pass at least one method, as in LoRA(r=8)")
     return tuple(methods)
+
+
+def chosen_placements(method: Method, base: nn.Module, sites: Sites) -> Sequence[Placement]:
+    """Return a method's placements. If there are none, the error says why the modules that it names have no site."""
+    try:
+        return placements_of(method, base, sites)
+    except PeftfxError:
+        refuse_unplaced(base, method, sites, where(method), ())
+        raise
 
 
 @functools.singledispatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -97,6 +97,15 @@ def tell_elsewhere(sites: Sites, adapted: Collection[str], wrapped: Collection[s
     for why, paths in sorted(unlike.items()):
         more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
         warn(f"HF PEFT may give other outputs at {', '.join(sorted(paths)[:_MOST])}{more}: {why}")
+
+
+def tell_read_past(sites: Sites, trained: Iterable[Site]) -> None:
+    """Warn of layers whose trained copy is read past their call too: HF PEFT's layer shows the base's tensor there."""
+    paths = sorted(site.path for site in trained if site.parameter in sites.read_past)
+    if paths:
+        more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
+        why = "the model's code also reads its weight past its call, where HF PEFT's is the base's until it is merged"
+        warn(f"HF PEFT may give other outputs at {', '.join(paths[:_MOST])}{more}: {why}")
 
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,23 @@ ONNX_DTYPES = {
 }
 _TOKENS = frozenset({"input_ids", "decoder_input_ids"})
 _HINT = "pass whole numbers [batch, sequence], as a tokenizer gives them with return_tensors='pt'"
+
+
+def taken_apart(inputs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the arguments of a call with a graph's inputs, such as `batch.ids`, taken out of tables and lists.
+
+    Args:
+        inputs: the arguments, as the model's own code takes them or by the graph's names.
+        names: the names of the graph's inputs.
+    """
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        items = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        if name not in names and isinstance(items, Mapping) and any(n.startswith(f"{name}.") for n in names):
+            found |= taken_apart({f"{name}.{key}": item for key, item in items.items()}, names)
+        else:
+            found[name] = value
+    return found
 
 
 def taken(name: str, value: Any) -> Any:

@@ -21,7 +21,7 @@ from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
 from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
-from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
+from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken, taken_apart
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
@@ -175,6 +175,7 @@ class Served:
         """
         cuts = self._gives_all_logits and LOGITS_KEPT not in self.model.inputs
         kept = inputs.pop(LOGITS_KEPT, None) if cuts else None
+        inputs = self.numbered(inputs)
         wrong = next((n for n in self.model.inputs if not isinstance(inputs.get(n), Tensor | None)), None)
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if wrong is not None or not given:
@@ -205,7 +206,8 @@ class Served:
             PeftfxError: as for `forward`; or tokens are no rows of whole numbers of 0 or more.
         """
         inputs = inputs if main is None else {self.main_input_name: main, **inputs}
-        return self.forward(**{name: taken(name, value) for name, value in inputs.items()})
+        given = taken_apart(inputs, self.model.inputs)
+        return self.forward(**{name: taken(name, value) for name, value in given.items()})
 
     @cached_property
     def tokenizer(self) -> Any:

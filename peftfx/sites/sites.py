@@ -36,6 +36,7 @@ class Sites(Sequence[Site]):
         elsewhere: for each site whose module the graph also runs in other places: their names. No adapter acts there.
         passed_by: for each site where HF PEFT's layer would act differently from an adapter of the weight's operation:
             why.
+        read_past: for each parameter of a site that something else than the site's operation reads: what.
         flow: the connections between the sites; None for a selection, which lacks some sites.
         misses: for each pattern without a match in the graph: where it came closest, and what differs there.
 
@@ -53,6 +54,7 @@ class Sites(Sequence[Site]):
     passed_by: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
     flow: Dataflow | None = field(default=None, repr=False, compare=False)
     misses: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    read_past: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @overload
     def __getitem__(self, index: int) -> Site: ...

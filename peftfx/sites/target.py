@@ -158,7 +158,7 @@ def _picker(sites: Iterable[Site], where: Where) -> Picker:
 
 def _modules(modules: Modules) -> Picker:
     if isinstance(modules, str) and modules.lower() == ALL_LINEAR:
-        return all_linear
+        return lambda site: frozenset() if site.path == site.parameter else all_linear(site)
     named = _named(modules, "target_modules")
     return lambda site: units(site) if site.kind != EXPERTS and named(site) else frozenset()
 
@@ -230,5 +230,5 @@ def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:
     matched_but = {reason.why for reason in reasons if reason.why.startswith(("exclude", "its layer"))}
     roles = ", ".join(f"{role} ({count})" for role, count in sorted(Counter(site.role for site in sites).items()))
     ours = [_OF_PEFT] if any(site.path.endswith(".base_layer") for site in sites) else []
-    hint = "; ".join([*ours, *sorted(matched_but), *close, f"The model has {roles}"])
+    hint = "; ".join([*ours, *sorted(matched_but), *close, f"The model has {roles or 'no site'}"])
     return PeftfxError("the target matches no site", ", ".join(texts), hint)

@@ -124,10 +124,35 @@ class TestCheckpointing:
         for name, grad in gradients(adapted).items():
             torch.testing.assert_close(grad, want[name], rtol=0, atol=0)
 
-    def test_a_checkpoint_that_nobody_told_us_of_is_refused(self) -> None:
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_a_checkpoint_in_the_models_own_code_computes_the_same(self, reentrant: bool) -> None:
+        class Own(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.block, self.checkpoints = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), False
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = torch.tanh(self.first(x))
+                return checkpoint(self.block, x, use_reentrant=reentrant) if self.checkpoints else self.block(x)
+
+        x = torch.randn(3, 5, 4)
+        rule = peftfx.LoRA(r=2, target="all-linear | head", lora_dropout=0.3, init_lora_weights=False)
+        model = peftfx.transform(Own(), rule, inputs={"x": torch.randn(2, 7, 4)}).train()
+        found = []
+        for model.base.checkpoints in (False, True):
+            model.zero_grad()
+            torch.manual_seed(2)
+            model(x=x).sin().sum().backward()
+            found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        assert len(found[0]) == 4
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+    def test_a_checkpoint_that_nobody_told_us_of_is_refused_behind_calls_with_other_adapters(self) -> None:
         model = adapt("custom", peftfx.LoRA())
         real = model.base.forward
         model.base.forward = lambda *ids, **given: checkpoint(real, *ids, use_reentrant=False, **given)
+        with model.disable_adapter():
+            model(**ZOO["custom"].inputs())
         with pytest.raises(PeftfxError, match="computed again in the backward"):
             model(**ZOO["custom"].inputs()).sum().backward()
 

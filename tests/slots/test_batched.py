@@ -211,6 +211,19 @@ def test_a_norm_of_any_kind_is_each_rows_own(tmp_path: Path) -> None:
     adapted.export(tmp_path / "out", inputs=inputs, batched=["norms", "biases", "low"])  # held against each alone
 
 
+def test_rows_of_a_forward_view_name_their_adapters(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).eval(), torch.randn(3, 6)
+    adapted = transform(base, LoRA(r=2, target="0", init_lora_weights=False), "one", inputs={"input": x[:2]})
+    adapted.add_adapter("two", IA3(target_modules=["2"], feedforward_modules=[], init_ia3_weights=False))
+    export_onnx(adapted, tmp_path / "out", batched=["one", "two"])
+    got = runtime.load(tmp_path / "out")(input=x, adapter_ids=[None, "two", "one"])["output"]
+    for row, name in ((1, "two"), (2, "one")):
+        adapted.set_adapter(name)
+        torch.testing.assert_close(got[row], adapted(x).detach()[row], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[0], base(x).detach()[0], atol=1e-5, rtol=1e-5)
+
+
 def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> None:
     model = adapted_by("llama", {"low": LoRA(r=2), "words": LoRA(r=2, modules_to_save=["embed_tokens"])})
     with pytest.raises(PeftfxError, match=r"rows cannot each have a trained copy of model.embed_tokens.weight"):

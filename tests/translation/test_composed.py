@@ -14,7 +14,16 @@ import peftfx
 from peftfx import PeftfxError
 from peftfx.export import OnnxModel
 
+WEIGHT, TABLE = torch.tensor([1.0, 0.5, 2.0, 0.1]), torch.arange(12.0).view(4, 3).sin()
 EDGES = torch.tensor([-1.0, 0.0, 0.5])
+
+
+def _written(x: Tensor, mask: Tensor) -> Tensor:
+    y = x.clone()
+    y[mask] *= 0.1
+    return y
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "products so far": lambda x: x.cumprod(1),
     "median": lambda x: x.median(1).values,
@@ -36,6 +45,31 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "parts": lambda x: torch.cat([part.sum(1) for part in x.tensor_split(3, dim=1)], -1),
     "the first half": lambda x: x.tensor_split(2, dim=-2)[0],
     "chosen": lambda x: x.masked_select(x > 0),
+    "places in a stable order": lambda x: x.round().argsort(dim=1, stable=True, descending=True),
+    "a stable order": lambda x: torch.sort(x.round(), dim=-1, stable=True).values,
+    "the larger number": lambda x: torch.fmax(torch.where(x > 0, x, torch.nan), torch.where(x < 1, 0.5, torch.nan)),
+    "the smaller number": lambda x: torch.fmin(torch.where(x > 0, x, torch.nan), x.flip(1)),
+    "another's sign": lambda x: torch.copysign(x.flip(1), x),
+    "loss of probabilities": lambda x: nn.functional.cross_entropy(x.mT, x.flip(1).softmax(-1).mT, weight=WEIGHT),
+    "loss of smoothed labels": lambda x: nn.functional.cross_entropy(
+        x.flatten(0, 1), x.flip(1).argmax(-1).flatten(), WEIGHT, ignore_index=2, label_smoothing=0.2
+    ),
+    "loss of each": lambda x: nn.functional.cross_entropy(
+        x.mT, x.flip(1).argmax(-1), ignore_index=1, reduction="none", label_smoothing=0.1
+    ),
+    "sums of bags": lambda x: nn.functional.embedding_bag(
+        x.argmax(-1), TABLE, mode="sum", per_sample_weights=x[..., 0]
+    ),
+    "means of bags": lambda x: nn.functional.embedding_bag(x.argmax(-1), TABLE, padding_idx=2),
+    "maxima of bags": lambda x: nn.functional.embedding_bag(x.argmax(-1), TABLE, mode="max", padding_idx=-1),
+    "bags with offsets": lambda x: nn.functional.embedding_bag(
+        x.argmax(-1).flatten(), TABLE, torch.tensor([0, 0, 1, x[..., 0].numel()]), mode="mean", include_last_offset=True
+    ),
+    "one line": lambda x: x + torch.linspace(2.0, 3.0, x.shape[1])[:, None],
+    "numbers of sizes": lambda x: x * torch.tensor([x.shape[1], 0.5]).sum() + torch.tensor([[x.shape[0]], [3]])[0],
+    "half a size": lambda x: x / torch.tensor(x.shape[1] * 0.5),
+    "written where it is large": lambda x: _written(x, x > 9),
+    "written where it is negative": lambda x: _written(x, x < 0),
     "chosen rows": lambda x: x.masked_select(x[..., :1] > 0),
 }
 
@@ -57,7 +91,7 @@ def test_it_is_torchs_at_every_size(name: str, tmp_path: Path) -> None:
     model = Behind(FUNCTIONS[name]).eval()
     peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 7, 4)})
     served = OnnxModel(tmp_path / "out")
-    for batch, length in ((1, 4), (3, 8), (2, 13)):
+    for batch, length in ((1, 4), (3, 8), (2, 13), (1, 1)):
         x = torch.randn(batch, length, 4)
         torch.testing.assert_close(served(x=x)["output"], model(x), atol=1e-5, rtol=1e-4)
 

@@ -14,9 +14,22 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.export import OnnxModel
 
+
+def _turned(x: Tensor, *, align_corners: bool) -> Tensor:
+    """The values at the places that a matrix maps places to."""
+    theta = torch.tensor([[0.8, -0.3, 0.1], [0.2, 1.1, -0.2]]).expand(x.shape[0], -1, -1)
+    grid = nn.functional.affine_grid(theta, list(x[:, None].shape), align_corners=align_corners)
+    return nn.functional.grid_sample(x[:, None], grid, align_corners=align_corners)
+
+
 CODE: dict[str, Callable[[Tensor], Tensor]] = {
     "linspace": lambda x: x * torch.linspace(-1, 3, steps=x.shape[1])[:, None],
     "linspace of a dtype": lambda x: x * torch.linspace(0, 1, x.shape[1], dtype=torch.float64).float()[:, None],
+    "grid between corners": lambda x: _turned(x, align_corners=True),
+    "grid between middles": lambda x: _turned(x, align_corners=False),
+    "grid of points in space": lambda x: nn.functional.affine_grid(
+        torch.eye(3, 4).expand(x.shape[0], -1, -1) * x[:, :1, :1], (x.shape[0], 1, 2, x.shape[1], 3)
+    ),
     "roll": lambda x: torch.roll(x, x.shape[1] // 2, 1),
     "roll back, over two axes": lambda x: x.roll((-(x.shape[1] // 2), 1), dims=(1, 2)),
     "roll flat": lambda x: torch.roll(x, x.shape[1]),

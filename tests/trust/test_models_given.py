@@ -197,3 +197,17 @@ def test_what_has_no_name_and_what_is_complex_is_refused(tmp_path: Path) -> None
         peftfx.export_onnx(Returns(torch.fft.fft).eval(), tmp_path / "out", inputs={"x": x})
     assert "torch.view_as_real" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
+
+
+class Masked(nn.Linear):
+    """A layer that changes its weight in each call."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.weight.data *= torch.tril(torch.ones_like(self.weight))
+        return super().forward(input)
+
+
+def test_a_weight_that_is_changed_past_autograd_is_told(tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match="changes a tensor past the capture") as caught:
+        peftfx.export_onnx(Masked(4, 4), tmp_path / "out", inputs={"input": torch.randn(2, 4)})
+    assert "compute it anew" in caught.value.hint

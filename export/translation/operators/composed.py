@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.analysis.dataflow import arguments_of
+from peftfx.export.translation.operators.losses import cross_entropy
 from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
@@ -124,6 +125,61 @@ def _tensor_split(x: Tensor, sections: int, dim: int) -> list[Tensor]:
     return parts
 
 
+def _signbit(x: Tensor) -> Tensor:
+    return (x < 0) | ((x == 0) & (1 / x < 0))
+
+
+def _copysign(x: Tensor, sign: Tensor) -> Tensor:
+    return torch.where(_signbit(sign), -x.abs(), x.abs())
+
+
+def _of_numbers(choose: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make a function that chooses of two values, and takes the other one where a value is not a number."""
+    return lambda a, b: torch.where(a.isnan(), b, torch.where(b.isnan(), a, choose(a, b)))
+
+
+def _sort(x: Tensor, stable: bool | None, dim: int, descending: bool) -> tuple[Tensor, Tensor]:
+    """Sort. ONNX's own order of equal values is that of a stable sort."""
+    values, places = x.sort(dim, descending)
+    return values, places
+
+
+_SUM, _MEAN, _MAX = range(3)  #: the modes of `embedding_bag`
+
+
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = _SUM,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor]:
+    """Return the sum, mean or maximum of the rows of each bag; a bag begins at its offset, and may be empty."""
+    offsets = offsets[:-1] if include_last_offset else offsets
+    starts = torch.zeros(
+        indices.shape[0] + 1, dtype=torch.int64, device=weight.device
+    )  # an empty last bag begins there
+    starts = starts.index_add(0, offsets.long(), torch.ones_like(offsets, dtype=torch.int64))
+    bag = starts.cumsum(0)[:-1] - 1
+    rows, counted = weight[indices], torch.ones_like(indices, dtype=weight.dtype)
+    if padding_idx is not None:
+        counted = (indices != padding_idx % weight.shape[0]).to(weight.dtype)
+    counts = weight.new_zeros(offsets.shape[0]).index_add(0, bag, counted).unsqueeze(-1)
+    shape = (offsets.shape[0], weight.shape[1])
+    if mode == _MAX:
+        rows = rows.masked_fill((counted == 0).unsqueeze(-1), -torch.inf)
+        lowest = weight.new_full(shape, -torch.inf)
+        most = lowest.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), rows, "amax", include_self=True)
+        return (torch.where(counts > 0, most, torch.zeros_like(most)),)
+    counted = counted if per_sample_weights is None else counted * per_sample_weights
+    total = weight.new_zeros(shape).index_add(0, bag, rows * counted.unsqueeze(-1))
+    return (total / counts.clamp(min=1) if mode == _MEAN else total,)
+
+
 _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.hypot.default: _hypot,
     _aten.cdist.default: _cdist,
@@ -136,5 +192,14 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.searchsorted.Tensor: _searchsorted,
     _aten.isin.Tensor_Tensor: _isin,
     _aten.rrelu.default: _rrelu,
+    _aten.sort.stable: _sort,
+    _aten.argsort.stable: lambda x, stable, dim, descending: _sort(x, stable, dim, descending)[1],
+    _aten.fmax.default: _of_numbers(torch.maximum),
+    _aten.fmin.default: _of_numbers(torch.minimum),
+    _aten.signbit.default: _signbit,
+    _aten.copysign.Tensor: _copysign,
+    _aten.cross_entropy_loss.default: cross_entropy,
     _aten.tensor_split.sections: _tensor_split,
+    _aten.embedding_bag.default: _embedding_bag,
+    _aten.embedding_bag.padding_idx: _embedding_bag,
 }

@@ -80,12 +80,24 @@ def is_transposed(base: nn.Module, placement: Placement) -> bool:
     return bool(getattr(owner_of(base, site.path)[0], "is_transposed", False)) != site.transposed
 
 
+def without_place(base: nn.Module, method: Method, site: Site) -> bool:
+    """Return whether HF PEFT can adapt neither a layer nor a parameter at a site."""
+    alone = site.path == site.parameter and not _of_torch_attention(base, site)
+    return alone and not (TARGET_PARAMETERS in method.options() and is_bare(base, method, site))
+
+
+def _of_torch_attention(base: nn.Module, site: Site) -> bool:
+    return isinstance(owner_of(base, site.path)[0], nn.MultiheadAttention)
+
+
 def is_bare(base: nn.Module, method: Method, site: Site) -> bool:
     """Return whether HF PEFT has no layer for a site: experts, and layers of the model's own classes, as routers."""
     if site.kind == EXPERTS or picks(method, site.parameter):
         return True
-    if site.kind != "linear" or site.transposed or not has_module(base, site.path):
+    if site.kind != "linear" or site.transposed:
         return False
+    if not has_module(base, site.path):
+        return "." in site.path and not _of_torch_attention(base, site) and not method.at_layers_alone
     module = base.get_submodule(site.path)
     known = isinstance(module, nn.Linear | Conv1D | nn.MultiheadAttention)
     return not known and isinstance(module._parameters.get("weight"), nn.Parameter)

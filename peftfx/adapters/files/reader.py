@@ -16,7 +16,7 @@ from peftfx.adapters.files.accounts import Idle, repeats
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, named_modules, override_name
-from peftfx.adapters.files.parameters import read_transposed
+from peftfx.adapters.files.parameters import parameter_path, read_transposed
 from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
@@ -33,6 +33,8 @@ from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_ad
 from peftfx.rules.resolution import (
     acted_at,
     as_modules,
+    check_reads,
+    chosen_placements,
     placement_at,
     placements_of,
     refuse_crowding,
@@ -66,6 +68,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         adapter.add(other)
     refuse_crowding(adapter.placed)
     tell_elsewhere(sites, acted_at(adapter.placed), wrapped_at(adapter.placed))
+    check_reads(sites, adapter.placed)
     warn_unlike_peft(base, adapter.placements, str(directory))
     return adapter
 
@@ -119,7 +122,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     left_out = _left_out(placements, targeted, method, base)
     placements = [p for p in placements if p not in left_out]
     if not marks:  # the placements save no tensors of their own: only the config says which placements there are
-        placements = list(placements_of(method, base, sites))
+        placements = list(chosen_placements(method, base, sites))
         refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
     placements = as_modules(base, method, without_ties(placements))
     read_transposed(base, weights, placements)
@@ -255,9 +258,7 @@ def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
 
 def _path(placement: Placement, base: nn.Module) -> str:
     """Return the path of a placement's module, as the config's targets see it."""
-    if placement.site.kind == EXPERTS:
-        return path_in_file(base, placement.method, placement.site.path)
-    return placement.known_as or placement.site.path
+    return placement.known_as or parameter_path(base, placement.method, placement.site.path)
 
 
 def _left_out(

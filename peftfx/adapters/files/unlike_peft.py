@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.files.parameters import is_bare
+from peftfx.adapters.files.parameters import is_bare, without_place
 from peftfx.bases.guests import own_modules
 from peftfx.contract.placed import Placements
 from peftfx.contract.weight import WeightMethod
@@ -35,6 +35,11 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             warn(f"{where}: HF PEFT gives other outputs at {', '.join(paths[:3])}{more}: {why}")
     _tell_taken_for_experts(base, placements, where)
+    lost = [p.site.path for p in placements.weights if without_place(base, p.method, p.site)]
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        what = "HF PEFT has no layer there, and loads these files without what they have of it"
+        warn(f"{where}: {', '.join(lost[:3])}{more}: {what}")
 
 
 def _tell_taken_for_experts(base: nn.Module, placements: Placements, where: str) -> None:

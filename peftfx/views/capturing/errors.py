@@ -40,6 +40,9 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
         why = f"its forward returns an object of the class {unknown[1]}, which torch.export does not know"
         hint = f"call torch.export.register_dataclass({unknown[1]}) first, or return a tuple or a dict"
         line = ""
+    elif "fake tensor in the exported program constant's list" in str(error):
+        why = "its code changes a tensor past the capture, such as a parameter by `weight.data *= mask`"
+        hint = "compute it anew in each call: F.conv1d(x, self.weight * self.mask)"
     elif nameless := _nameless(model, error):
         why = f"its forward takes *{nameless}, whose values have no names, and a graph's inputs have names"
         hint, line = "write a forward with an argument for each of them", ""

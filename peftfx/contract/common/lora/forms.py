@@ -15,7 +15,7 @@ from peftfx.contract.combination import Combination
 from peftfx.contract.common.lora.blocks import DiagonalBlocks
 from peftfx.contract.common.lora.factors import A0, B_BIAS, joined, stacked_factors
 from peftfx.contract.common.lora.kasa import with_diagonal_in
-from peftfx.contract.common.lora.refusals import refuse_on_parameters
+from peftfx.contract.common.lora.refusals import for_layers_alone, refuse_on_parameters
 from peftfx.contract.common.lora.starts import Start, is_random
 from peftfx.contract.common.low_rank import A, B, summed, weighted_sum
 from peftfx.contract.common.patterns import by_path
@@ -44,6 +44,10 @@ class LoraForms(WeightMethod):
     def scaling(self) -> float:
         """The factor `s`, the scale of the update."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def at_layers_alone(self) -> bool:
+        return bool(for_layers_alone(self, self.init_lora_weights))
 
     @property
     def blocks(self) -> DiagonalBlocks | None:

@@ -33,12 +33,15 @@ def refuse_together(dora: bool, invocation: object, blocks: object, kasa: object
         raise PeftfxError(what, names[0], "leave all but one out")
 
 
+def for_layers_alone(rule: Method, start: Start) -> list[str]:
+    """Return the options of a rule that HF PEFT has only for layers."""
+    wrong = [name for name in _AT_LAYERS if getattr(rule, name)]
+    return wrong if start in (True, False, "gaussian", "eva") else [*wrong, f"init_lora_weights={start!r}"]
+
+
 def refuse_on_parameters(site: Site, rule: Method, start: Start) -> None:
     """Refuse options that HF PEFT has only for layers, where a rule names a bare parameter."""
-    wrong = [name for name in _AT_LAYERS if getattr(rule, name)]
-    if start not in (True, False, "gaussian", "eva"):
-        wrong.append(f"init_lora_weights={start!r}")
-    if wrong:
+    if wrong := for_layers_alone(rule, start):
         hint = "leave it out, or give the parameters a rule of their own"
         what = f"a LoRA on a bare parameter (target_parameters) cannot have {', '.join(wrong)}"
         raise PeftfxError(what, site.path, hint)

@@ -9,13 +9,34 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import SymInt, Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.utils import _pytree as pytree
 
 
 def is_free(value: object) -> bool:
     """Return whether a value is a size that a capture leaves free."""
     return isinstance(value, SymInt) and value.node.maybe_as_int() is None
+
+
+def holds_free(data: object) -> bool:
+    """Return whether a number is computed from a free size, or one in a list of numbers, or of such lists, is."""
+    leaves = pytree.tree_leaves(data)
+    free = any(is_free(leaf) or isinstance(leaf, SymFloat) for leaf in leaves)
+    return free and all(isinstance(leaf, int | float | SymInt | SymFloat) for leaf in leaves)
+
+
+def row_of(data: Any, dtype: torch.dtype | None = None, device: Any = None, requires_grad: bool = False) -> Tensor:
+    """Return the tensor of numbers, some of which are computed from free sizes."""
+    if dtype is None:
+        real = any(isinstance(leaf, float | SymFloat) for leaf in pytree.tree_leaves(data))
+        dtype = torch.get_default_dtype() if real else torch.int64
+
+    def made(item: Any) -> Tensor:
+        if isinstance(item, list | tuple):
+            return torch.stack([made(one) for one in item])
+        return torch.scalar_tensor(item, dtype=dtype, device=device)
+
+    return made(data).requires_grad_(requires_grad)
 
 
 def stand_in(func: Callable[..., Any], args: object, kwargs: object) -> Callable[..., Any]:
@@ -49,12 +70,28 @@ def _linspace(start: Any, end: Any, steps: SymInt, **how: Any) -> Tensor:
     places = torch.arange(steps, device=how.get("device"))  # type: ignore[call-overload]
     rest = (steps - 1) - places
     step = (end - start) / torch.clamp(_number(steps, places) - 1, min=1)
-    line = torch.where(places < rest, start + places * step, end - rest * step)
+    first = (places < rest) | (places + rest == 0)  # a single place is the start
+    line = torch.where(first, start + places * step, end - rest * step)
     return line.to(how.get("dtype") or torch.get_default_dtype()).requires_grad_(how.get("requires_grad", False))
+
+
+def _affine_grid(theta: Tensor, size: Any, align_corners: bool | None = None) -> Tensor:
+    """Place points evenly from -1 to 1 along each axis, and map them by the matrices `theta`. A single one is at 0."""
+    lines = []
+    for n in size[2:]:
+        places = torch.arange(n, dtype=theta.dtype, device=theta.device)
+        apart = n - 1 if align_corners else n
+        least = torch.clamp(_number(apart, theta), min=1)
+        lines.append((2 * places - (n - 1)) / least)
+    first, *others = torch.meshgrid(*lines, indexing="ij")
+    points = torch.stack([*reversed([first, *others]), torch.ones_like(first)], -1)
+    mapped = points.reshape(1, -1, points.shape[-1]) @ theta.mT
+    return mapped.reshape(-1, *size[2:], points.shape[-1] - 1)
 
 
 _STAND_INS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.linspace: _linspace,
+    torch.nn.functional.affine_grid: _affine_grid,
     **dict.fromkeys((torch.roll, Tensor.roll), _roll),
     **dict.fromkeys((torch.remainder, Tensor.remainder, Tensor.__mod__), _remainder),
 }

@@ -1,7 +1,8 @@
 """Free sizes: what code computes from sizes stays free during a capture.
 
-For `torch.tensor(x.shape[1])` torch.export reads the size, which fixes it. Here the tensor is made in the graph. What
-code computes from it and from other sizes is known as a size, too, so that code can slice by it.
+For `torch.tensor(x.shape[1])` torch.export reads the size, which fixes it. Here the tensor is made in the graph, as is
+that of a list with sizes in it, `torch.tensor([height, width])`. What code computes from a size and from other sizes is
+known as a size, too, so that code can slice by it.
 
 For `torch.tensor([0] * batch)` Python makes a list of as many entries as the example has rows, which fixes the batch.
 Inside the context such a list is not made before something reads it, and `torch.tensor` repeats the entries in the
@@ -34,7 +35,7 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.overrides import TorchFunctionMode
 
-from peftfx.graph.capturing.sizes.free_arguments import is_free, stand_in
+from peftfx.graph.capturing.sizes.free_arguments import holds_free, is_free, row_of, stand_in
 from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
@@ -182,6 +183,8 @@ class size_tensors(TorchFunctionMode):
         given = dict(kwargs or {})
         if func is _TENSOR and args and is_free(args[0]) and self._thread == threading.get_ident():
             return self._made(args[0], **given)
+        if func is _TENSOR and args and self._thread == threading.get_ident() and holds_free(args[0]):
+            return row_of(args[0], **given)
         if self._thread == threading.get_ident():
             func = stand_in(func, args, given)
         if not self._sizes:

@@ -1,0 +1,45 @@
+"""An export of a user's own module is compared at a size of 1 along every free axis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+
+
+class Spread(nn.Module):
+    """A layer, and how its values differ along an axis; nothing tells one value from several in the capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y - y.mean(1, keepdim=True)
+
+
+def test_every_free_axis_has_one_place_in_a_comparison(tmp_path: Path) -> None:
+    report = peftfx.export_onnx(Spread().eval(), tmp_path / "out", inputs={"x": torch.randn(2, 7, 4)})
+    assert {"x": [1, 1, 4]} in report.probes
+
+
+def test_what_is_wrong_for_one_place_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Line(Spread):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + torch.linspace(2.0, 3.0, x.shape[1])[:, None]
+
+    def wrong(start: float, end: float, steps: int, **_: object) -> Tensor:
+        return start + (end - start) * (torch.arange(steps) + (steps < 2)) / (steps - 1 + (steps < 2))
+
+    from peftfx.graph.capturing.sizes import free_arguments
+
+    stand_ins = {**free_arguments._STAND_INS, torch.linspace: wrong}
+    monkeypatch.setattr(free_arguments, "_STAND_INS", stand_ins)
+    with pytest.raises(PeftfxError, match=r"differs|disagrees|branches"):
+        peftfx.export_onnx(Line().eval(), tmp_path / "out", inputs={"x": torch.randn(2, 7, 4)})
