@@ -118,7 +118,7 @@ def test_a_branch_on_a_size_of_one_is_named_for_a_large_model(
     branch: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its graph is not run at such a size ahead of the export, which is compared there."""
-    monkeypatch.setattr("peftfx.export.verification.probes._LARGE", 0)
+    monkeypatch.setattr("peftfx.export.verification.cases._LARGE", 0)
     with pytest.raises(PeftfxError, match=r"branches on a size.*right only where"):
         export_onnx(Branching(branch).eval(), tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)})
     assert not (tmp_path / "out").exists()

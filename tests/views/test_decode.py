@@ -159,7 +159,7 @@ def test_an_unknown_view_is_refused_with_the_nearest() -> None:
 def test_a_large_model_is_checked_at_fewer_sizes_each_of_another_kind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("peftfx.export.verification.probes._LARGE", 0)
+    monkeypatch.setattr("peftfx.export.verification.cases._LARGE", 0)
     report = peftfx.model.api.bare(ZOO["gpt2"].build()).export(tmp_path / "out", view="decode")
     seen = {tuple(shapes["past_key_values.*.key"]) for shapes in report.probes}
     assert {past for _, _, past, _ in seen} == {0, 1, 6}
