@@ -9,14 +9,14 @@ import pytest
 import torch
 from support.adapted import gradients, randomise
 from support.few import but_for
-from support.mixtures import MIXTURES, mixture, router_of
+from support.mixtures import MIXTURES, WITHOUT_GROUPS, mixture, router_of
 from torch import Tensor, nn
 
 import peftfx
 import peftfx.runtime
 
 GENERATE = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
-QUICK = ("mixtral", "gpt_oss")  #: the others are exported in the slow tests
+QUICK = ("mixtral", "gpt_oss", *WITHOUT_GROUPS)  #: the others are exported in the slow tests
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -32,7 +32,7 @@ def theirs(name: str, *, parameters: list[str], **options: object) -> nn.Module:
     return made.eval()
 
 
-EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MIXTURES]
+EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in (*MIXTURES, *WITHOUT_GROUPS)]
 
 
 @pytest.mark.parametrize("name", EACH)

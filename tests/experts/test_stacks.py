@@ -9,13 +9,11 @@ import onnxruntime as ort
 import peft
 import pytest
 import torch
-import transformers as hf
 from support.adapted import gradients, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftfx
-import peftfx.runtime
 from peftfx import PeftfxError
 
 COUNT, WIDTH, OUT = 3, 6, 10
@@ -152,78 +150,3 @@ def test_a_stack_that_something_else_reads_is_refused(
 ) -> None:
     with pytest.raises(PeftfxError, match=f"up is read by ({by})"):
         peftfx.transform(Model(read, shape), peftfx.LoRA(r=2, target_parameters=[STACK]), inputs={"x": sample(2, 4)})
-
-
-def llama4() -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    config = hf.Llama4TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=24,
-        intermediate_size_mlp=40,
-        head_dim=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return _noisy(hf.Llama4ForCausalLM(config))
-
-
-def longcat() -> hf.PreTrainedModel:
-    torch.manual_seed(0)
-    config = hf.LongcatFlashConfig(
-        vocab_size=64,
-        hidden_size=32,
-        ffn_hidden_size=40,
-        num_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=4,
-        kv_lora_rank=8,
-        q_lora_rank=12,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        v_head_dim=8,
-        moe_topk=2,
-        zero_expert_num=2,
-        n_routed_experts=4,
-        expert_ffn_hidden_size=24,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return _noisy(hf.LongcatFlashForCausalLM(config))
-
-
-def _noisy(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
-
-
-@pytest.mark.parametrize("make", [llama4, longcat])
-def test_experts_of_transformers_decode_as_in_peft(make: Callable[[], hf.PreTrainedModel], tmp_path: Path) -> None:
-    parameters = ["experts.gate_up_proj", "experts.down_proj"]
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["o_proj"], target_parameters=parameters)
-    wanted = peft.get_peft_model(make(), config).eval()
-    randomise(wanted)
-    wanted.save_pretrained(str(tmp_path / "adapter"))
-    ours = peftfx.load(make(), tmp_path / "adapter")
-    ids = torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
-    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    call["attention_mask"][1, :3] = 0
-    torch.testing.assert_close(ours(**call).logits, wanted(**call).logits, atol=2e-5, rtol=1e-4)
-    assert float((wanted(**call).logits - make()(**call).logits).detach().abs().max()) > 0.1
-
-    ours.export(tmp_path / "out", view="decode")
-    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
-    expected = wanted.generate(**call, **options)
-    got = peftfx.runtime.load(tmp_path / "out").generate(**call, **options)
-    assert got.sequences.equal(expected.sequences)
-    for one, other in zip(got.scores, expected.scores, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

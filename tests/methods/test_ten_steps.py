@@ -62,16 +62,7 @@ def test_loras_steps_on_a_base_in_bfloat16_are_pefts_to_the_bit(options: dict[st
     theirs.save_pretrained(str(tmp_path))
     ours = peftfx.load(base, tmp_path)
     ids = torch.randint(60, (4, 9))
-    losses: list[list[float]] = []
-    for model in (ours.train(), theirs.train()):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        losses.append([])
-        for _ in range(5):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(float(loss))
+    losses = [ten_steps.train(model, [{"input_ids": ids, "labels": ids}] * 5) for model in (ours, theirs)]
     assert losses[0] == losses[1]
     assert losses[0][0] != losses[0][-1]
     got, want = peftfx.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)

@@ -43,15 +43,35 @@ _CONFIGS: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "deepseek_v3": ("DeepseekV3", _LATENT),
 }
 MIXTURES = tuple(_CONFIGS)
+_WITHOUT_GROUPS: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "llama4": (
+        "Llama4Text",
+        {**_ONE, "head_dim": 8, "intermediate_size": 24, "intermediate_size_mlp": 40, "num_local_experts": 4},
+    ),
+    "longcat_flash": (
+        "LongcatFlash",
+        {
+            **_LATENT,
+            "num_layers": 1,
+            "head_dim": 4,
+            "ffn_hidden_size": 40,
+            "expert_ffn_hidden_size": 24,
+            "moe_topk": 2,
+            "zero_expert_num": 2,
+        },
+    ),
+}
+WITHOUT_GROUPS = tuple(_WITHOUT_GROUPS)
+"""Mixtures whose code multiplies by all experts' weights at once, or by one expert's at a time."""
 
 
 def mixture(name: str, **fields: object) -> hf.PreTrainedModel:
     """A model in eval mode; every parameter is off its initial value, the experts' biases too."""
-    stem, config = _CONFIGS[name]
+    stem, config = {**_CONFIGS, **_WITHOUT_GROUPS}[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = getattr(hf, f"{stem}Config")(**{**config, **fields})
-        model = getattr(hf, f"{stem}ForCausalLM")(made)
+        model = hf.AutoModelForCausalLM.from_config(made)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
