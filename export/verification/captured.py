@@ -39,6 +39,11 @@ def tensors_in(output: object) -> list[Tensor]:
 
 
 def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None:
+    """Compare the captured base with `want`, the output of the model's own code, in one call of the forward.
+
+    Raises:
+        VerificationError: they differ.
+    """
     got = captured.run(*(case[spec.name] for spec in captured.inputs))
     tensors = [(name, b) for name, b in zip(captured.outputs, got, strict=True) if isinstance(b, Tensor)]
     for (name, b), a in zip(tensors, tensors_in(want), strict=True):

@@ -31,6 +31,7 @@ _LARGE = 1 << 30  #: bytes of weights from which a model is large
 
 
 def is_large(base: nn.Module) -> bool:
+    """Return whether a model is so large that its export is compared in fewer calls."""
     return sum(p.numel() * p.element_size() for p in base.parameters()) > _LARGE
 
 
@@ -81,6 +82,7 @@ def _pieces(base: nn.Module) -> int:
 
 
 def named_tensors(example: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the tensors of a call's arguments, at any depth, by the names of the graph's inputs."""
     leaves, _ = pytree.tree_flatten_with_path(dict(example))
     return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 

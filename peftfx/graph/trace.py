@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeGuard  # type: ignore[attr-defined]
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard  # type: ignore[attr-defined]
 from torch.utils._sympy.functions import Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -41,8 +41,7 @@ def asked_of_sizes(values: Sequence[object]) -> Iterator[list[ShapeGuard]]:
     says how it was captured.
     """
     asked: list[ShapeGuard] = []
-    mode = detect_fake_mode([v for v in values if isinstance(v, Tensor)])
-    env = None if mode is None else mode.shape_env
+    env = _sizes_of([v for v in values if isinstance(v, Tensor)])
     before, ranges = (0, {}) if env is None else (len(env.guards), dict(env.var_to_range))
     yield asked
     if env is not None:
@@ -57,13 +56,19 @@ def forgetting_sizes(values: object) -> Iterator[None]:
     Args:
         values: fake tensors, at any depth, that share their sizes' symbols with what is computed inside.
     """
-    mode = detect_fake_mode(values)
-    pending = [] if mode is None or mode.shape_env is None else mode.shape_env.pending_fresh_unbacked_symbols
+    env = _sizes_of(values)
+    pending = [] if env is None else env.pending_fresh_unbacked_symbols
     before = len(pending)
     try:
         yield
     finally:
         del pending[before:]
+
+
+def _sizes_of(values: object) -> ShapeEnv | None:
+    """Return what torch knows of the sizes of fake tensors."""
+    mode = detect_fake_mode(values)
+    return None if mode is None else mode.shape_env
 
 
 def splits(asked: Sequence[ShapeGuard], axes: Mapping[str, str] | None = None) -> sympy.Basic | None:

@@ -160,9 +160,8 @@ def _embedding_bag(
 ) -> tuple[Tensor]:
     """Return the sum, mean or maximum of the rows of each bag; a bag begins at its offset, and may be empty."""
     offsets = offsets[:-1] if include_last_offset else offsets
-    starts = torch.zeros(
-        indices.shape[0] + 1, dtype=torch.int64, device=weight.device
-    )  # an empty last bag begins there
+    # One place more than there are indices: an empty last bag begins there.
+    starts = torch.zeros(indices.shape[0] + 1, dtype=torch.int64, device=weight.device)
     starts = starts.index_add(0, offsets.long(), torch.ones_like(offsets, dtype=torch.int64))
     bag = starts.cumsum(0)[:-1] - 1
     rows, counted = weight[indices], torch.ones_like(indices, dtype=weight.dtype)

@@ -51,24 +51,24 @@ def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
     return dataclasses.replace(method, **{TARGET_PARAMETERS: tuple(sorted(names.values()))})  # type: ignore[arg-type]
 
 
-def read_transposed(base: nn.Module, weights: Weights, placements: Iterable[Placement]) -> None:
+def exchange_read(base: nn.Module, weights: Weights, placements: Iterable[Placement]) -> None:
     """Give LoRA's factors in the place of a file's, where HF PEFT reads a parameter the other way round."""
     for placement in placements:
-        if is_transposed(base, placement):
+        if is_exchanged(base, placement):
             path = parameter_path(base, placement.method, placement.site.path)
             names = {name: name_of(path, suffix) for name, suffix in placement.file_suffixes().items()}
             if set(names.values()) <= weights.names.keys():
-                read = in_other_order(placement.site, {own: weights[name] for own, name in names.items()})
+                read = exchanged(placement.site, {own: weights[name] for own, name in names.items()})
                 weights.replace({names[own]: value for own, value in read.items()})
 
 
-def in_other_order(site: Site, p: Params) -> dict[str, Tensor]:
-    """Return LoRA's factors with the other storage order, (in, out), of the weight of a site: A is then B."""
+def exchanged(site: Site, p: Params) -> dict[str, Tensor]:
+    """Return the factors of a LoRA whose update is the transpose of this one's: its A is made of this B."""
     count = site.shape[0] if site.kind == EXPERTS else 1
     return {**p, **dict(zip((A, B), transposed_factors(count, p[A], p[B]), strict=True))}
 
 
-def is_transposed(base: nn.Module, placement: Placement) -> bool:
+def is_exchanged(base: nn.Module, placement: Placement) -> bool:
     """Return whether HF PEFT reads a parameter's storage order, (in, out), the other way round, so that its A is our B.
 
     For experts, HF PEFT reads the storage order from the module's `is_transposed`. A single weight is always taken for

@@ -16,7 +16,7 @@ from peftfx.adapters.files.accounts import Idle, repeats
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import module_of, name_of, named_modules, override_name
-from peftfx.adapters.files.parameters import parameter_path, read_transposed
+from peftfx.adapters.files.parameters import exchange_read, parameter_path
 from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
@@ -125,7 +125,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         placements = list(chosen_placements(method, base, sites))
         refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
     placements = as_modules(base, method, without_ties(placements))
-    read_transposed(base, weights, placements)
+    exchange_read(base, weights, placements)
     saved = saved_modules(base, method)
     if idle_name := no_module_to_save(base, method, saved):  # HF PEFT passes over it, and its files may be whole
         warn(f"{directory}: {idle_name}")

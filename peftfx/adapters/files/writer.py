@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
 from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import name_of, name_of_base, override_name
-from peftfx.adapters.files.parameters import as_parameters, in_other_order, is_transposed, naming_parameters
+from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
@@ -138,7 +138,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     for path, group in _by_site(rule.placements).items():
         method, params = group[0].whole(base, {p: adapter.params(p) | adapter.all_of(p) for p in group})
         placement = dataclasses.replace(group[0], method=method)
-        params = in_other_order(placement.site, params) if is_transposed(base, placement) else params
+        params = exchanged(placement.site, params) if is_exchanged(base, placement) else params
         named_path = path_in_file(base, named_by, path, placement.known_as)
         for key, suffix in placement.file_suffixes().items():
             times = times_in_use(base, method, path, suffix)
