@@ -14,6 +14,7 @@ from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.export.translation.operators.composed import compose
 from peftfx.export.translation.pooled import pool_any_size
+from peftfx.graph.capturing.squeezed import SQUEEZES, squeeze_ones
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source
@@ -27,7 +28,6 @@ _TRANSPOSES = {aten.transpose.int, aten.permute.default}
 _PADDED_CONVS = {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
-_SQUEEZES = {aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 _PUTS = {aten.index_put.default: aten.masked_scatter.default, aten.index_put_.default: aten.masked_scatter_.default}
 _SDPA = aten.scaled_dot_product_attention.default
 
@@ -62,8 +62,8 @@ def prepare(graph: Graph) -> Graph:
             )
         elif node.target in _UNPROMOTED:
             _promote(rewriter, node)
-        elif node.target in _SQUEEZES:
-            _name_axes(rewriter, node)
+        elif node.target in SQUEEZES:
+            squeeze_ones(rewriter, node)
         elif node.target in _PUTS:
             _scatter(rewriter, node)
         elif node.target in _PADDED_CONVS:
@@ -110,25 +110,6 @@ def _pad(rewriter: Rewriter, node: fx.Node) -> None:
     numbers = [total // 2 for total in apart]
     node.target = aten.convolution.default
     node.args = (x, weight, bias, stride, numbers, dilation, False, [0] * len(sizes), groups)
-
-
-def _name_axes(rewriter: Rewriter, node: fx.Node) -> None:
-    """Squeeze the axes of size 1 one by one. Axes whose size is free stay, also where it is 1 in a call.
-
-    ONNX's Squeeze without axes would take a batch of one, and with an axis that is longer it fails.
-    """
-    x = node.args[0]
-    shape = x.meta["val"].shape  # type: ignore[union-attr]
-    told = node.args[1] if len(node.args) > 1 else range(len(shape))
-    axes = {axis % len(shape) for axis in ((told,) if isinstance(told, int) else told) if shape}  # type: ignore[union-attr, operator]
-    ones = sorted((axis for axis in axes if isinstance(shape[axis], int) and shape[axis] == 1), reverse=True)
-    if not ones:
-        rewriter.update(node, aten.alias.default, x)
-        return
-    at = rewriter.before(node)
-    for axis in ones[:-1]:
-        x = at.call(aten.squeeze.dim, x, axis)
-    rewriter.update(node, aten.squeeze.dim, x, ones[-1])
 
 
 def _scatter(rewriter: Rewriter, node: fx.Node) -> None:

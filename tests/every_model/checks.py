@@ -38,6 +38,7 @@ from peftfx.graph.graph import path_name
 
 SEEING = "image-text-to-text"
 PICTURE = (64, 64)  #: the size of pictures in decode views
+FEATURES = "feature-extraction"  #: models without a head
 DIFFUSERS = "diffusers"  #: not a task, but a library: denoisers
 #: Tasks of the page: the table of transformers that lists their model types, and `peft`'s name of them.
 TASKS: Mapping[str, tuple[str, str | None]] = {
@@ -50,6 +51,9 @@ TASKS: Mapping[str, tuple[str, str | None]] = {
     "speech-to-text": ("SPEECH_SEQ_2_SEQ", None),
     "ctc": ("CTC", None),
     "audio-classification": ("AUDIO_CLASSIFICATION", None),
+    "token-classification": ("TOKEN_CLASSIFICATION", None),
+    "question-answering": ("QUESTION_ANSWERING", None),
+    FEATURES: ("", None),
     DIFFUSERS: ("", None),
 }
 _SOURCES = ("input_ids", "attention_mask", "input_features", "input_values")  #: the inputs of `generate`
@@ -84,7 +88,8 @@ def model_types(task: str) -> list[str]:
 def _table(task: str) -> Mapping[str, object]:
     if task == DIFFUSERS:
         return MODELS
-    table: Mapping[str, object] = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task][0]}_MAPPING_NAMES")
+    kind = f"FOR_{TASKS[task][0]}_" if task != FEATURES else ""
+    table: Mapping[str, object] = getattr(modeling_auto, f"MODEL_{kind}MAPPING_NAMES")
     return table
 
 
@@ -215,6 +220,7 @@ def _adapted_by_peft(base: nn.Module, task: str, model_type: str, directory: Pat
                 raise
             apart = [n for n in targets if n.rpartition(".")[2] != "out_proj"]  # that `peft` refuses there
             made = _with_lora(build(task, model_type), apart, TASKS[task][1])
+        outputs(made, example_inputs(base))
         made.save_pretrained(str(directory), save_embedding_layers=False)
     except Exception as error:
         raise NotBuilt(f"peft: {_line(error)}") from error
@@ -286,9 +292,26 @@ def _calls(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
 
 def _positions(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The positions that the model's own class makes, for a graph that takes them: whole numbers."""
-    made: Tensor = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))  # type: ignore[operator]
+    made: Tensor
+    if hasattr(model, "_prepare_position_ids_for_generation"):
+        made = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))  # type: ignore[operator]
+    else:  # without a head a call makes them: those that reach its first layer of text
+        seen: list[Tensor] = []
+        hooks = [m.register_forward_pre_hook(_noting(seen), with_kwargs=True) for m in model.modules()]
+        outputs(model, inputs)
+        for hook in hooks:
+            hook.remove()
+        made = seen[0]
     assert torch.equal(made, made.long())
     return made.long()
+
+
+def _noting(seen: list[Tensor]) -> Callable[..., None]:
+    def note(_: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
+        positions = kwargs.get("position_ids")
+        seen.extend([positions] if isinstance(positions, Tensor) else [])
+
+    return note
 
 
 def _in_float64(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
-from peftfx import LoRA
+from peftfx import LoRA, PeftfxError
 from peftfx.export import OnnxModel, to_onnx
 from peftfx.export.translation.operators import torchlib
 from peftfx.export.writing.weights import save
@@ -88,6 +88,31 @@ def test_a_squeeze_takes_the_axes_that_it_took_in_the_capture(engine: str, tmp_p
     for count in (1, 2, 5):
         for want, got in zip(ours(**rows(count)), served(**rows(count)).values(), strict=True):
             torch.testing.assert_close(torch.as_tensor(got), want)
+
+
+class Flat(nn.Module):
+    """One number for each row, without the axis of the rows where there is one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).squeeze()
+
+
+@torch.no_grad()
+def test_a_squeezed_axis_that_a_graph_cannot_drop_is_refused_and_calls_drop_it(tmp_path: Path) -> None:
+    rules = LoRA(r=2, target="/.*/", init_lora_weights=False)
+    ours = peftfx.transform(Flat().eval(), rules, inputs=rows(3), road="graph")
+    for count in (1, 2, 5):
+        assert ours(**rows(count)).shape == ours.base(**rows(count)).shape
+    with pytest.raises(PeftfxError, match=r"right only where batch != 1 \[squeeze, in the model\]"):
+        ours.export(tmp_path / "out")
+    report = ours.export(tmp_path / "out", allow_fixed=True)
+    assert any("batch != 1" in line for line in report.sizes)
+    want, got = ours(**rows(5)), peftfx.runtime.load(tmp_path / "out")(**rows(5))
+    torch.testing.assert_close(torch.as_tensor(next(iter(got.values()))), want)
 
 
 def rows(count: int) -> dict[str, Tensor]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.analysis.roles import find_sites
 from peftfx.analysis.running import called_modules
+from peftfx.analysis.weight_ops import module_path
 from peftfx.graph.capturing.sizes.axis_symbols import place_of, symbols_of
 from peftfx.graph.capturing.sizes.empty_sizes import Question, filled_of
 from peftfx.graph.capturing.sizes.free_sizes import count_from_start
 from peftfx.graph.capturing.sizes.size_conditions import Note, conditions_of, fixed_by
+from peftfx.graph.capturing.squeezed import keep_free_axes
 from peftfx.graph.capturing.tensors_in_pieces import concatenate_filled, read_apart
 from peftfx.graph.graph import BASE, CONSTANTS, Graph, TensorSpec
 from peftfx.graph.linking import link
@@ -66,6 +69,7 @@ def as_graph(
     concatenate_filled(graph)
     count_from_start(graph)
     choose_by_indices(graph)
+    squeezes = [_not_one(node, size) for node, size in keep_free_axes(graph)]
     constants = _move_constants(module, model)
     ran = called_modules(module)
     graph.eliminate_dead_code()
@@ -73,7 +77,7 @@ def as_graph(
     name_places(module, model)
     linked = link(graph, {BASE: model, CONSTANTS: constants})
     told = {
-        "conditions": conditions_of(notes, symbols),
+        "conditions": conditions_of([*notes, *squeezes], symbols),
         "filled": filled_of(questions, symbols, MAY_BE_EMPTY),
         "fixed": lines,
     }
@@ -85,6 +89,12 @@ def as_graph(
     sites = dataclasses.replace(sites, unread=ran - sites.called - sites.reads.keys())
     result.sites = with_patterns(result, sites)
     return result
+
+
+def _not_one(node: fx.Node, size: torch.SymInt) -> Note:
+    """Return that an axis which the code squeezes is there: at a size of 1 the code takes it away."""
+    where = f"squeeze, in {module_path(node) or 'the model'}"
+    return Note(sympy.Ne(size.node.expr, 1), where, code=True, edge=True, text="")
 
 
 def _move_constants(module: fx.GraphModule, model: nn.Module) -> nn.Module:
