@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.labels import write_labels
-from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.load import read_base_config
+from peftfx.bases.processors.padding import padding_of
 from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, shown
@@ -25,7 +26,8 @@ from peftfx.model.api import transform
 from peftfx.pages.plot import plot
 from peftfx.rules.peft_files import CONFIG
 from peftfx.rules.text import parse_rules
-from peftfx.training.checkpoints import last_checkpoint, rules_in_words, rules_keeper
+from peftfx.training.checkpoints import is_at_end, last_checkpoint, rules_in_words, rules_keeper, take_end
+from peftfx.training.learners import learner
 from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_rows
 
 
@@ -144,13 +146,15 @@ def _train(
     tokenizer = _tokenizer(directory)
     say("load")
     torch.manual_seed(asked.seed)
-    model, saved = _model(directory, rows)
+    learning = learner(directory, rows)
+    model, most = learning.model, learning.most(asked.max_length, tokenizer)
     if directory != base:
         setattr(model.config, "_name_or_path", str(base))  # noqa: B010 - the base's name in the adapter's file
     methods = parse_rules(rules)
-    if saved:
-        methods = (dataclasses.replace(methods[0], modules_to_save=saved), *methods[1:])
-    sets = [encoded(found, tokenizer, asked.max_length, rows.labels) for found in (rows, held) if found is not None]
+    if learning.saved:
+        methods = (dataclasses.replace(methods[0], modules_to_save=learning.saved), *methods[1:])
+    given = [found for found in (rows, held) if found is not None]
+    sets = [encoded(found, tokenizer, most, rows.labels, sourced=learning.sourced) for found in given]
     adapted = transform(model, methods, seed=asked.seed)
     say("train")
     checkpoints, words = output.with_name(f"{output.name}-checkpoints"), rules_in_words(methods)
@@ -160,21 +164,41 @@ def _train(
         args=_arguments(asked, checkpoints, held is not None),
         train_dataset=sets[0],
         eval_dataset=sets[1] if held is not None else None,
-        data_collator=Padded(_pad(tokenizer)),
+        data_collator=Padded(padding_of(tokenizer) or 0),
         callbacks=[rules_keeper(words)],
     )
-    done = trainer.train(resume_from_checkpoint=last)
-    evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
+    with understanding(rows.where, "training stopped", "pass --verbose to see where; or give other rows or rules"):
+        if last is not None and is_at_end(last, asked.steps):
+            take_end(trainer, last)
+        else:
+            trainer.train(resume_from_checkpoint=last)
+        evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    _refuse_divergence(adapted, losses)
+    mean = sum(loss for _, loss in losses) / max(1, len(losses))
     parameters = adapted.get_nb_trainable_parameters()[0]
     told = Trained(
-        *(str(output), rows.kind, len(rows.items), int(done.global_step), parameters, float(done.training_loss)),
+        *(str(output), rows.kind, len(rows.items), int(trainer.state.global_step), parameters, mean),
         evaluation=evaluation,
         losses=losses,
     )
     with publish(output, asked.force, _is_adapter) as made:
         _write(made, adapted, tokenizer, told, rows)
     return told
+
+
+def _refuse_divergence(adapted: AdaptedModel, losses: Sequence[tuple[int, float]]) -> None:
+    """Refuse an adapter with values that are no numbers.
+
+    Raises:
+        PeftfxError: a loss or a trained value is not finite.
+    """
+    step = next((step for step, loss in losses if not math.isfinite(loss)), None)
+    state = {n: value for n, value in adapted.state_dict().items() if value.is_floating_point()}
+    broken = next((name for name, value in state.items() if not value.isfinite().all()), "")
+    if step is not None or broken:
+        at = "" if step is None else f": the loss of step {step} is no finite number"
+        raise PeftfxError(f"the training diverged{at}", broken or "loss", "pass a smaller --learning-rate")
 
 
 def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained, rows: TrainingRows) -> None:
@@ -204,6 +228,7 @@ def _arguments(asked: TrainOptions, checkpoints: Path, evaluates: bool) -> Any:
         seed=asked.seed,
         data_seed=asked.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would tell other losses for those that are no numbers
         save_strategy="steps" if asked.save_steps else "no",
         save_steps=asked.save_steps or 500,
         save_total_limit=1,
@@ -237,26 +262,6 @@ def _tokenizer(base: Path) -> Any:
 
     with understanding(base, "cannot load the tokenizer"):
         return AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-
-
-def _model(base: Path, rows: TrainingRows) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the base, and the paths of a new head's modules, which are trained whole."""
-    if rows.kind != CLASSES:
-        return load_base(base), ()
-    labels = rows.labels
-    if len(labels) < 2:
-        raise PeftfxError(f"all rows have the label {labels[0]!r}", rows.where, "give rows of two classes or more")
-    bare = load_base(base, task="text-classification", num_labels=len(labels), weights=False)
-    names = {name for name, _ in bare.named_parameters()}
-    prefix = str(getattr(bare, "base_model_prefix", ""))
-    head = {name for name in names if not name.startswith(f"{prefix}.")}
-    model = load_base(base, task="text-classification", num_labels=len(labels), given=head)
-    return model, tuple(sorted({name.rpartition(".")[0] for name in head}))
-
-
-def _pad(tokenizer: Any) -> int:
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return 0 if found is None else int(found)
 
 
 def _is_adapter(directory: Path) -> bool:
