@@ -21,7 +21,7 @@ from peftfx.files import is_file, read_json
 from peftfx.formats import BATCHED, read_stamped
 from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
-from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken, taken_apart
+from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, is_default, taken, taken_apart
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
@@ -182,7 +182,7 @@ class Served:
             what = f"{wrong} is not a tensor: {shown(inputs[wrong])}" if wrong else "the call gives no tensors"
             raise PeftfxError(what, str(self.directory), f"pass torch tensors by name: {', '.join(self.model.inputs)}")
         refuse_arguments({n: v for n, v in inputs.items() if not isinstance(v, Tensor)}, "the graph")
-        given = {n: v for n, v in given.items() if n in self.model.inputs or n not in _OPTIONAL}
+        given = {n: v for n, v in given.items() if n in self.model.inputs or not is_default(n, v, self.directory)}
         given = {n: fitted(v, self.model.types.get(n, "")) for n, v in given.items()}
         first = given.get("input_ids")
         for name in ("attention_mask", "token_type_ids"):
@@ -207,7 +207,7 @@ class Served:
         """
         inputs = inputs if main is None else {self.main_input_name: main, **inputs}
         given = taken_apart(inputs, self.model.inputs)
-        return self.forward(**{name: taken(name, value) for name, value in given.items()})
+        return self.forward(**{name: taken(name, value, self.model.axes) for name, value in given.items()})
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -269,7 +269,6 @@ class ServedForward(Served):
 
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _LOGITS = "logits"
-_OPTIONAL = frozenset({"token_type_ids", "attention_mask", "position_ids"})
 
 
 def _config(directory: Path) -> PreTrainedConfig | None:

@@ -84,7 +84,8 @@ def take_end(trainer: Any, checkpoint: str) -> None:
 
 
 def _state_in(checkpoint: str) -> Any:
-    from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
 
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from peftfx import PeftfxError, export_onnx, runtime
 from peftfx.export import OnnxModel
+from peftfx.serving.call_inputs import is_default
 
 Run = Callable[..., Result]
 
@@ -61,6 +62,19 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Path]:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     model = ZOO["bert"].build()
     return model, exported(model, tmp_path_factory.mktemp("bert") / "out")
+
+
+def test_what_a_graph_does_not_take_must_say_what_holds_without_it(classifier: tuple[nn.Module, Path]) -> None:
+    served = runtime.load(classifier[1])
+    ids = torch.tensor([[5, 8, 9], [4, 6, 7]])
+    counted = torch.arange(3).expand(2, 3)
+    assert served(input_ids=ids, position_ids=counted).logits.equal(served(input_ids=ids).logits)
+    with pytest.raises(PeftfxError, match="takes no position_ids, and would answer as without it"):
+        served(input_ids=ids, position_ids=counted + 1)
+    assert is_default("attention_mask", torch.ones(2, 9), "here")
+    with pytest.raises(PeftfxError, match="takes no attention_mask") as caught:
+        is_default("attention_mask", torch.tensor([[1, 1], [1, 0]]), "here")
+    assert "one length" in caught.value.hint
 
 
 class TestGeneration:
