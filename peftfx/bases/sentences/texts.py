@@ -58,7 +58,7 @@ class SentenceTexts:
             PeftfxError: texts are messages, and the tokenizer's chat template cannot be filled.
         """
         longest = self.said.get(f"{kind}_length") or self.said.get("max_seq_length")
-        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        options: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
         options |= {"max_length": longest} if isinstance(longest, int) else {}
         options |= {k: v for k, v in self._table("processing_kwargs", "text").items() if k != "logits_to_keep"}
         lower = bool(self.said.get("do_lower_case"))

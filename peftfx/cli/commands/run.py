@@ -55,7 +55,9 @@ def run(
         bool, typer.Option("--timestamps", help="With --audio: print the times of each piece, if the model can.")
     ] = False,
     top: Annotated[int | None, typer.Option(help="How many labels to print; by default 5.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An .onnx_adapter file to put into the model; or a name, if it is batched.")
+    ] = None,
     prompt_name: Annotated[
         str | None, typer.Option(help="Name of the model's prompt for texts that are embedded.")
     ] = None,
