@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -99,6 +101,41 @@ _DEFAULTS: Mapping[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "token_type_ids": (torch.zeros_like, "leave it out"),
     "position_ids": (_counted, "leave it out"),
 }
+
+
+def unfit_size(limits: str, axes: Mapping[str, Sequence[int | str]], given: Mapping[str, Tensor]) -> str:
+    """Say which size of a call a graph does not take; empty if none is known.
+
+    Args:
+        limits: the conditions of the export on sizes, as its metadata tells them.
+        axes: the axes of the graph's inputs.
+        given: the inputs of the call.
+    """
+    sizes: dict[str, int] = {}
+    for name, value in given.items():
+        wanted = axes.get(name, ())
+        if name in _TOKENS and 0 in value.shape:
+            return f"{name} is {list(value.shape)}, without tokens"
+        if len(wanted) != value.ndim:
+            return f"{name} has {value.ndim} axes, and the graph takes {list(wanted)}"
+        for place, (axis, size) in enumerate(zip(wanted, value.shape, strict=True)):
+            if axis != size and isinstance(axis, int):
+                return f"axis {place} of {name} is {size}, and the graph takes {axis}"
+            if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                return f"{axis} is {sizes[axis]} in one input, and {size} in {name}"
+    for axis, sign, number in _LIMITS.findall(limits):
+        if axis in sizes and not _SIGNS[sign](sizes[axis], int(number)):
+            return f"{axis} is {sizes[axis]}, and the graph takes {axis} {sign} {number}"
+    return ""
+
+
+_SIGNS: Mapping[str, Callable[[int, int], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_LIMITS = re.compile(r"(?:^|; )(\w+) (<=|<|>=|>) (\d+) \(")
 
 
 def fitted(value: Tensor, kind: str) -> Tensor:
