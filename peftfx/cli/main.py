@@ -21,6 +21,7 @@ from peftfx.cli.commands.report import report
 from peftfx.cli.commands.run import run
 from peftfx.cli.commands.train import train
 from peftfx.cli.garbage import rarely_collected
+from peftfx.cli.once import Once
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.cli.voice import VOICE, spoken, tell_error
 from peftfx.errors import PeftfxError, out_of_memory
@@ -42,18 +43,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-app.command()(spoken(export))
-app.command()(spoken(merge))
-app.command()(spoken(convert))
-app.command(name="export-adapter")(spoken(export_adapter))
-app.command()(spoken(inspect))
-app.command()(spoken(info))
-app.command()(spoken(diff))
-app.command()(spoken(methods))
-app.command()(spoken(report))
-app.command()(spoken(run))
-app.command()(spoken(train))
-app.command()(spoken(demo))
+app.command(cls=Once)(spoken(export))
+app.command(cls=Once)(spoken(merge))
+app.command(cls=Once)(spoken(convert))
+app.command(name="export-adapter", cls=Once)(spoken(export_adapter))
+app.command(cls=Once)(spoken(inspect))
+app.command(cls=Once)(spoken(info))
+app.command(cls=Once)(spoken(diff))
+app.command(cls=Once)(spoken(methods))
+app.command(cls=Once)(spoken(report))
+app.command(cls=Once)(spoken(run))
+app.command(cls=Once)(spoken(train))
+app.command(cls=Once)(spoken(demo))
 
 
 def main() -> None:

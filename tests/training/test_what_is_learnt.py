@@ -46,10 +46,12 @@ def saved(root: Path, model: hf.PreTrainedModel, **names: str) -> Path:
     return root
 
 
-def words(base: Path, rows: Sequence[dict[str, object]], output: Path, *more: object) -> tuple[object, ...]:
+def words(
+    base: Path, rows: Sequence[dict[str, object]], output: Path, *more: object, steps: int = 2
+) -> tuple[object, ...]:
     data = output.with_suffix(".jsonl")
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return ("train", "--base", base, "--data", data, "--output", output, "--steps", 2, *more)
+    return ("train", "--base", base, "--data", data, "--output", output, "--steps", steps, *more)
 
 
 @pytest.mark.parametrize("names", [{"pad_token": "<pad>"}, {}], ids=["its own", "the end of a text"])
@@ -95,7 +97,7 @@ def test_an_encoder_decoder_reads_the_prompt_and_writes_the_completion(peftfx: C
     batch = Padded(1)(rows)
     assert batch["input_ids"].tolist() == [[3, 9], [4, 1]]
     assert batch["labels"].tolist() == [[7, 2, IGNORED], [8, 7, 8]]
-    done = peftfx(*words(base, COMPLETIONS * 4, tmp_path / "out", "--steps", 60, "--learning-rate", 0.05, "--json"))
+    done = peftfx(*words(base, COMPLETIONS * 4, tmp_path / "out", "--learning-rate", 0.05, "--json", steps=60))
     assert done.code == 0, done.err
     eager = peft.PeftModel.from_pretrained(hf.T5ForConditionalGeneration.from_pretrained(base), tmp_path / "out").eval()
     written = eager.generate(input_ids=torch.tensor([[3, 9]]), max_new_tokens=3, do_sample=False)
@@ -137,7 +139,7 @@ def test_a_training_that_diverges_writes_nothing(peftfx: Command, tmp_path: Path
     torch.manual_seed(0)
     config = hf.LlamaConfig(vocab_size=len(WORDS), **LLAMA, eos_token_id=2)
     base = saved(tmp_path / "base", hf.LlamaForCausalLM(config))
-    done = peftfx(*words(base, COMPLETIONS, tmp_path / "out", "--steps", 4, "--learning-rate", 1e30))
+    done = peftfx(*words(base, COMPLETIONS, tmp_path / "out", "--learning-rate", 1e30, steps=4))
     assert_refused(done, "the training diverged", "smaller --learning-rate")
     assert not (tmp_path / "out").exists()
 
@@ -146,13 +148,14 @@ def test_a_run_at_its_end_goes_no_further(peftfx: Command, tmp_path: Path) -> No
     """transformers' Trainer takes one more step than it is asked for, if a checkpoint has them all."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(vocab_size=len(WORDS), **LLAMA, eos_token_id=2)
-    line = words(saved(tmp_path / "base", hf.LlamaForCausalLM(config)), COMPLETIONS, tmp_path / "out", "--json")
+    base = saved(tmp_path / "base", hf.LlamaForCausalLM(config))
+    line = words(base, COMPLETIONS, tmp_path / "out", "--json")
     first = json.loads(peftfx(*line, "--save-steps", 1).out)
     tensors = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     again = json.loads(peftfx(*line, "--resume", "--force").out)
     assert (again["steps"], again["losses"], again["loss"]) == (2, first["losses"], first["loss"])
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == tensors
-    fewer = peftfx(*line, "--steps", 1, "--resume", "--force")
+    fewer = peftfx(*words(base, COMPLETIONS, tmp_path / "out", "--resume", "--force", steps=1))
     assert "the checkpoint has 2 steps, and 1 are asked for" in fewer.err
 
 
