@@ -29,7 +29,7 @@ def run(
         Path | None, typer.Option(help="File of texts for the model's task, one in each line; - is the standard input.")
     ] = None,
     query: Annotated[
-        str | None, typer.Option(help="Query to compare each text with, for a sentence model or a re-ranker.")
+        str | None, typer.Option(help="Query to compare each text with, or question to answer by each text.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; repeat it for more.")] = None,
     audio: Annotated[

@@ -21,10 +21,10 @@ from peftfx.serving.runs.segments import SEGMENTS, counted, write_mask
 
 #: The tasks whose results can be shown as JSON.
 _TOLD = (
-    *("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction"),
+    *("text-classification", "token-classification", "fill-mask", "feature-extraction"),
     *("image-classification", "object-detection", SEGMENTS),
 )
-DESCRIBING = "image-text-to-text"
+DESCRIBING, _ANSWERING = "image-text-to-text", "question-answering"
 _RANKED = ("text-classification", "image-classification", "fill-mask")  #: tasks whose results are labels by score
 _HIDDEN = "last_hidden_state"
 _SEEING = ("image-classification", "object-detection", SEGMENTS)
@@ -57,9 +57,11 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         for text in asked.texts:
             yield from continued(served, asked, text, out)
         return
+    if task == _ANSWERING:
+        raise PeftfxError("this model answers a question by a text", task, "pass --query QUESTION with --text")
     if task not in _TOLD:
         raise PeftfxError(
-            "the command line cannot show the outputs of this model", task, "call peftfx.runtime.pipeline"
+            "the command line cannot show the outputs of this model", task, "in Python, call peftfx.runtime.load(DIR)"
         )
     if asked.texts and task in _SEEING:
         raise PeftfxError("this model takes images, not texts", task, "pass --image FILE")

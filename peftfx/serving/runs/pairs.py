@@ -1,4 +1,4 @@
-"""Compare a query with texts by a model that classifies pairs of texts, such as a re-ranker."""
+"""Compare a query with texts by a model that takes pairs of texts, such as a re-ranker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError
 from peftfx.serving.load import load
+from peftfx.serving.runs.answers import ENDS, STARTS, answered
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.fitting import refuse_idle
 from peftfx.serving.runs.ranking import ranked
@@ -21,10 +22,15 @@ _BATCH = 32
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     """Yield the texts by their scores, the best first, for a model with one label; otherwise the labels of each pair.
 
+    A model that says where an answer starts and ends answers the query by each text.
+
     Raises:
         PeftfxError: the model gives no logits for a pair of texts, or its directory has no tokenizer.
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    if {STARTS, ENDS} <= set(served.model.outputs):
+        yield from answered(served, asked)
+        return
     if "logits" not in served.model.outputs or len(served.model.axes["logits"]) != 2:
         what = "this model neither embeds sentences nor classifies texts: it cannot compare a query with texts"
         raise PeftfxError(what, str(asked.directory), "leave --query out")
