@@ -21,7 +21,7 @@ from peftfx.cli.commands.report import report
 from peftfx.cli.commands.run import run
 from peftfx.cli.commands.train import train
 from peftfx.cli.garbage import rarely_collected
-from peftfx.cli.once import Once
+from peftfx.cli.once import GivenOnce
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.cli.voice import VOICE, spoken, tell_error
 from peftfx.errors import PeftfxError, out_of_memory
@@ -43,18 +43,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-app.command(cls=Once)(spoken(export))
-app.command(cls=Once)(spoken(merge))
-app.command(cls=Once)(spoken(convert))
-app.command(name="export-adapter", cls=Once)(spoken(export_adapter))
-app.command(cls=Once)(spoken(inspect))
-app.command(cls=Once)(spoken(info))
-app.command(cls=Once)(spoken(diff))
-app.command(cls=Once)(spoken(methods))
-app.command(cls=Once)(spoken(report))
-app.command(cls=Once)(spoken(run))
-app.command(cls=Once)(spoken(train))
-app.command(cls=Once)(spoken(demo))
+app.command(cls=GivenOnce)(spoken(export))
+app.command(cls=GivenOnce)(spoken(merge))
+app.command(cls=GivenOnce)(spoken(convert))
+app.command(name="export-adapter", cls=GivenOnce)(spoken(export_adapter))
+app.command(cls=GivenOnce)(spoken(inspect))
+app.command(cls=GivenOnce)(spoken(info))
+app.command(cls=GivenOnce)(spoken(diff))
+app.command(cls=GivenOnce)(spoken(methods))
+app.command(cls=GivenOnce)(spoken(report))
+app.command(cls=GivenOnce)(spoken(run))
+app.command(cls=GivenOnce)(spoken(train))
+app.command(cls=GivenOnce)(spoken(demo))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typer.core import TyperCommand, TyperOption
 from peftfx.errors import PeftfxError
 
 
-class Once(TyperCommand):
+class GivenOnce(TyperCommand):
     """A command that refuses an option that is given again: only its last value would count."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
