@@ -163,7 +163,7 @@ def encoded(
         ids = ids[:most]
         if len(ids) <= max(1, ahead):
             what = f"its first {most} tokens have nothing to learn from"
-            raise PeftfxError(what, where, "pass a larger --max-length, or leave the row out")
+            raise PeftfxError(what, where, "pass a larger --max-length, if the model takes it; or leave the row out")
         found.append({"input_ids": ids, "labels": [IGNORED] * ahead + ids[ahead:]})
     return found
 

@@ -18,7 +18,7 @@ from peftfx.bases.load import read_base_config
 from peftfx.bases.processors.padding import padding_of
 from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, shown, warn
 from peftfx.export.writing.atomic_directory import check_output, publish
 from peftfx.formats import RULES
 from peftfx.model.adapted import AdaptedModel
@@ -155,6 +155,8 @@ def _train(
         methods = (dataclasses.replace(methods[0], modules_to_save=learning.saved), *methods[1:])
     given = [found for found in (rows, held) if found is not None]
     sets = [encoded(found, tokenizer, most, rows.labels, sourced=learning.sourced) for found in given]
+    if most < asked.max_length and any(len(row["input_ids"]) == most for row in sets[0]):
+        warn(f"rows are cut to {most} tokens, the most that the model takes, and not to {asked.max_length}")
     adapted = transform(model, methods, seed=asked.seed)
     say("train")
     checkpoints, words = output.with_name(f"{output.name}-checkpoints"), rules_in_words(methods)

@@ -133,6 +133,7 @@ def test_rows_are_cut_where_positions_end(peftfx: Command, tmp_path: Path) -> No
     base = saved(tmp_path / "base", hf.GPT2LMHeadModel(config))
     done = peftfx(*words(base, [{"text": "one two three four " * 5}], tmp_path / "out"))
     assert done.code == 0, done.err
+    assert "rows are cut to 8 tokens, the most that the model takes, and not to 512" in done.err
 
 
 def test_a_training_that_diverges_writes_nothing(peftfx: Command, tmp_path: Path) -> None:
