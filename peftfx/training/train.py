@@ -18,7 +18,7 @@ from peftfx.bases.load import read_base_config
 from peftfx.bases.processors.padding import padding_of
 from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding
-from peftfx.errors import PeftfxError, shown, warn
+from peftfx.errors import PeftfxError, warn
 from peftfx.export.writing.atomic_directory import check_output, publish
 from peftfx.formats import RULES
 from peftfx.model.adapted import AdaptedModel
@@ -28,46 +28,9 @@ from peftfx.rules.peft_files import CONFIG
 from peftfx.rules.text import parse_rules
 from peftfx.training.checkpoints import is_at_end, last_checkpoint, rules_in_words, rules_keeper, take_end
 from peftfx.training.learners import learner
+from peftfx.training.options import TrainOptions
 from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """The options of a training.
-
-    Args:
-        epochs: how many times each row is seen.
-        steps: the number of optimizer steps, in place of epochs; -1 means that `epochs` counts.
-        learning_rate, batch_size: as in transformers' `TrainingArguments`; the learning rate falls linearly to 0.
-        max_length: the most tokens of a row; further tokens are cut off.
-        seed: the seed of the adapter's initial values, of the order of rows and of dropout.
-        evaluate: a file of rows whose loss is computed after each epoch.
-        resume: whether to go on from the last checkpoint of a run that was stopped.
-        save_steps: the number of steps between two checkpoints; 0 means no checkpoints.
-        force: whether to replace an existing output.
-    """
-
-    epochs: float = 1.0
-    steps: int = -1
-    learning_rate: float = 2e-4
-    batch_size: int = 8
-    max_length: int = 512
-    seed: int = 0
-    evaluate: Path | None = None
-    resume: bool = False
-    save_steps: int = 500
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that are out of range."""
-        wrong = [name for name in ("epochs", "learning_rate") if not 0 < getattr(self, name) < float("inf")]
-        wrong += [name for name in ("batch_size", "max_length") if getattr(self, name) < 1]
-        wrong += ["steps"] if self.steps == 0 or self.steps < -1 else []
-        wrong += ["save_steps"] if self.save_steps < 0 else []
-        if wrong:
-            raise PeftfxError(f"{wrong[0]} is {getattr(self, wrong[0])}", wrong[0], "a number above 0")
-        if not 0 <= self.seed < 2**32:  # what numpy takes
-            raise PeftfxError(f"seed is {shown(self.seed)}", "seed", "a number from 0 to 4294967295")
+from peftfx.training.trainer import silent_trainer, trainer_arguments
 
 
 @dataclass(frozen=True)
@@ -126,7 +89,7 @@ def train(
     held = None if asked.evaluate is None else read_rows(asked.evaluate)
     if held is not None and held.kind != rows.kind:
         raise PeftfxError(f"rows of kind {held.kind}, and {rows.kind} to train on", held.where, "give rows of one kind")
-    trainer_class = _trainer()
+    trainer_class = silent_trainer()
     with as_directory(base) as directory:
         return _train(directory, base, rows, held, rules, output, asked, say, trainer_class)
 
@@ -163,7 +126,7 @@ def _train(
     last = last_checkpoint(checkpoints, words, adapted.state_dict()) if asked.resume else None
     trainer = trainer_class(
         model=adapted,
-        args=_arguments(asked, checkpoints, held is not None),
+        args=trainer_arguments(asked, checkpoints, held is not None),
         train_dataset=sets[0],
         eval_dataset=sets[1] if held is not None else None,
         data_collator=Padded(padding_of(tokenizer) or 0),
@@ -215,48 +178,6 @@ def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained, row
     folder.mkdir()
     (folder / "losses.json").write_text(json.dumps(dataclasses.asdict(told), indent=1) + "\n", encoding="utf-8")
     (folder / "loss.svg").write_text(plot(told.losses, "loss", "step"), encoding="utf-8")
-
-
-def _arguments(asked: TrainOptions, checkpoints: Path, evaluates: bool) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=asked.epochs,
-        max_steps=asked.steps,
-        learning_rate=asked.learning_rate,
-        per_device_train_batch_size=asked.batch_size,
-        per_device_eval_batch_size=asked.batch_size,
-        seed=asked.seed,
-        data_seed=asked.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would tell other losses for those that are no numbers
-        save_strategy="steps" if asked.save_steps else "no",
-        save_steps=asked.save_steps or 500,
-        save_total_limit=1,
-        eval_strategy="epoch" if evaluates else "no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-    )
-
-
-def _trainer() -> Any:
-    try:
-        import accelerate  # noqa: F401
-        from transformers import Trainer
-    except ImportError as error:
-        what = f"transformers' Trainer cannot be had: {error}"
-        raise PeftfxError(what, "train", "pip install 'peftfx[train]'") from error
-
-    class Silent(Trainer):
-        """A Trainer that keeps the losses for the end, and does not print them during training."""
-
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            self.state.log_history.append({**logs, "step": self.state.global_step})
-
-    return Silent
 
 
 def _tokenizer(base: Path) -> Any:
