@@ -11,7 +11,7 @@ from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
-from peftfx.serving.pipelines import pipeline
+from peftfx.serving.pipelines import pipeline, sees_alone
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.fitting import WRITERS, refuse_idle
 from peftfx.serving.runs.image_prompts import read_image
@@ -27,7 +27,6 @@ _TOLD = (
 DESCRIBING, _ANSWERING = "image-text-to-text", "question-answering"
 _RANKED = ("text-classification", "image-classification", "fill-mask")  #: tasks whose results are labels by score
 _HIDDEN = "last_hidden_state"
-_SEEING = ("image-classification", "object-detection", SEGMENTS)
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
@@ -63,9 +62,10 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         raise PeftfxError(
             "the command line cannot show the outputs of this model", task, "in Python, call peftfx.runtime.load(DIR)"
         )
-    if asked.texts and task in _SEEING:
+    sees = sees_alone(served, task)
+    if asked.texts and sees:
         raise PeftfxError("this model takes images, not texts", task, "pass --image FILE")
-    if asked.images and task not in _SEEING:
+    if asked.images and not sees:
         raise PeftfxError("this model takes texts, not images", task, "pass --text")
     if task == FEATURES and "logits" in served.model.outputs and _HIDDEN not in served.model.outputs:
         hint = f"leave --task out, or export the model with --task {FEATURES}"
