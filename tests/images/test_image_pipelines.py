@@ -22,7 +22,7 @@ DPT = {"backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [8] * 4, "fusi
 
 def exported(model: hf.PreTrainedModel, root: Path, peftfx: Run) -> Path:
     model.save_pretrained(root / "base")
-    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "base")
+    hf.DPTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "base")
     done = peftfx("export", "--base", root / "base", "--output", root / "out", "--quiet")
     assert done.code == 0, done.err
     return root / "out"
