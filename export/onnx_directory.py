@@ -37,6 +37,7 @@ from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.generation.invocation import INVOCATION_KEY
 from peftfx.graph.contexts import TRACING, without_autocast
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
+from peftfx.memory.garbage import rarely_collected
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare, load
 from peftfx.options import DECODE, FORWARD
@@ -115,6 +116,7 @@ def export_onnx(
     )
     with (
         TRACING,
+        rarely_collected(),
         without_autocast(adapted.base),
         publish(Path(directory), asked.force) as temporary,
         in_eval(adapted),

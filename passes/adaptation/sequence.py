@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import CONSTANTS
+from peftfx.graph.trace import trace
 from peftfx.views.entry import HOLE
 
 TARGET = f"{CONSTANTS}.{HOLE}"  #: the `get_attr` target of the entry's hole
@@ -23,8 +23,7 @@ def trace_virtual(
     def fill(*values: Tensor) -> Tensor:
         return method.virtual(dict(zip(names, values, strict=True)), training).to(hole.dtype)
 
-    traced = make_fx(fill, tracing_mode="symbolic", pre_dispatch=True)(*params)
-    traced.graph.eliminate_dead_code()
+    traced = trace(fill, params, f"{type(method).__name__}.virtual", "virtual")
     (output,) = traced.graph.find_nodes(op="output")
     value = output.args[0].meta["val"]
     if tuple(value.shape) != tuple(hole.shape):

@@ -1,4 +1,4 @@
-"""Python's garbage collector while a command runs: it looks through all objects less often than by default."""
+"""Python's garbage collector in a process that runs a command."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ import gc
 import sys
 from collections.abc import Iterator
 
-#: New objects until young ones are looked through, and how many times that happens until older ones are. By default
-#: 700: imports and captures make objects by the hundred thousand, and hardly any are garbage in circles.
-_THRESHOLDS = (10_000, 10, 10)
+from peftfx.memory.garbage import rarely_collected
 
 
 @contextlib.contextmanager
-def rarely_collected() -> Iterator[None]:
+def rarely_to_the_end() -> Iterator[None]:
     """Collect garbage rarely in this context, and not at all when the process ends."""
-    before = gc.get_threshold()
-    gc.set_threshold(*_THRESHOLDS)
     # Python's own end would look through millions of objects, to free them just before it exits.
     atexit.register(gc.freeze)
-    try:
+    with rarely_collected():
         yield
-    finally:
-        gc.set_threshold(*before)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from peftfx.cli.commands.methods import methods
 from peftfx.cli.commands.report import report
 from peftfx.cli.commands.run import run
 from peftfx.cli.commands.train import train
-from peftfx.cli.garbage import rarely_collected
+from peftfx.cli.garbage import rarely_to_the_end
 from peftfx.cli.once import GivenOnce
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.cli.voice import VOICE, spoken, tell_error
@@ -69,7 +69,7 @@ def main() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads this when imported: large pages for large tensors
     try:
-        with orderly_end(), rarely_collected():
+        with orderly_end(), rarely_to_the_end():
             app()
     except PeftfxError as error:
         tell_error(error)

@@ -12,10 +12,12 @@ import sympy
 import torch
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
+from torch.utils._sympy.functions import Mod, PythonMod
 from torch.utils._sympy.printers import PythonPrinter
 
 _SAMPLES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 33, 64, 1 << 20)
 _LARGEST, _MOST = 1 << 20, 4096
+_STEPS = 64  #: how far from sizes others are looked for
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,23 @@ class Condition:
         for sizes in sorted(product, key=lambda sizes: (math.prod(sizes), sizes)):
             yield dict(zip(self.axes, sizes, strict=True))
 
+    def broken_near(self, sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+        """Yield sizes of the statement's axes that do not meet it, the nearest to these first, one axis changed."""
+        own = {axis: sizes[axis] for axis in self.axes if axis in sizes}
+        for step in range(1, _STEPS):
+            for axis, by in itertools.product(own, (step, -step)):
+                changed = {**own, axis: own[axis] + by}
+                if changed[axis] > 0 and not self.met(changed):
+                    yield changed
+
     def __str__(self) -> str:
         return _in_words(self.holds)
+
+
+def have_rests(conditions: Iterable[Condition], sizes: Mapping[str, int]) -> bool:
+    """Return whether each division that the conditions are about leaves a rest at these sizes."""
+    rests = {rest for condition in conditions for rest in condition.holds.atoms(Mod, PythonMod)}
+    return all(rest.xreplace({s: sympy.Integer(sizes[str(s)]) for s in rest.free_symbols}) != 0 for rest in rests)
 
 
 def unmet(conditions: Iterable[Condition], sizes: Mapping[str, int], *, edges: bool = True) -> list[Condition]:

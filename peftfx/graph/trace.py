@@ -16,6 +16,7 @@ from torch.utils._sympy.functions import Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from peftfx.errors import PeftfxError
+from peftfx.graph.capturing.loops.recurrent_layers import recurrent_layers
 
 _TORCH = str(Path(torch.__file__).parent)
 _ASSERTS = str(Path(torch.nn.modules.module.__file__))  #: runs the module with a program's own guards
@@ -23,7 +24,7 @@ _ASSERTS = str(Path(torch.nn.modules.module.__file__))  #: runs the module with 
 
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
     """Trace a function of fake tensors. A graph that holds only for some sizes is refused."""
-    with asked_of_sizes(values) as asked:
+    with asked_of_sizes(values) as asked, recurrent_layers():
         graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
     for guard in asked:
         if _binds(guard):

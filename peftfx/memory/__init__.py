@@ -1,1 +1,1 @@
-"""Memory for large tensors."""
+"""Memory for large tensors, and the memory of objects that are no longer used."""

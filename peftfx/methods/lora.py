@@ -26,8 +26,9 @@ from peftfx.contract.common.lora.dora import (
     folded,
     gain,
     rescaled,
-    rescaled_dropped,
+    rescaled_apart,
     row_norms,
+    unbiased,
     updated_norms,
 )
 from peftfx.contract.common.lora.dora_layer import is_scaled_at_once, scaled_linear
@@ -196,57 +197,66 @@ class LoRA(LoraForms):
             if training and not drops and self._scales_at_once(site, x, base, p):
                 return scaled_linear(x, *base, p[A], p[B], p[MAGNITUDE], self.scaling)
             y = op(x, *base)
-        dropped = F.dropout(x, self.lora_dropout, training=True) if drops else x
-        delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS))
-        start = self._delta(site, op, x, p[A0], p[B0], None) if A0 in p else None
+        dtype, rounds = y.dtype, y.dtype != p[A].dtype
+        inner = x if site.kind == "embedding" else x.to(p[A].dtype)
+        dropped = F.dropout(inner, self.lora_dropout, training=True) if drops else inner
+        delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), rounds=rounds)
+        start = self._delta(site, op, inner, p[A0], p[B0], None, rounds=rounds) if A0 in p else None
         if self.invoked_by:
             delta = where_active(delta, p[ACTIVE])
+        update, left = delta if start is None else delta - start, self.scaling if rounds else 1
         if not self.use_dora:
-            return (y + delta if start is None else y + (delta - start)).to(y.dtype)
-        gains = gain(p[MAGNITUDE], self._norms(site, base.weight, p))
-        if not drops:
-            return rescaled(site, y, base.bias, gains, delta if start is None else delta - start).to(y.dtype)
-        moved, bare = y, op(dropped, base.weight)
-        if start is not None:  # HF PEFT's base is without s B0 A0, so dropout does not reach that part
-            begun = self._delta(site, op, dropped, p[A0], p[B0], None)
-            moved, delta = y + (begun - start), delta - begun
-        return rescaled_dropped(site, moved, bare, gains, delta).to(y.dtype)
+            return (y + (left * update if rounds else update)).to(dtype)
+        gains = gain(p[MAGNITUDE], self._norms(site, base.weight, p, rounds=rounds))
+        if drops:
+            bare = op(dropped, base.weight.to(dropped.dtype))
+            if start is not None:  # HF PEFT's base is without s B0 A0, so dropout does not reach that part
+                begun = self._delta(site, op, dropped, p[A0], p[B0], None, rounds=rounds)
+                y, update = y + left * (begun - start), delta - begun
+            return rescaled_apart(site, y, bare, gains, update, left).to(dtype)
+        if rounds:
+            return rescaled_apart(site, y, unbiased(site, y, base.bias), gains, update, left).to(dtype)
+        return rescaled(site, y, base.bias, gains, update).to(dtype)
 
-    def _delta(self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `B(s A(x))` in the adapter's precision. The scale is applied where that costs least.
+    def _delta(
+        self, site: Site, op: Op, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, *, rounds: bool
+    ) -> Tensor:
+        """Return `B(s A(x))` in the adapter's precision, the scale where that costs least; without it if `rounds`.
 
-        In half precision around an adapter in float32, it is applied last, as in HF PEFT: sums with the layer's output
-        are rounded alike then, and training takes the same steps.
+        `rounds` says that sums with the layer's output are rounded, because its precision is another: a base in half
+        precision, or autocast. There the scale comes last, as in HF PEFT, so that training takes the same steps.
         """
+        scale = 1 if rounds else self.scaling
         if site.kind == "embedding":
-            return F.linear(self.scaling * op(x, a.T), b)
+            return F.linear(scale * op(x, a.T), b)
         if site.kind == EXPERTS:
             down, up = of_experts(site.shape[0], a, b)
-            return op(self.scaling * op(x.to(a.dtype), down), up)
-        low, last = op(x.to(a.dtype), a), x.dtype != a.dtype
-        if not last:
-            low, bias = self.scaling * low, None if bias is None else self.scaling * bias
+            return op(scale * op(x, down), up)
+        low = op(x, a)
+        if not rounds:
+            low, bias = scale * low, None if bias is None else scale * bias
         if site.kind == "linear":
-            delta = F.linear(low, b, bias)
-        else:
-            delta = (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3](low, b, bias, groups=site.groups)
-        return self.scaling * delta if last else delta
+            return F.linear(low, b, bias)
+        return (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3](low, b, bias, groups=site.groups)
 
     def _updated(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         """Return `W + s (B A - B0 A0)`, as a dense weight for a conv of several groups."""
         if self._in_one_pass(site, weight, p):
             return torch.addmm(weight, p[B], p[A], alpha=self.scaling)
+        return self._sum(site, weight, p)
+
+    def _sum(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         update = product(site, p[A], p[B])
         if A0 in p:
             update = update - product(site, p[A0], p[B0])
         groups = 1 if weight.shape[1] == p[A].shape[1] else site.groups  # another adapter may have made it dense
-        return dense(weight, groups) + self.scaling * update
+        return dense(weight, groups) + self.scaling * update.to(p[A].dtype)  # under autocast it is in half precision
 
-    def _norms(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+    def _norms(self, site: Site, weight: Tensor, p: Params, *, rounds: bool) -> Tensor:
         """Return the norms of the updated weight's output rows, as constants in the gradient."""
-        if self._in_one_pass(site, weight, p):
+        if not rounds and self._in_one_pass(site, weight, p):
             return updated_norms(weight.detach(), p[A].detach(), p[B].detach(), self.scaling)
-        return row_norms(site, self._updated(site, weight, p)).detach()
+        return row_norms(site, self._sum(site, weight, p)).detach()
 
     @staticmethod
     def _scales_at_once(site: Site, x: Tensor, base: Base, p: Params) -> bool:

@@ -14,6 +14,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_models.plain import carries_peft, is_peft_model, plain_base
 from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
+from peftfx.memory.garbage import rarely_collected
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import Plan, make_plan
@@ -149,6 +150,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
     return make_plan(adapted.source, adapted.sites, rules)
 
 
+@rarely_collected()
 def bare(
     model: nn.Module, inputs: Mapping[str, object] | None = None, road: str | None = None, view: str = FORWARD
 ) -> AdaptedModel:

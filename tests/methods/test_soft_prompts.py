@@ -182,7 +182,7 @@ def test_what_peft_wrote_is_exported_as_peft_computes_it(soft: Soft, name: str, 
             close(got[key], want[key], 1e-4)
 
 
-@each("projected")
+@each("projected", "lstm")
 def test_a_trained_prompt_and_lora_are_exported_apart_and_merged(soft: Soft, tmp_path: Path) -> None:
     theirs = soft.theirs("llama")
     rule = soft.method(num_virtual_tokens=COUNT, **soft.options)

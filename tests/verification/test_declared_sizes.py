@@ -57,6 +57,26 @@ class Windows(nn.Module):
         return self.layer(x).unflatten(1, (-1, 4)).mean(2)
 
 
+class Halved(nn.Module):
+    """Windows of four, of half as many places in each next layer; short inputs are not taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < 10:
+            raise ValueError("too short")
+        for _ in range(3):
+            length = x.shape[1]
+            rest = -length % 4
+            if rest > 0:
+                x = F.pad(x, (0, 0, 0, rest))
+            x = self.layer(x).unflatten(1, (-1, 4)).softmax(2).flatten(1, 2)[:, :length]
+            x = x[:, : length // 2 * 2].unflatten(1, (-1, 2)).mean(2)
+        return x
+
+
 class OddAndEven(nn.Module):
     """Another function of whole windows."""
 
@@ -76,6 +96,20 @@ def test_an_example_of_whole_windows_is_captured_as_one_that_is_padded(length: i
     assert report.inputs == {"x": ["batch", "x.1", 4]}
     served = OnnxModel(tmp_path / "out")
     for other in (1, 4, 6, 12, 13):
+        x = torch.randn(3, other, 4)
+        torch.testing.assert_close(served(x=x)["output"], model(x).detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("length", [24, 32, 45])
+def test_an_example_of_whole_windows_in_one_layer_alone_is_captured_as_one_that_is_padded_in_all(
+    length: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Halved().eval()
+    report = export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, length, 4)})
+    assert report.sizes == ["x.1 >= 10 (the model takes no other)"]
+    served = OnnxModel(tmp_path / "out")
+    for other in (10, 12, 13, 16, 23, 24, 31, 32):
         x = torch.randn(3, other, 4)
         torch.testing.assert_close(served(x=x)["output"], model(x).detach(), atol=1e-5, rtol=0)
 

@@ -16,6 +16,7 @@ UNTRIED = "what is beyond is too large to be tried here"
 LONGER = "the model is made for no more tokens"
 _UNREACHED = "no such call can be made"
 _TRIALS = 3  #: how many sizes are tried on the other side of a condition
+_NEAR = 2  #: how many more, if the model takes none of these
 
 
 class OneSidedError(PeftfxError):
@@ -89,6 +90,13 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     """
     limits, probes = list[Limit](), list[Sized]()
     known: dict[tuple[tuple[str, int], ...], str] = {}
+
+    def answer(condition: Condition, sizes: Sized) -> str:
+        key, case = tuple(sorted(sizes.items())), trial.reach(condition, sizes)
+        if case is not None and key not in known:
+            known[key] = trial.answer(case, condition)
+        return _UNREACHED if case is None else known[key]
+
     for condition in (*trial.graph.conditions, *trial.graph.filled):
         if condition.relation:
             limits.append(Limit(condition, TAKES_NO_OTHER))
@@ -96,12 +104,11 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         around = [trial.whole(sizes) for sizes in condition.tried()]
         beyond = [sizes for sizes in around if not condition.met(sizes)]
         tried = [sizes for sizes in beyond if trial.affords(sizes) and trial.tells(condition, sizes)][:_TRIALS]
-        answers = []
-        for sizes in tried:
-            key, case = tuple(sorted(sizes.items())), trial.reach(condition, sizes)
-            if case is not None and key not in known:
-                known[key] = trial.answer(case, condition)
-            answers.append(_UNREACHED if case is None else known[key])
+        answers = [answer(condition, sizes) for sizes in tried]
+        if answers and {*answers} <= {TAKES_NO_OTHER, _UNREACHED}:  # it may take sizes nearer to the example's
+            near = [trial.whole(sizes) for sizes in condition.broken_near(trial.graph.sizes)]
+            tried += [s for s in near if s not in tried and trial.affords(s) and trial.tells(condition, s)][:_NEAR]
+            answers += [answer(condition, sizes) for sizes in tried[len(answers) :]]
         why = _verdict(answers)
         if why == BRANCHES and trial.is_of_long_texts(condition):
             why = LONGER

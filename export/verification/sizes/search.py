@@ -18,7 +18,7 @@ from peftfx.export.verification.cases import ONE, case_of, is_large
 from peftfx.export.verification.comparison import Shown
 from peftfx.export.verification.sizes.limits import Sizes, find_sizes
 from peftfx.export.verification.sizes.trial import BRANCHES, Eager, Make, Sized, Trial
-from peftfx.graph.conditions import Condition
+from peftfx.graph.conditions import Condition, have_rests
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import Graph
@@ -63,10 +63,16 @@ def sizes_of(
 def examples_beyond(
     adapted: AdaptedModel, example: Mapping[str, object], condition: Condition
 ) -> Iterator[dict[str, object]]:
-    """Yield a few examples on the other side of a condition, in whose captures the same axes are free."""
+    """Yield a few examples on the other side of a condition, in whose captures the same axes are free.
+
+    Where the code divides sizes, the first example has a rest in every division: code that fills up the last window of
+    one layer does so in the others too.
+    """
     graph = adapted.graphs.captured(example, adapted.entry())
     tried = (sizes for sizes in condition.tried() if min(sizes.values()) >= _FREE and not condition.met(sizes))
-    for sizes in itertools.islice(tried, _OTHER_SIDES):  # each is a capture
+    near = condition.broken_near(graph.sizes)
+    with_rests = (sizes for sizes in near if have_rests(graph.conditions, {**graph.sizes, **sizes}))
+    for sizes in (*itertools.islice(with_rests, 1), *itertools.islice(tried, _OTHER_SIDES)):  # each is a capture
         with suppress(PeftfxError):
             other = nested(case_of(adapted, graph.inputs, example, {**graph.sizes, **sizes}, 0), example)
             if adapted.graphs.captured(other, adapted.entry()).inputs == graph.inputs:

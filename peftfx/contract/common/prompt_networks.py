@@ -61,7 +61,9 @@ def run_lstm(name: str, layers: int, p: Params, x: Tensor, dropout: float, train
     """Run the bidirectional LSTM along the rows of `x` and return its outputs."""
     weights = [p[f"{name}_{key}"] for key in _lstm_names(layers)]
     start = x.new_zeros(2 * layers, 1, weights[1].shape[1])
-    return torch.lstm(x[None], (start, start), weights, True, layers, dropout, training, True, True)[0][0]
+    # As torch.nn.LSTM calls it: there a trace puts an operator in its place, which has a translation to ONNX.
+    y: Tensor = torch._VF.lstm(x[None], (start, start), weights, True, layers, dropout, training, True, True)[0]  # type: ignore[attr-defined]
+    return y[0]
 
 
 def _lstm_names(layers: int) -> list[str]:

@@ -45,21 +45,23 @@ def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
 
 def rescaled(site: Site, y: Tensor, bias: Tensor | None, gains: Tensor, delta: Tensor) -> Tensor:
     """Return `g (W x + delta) + b`, where `y = W x + b`."""
-    gains = along_channels(gains, site)
-    if bias is None:
-        return gains * (y + delta)
-    own = along_channels(bias, site)
-    return gains * (y - own + delta) + own
+    rescaled_sum = along_channels(gains, site) * (unbiased(site, y, bias) + delta)
+    return rescaled_sum if bias is None else rescaled_sum + along_channels(bias, site)
 
 
-def rescaled_dropped(site: Site, y: Tensor, dropped: Tensor, gains: Tensor, delta: Tensor) -> Tensor:
-    """Return the output in training with dropout. As in HF PEFT, `y` is of the whole input.
+def unbiased(site: Site, y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `W x`, where `y = W x + b`."""
+    return y if bias is None else y - along_channels(bias, site)
+
+
+def rescaled_apart(site: Site, y: Tensor, bare: Tensor, gains: Tensor, delta: Tensor, scaling: float) -> Tensor:
+    """Return `y + (g - 1) W x' + g s delta`, summed in HF PEFT's order.
 
     Args:
-        dropped: the product of the weight and the input after dropout, without a bias. Only this product is rescaled.
+        bare: `W x'`: of the input after dropout, if there is any, while `y` is of the whole input, as in HF PEFT.
     """
     gains = along_channels(gains, site)
-    return y + (gains - 1) * dropped + gains * delta
+    return y + ((gains - 1) * bare + gains * delta * scaling)
 
 
 def folded(site: Site, base: Base, under: Base, weight: Tensor, gains: Tensor) -> Base:
