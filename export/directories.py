@@ -89,7 +89,8 @@ def load_directories(
     for folder in (folder for folder, method in methods.items() if method.modules_to_save):
         labels = labels or _labels(load_base(base, task=task, weights=False), weights[folder], methods[folder])
     given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
-    model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype)
+    beside = list(adapters.values())[::-1]
+    model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype, beside=beside)
     name_labels(model, adapters.values())
     resize_vocabulary(model, weights.values())
     if quantize_base is not None:

@@ -187,16 +187,16 @@ def refuse_disagreement(report: _Told, limit: MaxError | None, text: str | Path 
 
     Raises:
         VerificationError: the model agrees less.
-        PeftfxError: the model has no logits to measure the agreement by.
+        PeftfxError: the model has no logits of classes to measure the agreement by.
     """
     if text is not None and not report.agreement:
         hint = "leave --calibration out: its error is measured at random inputs"
-        raise PeftfxError("the model gives no logits to compare on a text", str(text), hint)
+        raise PeftfxError("the model gives no logits of classes to compare on a text", str(text), hint)
     if limit is None or limit.kind == "error":
         return
     if not report.agreement:
         hint = "bound the error over the largest magnitude: max_error=0.1"
-        raise PeftfxError(f"the model gives no logits: it has no {limit.kind}", "max_error", hint)
+        raise PeftfxError(f"the model gives no logits of classes: it has no {limit.kind}", "max_error", hint)
     worst = next((a for a in report.agreement.values() if not a.within(limit)), None)
     if worst is not None:
         what = f"quantisation costs more than {limit.kind}={limit.value:g}: {worst}"

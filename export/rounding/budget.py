@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import Choose, columns_of, read_weight, roundable, rounded_rows
 from peftfx.export.metadata import SOURCE
 from peftfx.export.rounding.calibrated import layer_at
-from peftfx.export.verification.agreement import LOGITS, divergence
+from peftfx.export.verification.agreement import LOGITS, chooses, divergence
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.export.writing.readers import lookups
@@ -228,7 +228,7 @@ def _hook(path: str, weight: ir.Value, transposed: bool, scheme: Scheme, ran: se
 
 
 def _distance(want: Tensors, got: Tensors, feed: Tensors) -> float:
-    if LOGITS in want:
+    if chooses(want):
         return divergence(want[LOGITS], got[LOGITS], feed.get("attention_mask"))
     floats = [(value.double(), got[name].double()) for name, value in want.items() if value.is_floating_point()]
     off = sum(float(((a - b)[a.isfinite()] ** 2).sum()) for a, b in floats)

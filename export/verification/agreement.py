@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.tasks import task_of
 from peftfx.caches.held import cache_names
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.cases import is_large
@@ -29,6 +30,7 @@ from peftfx.views.view import View
 
 LOGITS = "logits"
 _ROWS, _LENGTH = 8, 32  #: rows and tokens of the greedy text
+_SEGMENTS = "image-segmentation"  #: the task whose logits are [batch, classes, height, width]
 OWN, RANDOM = "its own greedy text", "random inputs"
 
 
@@ -81,7 +83,7 @@ def agreement(
     text: Tensor | None,
     named: str,
 ) -> Agreement | None:
-    """Measure how far a quantised model agrees with its original. Return None if the model gives no logits.
+    """Measure how far a quantised model agrees with its original. Return None if it chooses among no classes.
 
     Args:
         model: the quantised model.
@@ -96,8 +98,12 @@ def agreement(
         return None
     feeds, told = texts(model.inputs, adapted, view, reference, cases, text, named)
     count, same, total = 0, 0.0, 0.0
+    axis = 1 if task_of(adapted.base) == _SEGMENTS else -1
     for feed in feeds:
-        want, got = _shown(reference(feed)[LOGITS], model(**feed)[LOGITS], feed.get("attention_mask"))
+        answer = reference(feed)
+        if not chooses(answer, axis):
+            return None
+        want, got = _shown(answer[LOGITS], model(**feed)[LOGITS], feed.get("attention_mask"), axis)
         count += len(want)
         same += float((want.argmax(-1) == got.argmax(-1)).sum())
         total += _nats(want, got)
@@ -134,10 +140,18 @@ def divergence(want: Tensor, got: Tensor, mask: Tensor | None) -> float:
     return _nats(p, q) / max(len(p), 1)
 
 
-def _shown(want: Tensor, got: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of both models at unmasked tokens, float64 [tokens, vocabulary]."""
-    a, b = want.double().cpu(), got.double().cpu()
-    if mask is not None and mask.shape == a.shape[:2]:
+def chooses(outputs: Tensors, axis: int = -1) -> bool:
+    """Say whether a model gives logits of several classes. A single logit is a score, and no choice."""
+    return LOGITS in outputs and outputs[LOGITS].shape[axis] > 1
+
+
+def _shown(want: Tensor, got: Tensor, mask: Tensor | None, axis: int = -1) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of both models at unmasked tokens, float64 [tokens, vocabulary].
+
+    Where there is one choice for each text, the mask of its tokens says nothing. `axis` is that of the classes.
+    """
+    a, b = (logits.double().cpu().movedim(axis, -1) for logits in (want, got))
+    if mask is not None and a.ndim > mask.ndim and mask.shape == a.shape[:2]:
         a, b = a[mask != 0], b[mask != 0]
     return a.flatten(0, -2).log_softmax(-1), b.flatten(0, -2).log_softmax(-1)
 

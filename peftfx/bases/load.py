@@ -11,6 +11,7 @@ from torch import nn
 
 from peftfx.bases.dtypes import dtype_of, dtype_plan, kinds_of
 from peftfx.bases.gguf import load_gguf, stood_for
+from peftfx.bases.processors.padding import fill_padding, lacks_padding
 from peftfx.bases.quantised import QUANTISED, load_quantised
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config, understanding
@@ -34,6 +35,7 @@ def load_base(
     weights: bool = True,
     dtype: torch.dtype | None = None,
     given: Collection[str] = (),
+    beside: Collection[Path] = (),
 ) -> nn.Module:
     """Load a base model from a local directory in eval mode: of transformers, or one of diffusers (no pipeline).
 
@@ -48,16 +50,32 @@ def load_base(
             their files, and each operation that reads them casts them (`peftfx.graph.lazy_weights`). A loaded model is
             memory-mapped.
         given: the names of tensors that an adapter brings. Only these may be missing from the weights.
+        beside: directories whose tokenizers come before the base's own: they tell a classifier's padding token, if its
+            config does not.
 
     Raises:
         PeftfxError: there is no such model, its files are broken or lack a weight, or it cannot do the task.
     """
     directory = Path(directory)
+    model = _load(directory, task, num_labels, weights, dtype, given)
+    if lacks_padding(model):
+        fill_padding(model, (*beside, directory))
+    return model
+
+
+def _load(
+    directory: Path,
+    task: str | None,
+    num_labels: int | None,
+    weights: bool,
+    dtype: torch.dtype | None,
+    given: Collection[str],
+) -> nn.Module:
     file = stood_for(directory)
     if file is not None:
         return load_gguf(file, task=task, num_labels=num_labels, weights=weights, dtype=dtype, given=given)
     config = read_base_config(directory)
-    files = _check_weights(directory) if weights else []
+    files = weight_files(directory) if weights else []
     if config.get(QUANTISED) is not None:
         if "_class_name" in config:
             what = "peftfx cannot read quantised models of diffusers"
@@ -101,8 +119,8 @@ def read_base_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def _check_weights(directory: Path) -> list[Path]:
-    """Return the files of the weights. Missing, pickled, incomplete and truncated files are refused early."""
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files of a base's weights. Missing, pickled, incomplete and truncated files are refused early."""
     from safetensors import SafetensorError, safe_open
 
     files = [directory / name for name in _WEIGHTS if is_file(directory / name)]

@@ -118,16 +118,17 @@ def task_of_class(name: str) -> str | None:
     """Return the task of a transformers class, by the end of its name (`BertForTokenClassification`), or None.
 
     If the end does not tell, the tables of the `Auto` classes do; but not those of models without a head, which list
-    classes of all kinds.
+    classes of all kinds. They come before an end that says only that it is a model (`MarianMTModel`).
     """
     ends = {task: max((len(s) for s in t.suffixes if name.endswith(s)), default=0) for task, t in TASKS.items()}
     longest = max(ends.values())
     tasks = [task for task, length in ends.items() if length == longest]
-    if longest == 0:
+    told = tasks[0] if longest and len(tasks) == 1 else None
+    if told not in (None, FEATURES):
+        return told
+    if longest == 0 or told == FEATURES:
         tasks = [task for task in TASKS if task not in (FEATURES, SENTENCES)]
-    elif len(tasks) == 1:
-        return tasks[0]
-    return next((task for task in reversed(tasks) if _makes(task, name)), None)
+    return next((task for task in reversed(tasks) if _makes(task, name)), told)
 
 
 def task_of(model: nn.Module) -> str:

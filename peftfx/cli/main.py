@@ -21,6 +21,7 @@ from peftfx.cli.commands.report import report
 from peftfx.cli.commands.run import run
 from peftfx.cli.commands.train import train
 from peftfx.cli.garbage import rarely_to_the_end
+from peftfx.cli.once import GivenOnce
 from peftfx.cli.signals import Terminated, orderly_end
 from peftfx.cli.voice import VOICE, spoken, tell_error
 from peftfx.errors import PeftfxError, out_of_memory
@@ -42,18 +43,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-app.command()(spoken(export))
-app.command()(spoken(merge))
-app.command()(spoken(convert))
-app.command(name="export-adapter")(spoken(export_adapter))
-app.command()(spoken(inspect))
-app.command()(spoken(info))
-app.command()(spoken(diff))
-app.command()(spoken(methods))
-app.command()(spoken(report))
-app.command()(spoken(run))
-app.command()(spoken(train))
-app.command()(spoken(demo))
+app.command(cls=GivenOnce)(spoken(export))
+app.command(cls=GivenOnce)(spoken(merge))
+app.command(cls=GivenOnce)(spoken(convert))
+app.command(name="export-adapter", cls=GivenOnce)(spoken(export_adapter))
+app.command(cls=GivenOnce)(spoken(inspect))
+app.command(cls=GivenOnce)(spoken(info))
+app.command(cls=GivenOnce)(spoken(diff))
+app.command(cls=GivenOnce)(spoken(methods))
+app.command(cls=GivenOnce)(spoken(report))
+app.command(cls=GivenOnce)(spoken(run))
+app.command(cls=GivenOnce)(spoken(train))
+app.command(cls=GivenOnce)(spoken(demo))
 
 
 def main() -> None:

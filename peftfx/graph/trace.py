@@ -121,10 +121,10 @@ def _always(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.E
 
 
 def _smallest(sizes: Sequence[sympy.Expr], ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> list[sympy.Expr]:
-    """Return the sizes that may be the smallest: without those that another is never above."""
-    bounds = {size: bound_sympy(size, dict(ranges)) for size in sizes}
+    """Return the sizes that may be the smallest: without those that another is never above, as `8 * n` and `32 * n`."""
     kept = list(sizes)
     for size in sizes:
-        if any(bounds[other].upper <= bounds[size].lower for other in kept if other != size):
+        more = (bound_sympy(sympy.expand(size - other), dict(ranges)) for other in kept if other != size)
+        if any(bound.lower >= 0 for bound in more):
             kept.remove(size)
     return kept

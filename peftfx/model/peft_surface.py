@@ -103,7 +103,7 @@ class PeftSurface(Merging):
         return getattr(self.base, "dtype", None)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If none is active then, the first remaining adapter becomes active, as in HF PEFT.
+        """Remove an adapter. If none is active then, the first of the rest by name becomes active, as in HF PEFT.
 
         Args:
             adapter_name: the name of the adapter to remove.
@@ -113,7 +113,7 @@ class PeftSurface(Merging):
             >>> adapted.delete_adapter("second")
         """
         self.remove(adapter_name)
-        left = self.names()
+        left = sorted(self.names())
         if left and not self.active:
             warn(f"no adapter was active without {adapter_name!r}: {left[0]!r} is now")
             self.set_adapter(left[0])

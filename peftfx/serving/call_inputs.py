@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,9 @@ ONNX_DTYPES = {
     "tensor(bfloat16)": torch.bfloat16,
 }
 _TOKENS = frozenset({"input_ids", "decoder_input_ids"})
-_HINT = "pass whole numbers [batch, sequence], as a tokenizer gives them with return_tensors='pt'"
+_AXES = ("batch", "sequence")  #: those of tokens, but for models with several texts in a row
+_ROWS: Mapping[str, Sequence[int | str]] = {}
+_HINT = "pass whole numbers [{}], as a tokenizer gives them with return_tensors='pt'"
 
 
 def taken_apart(inputs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -39,10 +43,15 @@ def taken_apart(inputs: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     return found
 
 
-def taken(name: str, value: Any) -> Any:
+def taken(name: str, value: Any, axes: Mapping[str, Sequence[int | str]] = _ROWS) -> Any:
     """Return an argument as a tensor, if it is an array or a list. Tokens of 32 bits become tokens of 64.
 
     ONNX would count a negative token from the end of the vocabulary, where torch refuses it.
+
+    Args:
+        name: the argument's name.
+        value: the argument.
+        axes: the axes of the graph's inputs. Tokens are rows, [batch, sequence], where it does not tell others.
 
     Raises:
         PeftfxError: tokens are no rows of whole numbers of 0 or more, or a list holds no numbers.
@@ -51,16 +60,82 @@ def taken(name: str, value: Any) -> Any:
         try:
             value = torch.as_tensor(_plain(value) if isinstance(value, np.ndarray) else value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise PeftfxError(f"not a tensor: {shown(value)} ({first_line(error)})", name, _HINT) from error
+            hint = _HINT.format(", ".join(map(str, axes.get(name, _AXES))))
+            raise PeftfxError(f"not a tensor: {shown(value)} ({first_line(error)})", name, hint) from error
     if name not in _TOKENS or not isinstance(value, Tensor):
         return value
-    if value.ndim != 2 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    wanted = axes.get(name, _AXES)
+    if value.ndim != len(wanted) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         told = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-        raise PeftfxError(f"tokens are rows of whole numbers, not {told}", name, _HINT)
+        hint = _HINT.format(", ".join(map(str, wanted)))
+        raise PeftfxError(f"tokens are rows of whole numbers, not {told}", name, hint)
     value = value.long()
     if (value < 0).any():
         raise PeftfxError(f"a token is negative: {int(value.min())}", name, "mask padding by attention_mask")
     return value
+
+
+def is_default(name: str, value: Tensor, where: object) -> bool:
+    """Say whether an argument that a graph does not take says what holds without it.
+
+    Such is a mask that shows all tokens, types that are all 0, and positions that count from 0.
+
+    Raises:
+        PeftfxError: it says something else, which the graph cannot respect.
+    """
+    if name not in _DEFAULTS:
+        return False
+    told, hint = _DEFAULTS[name]
+    if not bool((value == told(value)).all()):
+        raise PeftfxError(f"the graph takes no {name}, and would answer as without it", str(where), hint)
+    return True
+
+
+def _counted(value: Tensor) -> Tensor:
+    return torch.arange(value.shape[-1], device=value.device).expand(value.shape)
+
+
+#: Arguments that every text has, with the values that they have if a call does not give them, and what to do.
+_DEFAULTS: Mapping[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "attention_mask": (torch.ones_like, "give rows of one length, or one row in a call, without padding"),
+    "token_type_ids": (torch.zeros_like, "leave it out"),
+    "position_ids": (_counted, "leave it out"),
+}
+
+
+def unfit_size(limits: str, axes: Mapping[str, Sequence[int | str]], given: Mapping[str, Tensor]) -> str:
+    """Say which size of a call a graph does not take; empty if none is known.
+
+    Args:
+        limits: the conditions of the export on sizes, as its metadata tells them.
+        axes: the axes of the graph's inputs.
+        given: the inputs of the call.
+    """
+    sizes: dict[str, int] = {}
+    for name, value in given.items():
+        wanted = axes.get(name, ())
+        if name in _TOKENS and 0 in value.shape:
+            return f"{name} is {list(value.shape)}, without tokens"
+        if len(wanted) != value.ndim:
+            return f"{name} has {value.ndim} axes, and the graph takes {list(wanted)}"
+        for place, (axis, size) in enumerate(zip(wanted, value.shape, strict=True)):
+            if axis != size and isinstance(axis, int):
+                return f"axis {place} of {name} is {size}, and the graph takes {axis}"
+            if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
+                return f"{axis} is {sizes[axis]} in one input, and {size} in {name}"
+    for axis, sign, number in _LIMITS.findall(limits):
+        if axis in sizes and not _SIGNS[sign](sizes[axis], int(number)):
+            return f"{axis} is {sizes[axis]}, and the graph takes {axis} {sign} {number}"
+    return ""
+
+
+_SIGNS: Mapping[str, Callable[[int, int], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_LIMITS = re.compile(r"(?:^|; )(\w+) (<=|<|>=|>) (\d+) \(")
 
 
 def fitted(value: Tensor, kind: str) -> Tensor:

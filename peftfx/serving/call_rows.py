@@ -1,4 +1,4 @@
-"""The adapters' numbers of one call of `generate`, put beside the inputs of each graph that the call runs.
+"""The adapters that rows of a batch choose from: their names, and the numbers that the graphs of a call take.
 
 The `generate` of a model's own class knows no such numbers. It may also run the encoder more than once: to find the
 language of a recording, or for each piece of a long one.
@@ -6,13 +6,22 @@ language of a recording, or for each piece of a long one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, nearest, shown
+from peftfx.files import is_file
+from peftfx.formats import BATCHED, read_stamped
 from peftfx.generation.step import Step
+from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
 
@@ -43,3 +52,114 @@ class CallRows:
         self._most = rows
         count = len(self.ids)
         return self.ids if not count or rows % count else self.ids.repeat_interleave(rows // count)
+
+
+class KeptRows(threading.local):
+    """The adapters' numbers in this thread, for calls that do not give them; None keeps none."""
+
+    ids: Tensor | None = None
+
+
+class RowAdapters:
+    """What a served model knows of the adapters that its rows choose from.
+
+    Attributes:
+        directory: the exported directory.
+        model: the ONNX model.
+        active: the name of the active adapter, or None.
+    """
+
+    directory: Path
+    model: OnnxModel
+    active: str | None
+    _rows: KeptRows
+
+    def adapter_ids(self, names: Sequence[str | None]) -> Tensor:
+        """Return the input `adapter_ids` that gives each row of a batch the adapter of its name in `names`, or none.
+
+        Raises:
+            PeftfxError: the model has no such adapter, or was not exported with adapters to choose from.
+        """
+        known = self.row_adapters
+        unknown = next((name for name in names if name is not None and name not in known), None)
+        if unknown is not None:
+            hint = nearest(str(unknown), known) or f"adapters here: {', '.join(known) or 'none'}"
+            raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
+        return torch.tensor([-1 if name is None else known.index(name) for name in names])
+
+    @cached_property
+    def row_adapters(self) -> list[str]:
+        """The names of the adapters that rows choose from, in the order of their numbers."""
+        path = self.directory / BATCHED
+        known = read_stamped(path, "export it again").get("adapters") if is_file(path) else []
+        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+            raise PeftfxError("the file has no list of the adapters", str(path), "export the model again")
+        return known
+
+    def with_ids(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the `inputs`, with adapter numbers if the model needs them: the active adapter's, or -1 for none.
+
+        Raises:
+            PeftfxError: the inputs have adapter numbers, and the model has no adapters to choose from; or a number is
+                not an adapter's; or there is not one number for each row.
+        """
+        given, first = self.numbered(inputs), next(iter(inputs.values()))
+        if IDS not in self.model.inputs:
+            if IDS in given:
+                hint = "export it with --batched NAME=DIR"
+                raise PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
+            return given
+        ids = given[IDS] if IDS in given else self._numbers(first.shape[0])
+        self._check_ids(ids, first.shape[0])
+        return {**given, IDS: ids.long()}
+
+    def numbered(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the `inputs`, with adapters' numbers in place of their names in `adapter_ids`.
+
+        Raises:
+            PeftfxError: there is no such adapter, or one name is given for all rows.
+        """
+        ids = inputs.get(IDS)
+        if isinstance(ids, str):
+            hint = f"pass [{ids!r}, ...]: a name, or None, for each row; or set_adapter({ids!r}) for all rows"
+            raise PeftfxError(f"one name is no list of names: {shown(ids)}", IDS, hint)
+        named = isinstance(ids, list | tuple) and not all(type(number) is int for number in ids)
+        if ids is None or isinstance(ids, Tensor):
+            return dict(inputs)
+        return {**inputs, IDS: self.adapter_ids(ids) if named else torch.as_tensor(ids)}
+
+    @contextmanager
+    def _numbering(self, ids: Tensor | None) -> Iterator[None]:
+        """Keep the adapters' numbers, in this thread, for the calls of a `with` block that do not give them.
+
+        transformers leaves them out of calls of its own: those that guide a text by one without its prompt.
+        """
+        before, self._rows.ids = self._rows.ids, self._numbers(1) if ids is None else ids
+        try:
+            yield
+        finally:
+            self._rows.ids = before
+
+    def _numbers(self, rows: int) -> Tensor:
+        """Return the adapters' numbers of as many rows: those that are kept, or the active adapter's."""
+        ids = self._rows.ids
+        if ids is None:
+            known = self.row_adapters
+            return torch.full((rows,), known.index(self.active) if self.active in known else -1)
+        return ids.repeat_interleave(rows // len(ids)) if len(ids) and rows % len(ids) == 0 else ids
+
+    def _check_ids(self, ids: Tensor, rows: int) -> None:
+        hint = "pass adapter_ids([name, None, ...]) of this model: a name, or None, for each row"
+        if ids.dtype not in _INTEGERS or ids.shape != (rows,):
+            what = (
+                f"{rows} rows need {rows} whole numbers, not {str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
+            )
+            raise PeftfxError(what, IDS, hint)
+        wrong = sorted({number for number in ids.tolist() if not -1 <= number < len(self.row_adapters)})
+        if wrong:
+            most = len(self.row_adapters) - 1
+            what = f"no adapter has the number {wrong[0]}: the numbers are 0 to {most}, or -1 for no adapter"
+            raise PeftfxError(what, IDS, hint)
+
+
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})

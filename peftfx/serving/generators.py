@@ -83,7 +83,7 @@ class _Serves(Served, GenerationMixin):
         """
         inputs = {name for graph in self.graphs.values() for name in graph.inputs}
         given = {name: taken(name, value) if name in inputs else value for name, value in options.items()}
-        return super().generate(*(taken(self.main_input_name, one) for one in args), **self.numbered(given))
+        return super().generate(*(taken(self.main_input_name, one) for one in args), **given)
 
     def _fitted(self, graph: OnnxModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs of a graph in its dtypes, with the adapters' numbers."""
@@ -163,10 +163,9 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
     @under_one_adapter
     def _by_own_class(self, name: str, *args: object, **options: object) -> object:
         """Call a method of the stand-in; rows have the adapters of `adapter_ids`."""
-        given = self.numbered(options)
-        ids = given.pop(IDS, None)
+        ids: Any = options.pop(IDS, None)
         stand_in = self._stand_in if ids is None else self._numbered_stand_in(ids)
-        return getattr(stand_in, name)(*args, **given)
+        return getattr(stand_in, name)(*args, **options)
 
     @property
     def way(self) -> type[Generates]:

@@ -40,7 +40,8 @@ def load(
         directory: the directory. It has `model.onnx`, or the graphs of an encoder and a decoder, and `config.json`.
         threads: the most threads of one operator; 0 lets ONNX Runtime choose.
         options: ONNX Runtime's session options, in place of those that `OnnxModel` chooses.
-        adapter: an `.onnx_adapter` to load, if the model was exported with slots.
+        adapter: an `.onnx_adapter` to load, if the model was exported with slots; or the name of an adapter that a
+            batched export has.
         providers: the execution providers of ONNX Runtime, in order of preference: full names
             (`CUDAExecutionProvider`), short names (`cuda`, `directml`, `openvino`), or pairs of a name and the
             provider's options. The CPU is the default, and always comes last.
@@ -60,6 +61,10 @@ def load(
     if is_adapter_file(directory):
         hint = "peftfx run GRAPH --adapter FILE; in Python, load the graph, and then model.load_adapter(file)"
         raise PeftfxError("this is an adapter for a graph, not a model", str(directory), hint)
+    if is_file(directory):
+        raise PeftfxError(
+            "this is a file of an export, not the export", str(directory), "give the folder that it is in"
+        )
     if is_file(directory / ENCODER):
         encoder, decoder = (
             OnnxModel(directory / name, threads=threads, options=options, providers=providers)
@@ -82,6 +87,8 @@ def load(
             made = ServedGenerator(directory, model)
         else:
             made = (ServedSentences if SENTENCE in model.outputs else ServedForward)(directory, model)
-    if adapter is not None:
+    if adapter is not None and made.row_adapters:
+        made.set_adapter(str(adapter))
+    elif adapter is not None:
         made.load_adapter(adapter)
     return made

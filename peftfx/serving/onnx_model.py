@@ -16,6 +16,7 @@ import torch
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_file, is_folder
 from peftfx.formats import SIZES_KEY
+from peftfx.serving.call_inputs import unfit_size
 from peftfx.serving.providers import Provider, chosen_providers, refuse_fallback
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy lacks, and what replaces them
@@ -175,7 +176,8 @@ class OnnxModel:
         if outside and (rows := int(outside["last"]) + 1) > 1:  # a table of one row is a check of the graph
             what = f"the inputs ask for row {outside['row']} of a table of {rows} rows, in {outside['node']}"
             return PeftfxError(what, str(self.path), f"{told}give a shorter text, or other numbers: {shapes}")
-        what = f"ONNX Runtime refuses these inputs: {first_line(error)}"
+        unfit = unfit_size(limits, self.axes, tensors)
+        what = unfit or f"ONNX Runtime refuses these inputs: {first_line(error)}"
         return PeftfxError(what, str(self.path), f"{told}the inputs are {shapes}")
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:

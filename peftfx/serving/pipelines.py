@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftfx.bases.tasks import HEARING, resolve_task
+from peftfx.bases.tasks import FEATURES, HEARING, resolve_task
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, first_line
 from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.served import Served
 
-_IMAGES = frozenset({"image-classification", "image-segmentation", "object-detection"})
+_IMAGES = frozenset({"image-classification", "image-segmentation", "object-detection", "depth-estimation"})
+_PIXELS, _TOKENS = "pixel_values", "input_ids"
+_OF_IMAGES = "image-feature-extraction"  #: transformers' name of the task of features, for images
 
 
 def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
@@ -35,19 +37,27 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
     served = model if isinstance(model, Served) else load(model)
     task = task_of_directory(served.directory) if task is None else resolve_task(task)
     parts: dict[str, Any] = {}
-    if task in _IMAGES:
+    if sees := sees_alone(served, task):
         parts["image_processor"] = image_processor(served.directory)
     elif task in HEARING:
         parts["feature_extractor"] = feature_extractor(served.directory)
-    if task not in (*_IMAGES, "audio-classification"):
+    if not sees and task != "audio-classification":
         parts["tokenizer"] = served.tokenizer
     before = logging.get_verbosity()
     logging.set_verbosity(50)  # critical only: transformers warns that it does not know the class
     try:
         with understanding(task, "transformers has no pipeline for this", "name another task", also=PipelineException):
-            return transformers.pipeline(task, model=served, device="cpu", **parts)  # type: ignore[call-overload]
+            named = _OF_IMAGES if sees and task == FEATURES else task
+            return transformers.pipeline(named, model=served, device="cpu", **parts)  # type: ignore[call-overload]
     finally:
         logging.set_verbosity(before)
+
+
+def sees_alone(served: Served, task: str) -> bool:
+    """Say whether a model reads images and no texts for its task."""
+    return task in _IMAGES or (
+        task == FEATURES and _PIXELS in served.model.inputs and _TOKENS not in served.model.inputs
+    )
 
 
 def feature_extractor(directory: Path) -> Any:

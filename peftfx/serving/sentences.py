@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftfx.bases.sentences.modules import LENGTHS, SETTINGS, prompts_of
+from peftfx.bases.sentences.modules import SETTINGS, prompts_of
 from peftfx.bases.sentences.steps import SENTENCE
+from peftfx.bases.sentences.texts import SentenceTexts
 from peftfx.errors import PeftfxError, nearest
 from peftfx.files import is_file, read_json
 from peftfx.serving.served import ServedForward
@@ -26,6 +28,8 @@ class ServedSentences(ServedForward):
     def encode(self, texts: Sequence[str], *, prompt: str | None = None, batch_size: int = _BATCH) -> Tensor:
         """Compute the embeddings of texts: float32 [texts, width].
 
+        Where the settings beside the model tell a `truncate_dim`, embeddings have this width.
+
         Args:
             texts: the texts. Each is cut to the model's longest text.
             prompt: the name of the prompt that is put before each text; by default the directory's default prompt, if
@@ -35,22 +39,26 @@ class ServedSentences(ServedForward):
         Raises:
             PeftfxError: the prompt is unknown, or there is no tokenizer.
         """
+        return self._encoded(texts, prompt, batch_size)
+
+    def _encoded(self, texts: Sequence[str], prompt: str | None, batch_size: int = _BATCH, kind: str = "") -> Tensor:
         prompts, default = prompts_of(self.directory)
         name = default if prompt is None else prompt
         if name is not None and name not in prompts:
             hint = nearest(name, prompts) or f"prompts here: {', '.join(prompts) or 'none'}"
             raise PeftfxError(f"there is no prompt named {name!r}", str(self.directory / SETTINGS), hint)
         ahead = "" if name is None else prompts[name]
-        found = [self._embed([ahead + text for text in some]) for some in _batches(texts, batch_size)]
-        return torch.cat(found) if found else torch.empty(0, int(self.model.axes[SENTENCE][-1]))
+        found = [self._embed(some, ahead, kind) for some in _batches(texts, batch_size)]
+        made = torch.cat(found) if found else torch.empty(0, int(self.model.axes[SENTENCE][-1]))
+        return made[:, : self._settings.get("truncate_dim")]
 
     def encode_query(self, texts: Sequence[str], **options: int) -> Tensor:
         """Compute the embeddings of queries `texts`, with the prompt for queries, if there is one."""
-        return self.encode(texts, prompt=self._prompt_of(_QUERIES), **options)
+        return self._encoded(texts, self._prompt_of(_QUERIES), kind="query", **options)
 
     def encode_document(self, texts: Sequence[str], **options: int) -> Tensor:
         """Compute the embeddings of documents `texts`, with the prompt for documents, if there is one."""
-        return self.encode(texts, prompt=self._prompt_of(_DOCUMENTS), **options)
+        return self._encoded(texts, self._prompt_of(_DOCUMENTS), kind="document", **options)
 
     def similarity(self, some: Tensor, others: Tensor) -> Tensor:
         """Compute the similarity [some, others] of each pair of embeddings, for example by their cosine."""
@@ -59,23 +67,23 @@ class ServedSentences(ServedForward):
     @property
     def measure(self) -> str:
         """The measure of similarity: cosine, dot, euclidean or manhattan. Distances are negative."""
-        path = self.directory / SETTINGS
-        named = str((read_json(path) if is_file(path) else {}).get("similarity_fn_name") or "cosine")
+        named = str(self._settings.get("similarity_fn_name") or "cosine")
         if named not in _MEASURES:
-            raise PeftfxError(f"unknown similarity: {named}", str(path), f"the measures are {', '.join(_MEASURES)}")
+            where = str(self.directory / SETTINGS)
+            raise PeftfxError(f"unknown similarity: {named}", where, f"the measures are {', '.join(_MEASURES)}")
         return named
+
+    @property
+    def _settings(self) -> Mapping[str, Any]:
+        path = self.directory / SETTINGS
+        return read_json(path) if is_file(path) else {}
 
     def _prompt_of(self, names: Sequence[str]) -> str | None:
         prompts, _ = prompts_of(self.directory)
         return next((name for name in names if name in prompts), None)
 
-    def _embed(self, texts: Sequence[str]) -> Tensor:
-        path = self.directory / LENGTHS
-        said = read_json(path) if is_file(path) else {}
-        longest = said.get("max_seq_length")
-        cut = {"max_length": longest} if isinstance(longest, int) else {}
-        low = [text.lower() for text in texts] if said.get("do_lower_case") else list(texts)
-        inputs = self.tokenizer(low, padding=True, truncation=True, return_tensors="pt", **cut)
+    def _embed(self, texts: Sequence[str], prompt: str, kind: str) -> Tensor:
+        inputs = SentenceTexts.read(self.directory).tokens(self.tokenizer, texts, prompt, kind)
         output: Tensor = self(**{k: v for k, v in inputs.items() if k in self.model.inputs})[SENTENCE]
         return output.float()
 

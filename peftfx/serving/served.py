@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +18,15 @@ from transformers.utils.generic import ModelOutput
 from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
-from peftfx.formats import BATCHED, read_stamped
 from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
-from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken, taken_apart
+from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, is_default, taken, taken_apart
+from peftfx.serving.call_rows import KeptRows, RowAdapters
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
 
-class Served:
+class Served(RowAdapters):
     """A model in ONNX Runtime on the CPU, called as the torch model is.
 
     Attributes:
@@ -47,6 +47,7 @@ class Served:
         self.adapters: dict[str, Mapping[str, Mapping[str, Any]]] = {}
         self.active: str | None = None
         self.switching = threading.Lock()
+        self._rows = KeptRows()
 
     def load_adapter(self, path: str | Path, name: str | None = None) -> str:
         """Read an `.onnx_adapter` at `path`, and make it active. Return its `name`, by default the file's.
@@ -62,65 +63,10 @@ class Served:
         self.set_adapter(name)
         return name
 
-    def adapter_ids(self, names: Sequence[str | None]) -> Tensor:
-        """Return the input `adapter_ids` that gives each row of a batch the adapter of its name in `names`, or none.
-
-        Raises:
-            PeftfxError: the model has no such adapter, or was not exported with adapters to choose from.
-        """
-        known = self._row_adapters
-        unknown = next((name for name in names if name is not None and name not in known), None)
-        if unknown is not None:
-            hint = nearest(str(unknown), known) or f"adapters here: {', '.join(known) or 'none'}"
-            raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
-        return torch.tensor([-1 if name is None else known.index(name) for name in names])
-
-    @cached_property
-    def _row_adapters(self) -> list[str]:
-        """The names of the adapters that rows choose from, in the order of their numbers."""
-        path = self.directory / BATCHED
-        known = read_stamped(path, "export it again").get("adapters") if is_file(path) else []
-        if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-            raise PeftfxError("the file has no list of the adapters", str(path), "export the model again")
-        return known
-
-    def with_ids(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the `inputs`, with adapter numbers added (-1: no adapter) if the model needs them.
-
-        Raises:
-            PeftfxError: the inputs have adapter numbers, and the model has no adapters to choose from; or a number is
-                not an adapter's; or there is not one number for each row.
-        """
-        given, first = self.numbered(inputs), next(iter(inputs.values()))
-        if IDS not in self.model.inputs:
-            if IDS in given:
-                hint = "export it with --batched NAME=DIR"
-                raise PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
-            return given
-        ids = given.get(IDS, torch.full((first.shape[0],), -1))
-        self._check_ids(ids, first.shape[0])
-        return {**given, IDS: ids.long()}
-
-    def numbered(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the `inputs`, with adapters' numbers in place of their names in `adapter_ids`."""
-        ids = inputs.get(IDS)
-        return {**inputs, IDS: self.adapter_ids(ids)} if isinstance(ids, list | tuple) else dict(inputs)
-
-    def _check_ids(self, ids: Tensor, rows: int) -> None:
-        hint = "pass adapter_ids([name, None, ...]) of this model: a name, or None, for each row"
-        if ids.dtype not in _INTEGERS or ids.shape != (rows,):
-            what = (
-                f"{rows} rows need {rows} whole numbers, not {str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
-            )
-            raise PeftfxError(what, IDS, hint)
-        wrong = sorted({number for number in ids.tolist() if not -1 <= number < len(self._row_adapters)})
-        if wrong:
-            most = len(self._row_adapters) - 1
-            what = f"no adapter has the number {wrong[0]}: the numbers are 0 to {most}, or -1 for no adapter"
-            raise PeftfxError(what, IDS, hint)
-
     def set_adapter(self, name: str | None) -> None:
         """Make the loaded adapter `name` active, in all threads; None means the base. Switching costs nothing.
+
+        In a batched export the adapters are in the graph: this one acts in all rows of calls without `adapter_ids`.
 
         A text that another thread is writing is written to its end with the adapter that it began with.
 
@@ -130,12 +76,13 @@ class Served:
         if not isinstance(name, str | None):
             hint = "add up several adapters in one file: peftfx export-adapter --adapter A --adapter B"
             raise PeftfxError(f"a graph has one adapter at a time, not {shown(name)}", "name", hint)
-        if name is not None and name not in self.adapters:
-            hint = nearest(name, self.adapters) or f"adapters here: {', '.join(self.adapters) or 'none'}"
+        known = [*self.adapters, *self.row_adapters]
+        if name is not None and name not in known:
+            hint = nearest(name, known) or f"adapters here: {', '.join(known) or 'none'}"
             raise PeftfxError(f"there is no adapter named {name!r}", name, hint)
         with self.switching:
             for graph, model in self.graphs.items():
-                model.put({} if name is None else self.adapters[name][graph])
+                model.put(self.adapters[name][graph] if name in self.adapters else {})
             self.active = name
 
     if TYPE_CHECKING:
@@ -163,7 +110,8 @@ class Served:
         return next((ONNX_DTYPES[kind] for kind in self.model.types.values() if kind in ONNX_DTYPES), torch.float32)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.directory)!r}, adapters: {', '.join(self.adapters) or 'none'})"
+        names = ", ".join([*self.adapters, *self.row_adapters])
+        return f"{type(self).__name__}({str(self.directory)!r}, adapters: {names or 'none'})"
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
         """Run the model on `inputs` by name, and return the outputs by name. Inputs that are None are dropped.
@@ -182,7 +130,7 @@ class Served:
             what = f"{wrong} is not a tensor: {shown(inputs[wrong])}" if wrong else "the call gives no tensors"
             raise PeftfxError(what, str(self.directory), f"pass torch tensors by name: {', '.join(self.model.inputs)}")
         refuse_arguments({n: v for n, v in inputs.items() if not isinstance(v, Tensor)}, "the graph")
-        given = {n: v for n, v in given.items() if n in self.model.inputs or n not in _OPTIONAL}
+        given = {n: v for n, v in given.items() if n in self.model.inputs or not is_default(n, v, self.directory)}
         given = {n: fitted(v, self.model.types.get(n, "")) for n, v in given.items()}
         first = given.get("input_ids")
         for name in ("attention_mask", "token_type_ids"):
@@ -207,7 +155,7 @@ class Served:
         """
         inputs = inputs if main is None else {self.main_input_name: main, **inputs}
         given = taken_apart(inputs, self.model.inputs)
-        return self.forward(**{name: taken(name, value) for name, value in given.items()})
+        return self.forward(**{name: taken(name, value, self.model.axes) for name, value in given.items()})
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -245,11 +193,13 @@ def under_one_adapter(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def whole(self: Served, *args: Any, **options: Any) -> Any:
+        given = self.numbered(options)
         with ExitStack() as kept:
             with self.switching:
                 for graph in self.graphs.values():
                     kept.enter_context(graph.keeping())
-            return method(self, *args, **options)
+                kept.enter_context(self._numbering(given.get(IDS)))
+            return method(self, *args, **given)
 
     return cast("_Method", whole)
 
@@ -267,9 +217,7 @@ class ServedForward(Served):
         raise PeftfxError("this model has no cache, so it cannot generate", str(self.directory), hint)
 
 
-_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 _LOGITS = "logits"
-_OPTIONAL = frozenset({"token_type_ids", "attention_mask", "position_ids"})
 
 
 def _config(directory: Path) -> PreTrainedConfig | None:

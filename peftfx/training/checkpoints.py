@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from peftfx.contract.method import Method
@@ -58,6 +59,35 @@ def _fits(path: Path, state: Mapping[str, Tensor]) -> bool:
         what = f"the checkpoint cannot be read: {error}"
         raise PeftfxError(what, str(path), "remove its folder, and --resume goes on from the one before it") from error
     return all(name in state and tuple(state[name].shape) == shape for name, shape in shapes.items())
+
+
+def is_at_end(checkpoint: str, steps: int) -> bool:
+    """Say whether a checkpoint has all steps that are asked for; -1 asks for epochs, and Trainer itself sees their end.
+
+    Raises:
+        PeftfxError: it has more.
+    """
+    done = _state_in(checkpoint).global_step
+    if 0 < steps < done:
+        what = f"the checkpoint has {done} steps, and {steps} are asked for"
+        raise PeftfxError(what, checkpoint, "pass more --steps; or leave --resume out, to begin again")
+    return steps == done
+
+
+def take_end(trainer: Any, checkpoint: str) -> None:
+    """Give a trainer the adapter and the losses of a checkpoint after whose steps none are left.
+
+    Trainer itself would take one more step.
+    """
+    trainer.model.load_state_dict(load_file(Path(checkpoint) / _WEIGHTS), strict=False)
+    trainer.state = _state_in(checkpoint)
+
+
+def _state_in(checkpoint: str) -> Any:
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
 
 
 def rules_keeper(rules: str) -> Any:

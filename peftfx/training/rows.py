@@ -30,6 +30,8 @@ _KINDS: Mapping[str, frozenset[str]] = {
     CHAT: frozenset({"messages"}),
     _TEXT: frozenset({"text"}),
 }
+_FORMS = "a row has one of: text; text and label; prompt and completion; or messages, the last of them the assistant's"
+_ANSWER = {"role": "assistant", "content": ""}
 IGNORED = -100  #: the label of tokens that the loss ignores
 _Row = Mapping[str, Any]
 
@@ -50,8 +52,10 @@ class TrainingRows:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the classes, sorted; empty if the rows have no labels."""
-        return tuple(sorted({str(row["label"]) for row in self.items})) if self.kind == CLASSES else ()
+        """The names of the classes, sorted, whole numbers by their size; empty if the rows have no labels."""
+        given = [row["label"] for row in self.items] if self.kind == CLASSES else []
+        by_size = all(type(label) is int for label in given)
+        return tuple(sorted(set(map(str, given)), key=int if by_size else str))  # type: ignore[arg-type]
 
 
 def read_rows(file: Path) -> TrainingRows:
@@ -79,9 +83,7 @@ def read_rows(file: Path) -> TrainingRows:
             what = f"line {number} has the label {shown(row['label'])}, which names no class"
             raise PeftfxError(what, str(file), "give a text or a whole number; or leave all labels out")
         if not kind:
-            keys = ", ".join(map(str, row)) if isinstance(row, dict) else shown(row)
-            hint = "text; text and label; prompt and completion; or messages"
-            raise PeftfxError(f"line {number} has {keys}", str(file), f"a row has one of: {hint}")
+            raise PeftfxError(f"line {number} has {_wrong(row)}", str(file), _FORMS)
         kinds.setdefault(kind, number)
         items.append(row)
     if len(kinds) > 1:
@@ -101,6 +103,20 @@ def _kind(row: object) -> str:
     return ""
 
 
+def _wrong(row: object) -> str:
+    """Say what is wrong with a row of no kind."""
+    if not isinstance(row, dict):
+        return shown(row)
+    said = row.get("messages")
+    if isinstance(said, list) and said and _is_right("messages", [*said, _ANSWER]):
+        return f"messages of which the last is not the assistant's, but has the role {shown(said[-1].get('role'))}"
+    texts = [
+        name for name in ("text", "prompt", "completion", "messages") if name in row and not _is_right(name, row[name])
+    ]
+    told = [f"{name}, which is no {'chat' if name == 'messages' else 'text'}: {shown(row[name])}" for name in texts]
+    return "; ".join(told) or ", ".join(map(str, row))
+
+
 def _is_right(name: str, value: object) -> bool:
     if name == "messages":
         said = (
@@ -108,17 +124,29 @@ def _is_right(name: str, value: object) -> bool:
             and value
             and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value)
         )
-        return bool(said) and value[-1].get("role") == "assistant"  # type: ignore[index]
+        return bool(said) and value[-1].get("role") == _ANSWER["role"]  # type: ignore[index]
     return isinstance(value, (str, int)) if name == "label" else isinstance(value, str)
 
 
-def encoded(rows: TrainingRows, tokenizer: Any, most: int, classes: Sequence[str] = ()) -> list[dict[str, Any]]:
+def encoded(
+    rows: TrainingRows, tokenizer: Any, most: int, classes: Sequence[str] = (), *, sourced: bool = False
+) -> list[dict[str, Any]]:
     """Return the rows as tokens and labels; the loss ignores the prompts of completions and chats.
 
+    Args:
+        rows: the rows.
+        tokenizer: the model's tokenizer.
+        most: the most tokens of a row.
+        classes: the names of the classes.
+        sourced: whether the model is an encoder-decoder: it reads the prompt, and its labels are the completion.
+
     Raises:
-        PeftfxError: a label is unknown, the tokenizer has no chat template, or a row that was cut to `most` tokens has
-            nothing left to learn.
+        PeftfxError: a label is unknown, the tokenizer has no chat template, a row that was cut to `most` tokens has
+            nothing left to learn, or an encoder-decoder gets rows without prompts.
     """
+    if sourced and rows.kind in (_TEXT, CHAT):
+        what = f"rows of {rows.kind} do not tell what an encoder-decoder reads, and what it writes"
+        raise PeftfxError(what, rows.where, f"give rows of {COMPLETION}: prompt and completion")
     found = []
     for number, row in enumerate(rows.items, 1):
         where = f"{rows.where}, row {number}"
@@ -128,20 +156,32 @@ def encoded(rows: TrainingRows, tokenizer: Any, most: int, classes: Sequence[str
             ids = tokenizer(row["text"], truncation=True, max_length=most)["input_ids"]
             found.append({"input_ids": ids, "labels": list(classes).index(str(row["label"]))})
             continue
+        if sourced:
+            found.append(_source_and_target(row, tokenizer, most))
+            continue
         ids, ahead = _tokens(rows.kind, row, tokenizer, where)
         ids = ids[:most]
         if len(ids) <= max(1, ahead):
             what = f"its first {most} tokens have nothing to learn from"
-            raise PeftfxError(what, where, "pass a larger --max-length, or leave the row out")
+            raise PeftfxError(what, where, "pass a larger --max-length, if the model takes it; or leave the row out")
         found.append({"input_ids": ids, "labels": [IGNORED] * ahead + ids[ahead:]})
     return found
+
+
+def _source_and_target(row: _Row, tokenizer: Any, most: int) -> dict[str, Any]:
+    """Return the tokens that an encoder-decoder reads, and those that it learns to write, up to the end token."""
+    read = tokenizer(row["prompt"], truncation=True, max_length=most)["input_ids"]
+    written = list(tokenizer(text_target=row["completion"])["input_ids"])
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return {"input_ids": read, "labels": (written if written[-1:] == end else written + end)[:most]}
 
 
 def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int], int]:
     """Return the tokens of a row, and how many of them come before the tokens to learn."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if kind == _TEXT:
-        return list(tokenizer(row["text"])["input_ids"]) + end, 0
+        ids = list(tokenizer(row["text"])["input_ids"])
+        return (ids if end and ids[-1:] == end else ids + end), 0
     if kind == COMPLETION:
         ahead = list(tokenizer(row["prompt"])["input_ids"])
         ahead = ahead[: -len(end)] if end and ahead[-1:] == end else ahead
@@ -171,6 +211,7 @@ class Padded:
         mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
         labels = [row["labels"] for row in rows]
         if isinstance(labels[0], list):
-            labels = [[*own, *[IGNORED] * (length - len(own))] for own in labels]
+            longest = max(map(len, labels))
+            labels = [[*own, *[IGNORED] * (longest - len(own))] for own in labels]
         named = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         return {name: torch.tensor(values) for name, values in named.items()}

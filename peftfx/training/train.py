@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.labels import write_labels
-from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.load import read_base_config
+from peftfx.bases.processors.padding import padding_of
 from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, warn
 from peftfx.export.writing.atomic_directory import check_output, publish
 from peftfx.formats import RULES
 from peftfx.model.adapted import AdaptedModel
@@ -25,47 +26,11 @@ from peftfx.model.api import transform
 from peftfx.pages.plot import plot
 from peftfx.rules.peft_files import CONFIG
 from peftfx.rules.text import parse_rules
-from peftfx.training.checkpoints import last_checkpoint, rules_in_words, rules_keeper
+from peftfx.training.checkpoints import is_at_end, last_checkpoint, rules_in_words, rules_keeper, take_end
+from peftfx.training.learners import learner
+from peftfx.training.options import TrainOptions
 from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """The options of a training.
-
-    Args:
-        epochs: how many times each row is seen.
-        steps: the number of optimizer steps, in place of epochs; -1 means that `epochs` counts.
-        learning_rate, batch_size: as in transformers' `TrainingArguments`; the learning rate falls linearly to 0.
-        max_length: the most tokens of a row; further tokens are cut off.
-        seed: the seed of the adapter's initial values, of the order of rows and of dropout.
-        evaluate: a file of rows whose loss is computed after each epoch.
-        resume: whether to go on from the last checkpoint of a run that was stopped.
-        save_steps: the number of steps between two checkpoints; 0 means no checkpoints.
-        force: whether to replace an existing output.
-    """
-
-    epochs: float = 1.0
-    steps: int = -1
-    learning_rate: float = 2e-4
-    batch_size: int = 8
-    max_length: int = 512
-    seed: int = 0
-    evaluate: Path | None = None
-    resume: bool = False
-    save_steps: int = 500
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that are out of range."""
-        wrong = [name for name in ("epochs", "learning_rate") if not 0 < getattr(self, name) < float("inf")]
-        wrong += [name for name in ("batch_size", "max_length") if getattr(self, name) < 1]
-        wrong += ["steps"] if self.steps == 0 or self.steps < -1 else []
-        wrong += ["save_steps"] if self.save_steps < 0 else []
-        if wrong:
-            raise PeftfxError(f"{wrong[0]} is {getattr(self, wrong[0])}", wrong[0], "a number above 0")
-        if not 0 <= self.seed < 2**32:  # what numpy takes
-            raise PeftfxError(f"seed is {shown(self.seed)}", "seed", "a number from 0 to 4294967295")
+from peftfx.training.trainer import silent_trainer, trainer_arguments
 
 
 @dataclass(frozen=True)
@@ -124,7 +89,7 @@ def train(
     held = None if asked.evaluate is None else read_rows(asked.evaluate)
     if held is not None and held.kind != rows.kind:
         raise PeftfxError(f"rows of kind {held.kind}, and {rows.kind} to train on", held.where, "give rows of one kind")
-    trainer_class = _trainer()
+    trainer_class = silent_trainer()
     with as_directory(base) as directory:
         return _train(directory, base, rows, held, rules, output, asked, say, trainer_class)
 
@@ -144,37 +109,61 @@ def _train(
     tokenizer = _tokenizer(directory)
     say("load")
     torch.manual_seed(asked.seed)
-    model, saved = _model(directory, rows)
+    learning = learner(directory, rows)
+    model, most = learning.model, learning.most(asked.max_length, tokenizer)
     if directory != base:
         setattr(model.config, "_name_or_path", str(base))  # noqa: B010 - the base's name in the adapter's file
     methods = parse_rules(rules)
-    if saved:
-        methods = (dataclasses.replace(methods[0], modules_to_save=saved), *methods[1:])
-    sets = [encoded(found, tokenizer, asked.max_length, rows.labels) for found in (rows, held) if found is not None]
+    if learning.saved:
+        methods = (dataclasses.replace(methods[0], modules_to_save=learning.saved), *methods[1:])
+    given = [found for found in (rows, held) if found is not None]
+    sets = [encoded(found, tokenizer, most, rows.labels, sourced=learning.sourced) for found in given]
+    if most < asked.max_length and any(len(row["input_ids"]) == most for row in sets[0]):
+        warn(f"rows are cut to {most} tokens, the most that the model takes, and not to {asked.max_length}")
     adapted = transform(model, methods, seed=asked.seed)
     say("train")
     checkpoints, words = output.with_name(f"{output.name}-checkpoints"), rules_in_words(methods)
     last = last_checkpoint(checkpoints, words, adapted.state_dict()) if asked.resume else None
     trainer = trainer_class(
         model=adapted,
-        args=_arguments(asked, checkpoints, held is not None),
+        args=trainer_arguments(asked, checkpoints, held is not None),
         train_dataset=sets[0],
         eval_dataset=sets[1] if held is not None else None,
-        data_collator=Padded(_pad(tokenizer)),
+        data_collator=Padded(padding_of(tokenizer) or 0),
         callbacks=[rules_keeper(words)],
     )
-    done = trainer.train(resume_from_checkpoint=last)
-    evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
+    with understanding(rows.where, "training stopped", "pass --verbose to see where; or give other rows or rules"):
+        if last is not None and is_at_end(last, asked.steps):
+            take_end(trainer, last)
+        else:
+            trainer.train(resume_from_checkpoint=last)
+        evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    _refuse_divergence(adapted, losses)
+    mean = sum(loss for _, loss in losses) / max(1, len(losses))
     parameters = adapted.get_nb_trainable_parameters()[0]
     told = Trained(
-        *(str(output), rows.kind, len(rows.items), int(done.global_step), parameters, float(done.training_loss)),
+        *(str(output), rows.kind, len(rows.items), int(trainer.state.global_step), parameters, mean),
         evaluation=evaluation,
         losses=losses,
     )
     with publish(output, asked.force, _is_adapter) as made:
         _write(made, adapted, tokenizer, told, rows)
     return told
+
+
+def _refuse_divergence(adapted: AdaptedModel, losses: Sequence[tuple[int, float]]) -> None:
+    """Refuse an adapter with values that are no numbers.
+
+    Raises:
+        PeftfxError: a loss or a trained value is not finite.
+    """
+    step = next((step for step, loss in losses if not math.isfinite(loss)), None)
+    state = {n: value for n, value in adapted.state_dict().items() if value.is_floating_point()}
+    broken = next((name for name, value in state.items() if not value.isfinite().all()), "")
+    if step is not None or broken:
+        at = "" if step is None else f": the loss of step {step} is no finite number"
+        raise PeftfxError(f"the training diverged{at}", broken or "loss", "pass a smaller --learning-rate")
 
 
 def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained, rows: TrainingRows) -> None:
@@ -191,72 +180,11 @@ def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained, row
     (folder / "loss.svg").write_text(plot(told.losses, "loss", "step"), encoding="utf-8")
 
 
-def _arguments(asked: TrainOptions, checkpoints: Path, evaluates: bool) -> Any:
-    from transformers import TrainingArguments
-
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=asked.epochs,
-        max_steps=asked.steps,
-        learning_rate=asked.learning_rate,
-        per_device_train_batch_size=asked.batch_size,
-        per_device_eval_batch_size=asked.batch_size,
-        seed=asked.seed,
-        data_seed=asked.seed,
-        logging_steps=1,
-        save_strategy="steps" if asked.save_steps else "no",
-        save_steps=asked.save_steps or 500,
-        save_total_limit=1,
-        eval_strategy="epoch" if evaluates else "no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-    )
-
-
-def _trainer() -> Any:
-    try:
-        import accelerate  # noqa: F401
-        from transformers import Trainer
-    except ImportError as error:
-        what = f"transformers' Trainer cannot be had: {error}"
-        raise PeftfxError(what, "train", "pip install 'peftfx[train]'") from error
-
-    class Silent(Trainer):
-        """A Trainer that keeps the losses for the end, and does not print them during training."""
-
-        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            self.state.log_history.append({**logs, "step": self.state.global_step})
-
-    return Silent
-
-
 def _tokenizer(base: Path) -> Any:
     from transformers import AutoTokenizer
 
     with understanding(base, "cannot load the tokenizer"):
         return AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-
-
-def _model(base: Path, rows: TrainingRows) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the base, and the paths of a new head's modules, which are trained whole."""
-    if rows.kind != CLASSES:
-        return load_base(base), ()
-    labels = rows.labels
-    if len(labels) < 2:
-        raise PeftfxError(f"all rows have the label {labels[0]!r}", rows.where, "give rows of two classes or more")
-    bare = load_base(base, task="text-classification", num_labels=len(labels), weights=False)
-    names = {name for name, _ in bare.named_parameters()}
-    prefix = str(getattr(bare, "base_model_prefix", ""))
-    head = {name for name in names if not name.startswith(f"{prefix}.")}
-    model = load_base(base, task="text-classification", num_labels=len(labels), given=head)
-    return model, tuple(sorted({name.rpartition(".")[0] for name in head}))
-
-
-def _pad(tokenizer: Any) -> int:
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return 0 if found is None else int(found)
 
 
 def _is_adapter(directory: Path) -> bool:

@@ -191,6 +191,17 @@ def test_a_line_that_cannot_be_read_shows_the_usage(words: tuple[str, ...], peft
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize("command", ["export", "merge"])
+def test_a_value_that_another_would_replace_is_told(
+    command: str, inputs: Inputs, peftfx: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Of two adapters only the last was folded in."""
+    two = ("--adapter", inputs.lora, "--adapter", inputs.adapter)
+    refused = peftfx(command, "--base", inputs.classifier, *two, "--output", tmp_path / "out")
+    assert_refused(refused, "--adapter is given 2 times, and takes one value")
+    assert peftfx("info", inputs.lora, "--quiet", "-q").code == 0
+
+
 def test_in_a_process_of_its_own_an_error_is_no_traceback(tmp_path: Path) -> None:
     done = typed("export", "--base", tmp_path / "nowhere", "--output", tmp_path / "out")
     assert_refused(done, "no such directory", str(tmp_path / "nowhere"))

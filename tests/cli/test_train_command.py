@@ -214,5 +214,6 @@ def test_bad_options_are_told(base: Path, completions: Path, peftfx: Command, tm
         assert_refused(peftfx(*words, "--seed", seed), f"seed is {seed}", "from 0 to 4294967295")
     assert_refused(peftfx(*words, "--rules", "lorra"), "lorra")
     assert_refused(peftfx(*words, "--max-length", 2), "nothing to learn from")
-    assert_refused(peftfx(*words[:-1], tmp_path, "--data", tmp_path / "no"), "not an earlier output")
+    other = ("train", "--base", base, "--data", tmp_path / "no", "--output", tmp_path)
+    assert_refused(peftfx(*other), "not an earlier output")
     assert_refused(peftfx("train", "--base", tmp_path / "no", *words[3:]), "no such directory")

@@ -14,7 +14,7 @@ from support.zoo import TOKENS
 from torch import nn
 
 import peftfx
-from peftfx import LoRA
+from peftfx import LoRA, runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.export import OnnxModel
 
@@ -38,12 +38,13 @@ def test_the_number_of_choices_is_free(name: str, tmp_path: Path) -> None:
     got = peftfx.load(build(name), tmp_path / "adapter")
     report = got.export(tmp_path / "out")
     assert all(axes == ["batch", "choices", "sequence"] for axes in report.inputs.values())
-    served = OnnxModel(tmp_path / "out")
+    plain, served = OnnxModel(tmp_path / "out"), runtime.load(tmp_path / "out")
     for sizes in ({"batch": 1, "choices": 5, "sequence": 9}, {"batch": 3, "choices": 2, "sequence": 6}):
         inputs = example_inputs(got.base, sizes=sizes, seed=1)
         want = theirs(**inputs).logits
         assert want.shape == (sizes["batch"], sizes["choices"])
-        torch.testing.assert_close(served(**inputs)["logits"], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(plain(**inputs)["logits"], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(served(**inputs).logits, want, atol=1e-5, rtol=1e-4)
 
 
 def test_a_choice_is_learned() -> None:

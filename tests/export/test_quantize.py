@@ -16,7 +16,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from support.command import Result
 from support.mixtures import mixture
 from support.quantised import BLOCK, pack, unpack
-from support.zoo import ZOO
+from support.zoo import TOKENS, ZOO
 from torch import Tensor, nn
 
 import peftfx as px
@@ -24,6 +24,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.coded.rounded import left_out, quantize
 from peftfx.export.coded.schemes import ROUTER_LEFT, scheme_for
 from peftfx.export.metadata import SOURCE
+from peftfx.export.verification.agreement import _shown
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export_options.quantize import BITS, Scheme, parse_schemes
 from peftfx.graph.graph import DERIVED
@@ -307,3 +308,33 @@ def test_a_scheme_that_rounds_no_weight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match=r"int4\(block=256\) rounds no weight of this model: of \d+ weights, its 32"):
         px.export_onnx(model, tmp_path / "out", view="forward", quantize="int4(block=256)")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("labels", [1, 5])
+def test_the_mask_of_a_text_says_nothing_of_its_classes(labels: int, tmp_path: Path) -> None:
+    """As many tokens as classes, or one token and one class, are no tokens to compare."""
+    torch.manual_seed(0)
+    config = hf.BertConfig(**TOKENS, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_labels=labels)
+    model = hf.BertForSequenceClassification(config).eval()
+    report = px.export_onnx(model, tmp_path / "out", quantize="int8")
+    if labels == 1:  # a single logit is a score, of which KL and top-1 say nothing
+        assert report.agreement == {}
+        with pytest.raises(PeftfxError, match="no logits of classes: it has no kl"):
+            px.export_onnx(model, tmp_path / "bounded", quantize="int8", max_error="kl=0.1")
+    else:
+        (found,) = report.agreement.values()
+        assert found.tokens == sum(call["input_ids"][0] for call in report.probes)
+        assert 0 < found.kl < 0.1
+
+
+def test_segments_agree_pixel_by_pixel(tmp_path: Path) -> None:
+    """Their logits are [batch, classes, height, width]."""
+    logits = torch.randn(2, 5, 4, 3)
+    shown, _ = _shown(logits, logits, None, 1)
+    assert shown.shape == (2 * 4 * 3, 5)
+    assert shown.argmax(-1).view(2, 4, 3).equal(logits.argmax(1))
+    model = ZOO["segformer"].build().eval()
+    (found,) = px.export_onnx(model, tmp_path / "out", quantize="int8").agreement.values()
+    with torch.no_grad():
+        pixels = model(**ZOO["segformer"].inputs(1)).logits[0, 0].numel()
+    assert found.tokens % pixels == 0

@@ -164,6 +164,26 @@ def test_a_prefix_that_peft_lets_the_cross_attention_see_is_told(name: str, tmp_
         torch.testing.assert_close(got, theirs(**ids).last_hidden_state, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.VeraConfig(r=2, target_modules=["0"]),
+        peft.RandLoraConfig(r=2, target_modules=["0"]),
+        peft.VBLoRAConfig(r=2, num_vectors=4, vector_length=4, topk=2, target_modules=["0"]),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_tensors_that_layers_share_have_no_layer_in_their_keys(config: peft.PeftConfig, tmp_path: Path) -> None:
+    base, x = nn.Sequential(nn.Linear(8, 8)), X[0, :, 0, :8]
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        ours = peftfx.load(copy.deepcopy(base), tmp_path, inputs={"input": x})
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
 def test_keys_without_the_prefix_of_peft_are_told(tmp_path: Path) -> None:
     """`peft` loads none of them, and computes the base."""
     base, x = nn.Sequential(nn.Linear(8, 8)), X[0, :, 0, :8]

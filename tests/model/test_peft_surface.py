@@ -112,6 +112,15 @@ def test_set_requires_grad_and_delete(pair: tuple[AdaptedModel, peft.PeftModel])
         ours.delete_adapter("one")
 
 
+def test_the_first_by_name_acts_after_the_active_one_is_deleted(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
+    for model in pair:
+        model.add_adapter("a", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        model.set_adapter("one")
+        with pytest.warns(UserWarning, match="'?a'?"):
+            model.delete_adapter("one")
+    assert [model.active_adapters for model in pair] == [["a"], ["a"]]
+
+
 def test_each_row_with_its_adapter(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
     ours, theirs = pair
     names = ["two", "__base__", "one", "one", "two"]

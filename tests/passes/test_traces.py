@@ -36,6 +36,8 @@ def test_a_statement_that_is_true_for_all_sizes_is_no_branch(rows: Tensor) -> No
     assert not _always(sympy.Eq(Min(32, columns), 30), ranges)
     assert _always(sympy.Eq(size * Min(32, 32 * size), 32 * size), ranges)
     assert not _always(sympy.Eq(size * Min(320, 32 * size), 32 * size), ranges)
+    assert _always(sympy.Eq(Min(8 * size + 8, 32 * size + 32), 8 * size + 8), ranges)
+    assert not _always(sympy.Eq(Min(8 * size + 800, 32 * size), 8 * size + 800), ranges)
     assert not _always(sympy.Eq(size, 6), ranges)
 
 

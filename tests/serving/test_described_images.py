@@ -120,5 +120,7 @@ def test_classes_of_any_encoder_and_decoder_have_the_task_of_their_table() -> No
 def test_classes_with_names_of_their_own_have_the_task_of_their_table() -> None:
     assert task_of_class("NemotronH_Omni_Reasoning_V3") == "image-text-to-text"
     assert task_of_class("BertGenerationDecoder") == "text-generation"
+    assert task_of_class("MarianMTModel") == "text2text-generation"
+    assert task_of_class("MarianModel") == "feature-extraction"
     assert task_of_class("TimmBackbone") is None
     assert task_of_class("Module") is None

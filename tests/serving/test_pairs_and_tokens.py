@@ -86,3 +86,67 @@ def test_labels_of_tokens_and_of_pairs(tmp_path: Path, peftfx: Run) -> None:
     ]
     assert found[0]["score"] == pytest.approx(float(want[0]["score"]), abs=1e-5)
     assert_refused(peftfx("run", out, "--query", "w5", "--text", "w6"), "neither embeds sentences nor classifies")
+
+
+def test_a_question_is_answered_by_each_text(tmp_path: Path, peftfx: Run) -> None:
+    torch.manual_seed(0)
+    eager, out = made(hf.BertForQuestionAnswering(hf.BertConfig(**TINY)), tmp_path, "QUESTION_ANS", peftfx)
+    asked = ("run", out, "--query", "w7 w8", *(part for text in TEXTS for part in ("--text", text)))
+    lines = [json.loads(line) for line in peftfx(*asked, "--top", 3).out.splitlines()]
+    for text, line in zip(TEXTS, lines, strict=True):
+        inputs, words = inputs_of("w7 w8", text), text.split()
+        with torch.no_grad():
+            said = eager.base_model(**inputs)  # `peft` itself gives a model for questions no types of tokens
+        start, end = (logits[0, 4 : 4 + len(words)].softmax(0) for logits in (said.start_logits, said.end_logits))
+        scores = {(i, j): float(start[i] * end[j]) for i in range(len(words)) for j in range(i, len(words))}
+        best = sorted(scores, key=lambda place: -scores[place])[:3]
+        assert [one["answer"] for one in line["answers"]] == [" ".join(words[i : j + 1]) for i, j in best]
+        torch.testing.assert_close([one["score"] for one in line["answers"]], [scores[place] for place in best])
+        assert all(text[one["start"] : one["end"]] == one["answer"] for one in line["answers"])
+    assert_refused(peftfx("run", out, "--text", "w5"), "answers a question by a text", "--query QUESTION")
+
+
+def test_a_long_text_is_read_in_pieces_for_an_answer(tmp_path: Path, peftfx: Run) -> None:
+    """An answer near the end of a text is found, with its place in the whole text."""
+    torch.manual_seed(0)
+    _, out = made(hf.BertForQuestionAnswering(hf.BertConfig(**TINY)), tmp_path, "QUESTION_ANS", peftfx)
+    tokenizer = hf.AutoTokenizer.from_pretrained(out)
+    tokenizer.model_max_length = 12
+    tokenizer.save_pretrained(out)
+    words = [f"w{i}" for i in range(10, 60)]
+    (line,) = peftfx("run", out, "--query", "w7", "--text", " ".join(words), "--top", 400).out.splitlines()
+    told = json.loads(line)
+    assert {one["answer"] for one in told["answers"]} >= set(words)
+    assert all(told["text"][one["start"] : one["end"]] == one["answer"] for one in told["answers"])
+    long = peftfx("run", out, "--query", " ".join(words), "--text", "w9")
+    assert_refused(long, "the question has 50 tokens, and the model takes 12")
+
+
+def test_a_reranker_of_sentence_transformers_6_has_its_settings(tmp_path: Path, peftfx: Run) -> None:
+    """They have the activation, the prompt that is put before a query, and whether pairs are messages."""
+    torch.manual_seed(0)
+    config = hf.BertConfig(**TINY, num_labels=1)
+    eager, out = made(hf.BertForSequenceClassification(config), tmp_path, "SEQ_CLS", peftfx)
+    told = {"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"}
+    told |= {"prompts": {"query": "w9 "}, "default_prompt_name": "query"}
+    (out / "config_sentence_transformers.json").write_text(json.dumps(told), encoding="utf-8")
+
+    def scores() -> list[float]:
+        result = peftfx("run", out, "--query", "w7 w8", *(part for text in TEXTS for part in ("--text", text)))
+        assert result.code == 0, result.err
+        lines = sorted((json.loads(line) for line in result.out.splitlines()), key=lambda line: line["index"])
+        return [line["score"] for line in lines]
+
+    with torch.no_grad():
+        want = [float(eager(**inputs_of("w9 w7 w8", text)).logits) for text in TEXTS]
+    torch.testing.assert_close(scores(), want, atol=1e-5, rtol=1e-4)
+    tokenizer = hf.AutoTokenizer.from_pretrained(out)
+    roles = {"system": "w81", "query": "w82", "document": "w83"}
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {roles}[m.role] }}}} {{{{ m.content }}}} {{% endfor %}}"
+    tokenizer.save_pretrained(out)
+    message = {"modality_config": {"message": {"format": "flat"}}}
+    (out / "sentence_bert_config.json").write_text(json.dumps(message), encoding="utf-8")
+    with torch.no_grad():
+        ids = [torch.tensor([[81, 9, 82, 7, 8, 83, *(int(word[1:]) for word in text.split())]]) for text in TEXTS]
+        want = [float(eager(input_ids=row).logits) for row in ids]
+    torch.testing.assert_close(scores(), want, atol=1e-5, rtol=1e-4)

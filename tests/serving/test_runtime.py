@@ -20,6 +20,7 @@ from torch import nn
 
 from peftfx import PeftfxError, export_onnx, runtime
 from peftfx.export import OnnxModel
+from peftfx.serving.call_inputs import is_default, unfit_size
 
 Run = Callable[..., Result]
 
@@ -61,6 +62,34 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Path]:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     model = ZOO["bert"].build()
     return model, exported(model, tmp_path_factory.mktemp("bert") / "out")
+
+
+def test_a_size_that_a_graph_does_not_take_is_told() -> None:
+    axes = {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence"), "pixels": ("batch", 3)}
+    limits = "sequence <= 4 (the model takes no other); batch*sequence > 2 (as well)"
+
+    def told(**shapes: tuple[int, ...]) -> str:
+        return unfit_size(limits, axes, {name: torch.zeros(shape) for name, shape in shapes.items()})
+
+    assert told(input_ids=(2, 5)) == "sequence is 5, and the graph takes sequence <= 4"
+    assert told(input_ids=(2, 4), attention_mask=(2, 3)) == "sequence is 4 in one input, and 3 in attention_mask"
+    assert told(pixels=(2, 4)) == "axis 1 of pixels is 4, and the graph takes 3"
+    assert told(pixels=(3,)) == "pixels has 1 axes, and the graph takes ['batch', 3]"
+    assert told(input_ids=(2, 0)) == "input_ids is [2, 0], without tokens"
+    assert told(input_ids=(1, 1)) == ""
+
+
+def test_what_a_graph_does_not_take_must_say_what_holds_without_it(classifier: tuple[nn.Module, Path]) -> None:
+    served = runtime.load(classifier[1])
+    ids = torch.tensor([[5, 8, 9], [4, 6, 7]])
+    counted = torch.arange(3).expand(2, 3)
+    assert served(input_ids=ids, position_ids=counted).logits.equal(served(input_ids=ids).logits)
+    with pytest.raises(PeftfxError, match="takes no position_ids, and would answer as without it"):
+        served(input_ids=ids, position_ids=counted + 1)
+    assert is_default("attention_mask", torch.ones(2, 9), "here")
+    with pytest.raises(PeftfxError, match="takes no attention_mask") as caught:
+        is_default("attention_mask", torch.tensor([[1, 1], [1, 0]]), "here")
+    assert "one length" in caught.value.hint
 
 
 class TestGeneration:

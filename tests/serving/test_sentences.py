@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers as hf
 from safetensors.torch import save_file
@@ -82,8 +83,6 @@ def exported(places: tuple[Path, Path, nn.Module, nn.Linear], tmp_path_factory: 
 
 
 def write_tokenizer(directory: Path) -> None:
-    import tokenizers
-
     words = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 99)}}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -130,6 +129,46 @@ def test_its_directory_has_what_sentence_transformers_reads(exported: Path) -> N
     assert (exported / "1_Pooling" / "config.json").is_file()
     assert (exported / "2_Dense" / "model.safetensors").is_file()
     assert (exported / "3_Normalize").is_dir()
+
+
+def test_embeddings_are_cut_where_the_settings_say_so(
+    places: tuple[Path, Path, nn.Module, nn.Linear], exported: Path, tmp_path: Path
+) -> None:
+    """As sentence-transformers does for a model that was saved with a `truncate_dim`."""
+    shutil.copytree(exported, tmp_path / "cut")
+    path = tmp_path / "cut" / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"truncate_dim": 5}), encoding="utf-8")
+    cut = runtime.load(tmp_path / "cut")
+    whole = runtime.load(exported).encode(["w5 w6", "w7"])
+    assert cut.encode(["w5 w6", "w7"]).equal(whole[:, :5])
+    assert cut.encode([]).shape == (0, 5)
+
+
+def test_texts_are_messages_where_sentence_transformers_makes_them_so(
+    places: tuple[Path, Path, nn.Module, nn.Linear], exported: Path, tmp_path: Path
+) -> None:
+    """sentence-transformers 6 gives texts to a chat template, and restores the end of those that it cuts."""
+    _, _, eager, dense = places
+    shutil.copytree(exported, tmp_path / "chats")
+    tokenizer = hf.AutoTokenizer.from_pretrained(exported)
+    # What tells the template's end from a text:
+    tokenizer.add_tokens([tokenizers.AddedToken(digit, single_word=True) for digit in "01234"])
+    for content, form in (("m.content", "flat"), ("m.content[0].text", "structured")):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ 'w90 ' if m.role == 'system' else 'w91 ' }}{{ "
+            + content
+            + " }} {% endfor %}w92 w93"
+        )
+        tokenizer.save_pretrained(tmp_path / "chats")
+        said = {"modality_config": {"text": {}, "message": {"format": form}}, "max_seq_length": 6, "query_length": 5}
+        (tmp_path / "chats" / "sentence_bert_config.json").write_text(json.dumps(said), encoding="utf-8")
+        served = runtime.load(tmp_path / "chats")
+        ids = torch.tensor([[91, 5, 92, 93, 1, 1], [91, 5, 6, 7, 92, 93], [91, 5, 6, 7, 92, 93]])
+        want = embedded(eager, dense, ids, (ids > 1).long())
+        torch.testing.assert_close(served.encode(["w5", "w5 w6 w7", "w5 w6 w7 w8 w9"]), want, atol=1e-5, rtol=0)
+        ids = torch.tensor([[90, 5, 6, 92, 93]])  # the prompt of queries, and no room for the text
+        want = embedded(eager, dense, ids, torch.ones_like(ids))
+        torch.testing.assert_close(served.encode_query(["w8 w9"]), want, atol=1e-5, rtol=0)
 
 
 class TestRun:

@@ -107,6 +107,34 @@ def test_rows_without_a_number_are_the_bases_and_beams_keep_theirs(llama: tuple[
     with pytest.raises(PeftfxError, match="no adapter 'lwo'") as raised:
         served.adapter_ids(["lwo"])
     assert "low" in raised.value.hint
+    with pytest.raises(PeftfxError, match="one name is no list of names: 'low'"):
+        served.generate(**given, adapter_ids="low")
+
+
+def test_a_row_is_guided_by_its_own_adapter(llama: tuple[AdaptedModel, Path]) -> None:
+    """transformers guides a text by one without its prompt, in calls of its own that lack the numbers."""
+    adapted, directory = llama
+    served, given = runtime.load(directory), prompts(2)
+    adapted.set_adapter("low")
+    guided = {**GREEDY, "guidance_scale": 1.8}
+    want = adapted.generate(**given, **guided)
+    assert torch.equal(served.generate(**given, **guided, adapter_ids=["low", "low"]), want)
+    assert torch.equal(runtime.load(directory, adapter="low").generate(**given, **guided), want)
+
+
+def test_one_adapter_acts_in_all_rows_that_choose_none(llama: tuple[AdaptedModel, Path]) -> None:
+    adapted, directory = llama
+    served, given = runtime.load(directory, adapter="scales"), prompts(3)
+    for name in ("scales", "prefix", None):
+        served.set_adapter(name)
+        adapted.set_adapter(name or ())
+        want = adapted.generate(**given, **GREEDY)
+        assert torch.equal(served.generate(**given, **GREEDY), want)
+        adapted.set_adapter("low")
+        rows = served.generate(**given, **GREEDY, adapter_ids=["low", None, "low"])
+        assert torch.equal(rows[[0, 2]], adapted.generate(**given, **GREEDY)[[0, 2]])
+    with pytest.raises(PeftfxError, match="no adapter named 'lwo'"):
+        runtime.load(directory, adapter="lwo")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ CASES = {
     "swin": ("swin", "classifier", "all-linear"),
     "vit, asked for": ("vit", "classifier", "all-linear | head"),
     "llama, asked for": ("llama", "lm_head", "all-linear | head"),
+    "deberta_v2": ("deberta_v2", "classifier", "all-linear"),  # its attentions put rows and heads on one axis
 }
 
 

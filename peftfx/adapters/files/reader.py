@@ -112,7 +112,6 @@ def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
 def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, config: Mapping[str, object]) -> Adapter:
     """Return the adapter of a method; its placements are the sites that the file has tensors for."""
     directory = weights.path.parent
-    warn_of_bare_keys(weights, method.prefix)  # not of prompts: HF PEFT writes these without a prefix
     refuse_unasked(base, method)
     able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
@@ -125,6 +124,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         placements = list(chosen_placements(method, base, sites))
         refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
     placements = as_modules(base, method, without_ties(placements))
+    warn_of_bare_keys(weights, method, placements)  # not of prompts: HF PEFT writes these without a prefix
     exchange_read(base, weights, placements)
     saved = saved_modules(base, method)
     if idle_name := no_module_to_save(base, method, saved):  # HF PEFT passes over it, and its files may be whole

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,7 +11,9 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.parameters import is_bare, without_place
 from peftfx.bases.guests import own_modules
+from peftfx.contract.method import Method
 from peftfx.contract.placed import Placements
+from peftfx.contract.placement import Placement
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import warn
 from peftfx.rules.peft_conversion import taken_for_experts
@@ -68,9 +70,10 @@ def warn_of_inputs(base: nn.Module, task_type: object, where: str) -> None:
         warn(f"{where}: {what}; to get its outputs, leave {'these' if len(lost) > 1 else 'it'} out here too")
 
 
-def warn_of_bare_keys(weights: Weights, prefix: str) -> None:
-    """Warn of keys without HF PEFT's prefix: it loads a file without their tensors."""
-    bare = [key for name, key in weights.names.items() if prefix and name == key]
+def warn_of_bare_keys(weights: Weights, method: Method, placements: Sequence[Placement]) -> None:
+    """Warn of keys without HF PEFT's prefix: it loads a file without their tensors, but for those that places share."""
+    prefix, shared = method.prefix, set(method.shared_keys([p.site for p in placements]).values())
+    bare = [key for name, key in weights.names.items() if prefix and name == key and key not in shared]
     if bare:
         more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
         why = "HF PEFT would not load these tensors, and here they act"

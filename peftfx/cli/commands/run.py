@@ -29,7 +29,7 @@ def run(
         Path | None, typer.Option(help="File of texts for the model's task, one in each line; - is the standard input.")
     ] = None,
     query: Annotated[
-        str | None, typer.Option(help="Query to compare each text with, for a sentence model or a re-ranker.")
+        str | None, typer.Option(help="Query to compare each text with, or question to answer by each text.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; repeat it for more.")] = None,
     audio: Annotated[
@@ -55,7 +55,9 @@ def run(
         bool, typer.Option("--timestamps", help="With --audio: print the times of each piece, if the model can.")
     ] = False,
     top: Annotated[int | None, typer.Option(help="How many labels to print; by default 5.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="An .onnx_adapter file to put into the model.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="An .onnx_adapter file to put into the model; or a name, if it is batched.")
+    ] = None,
     prompt_name: Annotated[
         str | None, typer.Option(help="Name of the model's prompt for texts that are embedded.")
     ] = None,

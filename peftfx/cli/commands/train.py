@@ -45,7 +45,7 @@ def train(
     """
     with kept_to_the_end():
         from peftfx.cli.progress import Progress
-        from peftfx.training.train import TrainOptions
+        from peftfx.training.options import TrainOptions
         from peftfx.training.train import train as run
 
     asked = TrainOptions(

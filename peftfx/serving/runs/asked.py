@@ -26,7 +26,7 @@ class Asked:
         sounds: the WAV files for the model's task.
         task: the name of a pipeline; None means the task that the model was made for.
         top: the number of labels to show, by default 5.
-        adapter: an `.onnx_adapter` file to load into the model.
+        adapter: an `.onnx_adapter` file to load into the model, or the name of an adapter of a batched export.
         providers: the execution providers of ONNX Runtime; see `peftfx.serving.providers`.
         query: a text with which each of the texts is compared.
         prompt_name: the name of the prompt that is put before texts to embed.

@@ -11,7 +11,7 @@ from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
-from peftfx.serving.pipelines import pipeline
+from peftfx.serving.pipelines import pipeline, sees_alone
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.fitting import WRITERS, refuse_idle
 from peftfx.serving.runs.image_prompts import read_image
@@ -21,13 +21,12 @@ from peftfx.serving.runs.segments import SEGMENTS, counted, write_mask
 
 #: The tasks whose results can be shown as JSON.
 _TOLD = (
-    *("text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction"),
+    *("text-classification", "token-classification", "fill-mask", "feature-extraction"),
     *("image-classification", "object-detection", SEGMENTS),
 )
-DESCRIBING = "image-text-to-text"
+DESCRIBING, _ANSWERING = "image-text-to-text", "question-answering"
 _RANKED = ("text-classification", "image-classification", "fill-mask")  #: tasks whose results are labels by score
 _HIDDEN = "last_hidden_state"
-_SEEING = ("image-classification", "object-detection", SEGMENTS)
 
 
 def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
@@ -57,13 +56,16 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         for text in asked.texts:
             yield from continued(served, asked, text, out)
         return
+    if task == _ANSWERING:
+        raise PeftfxError("this model answers a question by a text", task, "pass --query QUESTION with --text")
     if task not in _TOLD:
         raise PeftfxError(
-            "the command line cannot show the outputs of this model", task, "call peftfx.runtime.pipeline"
+            "the command line cannot show the outputs of this model", task, "in Python, call peftfx.runtime.load(DIR)"
         )
-    if asked.texts and task in _SEEING:
+    sees = sees_alone(served, task)
+    if asked.texts and sees:
         raise PeftfxError("this model takes images, not texts", task, "pass --image FILE")
-    if asked.images and task not in _SEEING:
+    if asked.images and not sees:
         raise PeftfxError("this model takes texts, not images", task, "pass --text")
     if task == FEATURES and "logits" in served.model.outputs and _HIDDEN not in served.model.outputs:
         hint = f"leave --task out, or export the model with --task {FEATURES}"
