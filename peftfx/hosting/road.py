@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -100,14 +100,24 @@ class ModulesRoad:
         given: Mapping[str, Tensor] | None = None,
     ) -> object:
         """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name."""
-        part = settle(self.base)
-        if part is not None:
-            share_whole((t for name in names for _, t in self.adapters[name].tensors()), part)
-        with self.acting(names, given):
+
+        def call() -> object:
             if entry is None:
                 return self.base(*args, **kwargs)
             entry.check(kwargs)
             return entry(forward, self.base, self._virtual(names, entry), kwargs)
+
+        return self.run_within(names, call, given)
+
+    def run_within(
+        self, names: Sequence[str], call: Callable[[], object], given: Mapping[str, Tensor] | None = None
+    ) -> object:
+        """Run something that calls the base, with these adapters in its modules."""
+        part = settle(self.base)
+        if part is not None:
+            share_whole((t for name in names for _, t in self.adapters[name].tensors()), part)
+        with self.acting(names, given):
+            return call()
 
     def rows(self, names: Sequence[str]) -> RowsByAdapter:
         """Return the rows of a batch by adapter, given the adapter's name of each row; `__base__` is no adapter.

@@ -13,11 +13,13 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_class
+from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
 from peftfx.model.calls import AdapterCalls
+from peftfx.model.own_generation import is_beyond_graphs, refuse_names
 from peftfx.model.processes.gathered import gathering, whole_base
 from peftfx.model.trainers.seen_by_trainers import WITHOUT_MODULES
 from peftfx.passes.base import Pass
@@ -245,20 +247,31 @@ class AdaptedModel(AdapterCalls):
     def generate(self, *args: object, **kwargs: object) -> object:
         """Generate tokens with the active adapters: transformers' own `generate` over the decode view's graph.
 
-        Arguments and result are those of the base's `generate`.
+        Arguments and result are those of the base's `generate`. What a graph does not do (`output_hidden_states`,
+        `inputs_embeds`, `adapter_names`; a model without a decode view) the base's own modules do, on the modules road.
 
         Raises:
-            PeftfxError: the model does not generate text, or an argument asks for what a graph cannot do.
+            PeftfxError: the model does not generate text, or an argument asks for what a graph cannot do, and the
+                modules do not run the adapters either.
 
         Example:
             >>> adapted.generate(input_ids=torch.tensor([[3, 5, 8]]), max_new_tokens=4, do_sample=False).shape
             torch.Size([1, 7])
         """
-        from peftfx.model.generation import generator
+        from peftfx.model.generation import generator, refuse_no_text
 
-        return generator(self.source, self.view, lambda view, inputs: self.graph(inputs, view=view)).generate(
-            *args, **kwargs
-        )
+        refuse_no_text(self.base)
+        if is_beyond_graphs(kwargs):
+            if self._generates_in_modules():
+                return self._generate_in_modules(args, kwargs)
+            refuse_names(kwargs)
+        try:
+            made = generator(self.source, self.view, lambda view, inputs: self.graph(inputs, view=view))
+        except PeftfxError:
+            if not self._generates_in_modules():
+                raise
+            return self._generate_in_modules(args, kwargs)
+        return made.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Return an attribute of the base (`config`, `device`, ...); the base's methods are refused."""

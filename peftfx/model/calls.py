@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
 from peftfx.model.graphs.runs import Checkpoints
+from peftfx.model.own_generation import NAMES, rows_of_each
 from peftfx.model.peft_surface import PeftSurface
 from peftfx.model.processes.gathered import refuse_graph
 from peftfx.views.arguments import named_arguments
@@ -48,8 +50,8 @@ class AdapterCalls(PeftSurface):
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         CURRENT.called = True
-        names = kwargs.get("adapter_names")
-        kwargs = {key: value for key, value in kwargs.items() if key != "adapter_names"}
+        names = kwargs.get(NAMES)
+        kwargs = {key: value for key, value in kwargs.items() if key != NAMES}
         kwargs, given = self._beside(args, kwargs)
         if names is not None:
             return self._run_by_row(names, args, kwargs)
@@ -89,20 +91,37 @@ class AdapterCalls(PeftSurface):
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Run a call in which each row of the batch has the adapter of its name."""
+        with self._by_row(names, 1):
+            return self.base(*args, **kwargs)
+
+    @contextmanager
+    def _by_row(self, names: object, times: int) -> Iterator[None]:
+        """Let each row have the adapter of its name; each name stands for `times` rows in turn."""
         if isinstance(names, str) or not isinstance(names, Sequence):
-            raise PeftfxError(
-                f"not a list of names: {shown(names)}", "adapter_names", "give one adapter's name for each row"
-            )
+            raise PeftfxError(f"not a list of names: {shown(names)}", NAMES, "give one adapter's name for each row")
         if self.named.folded:
-            raise PeftfxError(
-                "adapters are merged: rows cannot choose among them", "adapter_names", "unmerge_adapter() first"
-            )
+            raise PeftfxError("adapters are merged: rows cannot choose among them", NAMES, "unmerge_adapter() first")
         if self.training:
-            raise PeftfxError("adapter_names works in eval mode only", "adapter_names", "call eval() first")
+            raise PeftfxError(f"{NAMES} works in eval mode only", NAMES, "call eval() first")
         for name in set(names) - {NO_ADAPTER}:
             self.adapter(name)
-        with self.modules_road.acting(()), acting_by_row(self.modules_road.rows(names)):
-            return self.base(*args, **kwargs)
+        rows = self.modules_road.rows([name for name in names for _ in range(times)])
+        with self.modules_road.acting(()), acting_by_row(rows):
+            yield
+
+    def _generates_in_modules(self) -> bool:
+        """Return whether the base's own `generate` runs with the active adapters, inside the base's modules."""
+        rules = (rule for adapter in self.named.acting() for rule in adapter.rules)
+        hosted = self.road == "modules" and self.modules_road.entry(self.named.called) is None
+        return hosted and not any(rule.inputs or rule.invoked_by for rule in rules)
+
+    def _generate_in_modules(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+        """Run the base's own `generate`, with the active adapters or with those that `adapter_names` has for rows."""
+        own = {name: value for name, value in kwargs.items() if name != NAMES}
+        if (names := kwargs.get(NAMES)) is None:
+            return self.modules_road.run_within(self.named.called, lambda: self.base.generate(*args, **own))  # type: ignore[operator]
+        with self._by_row(names, rows_of_each(self.base, kwargs)):
+            return self.base.generate(*args, **own)  # type: ignore[operator]
 
     def _penalised(self, output: object) -> object:
         loss, penalties = output.get(LOSS) if isinstance(output, dict) else None, self._penalties()

@@ -48,8 +48,7 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
     Raises:
         PeftfxError: the base is not a model that generates text, or has no decode view.
     """
-    if not getattr(base, "can_generate", lambda: False)():
-        raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
+    refuse_no_text(base)
     if not encodes_and_decodes(base):
         decode = view_named("decode")
         if isinstance(decode, DecodeOverImages):
@@ -69,6 +68,16 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
         return over_graphs(base, GeneratesFromSource, **parts)
     encode = _runner(view_named(VISION), graph_of)
     return over_graphs(base, GeneratesFromImages, **parts, encode=encode, images=encoder.images)
+
+
+def refuse_no_text(base: nn.Module) -> None:
+    """Refuse a model that does not generate text.
+
+    Raises:
+        PeftfxError: it is such a model.
+    """
+    if not getattr(base, "can_generate", lambda: False)():
+        raise PeftfxError("this model does not generate", type(base).__name__, "only language models do")
 
 
 def _runner(view: View | None, graph_of: GraphOf) -> Step:

@@ -154,11 +154,15 @@ def test_no_weight_is_written_twice(pair: Pair) -> None:
 
 def test_what_two_graphs_cannot_give_is_refused(pair: Pair) -> None:
     masked = {"decoder_input_ids": torch.ones(4, 2).long(), "decoder_attention_mask": torch.tensor([[0, 1]] * 4)}
+    encoded = {"encoder_outputs": pair.ours.base.get_encoder()(**texts()), "attention_mask": texts()["attention_mask"]}
+    for asked in ({**texts(), **masked}, encoded):  # the base's own modules give it
+        got, want = (model.generate(**asked, max_new_tokens=4, do_sample=False) for model in (pair.ours, pair.peft))
+        assert got.equal(want)
+    graph = peftfx.load(pair.peft, road="graph")
     with pytest.raises(peftfx.PeftfxError, match="no mask for its own tokens"):
-        pair.ours.generate(**texts(), **masked, max_new_tokens=2)
-    encoded = pair.ours.base.get_encoder()(**texts())
+        graph.generate(**texts(), **masked, max_new_tokens=2)
     with pytest.raises(peftfx.PeftfxError, match="lack the decoder's keys"):
-        pair.ours.generate(encoder_outputs=encoded, attention_mask=texts()["attention_mask"], max_new_tokens=2)
+        graph.generate(**encoded, max_new_tokens=2)
     with pytest.raises(peftfx.PeftfxError, match="static"):
         pair.served.generate(**texts(), cache_implementation="static", max_new_tokens=2)
 

@@ -100,7 +100,8 @@ def test_generating_leaves_the_base_as_it_was(pair: Any) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_a_graph_cannot_give_is_refused(pair: Any, arguments: dict[str, Any], what: str) -> None:
-    _, got = pair("llama")
+    theirs, _ = pair("llama")
+    got = peftfx.load(theirs, road="graph")
     inputs = {} if "inputs_embeds" in arguments else prompts()
     with pytest.raises(peftfx.PeftfxError, match=what):
         got.generate(**inputs, **arguments, max_new_tokens=2)

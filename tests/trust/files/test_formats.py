@@ -43,7 +43,7 @@ def rules(directory: Path) -> None:
 def row_adapters(directory: Path) -> list[str]:
     served = Served.__new__(Served)
     served.directory = directory
-    return served._row_adapters
+    return served.row_adapters
 
 
 #: For each JSON file, what writes one into a directory, and what reads it.
