@@ -118,6 +118,8 @@ class AdapterCalls(PeftSurface):
     def _generate_in_modules(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """Run the base's own `generate`, with the active adapters or with those that `adapter_names` has for rows."""
         own = {name: value for name, value in kwargs.items() if name != NAMES}
+        with TRACING:  # wait, as a call does
+            pass
         if (names := kwargs.get(NAMES)) is None:
             return self.modules_road.run_within(self.named.called, lambda: self.base.generate(*args, **own))  # type: ignore[operator]
         with self._by_row(names, rows_of_each(self.base, kwargs)):
