@@ -43,3 +43,25 @@ def test_what_is_wrong_for_one_place_alone_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setattr(free_arguments, "_STAND_INS", stand_ins)
     with pytest.raises(PeftfxError, match=r"differs|disagrees|branches"):
         peftfx.export_onnx(Line().eval(), tmp_path / "out", inputs={"x": torch.randn(2, 7, 4)})
+
+
+class Joined(nn.Module):
+    """A large table, sounds of more than eight places, and texts whose axis goes where there is one token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(100_000, 80)
+        self.layer = nn.Linear(80, 4)
+
+    def forward(self, sounds: Tensor, tokens: Tensor) -> Tensor:
+        if sounds.shape[1] > 8:
+            sounds = sounds[:, :8]
+        return (self.layer(self.table(tokens)) + sounds.mean((1, 2))[:, None, None]).squeeze(1)
+
+
+def test_a_size_of_one_is_tried_where_the_usual_sizes_are_too_large_and_the_least_are_on_another_side(
+    tmp_path: Path,
+) -> None:
+    inputs = {"sounds": torch.randn(2, 400, 1), "tokens": torch.randint(9, (2, 5))}
+    with pytest.raises(PeftfxError, match=r"right only where tokens.1 != 1 \[squeeze, in the model\]"):
+        peftfx.export_onnx(Joined().eval(), tmp_path / "out", inputs=inputs)

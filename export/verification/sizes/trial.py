@@ -88,10 +88,20 @@ class Trial:
         return frozenset(tuple(axis for axis in spec.shape if isinstance(axis, str)) for spec in self.graph.inputs)
 
     def whole(self, sizes: Sized) -> dict[str, int]:
-        """Complete some sizes with the usual sizes of all other axes, or with 2 if such a call is too large."""
+        """Complete some sizes with the usual sizes of all other axes, or small ones if such a call is too large."""
         found = completed(self.graph.conditions, sizes, self.usual)
+        return found if self.affords(found) else completed(self.graph.conditions, sizes, self._small)
+
+    @functools.cached_property
+    def _small(self) -> dict[str, int]:
+        """The least size of each axis, from 2, that meets the conditions on this axis alone."""
         small = dict.fromkeys(self.usual, 2)
-        return found if self.affords(found) else completed(self.graph.conditions, sizes, small)
+        for condition in self.graph.conditions:
+            if len(condition.axes) == 1 and not condition.met(small):
+                (axis,) = condition.axes
+                met = (tried[axis] for tried in condition.tried() if condition.met(tried))
+                small[axis] = min((size for size in met if size > small[axis]), default=self.usual[axis])
+        return small
 
     def reach(self, condition: Condition, sizes: Sized) -> Fed | None:
         """Make inputs of these sizes that do not meet a condition. Return None if there are no such inputs."""
