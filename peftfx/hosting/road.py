@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -100,24 +100,20 @@ class ModulesRoad:
         given: Mapping[str, Tensor] | None = None,
     ) -> object:
         """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name."""
-
-        def call() -> object:
+        with self.within(names, given):
             if entry is None:
                 return self.base(*args, **kwargs)
             entry.check(kwargs)
             return entry(forward, self.base, self._virtual(names, entry), kwargs)
 
-        return self.run_within(names, call, given)
-
-    def run_within(
-        self, names: Sequence[str], call: Callable[[], object], given: Mapping[str, Tensor] | None = None
-    ) -> object:
-        """Run something that calls the base, with these adapters in its modules."""
+    @contextmanager
+    def within(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Let these adapters act in calls of the base, sharded or not, until the `with` block ends."""
         part = settle(self.base)
         if part is not None:
             share_whole((t for name in names for _, t in self.adapters[name].tensors()), part)
         with self.acting(names, given):
-            return call()
+            yield
 
     def rows(self, names: Sequence[str]) -> RowsByAdapter:
         """Return the rows of a batch by adapter, given the adapter's name of each row; `__base__` is no adapter.

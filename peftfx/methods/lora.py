@@ -246,6 +246,7 @@ class LoRA(LoraForms):
         return self._sum(site, weight, p)
 
     def _sum(self, site: Site, weight: Tensor, p: Params) -> Tensor:
+        """Return the updated weight, as `_updated` does, from an update that is computed by itself."""
         update = product(site, p[A], p[B])
         if A0 in p:
             update = update - product(site, p[A0], p[B0])

@@ -120,9 +120,8 @@ class AdapterCalls(PeftSurface):
         own = {name: value for name, value in kwargs.items() if name != NAMES}
         with TRACING:  # wait, as a call does
             pass
-        if (names := kwargs.get(NAMES)) is None:
-            return self.modules_road.run_within(self.named.called, lambda: self.base.generate(*args, **own))  # type: ignore[operator]
-        with self._by_row(names, rows_of_each(self.base, kwargs)):
+        names, road = kwargs.get(NAMES), self.modules_road
+        with road.within(self.named.called) if names is None else self._by_row(names, rows_of_each(self.base, kwargs)):
             return self.base.generate(*args, **own)  # type: ignore[operator]
 
     def _penalised(self, output: object) -> object:

@@ -48,7 +48,9 @@ class ServedSentences(ServedForward):
             hint = nearest(name, prompts) or f"prompts here: {', '.join(prompts) or 'none'}"
             raise PeftfxError(f"there is no prompt named {name!r}", str(self.directory / SETTINGS), hint)
         ahead = "" if name is None else prompts[name]
-        found = [self._embed(some, ahead, kind) for some in _batches(texts, batch_size)]
+        how = SentenceTexts.read(self.directory)
+        tokens = (how.tokens(self.tokenizer, some, ahead, kind) for some in _batches(texts, batch_size))
+        found = [self._embed(inputs) for inputs in tokens]
         made = torch.cat(found) if found else torch.empty(0, int(self.model.axes[SENTENCE][-1]))
         return made[:, : self._settings.get("truncate_dim")]
 
@@ -82,8 +84,7 @@ class ServedSentences(ServedForward):
         prompts, _ = prompts_of(self.directory)
         return next((name for name in names if name in prompts), None)
 
-    def _embed(self, texts: Sequence[str], prompt: str, kind: str) -> Tensor:
-        inputs = SentenceTexts.read(self.directory).tokens(self.tokenizer, texts, prompt, kind)
+    def _embed(self, inputs: Mapping[str, Tensor]) -> Tensor:
         output: Tensor = self(**{k: v for k, v in inputs.items() if k in self.model.inputs})[SENTENCE]
         return output.float()
 

@@ -172,16 +172,24 @@ def _source_and_target(row: _Row, tokenizer: Any, most: int) -> dict[str, Any]:
     """Return the tokens that an encoder-decoder reads, and those that it learns to write, up to the end token."""
     read = tokenizer(row["prompt"], truncation=True, max_length=most)["input_ids"]
     written = list(tokenizer(text_target=row["completion"])["input_ids"])
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return {"input_ids": read, "labels": (written if written[-1:] == end else written + end)[:most]}
+    return {"input_ids": read, "labels": _ended(written, _end_of(tokenizer))[:most]}
+
+
+def _end_of(tokenizer: Any) -> list[int]:
+    """Return the token that ends a text, if the tokenizer has one."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _ended(ids: list[int], end: list[int]) -> list[int]:
+    """Return tokens with the end of a text, which some tokenizers write themselves."""
+    return ids if end and ids[-1:] == end else ids + end
 
 
 def _tokens(kind: str, row: _Row, tokenizer: Any, where: str) -> tuple[list[int], int]:
     """Return the tokens of a row, and how many of them come before the tokens to learn."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = _end_of(tokenizer)
     if kind == _TEXT:
-        ids = list(tokenizer(row["text"])["input_ids"])
-        return (ids if end and ids[-1:] == end else ids + end), 0
+        return _ended(list(tokenizer(row["text"])["input_ids"]), end), 0
     if kind == COMPLETION:
         ahead = list(tokenizer(row["prompt"])["input_ids"])
         ahead = ahead[: -len(end)] if end and ahead[-1:] == end else ahead
