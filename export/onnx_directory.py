@@ -35,7 +35,8 @@ from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.generation.invocation import INVOCATION_KEY
-from peftfx.graph.contexts import TRACING, without_autocast
+from peftfx.graph.capturing.trace_lock import TRACING
+from peftfx.graph.contexts import without_autocast
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.memory.garbage import rarely_collected
 from peftfx.model.adapted import AdaptedModel

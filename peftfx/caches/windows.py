@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, masking_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peftfx.graph.contexts import TRACING
+from peftfx.graph.capturing.trace_lock import TRACING
 
 
 class WindowLayer(DynamicLayer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -19,7 +18,8 @@ from torch.fx import config as fx_config
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-TRACING = threading.RLock()  #: a lock, held by the thread that captures or traces
+from peftfx.graph.capturing.trace_lock import TRACING
+
 _DESCRIBE = "_extract_tensor_metadata"  #: the function by which torch describes a node's value a second time
 _FIND_FREE = "_free_unbacked_symbols_with_path"  #: the function by which torch looks for sizes that values decide
 
@@ -151,15 +151,16 @@ def _restore(container: object, contents: object) -> None:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module of `model` into eval mode inside the context, and restore the modes after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    """Put every module of `model` into eval mode inside the context, in which no other thread runs an adapted model."""
+    with TRACING:
+        modes = [(module, module.training) for module in model.modules()]
+        for module, _ in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from peftfx.adapters.adapter_set import NO_ADAPTER, AdapterSet
 from peftfx.bases.guests import GUESTS
 from peftfx.contract.placement import SequencePlacement, owner_of
 from peftfx.errors import PeftfxError
+from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.hosting.call import Keys, RowsByAdapter, acting
 from peftfx.hosting.call_inputs import read_call_inputs
 from peftfx.hosting.checkpointing import bind_checkpoints
@@ -82,9 +83,12 @@ class ModulesRoad:
         """Return these adapters' keys in the modules, in order."""
         return tuple([self.key(name) for name in names])
 
-    def acting(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> AbstractContextManager[None]:
-        """Let these adapters act in the modules, in this thread, until the `with` block ends."""
-        return acting(self.keys(names), given)
+    @contextmanager
+    def acting(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Let these adapters act in the modules, in this thread, until the `with` block ends; no thread traces then."""
+        turn = nullcontext() if torch.compiler.is_compiling() else TRACING.running()
+        with turn, acting(self.keys(names), given):
+            yield
 
     def entry(self, names: Sequence[str]) -> Entry | None:
         """Return the entry that a soft prompt of these adapters takes, or None for the base's own forward."""

@@ -13,13 +13,12 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_class
-from peftfx.errors import PeftfxError
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
 from peftfx.model.calls import AdapterCalls
-from peftfx.model.own_generation import is_beyond_graphs, refuse_names
+from peftfx.model.own_generation import refuse_names
 from peftfx.model.processes.gathered import gathering, whole_base
 from peftfx.model.trainers.seen_by_trainers import WITHOUT_MODULES
 from peftfx.passes.base import Pass
@@ -245,14 +244,16 @@ class AdaptedModel(AdapterCalls):
         return None if found is None else self.under_prompt(found)[0]
 
     def generate(self, *args: object, **kwargs: object) -> object:
-        """Generate tokens with the active adapters: transformers' own `generate` over the decode view's graph.
+        """Generate tokens with the active adapters: the base's own `generate`, with its arguments and its result.
 
-        Arguments and result are those of the base's `generate`. What a graph does not do (`output_hidden_states`,
-        `inputs_embeds`, `adapter_names`; a model without a decode view) the base's own modules do, on the modules road.
+        The base's modules run it, as they run a call; so all that the base's class does is done. `adapter_names` has an
+        adapter's name for each row. On the graph road, and with adapters that no module holds (soft prompts, aLoRA),
+        the graph of the decode view runs each step. A graph has no hidden states, no `inputs_embeds`, and no cache of
+        another kind than transformers' default.
 
         Raises:
-            PeftfxError: the model does not generate text, or an argument asks for what a graph cannot do, and the
-                modules do not run the adapters either.
+            PeftfxError: the model does not generate text; a graph would run, and the model has no decode view, or an
+                argument asks for what a graph cannot do.
 
         Example:
             >>> adapted.generate(input_ids=torch.tensor([[3, 5, 8]]), max_new_tokens=4, do_sample=False).shape
@@ -261,16 +262,10 @@ class AdaptedModel(AdapterCalls):
         from peftfx.model.generation import generator, refuse_no_text
 
         refuse_no_text(self.base)
-        if is_beyond_graphs(kwargs):
-            if self._generates_in_modules():
-                return self._generate_in_modules(args, kwargs)
-            refuse_names(kwargs)
-        try:
-            made = generator(self.source, self.view, lambda view, inputs: self.graph(inputs, view=view))
-        except PeftfxError:
-            if not self._generates_in_modules():
-                raise
+        if self._generates_in_modules():
             return self._generate_in_modules(args, kwargs)
+        refuse_names(kwargs)
+        made = generator(self.source, self.view, lambda view, inputs: self.graph(inputs, view=view))
         return made.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]

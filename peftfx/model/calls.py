@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from peftfx.adapters.adapter_set import NO_ADAPTER
 from peftfx.errors import PeftfxError, shown
 from peftfx.generation.invocation import OFFSETS
-from peftfx.graph.contexts import TRACING
+from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.graph.graph import Graph
 from peftfx.hosting.call import CURRENT, acting_by_row
 from peftfx.hosting.call_inputs import invocations, take
@@ -58,9 +58,6 @@ class AdapterCalls(PeftSurface):
         if self.road == "graph":
             refuse_graph(self, self.obstacle)
             return self._run_graph(args, kwargs)
-        if not torch.compiler.is_compiling():
-            with TRACING:  # wait: torch patches modules for all threads while one thread traces
-                pass
         names = self.named.called
         asked = self.checkpoints
         if asked is not None and names and not asked.in_modules:
@@ -78,8 +75,7 @@ class AdapterCalls(PeftSurface):
         known = [rule for name in self.names() for rule in self.adapter(name).rules]
         if not any(rule.inputs or rule.invoked_by for rule in known):
             return kwargs, {}
-        acting = [rule for adapter in self.named.acting() for rule in adapter.rules]
-        kwargs, given = take(known, acting, kwargs)
+        kwargs, given = self._taken(kwargs)
         offsets = kwargs.pop(OFFSETS, None)
         if self.road == "graph":
             if offsets is not None:
@@ -87,7 +83,13 @@ class AdapterCalls(PeftSurface):
                 raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
             return kwargs, given
         ids = named_arguments(self.base, args, kwargs).get("input_ids")
+        acting = [rule for adapter in self.named.acting() for rule in adapter.rules]
         return kwargs, given | invocations(acting, ids, offsets)
+
+    def _taken(self, kwargs: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Tensor]]:
+        """Split a call's arguments into those of the model and those of methods, such as `task_ids`."""
+        known = (rule for name in self.names() for rule in self.adapter(name).rules)
+        return take(known, (rule for adapter in self.named.acting() for rule in adapter.rules), kwargs)
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Run a call in which each row of the batch has the adapter of its name."""
@@ -111,17 +113,18 @@ class AdapterCalls(PeftSurface):
 
     def _generates_in_modules(self) -> bool:
         """Return whether the base's own `generate` runs with the active adapters, inside the base's modules."""
-        rules = (rule for adapter in self.named.acting() for rule in adapter.rules)
-        hosted = self.road == "modules" and self.modules_road.entry(self.named.called) is None
-        return hosted and not any(rule.inputs or rule.invoked_by for rule in rules)
+        invoked = any(rule.invoked_by for adapter in self.named.acting() for rule in adapter.rules)
+        return self.road == "modules" and not invoked and self.modules_road.entry(self.named.called) is None
 
     def _generate_in_modules(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """Run the base's own `generate`, with the active adapters or with those that `adapter_names` has for rows."""
-        own = {name: value for name, value in kwargs.items() if name != NAMES}
-        with TRACING:  # wait, as a call does
-            pass
-        names, road = kwargs.get(NAMES), self.modules_road
-        with road.within(self.named.called) if names is None else self._by_row(names, rows_of_each(self.base, kwargs)):
+        names = kwargs.get(NAMES)
+        own, given = self._taken({name: value for name, value in kwargs.items() if name != NAMES})
+        asked = NAMES if names is not None else next(iter(given), None)
+        times = 1 if asked is None else rows_of_each(self.base, kwargs, asked)
+        given = {name: value.repeat_interleave(times, 0) for name, value in given.items()}
+        road = self.modules_road
+        with road.within(self.named.called, given) if names is None else self._by_row(names, times):
             return self.base.generate(*args, **own)  # type: ignore[operator]
 
     def _penalised(self, output: object) -> object:

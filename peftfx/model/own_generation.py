@@ -1,4 +1,4 @@
-"""Calls of `generate` that the base's own modules run, and no graph: what they ask for, and how many rows they make."""
+"""Calls of `generate` that the base's own modules run: adapters' names for rows, and how many rows there are."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
 
 NAMES = "adapter_names"  #: the argument of a call that has an adapter's name for each row
-_OUTPUTS = ("output_attentions", "output_hidden_states")
-_BEYOND = (NAMES, "inputs_embeds", "decoder_inputs_embeds", "encoder_outputs", "decoder_attention_mask")
-
-
-def is_beyond_graphs(kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a call of `generate` asks for what only the base's own modules do."""
-    asked = any(kwargs.get(name) is not None for name in _BEYOND)
-    asked = asked or _asked(kwargs, "cache_implementation", None) not in (None, "dynamic")
-    return asked or any(_asked(kwargs, name, False) for name in _OUTPUTS)
 
 
 def refuse_names(kwargs: Mapping[str, Any]) -> None:
@@ -33,7 +24,7 @@ def refuse_names(kwargs: Mapping[str, Any]) -> None:
         raise PeftfxError(what, NAMES, "generate for the rows of each adapter by themselves, or export(batched=...)")
 
 
-def rows_of_each(base: nn.Module, kwargs: Mapping[str, Any]) -> int:
+def rows_of_each(base: nn.Module, kwargs: Mapping[str, Any], asked: str) -> int:
     """Return for how many rows each row of a prompt stands in a call of `generate`: beams, or several texts.
 
     Raises:
@@ -43,8 +34,8 @@ def rows_of_each(base: nn.Module, kwargs: Mapping[str, Any]) -> int:
     counts = (_asked(kwargs, n, getattr(own, n, None)) for n in ("num_beams", "num_return_sequences"))
     most = max(1, *(count or 1 for count in counts))
     if most > 1 and encodes_and_decodes(base):
-        what = "rows choose among adapters in the source and in the text, which has more rows"
-        raise PeftfxError(what, NAMES, "generate with num_beams=1 and num_return_sequences=1, or one adapter at a time")
+        what = f"{asked} has a value for each row of the source, and the text has more rows"
+        raise PeftfxError(what, asked, "generate with num_beams=1 and num_return_sequences=1, or for each value alone")
     return most
 
 

@@ -15,7 +15,8 @@ from peftfx.graph.capturing.loops.mask_loops import over_masks
 from peftfx.graph.capturing.loops.recurrences import recurrences
 from peftfx.graph.capturing.module_casts import casting_in_graph
 from peftfx.graph.capturing.sizes.size_conditions import noted
-from peftfx.graph.contexts import TRACING, evaluating, fake_mode_to_run, quietly, unchanged
+from peftfx.graph.capturing.trace_lock import TRACING
+from peftfx.graph.contexts import evaluating, fake_mode_to_run, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.views.capturing.equal_layers import equal_layers_run_twice
 from peftfx.views.view import without_cache
@@ -26,12 +27,12 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
     """Put `base` into eval mode on fake tensors, and yield the function that makes a tensor fake."""
     mode = fake_mode_to_run(base)
     with (
+        TRACING,
         quietly(),
         unchanged(base),
         faked(base),
         evaluating(base),
         without_cache(base),
-        TRACING,
         recurrences(base),  # a loop over the tokens is one operator, as in captures
         _batched_experts(base),
         casting_in_graph(),

@@ -130,7 +130,7 @@ def test_the_command_answers_a_prompt_about_an_image(seeing: Seeing, peftfx: Run
 @pytest.mark.slow
 def test_an_adapted_model_generates_what_its_base_with_the_adapter_generates(seeing: Seeing) -> None:
     base = hf.Florence2ForConditionalGeneration.from_pretrained(seeing.root / "base")
-    adapted = compiler.load(base, seeing.root / "adapter")
+    adapted = compiler.load(base, seeing.root / "adapter", road="graph")
     given = seeing.made(["w7 w8 w9", "w10"], seeing.root / "1.png", seeing.root / "0.png")
     assert torch.equal(adapted.generate(**given, **OPTIONS), seeing.peft.generate(**given, **OPTIONS))
 

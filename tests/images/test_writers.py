@@ -124,7 +124,10 @@ def test_the_runtime_writes_what_the_model_writes(writing: Writing) -> None:
 def test_an_adapted_model_writes_what_its_base_with_the_adapter_writes(writing: Writing) -> None:
     base = hf.Blip2ForConditionalGeneration.from_pretrained(writing.root / "base")
     assert writer_of(base) is base.language_model
-    adapted, options = compiler.load(base, writing.root / "adapter"), {"max_new_tokens": NEW, "do_sample": False}
+    adapted, options = (
+        compiler.load(base, writing.root / "adapter", road="graph"),
+        {"max_new_tokens": NEW, "do_sample": False},
+    )
     assert torch.equal(adapted.generate(**texts(), **options), writing.peft.generate(**texts(), **options))
 
 

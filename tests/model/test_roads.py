@@ -260,6 +260,33 @@ def test_two_models_over_one_base_in_two_threads(rule: Method) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_a_capture_waits_for_the_calls_of_other_threads(call: str) -> None:
+    base = ZOO["llama"].build()
+    models = [peftfx.transform(base, peftfx.LoRA(init_lora_weights=False), seed=seed) for seed in (0, 1)]
+    inputs = ZOO["llama"].inputs(model=base)
+    captured: list[bool] = []
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            if call == "forward":
+                return models[0](**inputs).logits
+            return models[0].generate(inputs["input_ids"], max_new_tokens=4, output_logits=True, do_sample=False)
+
+    want = run()
+    other = threading.Thread(target=lambda: captured.append(bool(models[1].graph(view="decode").nodes)))
+
+    def start(*_: object) -> None:
+        if threading.current_thread() is threading.main_thread() and not other.ident:
+            other.start()
+            other.join(1.0)
+
+    base.model.layers[0].register_forward_pre_hook(start)
+    assert run().equal(want)
+    other.join()
+    assert captured == [True]
+
+
 def test_dropout_draws_what_it_draws_in_peft(tmp_path: Path) -> None:
     ours, theirs = both("bert", tmp_path, lora_dropout=0.3)
     inputs = ZOO["bert"].inputs(model=ours.base, labels=True)

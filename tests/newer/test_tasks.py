@@ -9,6 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import peftfx
@@ -81,6 +82,24 @@ def test_it_computes_trains_and_saves_as_hf_peft(name: str, tmp_path: Path) -> N
     torch.testing.assert_close(kept, outputs(read, task_ids=TASKS), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_each_row_of_generated_text_has_its_task_as_in_hf_peft(beams: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=60, eos_token_id=59, initializer_range=0.4)).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(base), METHODS["POLY"][0])
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+    ours = peftfx.load(theirs.eval()).eval()
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    rows = TASKS.repeat_interleave(beams)  # `peft` wants one for each beam
+    want = theirs.generate(input_ids=IDS, task_ids=rows, **options)
+    assert ours.generate(input_ids=IDS, task_ids=TASKS, **options).equal(want)
+    assert not ours.generate(input_ids=IDS, task_ids=TASKS.roll(1), **options).equal(want)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_each_task_is_an_adapter_of_its_own(name: str) -> None:
     adapted = adapted_by(name)
@@ -138,9 +157,11 @@ def test_what_has_no_tasks_is_told() -> None:
     adapted = poly()
     with adapted.disable_adapter():
         torch.testing.assert_close(outputs(adapted, task_ids=TASKS), BASE(**CALL).logits)
-    for act in (adapted.graph, adapted.merge, lambda: adapted.generate(input_ids=IDS, max_new_tokens=2)):
+    for act in (adapted.graph, adapted.merge):
         with pytest.raises(PeftfxError, match="split_tasks"):
             act()
+    with pytest.raises(PeftfxError, match="pass task_ids="):
+        adapted.generate(input_ids=IDS, max_new_tokens=2)
     plain = peftfx.transform(copy.deepcopy(BASE), peftfx.LoRA(r=2, target_modules=["q_proj"]), inputs=CALL)
     with pytest.raises(PeftfxError, match="the same for every task"):
         plain.split_tasks("default")

@@ -150,7 +150,7 @@ def test_text_alone_and_a_batch_and_beams_are_generated_too(seeing: Seeing) -> N
 
 
 def test_the_adapted_model_generates_so_in_torch(seeing: Seeing) -> None:
-    ours = compiler.load(build(), seeing.root / "adapter")
+    ours = compiler.load(build(), seeing.root / "adapter", road="graph")
     made = seeing.processor(
         text=f"{IMAGE} w5 w6 w7", images=[Image.open(seeing.root / "1.png").convert("RGB")], return_tensors="pt"
     )

@@ -25,10 +25,19 @@ NEW = 32
 
 @dataclass
 class Pair:
-    """A model with a random LoRA on all that is linear: as `peft` has it, and as peftfx loads it from its files."""
+    """A model with a random LoRA on all that is linear: as `peft` has it, and as peftfx loads it from its files.
+
+    `peft` and `modules` run the same modules; `ours` runs graphs, in calls and in `generate`.
+    """
 
     peft: nn.Module
     ours: AdaptedModel
+    directory: Path
+
+    @cached_property
+    def modules(self) -> AdaptedModel:
+        """The same on the modules road."""
+        return peftfx.load(self.ours.base, self.directory)
 
     @cached_property
     def greedy(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -52,7 +61,7 @@ def make_pair(name: str, directory: Path) -> Pair:
     ).eval()
     randomise(model)
     model.save_pretrained(str(directory))
-    return Pair(model, peftfx.load(ZOO[name].build(), directory))
+    return Pair(model, peftfx.load(ZOO[name].build(), directory, road="graph"), directory)
 
 
 def prompts(batch: int = 4, length: int = 7, seed: int = 1) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ def adapted(pair: Pair) -> AdaptedModel:
 def test_greedy_tokens_are_pefts(pair: Pair) -> None:
     given, want = pair.greedy
     assert torch.equal(pair.ours.generate(**given, **GREEDY), want)
+    assert torch.equal(pair.modules.generate(**given, **GREEDY), want)
     with pair.ours.disable_adapter():
         assert not torch.equal(pair.ours.generate(**given, **GREEDY), want)
 

@@ -74,7 +74,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = peft.get_peft_model(ZOO[request.param].build(), config).eval()
     randomise(model)
     model.save_pretrained(str(directory / "adapter"))
-    return Pair(model, peftfx.load(ZOO[request.param].build(), directory / "adapter"), directory)
+    ours = peftfx.load(ZOO[request.param].build(), directory / "adapter", road="graph")
+    return Pair(model, ours, directory)
 
 
 def test_greedy_tokens_are_pefts_in_torch_and_in_onnx_runtime(pair: Pair) -> None:
@@ -155,10 +156,10 @@ def test_no_weight_is_written_twice(pair: Pair) -> None:
 def test_what_two_graphs_cannot_give_is_refused(pair: Pair) -> None:
     masked = {"decoder_input_ids": torch.ones(4, 2).long(), "decoder_attention_mask": torch.tensor([[0, 1]] * 4)}
     encoded = {"encoder_outputs": pair.ours.base.get_encoder()(**texts()), "attention_mask": texts()["attention_mask"]}
+    modules, graph = peftfx.load(pair.peft), pair.ours
     for asked in ({**texts(), **masked}, encoded):  # the base's own modules give it
-        got, want = (model.generate(**asked, max_new_tokens=4, do_sample=False) for model in (pair.ours, pair.peft))
+        got, want = (model.generate(**asked, max_new_tokens=4, do_sample=False) for model in (modules, pair.peft))
         assert got.equal(want)
-    graph = peftfx.load(pair.peft, road="graph")
     with pytest.raises(peftfx.PeftfxError, match="no mask for its own tokens"):
         graph.generate(**texts(), **masked, max_new_tokens=2)
     with pytest.raises(peftfx.PeftfxError, match="lack the decoder's keys"):

@@ -8,22 +8,20 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from support.decoding import make_pair, prompts
+from support.decoding import Pair, make_pair, prompts
 from support.zoo import ZOO
-from torch import Tensor, nn
+from torch import Tensor
 
 import peftfx
-from peftfx.model.adapted import AdaptedModel
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`pair(name)`: a model with a random LoRA of `peft`, and the same in peftfx."""
+    """`pair(name)`: a model with a random LoRA of `peft`, and the same in peftfx, by the decode view's graph."""
 
     @cache
-    def make(name: str) -> tuple[nn.Module, AdaptedModel]:
-        found = make_pair(name, tmp_path_factory.mktemp(name))
-        return found.peft, found.ours
+    def make(name: str) -> Pair:
+        return make_pair(name, tmp_path_factory.mktemp(name))
 
     return make
 
@@ -45,10 +43,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_every_way_of_transformers_gives_pefts_tokens(pair: Any, name: str, options: dict[str, Any]) -> None:
     inputs = prompts(1) if "prompt_lookup_num_tokens" in options else prompts()
     results = []
-    for model in pair(name):
+    for model in (pair(name).peft, pair(name).ours, pair(name).modules):
         torch.manual_seed(3)
         results.append(model.generate(**inputs, **{"do_sample": False, **options}, max_new_tokens=12))
-    assert torch.equal(*results)
+    assert torch.equal(*results[:2])
+    assert torch.equal(*results[1:])
 
 
 def test_scores_cache_and_streamer_are_those_of_transformers(pair: Any) -> None:
@@ -62,7 +61,7 @@ def test_scores_cache_and_streamer_are_those_of_transformers(pair: Any) -> None:
         def end(self) -> None:
             self.tokens.append(-1)
 
-    want, got = pair("llama")
+    want, got = pair("llama").peft, pair("llama").ours
     options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     streams = [Collects(), Collects()]
     inputs = prompts(1)
@@ -80,7 +79,7 @@ def test_scores_cache_and_streamer_are_those_of_transformers(pair: Any) -> None:
 
 
 def test_generating_leaves_the_base_as_it_was(pair: Any) -> None:
-    _, got = pair("llama")
+    got = pair("llama").modules
     kind, names = type(got.base), {n for n, _ in got.base.named_modules()}
     before = set(vars(got.base))
     got.generate(**prompts(), max_new_tokens=2)
@@ -100,17 +99,19 @@ def test_generating_leaves_the_base_as_it_was(pair: Any) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_a_graph_cannot_give_is_refused(pair: Any, arguments: dict[str, Any], what: str) -> None:
-    theirs, _ = pair("llama")
-    got = peftfx.load(theirs, road="graph")
+    got = pair("llama").ours
     inputs = {} if "inputs_embeds" in arguments else prompts()
     with pytest.raises(peftfx.PeftfxError, match=what):
         got.generate(**inputs, **arguments, max_new_tokens=2)
 
 
 def test_a_sliding_cache_of_the_callers_is_refused_and_no_cache_is_needed(pair: Any) -> None:
-    _, got = pair("mistral")
+    theirs, got = pair("mistral").peft, pair("mistral").ours
+    given = {"cache": hf.DynamicCache(config=got.base.config), "max_new_tokens": 2, "do_sample": False}
     with pytest.raises(peftfx.PeftfxError, match="DynamicSlidingWindowLayer"):
-        got.generate(**prompts(), cache=hf.DynamicCache(config=got.base.config), max_new_tokens=2)
+        got.generate(**prompts(), **given)
+    own = {**given, "cache": hf.DynamicCache(config=got.base.config)}
+    assert torch.equal(pair("mistral").modules.generate(**prompts(), **given), theirs.generate(**prompts(), **own))
 
 
 def test_a_model_that_generates_nothing_says_so() -> None:

@@ -92,9 +92,10 @@ def test_greedy_tokens_are_those_of_pefts_forward(method: str, name: str, tmp_pa
     given, want = clear(theirs, paired)
     ahead = 1 if paired else LENGTH
     options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "logits_processor": [Once(ahead)]}
-    ours = peftfx.load(base, tmp_path / "adapter")
-    assert torch.equal(ours.generate(**given, **options)[:, ahead:], want)  # type: ignore[index]
-    with ours.disable_adapter():
-        assert not torch.equal(ours.generate(**given, **options)[:, ahead:], want)  # type: ignore[index]
+    for road in ("graph", None):
+        ours = peftfx.load(base, tmp_path / "adapter", road=road)
+        assert torch.equal(ours.generate(**given, **options)[:, ahead:], want)  # type: ignore[index]
+        with ours.disable_adapter():
+            assert not torch.equal(ours.generate(**given, **options)[:, ahead:], want)  # type: ignore[index]
     export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter", task=task(name), view="decode")
     assert torch.equal(runtime.load(tmp_path / "out").generate(**given, **options)[:, ahead:], want)
