@@ -103,6 +103,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "minimax": {"block_size": 4},
     "ministral": {"head_dim": 8},
     "mobilevitv2": {"image_size": 64},
+    "yolos": {"image_size": [32, 48]},
     "nemotron": {"num_key_value_heads": 2},
     "nllb-moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript import opset18
 
@@ -29,9 +30,15 @@ def _masked_select(self: Any, mask: Any) -> Any:
     return _op.Compress(_op.Reshape(given, row), _op.Reshape(chosen, row))
 
 
+def _round(number: Any, places: int | None = None) -> Any:
+    """Round a number that is computed from sizes to a whole one; a half goes to the even one, as in Python."""
+    return _op.Cast(_op.Round(number), to=ir.DataType.INT64)
+
+
 LACKING: Mapping[Callable[..., object], Callable[..., object]] = {
     torch.ops.aten.sym_numel.default: _numel,
     torch.ops.aten.masked_select.default: _masked_select,
     torch.ops.prims.prod.default: _product,
+    round: _round,
 }
 """Translations by operator, for `torch.onnx.export(custom_translation_table=...)`."""

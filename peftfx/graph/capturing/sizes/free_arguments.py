@@ -42,7 +42,9 @@ def row_of(data: Any, dtype: torch.dtype | None = None, device: Any = None, requ
 def stand_in(func: Callable[..., Any], args: object, kwargs: object) -> Callable[..., Any]:
     """Return the function that computes what `func` does of these arguments and leaves their sizes free."""
     other = _STAND_INS.get(func)
-    return func if other is None or not any(map(is_free, pytree.tree_leaves((args, kwargs)))) else other
+    if other is None or not any(map(is_free, pytree.tree_leaves((args, kwargs)))):
+        return _IN_ALL_CALLS.get(func, func)
+    return other
 
 
 def _number(size: SymInt, like: Tensor | None = None) -> Tensor:
@@ -89,9 +91,31 @@ def _affine_grid(theta: Tensor, size: Any, align_corners: bool | None = None) ->
     return mapped.reshape(-1, *size[2:], points.shape[-1] - 1)
 
 
+def _take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """Gather along one axis. Along each other axis one of the two may have the size 1; torch compares the sizes."""
+    if dim is None:
+        return input.reshape(-1).gather(0, indices.reshape(-1))
+    if input.ndim != indices.ndim:
+        return torch.take_along_dim(input, indices, dim)  # which refuses it
+    along = dim % input.ndim
+    return _repeated(input, indices, along).gather(along, _repeated(indices, input, along))
+
+
+def _repeated(value: Tensor, other: Tensor, along: int) -> Tensor:
+    """Return a value with the other's sizes along the axes, but one, where its own size is 1."""
+    single = [at != along and not is_free(size) and size == 1 for at, size in enumerate(value.shape)]
+    sizes = [size if one else -1 for one, size in zip(single, other.shape, strict=True)]
+    return value.expand(sizes) if any(single) else value
+
+
 _STAND_INS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch.linspace: _linspace,
     torch.nn.functional.affine_grid: _affine_grid,
     **dict.fromkeys((torch.roll, Tensor.roll), _roll),
     **dict.fromkeys((torch.remainder, Tensor.remainder, Tensor.__mod__), _remainder),
 }
+
+#: The same for functions that read the sizes of tensors, whatever their arguments are.
+_IN_ALL_CALLS: Mapping[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(
+    (torch.take_along_dim, Tensor.take_along_dim), _take_along_dim
+)
