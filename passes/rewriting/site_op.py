@@ -64,7 +64,7 @@ class Operation:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.kind == "linear":
-            return F.linear(x, weight.to(x.dtype), _like(bias, x))
+            return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), _like(bias, x))
         if self.kind == "embedding":
             return self.target(weight, x, *self.fixed)  # type: ignore[no-any-return]
         if self.kind == EXPERTS and self.number is not None:

@@ -153,9 +153,11 @@ class Hosted(Guests):
         self.copies: dict[str, dict[str, Copy]] = {}
         self.kept: dict[str, list[str]] = {}
         self.acted: set[Keys | None] = set()  #: see `recomputed`
+        self._found: dict[Keys, tuple[list[WeightGuest], int | None]] = {}
 
     def keep(self, key: str, owner: nn.Module) -> None:
         """Add the module `owner` of an adapter's parameters as a child, unless it is a child already."""
+        self._found.clear()
         if not any(child is owner for child in self.children()):
             number = next(n for n in itertools.count() if f"{key}_{n}" not in self._modules)
             self.add_module(f"{key}_{number}", owner)
@@ -165,6 +167,7 @@ class Hosted(Guests):
 
     def drop(self, key: str) -> bool:
         """Remove all that an adapter brought; return whether anything is left."""
+        self._found.clear()
         for table in self._tables():
             table.pop(key, None)
         for child in self.kept.pop(key, ()):
@@ -195,16 +198,23 @@ class Hosted(Guests):
 
     def weigh(self, own: _Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Return the output of a module's own forward with all active weight methods."""
-        found = [guest for key in CURRENT.keys or () for guest in self.weights.get(key, ())]
-        found.sort(key=lambda guest: guest.placement.on_weight is None)  # after methods at one weight
-        alone = [i for i, guest in enumerate(found) if guest.alone or (i == 0 and guest.first)]
-        y = None if alone else own(module, *args, **kwargs)
-        for i in range(alone[-1] if alone else 0, len(found)):
+        keys = CURRENT.keys or ()
+        found, alone = self._found.get(keys) or self._order(keys)
+        y = own(module, *args, **kwargs) if alone is None else None
+        for i in range(alone or 0, len(found)):
             path = found[i].seat.path
-            if not (isinstance(y, Tensor) or (y is None and alone)):
+            if not (isinstance(y, Tensor) or (y is None and alone is not None)):
                 raise other_call(path, f"it returned a {type(y).__name__}")
             y = found[i].act(own, module, _only_tensor(path, args, kwargs), y, found[:i])
         return y
+
+    def _order(self, keys: Keys) -> tuple[list[WeightGuest], int | None]:
+        """Return these adapters' weight methods in order, and which is the last that needs no output under it."""
+        found = [guest for key in keys for guest in self.weights.get(key, ())]
+        found.sort(key=lambda guest: guest.placement.on_weight is None)  # after methods at one weight
+        alone = [i for i, guest in enumerate(found) if guest.alone or (i == 0 and guest.first)]
+        self._found[keys] = found, alone[-1] if alone else None
+        return self._found[keys]
 
     def join(self, module: nn.Module, y: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Return a module's output with all active pattern methods."""
@@ -263,6 +273,8 @@ def _without_values(path: str) -> PeftfxError:
 
 
 def _only_tensor(path: str, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Tensor:
+    if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+        return args[0]
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) != 1:
         raise other_call(path, f"it was called with {len(tensors)} tensors")

@@ -81,23 +81,23 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
     """Return the hosting subclass of a class: `copied` tensors as properties, guests inside the forward of `layer`."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
-        guests = self._modules.get(GUESTS)
-        if isinstance(guests, Hosted):
-            if CURRENT.keys is None and (keys := recomputed(guests.acted)) is not None:
-                with acting(keys):
-                    return forward(self, *args, **kwargs)
-            guests.note_call()
-        if CURRENT.rows is not None and isinstance(guests, Hosted):
+        guests, keys = self._modules.get(GUESTS), CURRENT.keys
+        if not isinstance(guests, Hosted):
+            return own.forward(self, *args, **kwargs)
+        if keys is None and (before := recomputed(guests.acted)) is not None:
+            with acting(before):
+                return forward(self, *args, **kwargs)
+        guests.note_call()
+        if CURRENT.rows is not None:
             return run_by_row(self, guests, args, kwargs)
-        if not CURRENT.keys or not isinstance(guests, Hosted):
+        if not keys:
             return own.forward(self, *args, **kwargs)
         if guests.matches:
             return guests.join(self, ran(self, guests, args, kwargs), args, kwargs)
         return ran(self, guests, args, kwargs)
 
     def ran(self: nn.Module, guests: Hosted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-        attending = guests.attending(CURRENT.keys or ())
-        if attending:
+        if guests.attentions and (attending := guests.attending(CURRENT.keys or ())):
             with Attending(self, attending) as mode:
                 output = own.forward(self, *args, **kwargs)
             return mode.leaving(output)
