@@ -5,7 +5,8 @@
 Prints a Markdown table. A row's models have the same weights, adapter and batch, and step in turns, so that what else
 runs slows all; a ratio to `peft` is the median over rounds: of seconds on the clock, and of CPU seconds, which other
 work on the machine changes less. A step is forward, backward and AdamW. Memory is the most that torch has allocated
-in a step beyond what it had before. `equal` says whether the loss and every gradient, by its name, are `peft`'s.
+in a step beyond what it had before. `equal` says whether the loss and every gradient, by its name, are `peft`'s. In the
+row of generation, a step is a `generate` of 16 tokens behind each text, and `equal` says whether the tokens are.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import peft
 import torch
@@ -33,17 +35,19 @@ import peftfx
 from peftfx.bases.example_inputs import example_inputs
 
 LAYERS, WIDTH, VOCABULARY, BATCH, WARM_UP = 8, 256, 4000, 4, 2
+WRITTEN = 16  #: tokens that a `generate` writes behind each text
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKPOINT = {"use_reentrant": False}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method, and whether layers are checkpointed."""
+    """A method, whether layers are checkpointed, and whether the models generate; otherwise they train."""
 
     name: str
     options: Mapping[str, object]
     checkpointed: bool = False
+    generates: bool = False
 
 
 ROWS = (
@@ -51,6 +55,7 @@ ROWS = (
     Row("LoRA, all linears", {"target_modules": LINEARS}),
     Row("LoRA, all linears, checkpointed", {"target_modules": LINEARS}, checkpointed=True),
     Row("DoRA, all linears", {"target_modules": LINEARS, "use_dora": True}),
+    Row("LoRA, all linears, generation", {"target_modules": LINEARS}, generates=True),
 )
 
 
@@ -118,9 +123,15 @@ def are_equal(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> b
     )
 
 
-def measure(models: Mapping[str, nn.Module], batch: Mapping[str, Tensor], rounds: int) -> dict[str, Cost]:
-    """What steps of these models cost, in turns."""
-    steps: dict[str, Callable[[], None]] = {name: stepper(model, batch) for name, model in models.items()}
+def writer(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], Tensor]:
+    """Return a function that generates tokens behind the texts of a batch, and returns all."""
+    texts = {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}
+    count = {"max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "do_sample": False}
+    return lambda: model.eval().generate(**texts, **count)  # type: ignore[operator]
+
+
+def measure(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Cost]:
+    """What steps of models cost, in turns."""
     found = {name: Cost(peak(step)) for name, step in steps.items()}
     for turn in range(WARM_UP + rounds):
         order: Sequence[str] = list(steps) if turn % 2 else list(steps)[::-1]
@@ -139,13 +150,19 @@ def lines(row: Row, length: int, rounds: int, *, texts: int, layers: int, width:
     model = base(layers, width)
     batch = example_inputs(model, sizes={"batch": texts, "sequence": length}, labels=True)
     models = contenders(row, model)
-    same = "equal" if are_equal(models, batch) else "NOT EQUAL"
-    costs = measure(models, batch, rounds)
+    if row.generates:
+        steps: dict[str, Callable[[], Any]] = {name: writer(model, batch) for name, model in models.items()}
+        first, *others = [write() for write in steps.values()]
+        same = all(first.equal(other) for other in others)
+    else:
+        same = are_equal(models, batch)
+        steps = {name: stepper(model, batch) for name, model in models.items()}
+    costs = measure(steps, rounds)
     theirs = costs["peft"]
     return [
         f"| {row.name} | {length} | {name} | {1e3 * median(cost.wall):.0f} | {ratio(cost.wall, theirs.wall):.2f} "
         f"| {ratio(cost.cpu, theirs.cpu):.3f} "
-        f"| {cost.memory / 2**20:.0f} | {cost.memory / theirs.memory:.3f} | {same} |"
+        f"| {cost.memory / 2**20:.0f} | {cost.memory / theirs.memory:.3f} | {'equal' if same else 'NOT EQUAL'} |"
         for name, cost in costs.items()
     ]
 
