@@ -25,7 +25,7 @@ from peftfx.hosting.other_forward import run_other
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.own_generation import NAMES, rows_of_each
 from peftfx.model.peft_surface import PeftSurface
-from peftfx.model.processes.gathered import refuse_graph
+from peftfx.model.processes.gathered import gathered_for, refuse_graph
 from peftfx.views.arguments import named_arguments
 
 LOSS = "loss"  #: the output that methods add their penalties to
@@ -118,6 +118,9 @@ class AdapterCalls(PeftSurface):
 
     def _generate_in_modules(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """Run the base's own `generate`, with the active adapters or with those that `adapter_names` has for rows."""
+        with gathered_for(self, "generate") as again:
+            if again:
+                return self.generate(*args, **kwargs)  # type: ignore[operator]
         names = kwargs.get(NAMES)
         own, given = self._taken({name: value for name, value in kwargs.items() if name != NAMES})
         asked = NAMES if names is not None else next(iter(given), None)

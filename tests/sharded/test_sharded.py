@@ -9,7 +9,7 @@ import pytest
 import torch
 from sharded.accelerated import handed_out, wrapped_otherwise
 from sharded.processes import LORA, in_two, llama
-from sharded.work import alone, everything, methods, refused, resumed
+from sharded.work import alone, everything, methods, refused, resumed, tokens
 
 import peftfx
 
@@ -36,6 +36,7 @@ def test_what_is_saved_merged_and_exported_is_the_adapter_of_one_process(
     with torch.no_grad():
         want = one.eval()(input_ids=torch.arange(3, 13)[None]).logits
     for found in both:
+        assert found["tokens"].equal(tokens(one))
         torch.testing.assert_close(found["merged"], want, rtol=1e-4, atol=1e-5)
     assert both[0]["report"] == both[1]["report"]
     assert (folder / "onnx" / "model.onnx").is_file()

@@ -48,6 +48,11 @@ def message(call: Any) -> str:
     return "no error"
 
 
+def tokens(model: peftfx.AdaptedModel) -> Tensor:
+    """What a model generates."""
+    return model.eval().generate(torch.arange(3, 13)[None], max_new_tokens=4, do_sample=False)  # type: ignore[return-value]
+
+
 def everything(folder: Path) -> dict[str, Any]:
     """What one process sees of what both do."""
     found: dict[str, Any] = {}
@@ -68,6 +73,7 @@ def everything(folder: Path) -> dict[str, Any]:
     model.save_pretrained(folder / "adapter")
     report = model.export(folder / "onnx", view="forward")
     found["report"] = report.tensors
+    found["tokens"] = tokens(model)
     with torch.no_grad():
         model.eval()(input_ids=torch.arange(3, 13)[None])  # the root keeps its weights gathered
     model.merge()

@@ -1,4 +1,4 @@
-"""The gathering of a sharded model: a whole model in the first process, with its weights in files."""
+"""The gathering of a sharded model: for a method of its own, or as a whole model in files of the first process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
@@ -70,3 +71,25 @@ def _kept(value: Tensor, file: Path) -> Tensor:
     value = value.cpu().contiguous()
     value.reshape(-1).view(torch.uint8).numpy().tofile(file)
     return torch.from_file(str(file), shared=False, size=value.numel(), dtype=value.dtype).view(value.shape)
+
+
+@contextmanager
+def gathered_for(model: nn.Module, method: str) -> Iterator[bool]:
+    """Let FSDP2 gather what it sharded of `model` itself for a method, as for its forward, until the `with` block ends.
+
+    Yields:
+        Whether FSDP2 would not have done so: then the method must be called again, by its name.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or method in vars(model):
+        yield False
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if not isinstance(model, FSDPModule):
+        yield False
+        return
+    register_fsdp_forward_method(model, method)
+    try:
+        yield True
+    finally:
+        delattr(model, method)
