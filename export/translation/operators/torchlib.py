@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from onnxscript import TracedOnnxFunction
 from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._registration import OnnxDecompMeta, ONNXRegistry
 
@@ -33,10 +34,14 @@ class _Unread(OnnxDecompMeta):
 
 
 def _collect_unread(opset_version: int) -> ONNXRegistry:
+    """Collect all translations. onnxscript parses some for their domain alone, which their operator set has too."""
+    parsed = TracedOnnxFunction.function_ir
     _registration.OnnxDecompMeta = _Unread  # type: ignore[misc]
+    TracedOnnxFunction.function_ir = property(lambda function: function.opset)  # type: ignore[assignment]
     try:
         return _collect(opset_version=opset_version)
     finally:
+        TracedOnnxFunction.function_ir = parsed  # type: ignore[method-assign]
         _registration.OnnxDecompMeta = OnnxDecompMeta  # type: ignore[misc]
 
 
