@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +43,7 @@ class AdapterCalls(PeftSurface):
         call = functools.partial(super().__call__, *args, **kwargs)
         if "forward" in vars(self):
             call = functools.partial(run_other, self.modules_road, self.named.called, call, self._penalised)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return call()
-        with self._twin.plain.passing_gradients(everywhere=self.training):
+        with self._passing_gradients():
             return call()
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
@@ -109,8 +107,8 @@ class AdapterCalls(PeftSurface):
         with self.modules_road.acting(()), acting_by_row(rows):
             yield
 
-    def _generates_in_modules(self) -> bool:
-        """Return whether the base's own `generate` runs with the active adapters, inside the base's modules."""
+    def _runs_in_modules(self) -> bool:
+        """Return whether the base's own methods run with the active adapters, inside the base's modules."""
         rules = (rule for adapter in self.named.acting() for rule in adapter.rules)
         hosted = self.road == "modules" and self.modules_road.entry(self.named.called) is None
         return hosted and not any(rule.inputs or rule.invoked_by for rule in rules)
@@ -118,11 +116,23 @@ class AdapterCalls(PeftSurface):
     def _generate_in_modules(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """Run the base's own `generate`, with the active adapters or with those that `adapter_names` has for rows."""
         own = {name: value for name, value in kwargs.items() if name != NAMES}
+        names = kwargs.get(NAMES)
+        with self._in_modules() if names is None else self._by_row(names, rows_of_each(self.base, kwargs)):
+            return self.base.generate(*args, **own)  # type: ignore[operator]
+
+    @contextmanager
+    def _in_modules(self) -> Iterator[None]:
+        """Let the active adapters act in what the base's own methods run, until the `with` block ends."""
         with TRACING:  # wait, as a call does
             pass
-        names, road = kwargs.get(NAMES), self.modules_road
-        with road.within(self.named.called) if names is None else self._by_row(names, rows_of_each(self.base, kwargs)):
-            return self.base.generate(*args, **own)  # type: ignore[operator]
+        with self._passing_gradients(), self.modules_road.within(self.named.called):
+            yield
+
+    def _passing_gradients(self) -> AbstractContextManager[None]:
+        """Let gradients pass quantised layers that bitsandbytes repacks in place."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        return self._twin.plain.passing_gradients(everywhere=self.training)
 
     def _penalised(self, output: object) -> object:
         loss, penalties = output.get(LOSS) if isinstance(output, dict) else None, self._penalties()

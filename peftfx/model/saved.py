@@ -21,7 +21,6 @@ from peftfx.model.shared_base import shared
 from peftfx.sharding import is_handed_out, rank
 from peftfx.twins.twin import Twin
 
-
 _LEFT_OUT = "_left_out"  #: attribute of a model that is loaded: how the names of the base's tensors begin in the state
 
 
