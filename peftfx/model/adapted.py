@@ -17,10 +17,10 @@ from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
+from peftfx.hosting.base_methods import base_method
 from peftfx.model.calls import AdapterCalls
 from peftfx.model.own_generation import refuse_names
 from peftfx.model.processes.gathered import gathering, whole_base
-from peftfx.model.trainers.seen_by_trainers import WITHOUT_MODULES
 from peftfx.passes.base import Pass
 from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites
@@ -262,23 +262,24 @@ class AdaptedModel(AdapterCalls):
         from peftfx.model.generation import generator, refuse_no_text
 
         refuse_no_text(self.base)
-        if self._generates_in_modules():
+        if self._runs_in_modules():
             return self._generate_in_modules(args, kwargs)
         refuse_names(kwargs)
         made = generator(self.source, self.view, lambda view, inputs: self.graph(inputs, view=view))
         return made.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
-        """Return an attribute of the base (`config`, `device`, ...); the base's methods are refused."""
+        """Return an attribute of the base (`config`, `device`, ...); its methods run with the active adapters."""
         if isinstance(own := getattr(type(self), name, None), property) and own.fget is not None:
             return own.fget(self)  # Python comes here if a property raises an AttributeError, which is raised again
         try:
             return super().__getattr__(name)
         except AttributeError:
-            value = getattr(super().__getattr__(BASE), name)
-            if inspect.ismethod(value) and name not in WITHOUT_MODULES:
-                raise AttributeError(f"{name}() of the base would run without the adapters") from None
-            return value
+            base = super().__getattr__(BASE)
+            value = getattr(base, name)
+            if not inspect.ismethod(value):
+                return value
+            return base_method(base, name, value, self._in_modules if self._runs_in_modules() else None)  # type: ignore[arg-type]
 
     def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:
         """Move or cast the model, drop the graphs made for the old device and dtype, and cast the examples."""

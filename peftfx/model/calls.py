@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,9 +43,7 @@ class AdapterCalls(PeftSurface):
         call = functools.partial(super().__call__, *args, **kwargs)
         if "forward" in vars(self):
             call = functools.partial(run_other, self.modules_road, self.named.called, call, self._penalised)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return call()
-        with self._twin.plain.passing_gradients(everywhere=self.training):
+        with self._passing_gradients():
             return call()
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
@@ -111,8 +109,8 @@ class AdapterCalls(PeftSurface):
         with self.modules_road.acting(()), acting_by_row(rows):
             yield
 
-    def _generates_in_modules(self) -> bool:
-        """Return whether the base's own `generate` runs with the active adapters, inside the base's modules."""
+    def _runs_in_modules(self) -> bool:
+        """Return whether the base's own methods run with the active adapters, inside the base's modules."""
         invoked = any(rule.invoked_by for adapter in self.named.acting() for rule in adapter.rules)
         return self.road == "modules" and not invoked and self.modules_road.entry(self.named.called) is None
 
@@ -121,14 +119,34 @@ class AdapterCalls(PeftSurface):
         with gathered_for(self, "generate") as again:
             if again:
                 return self.generate(*args, **kwargs)  # type: ignore[operator]
-        names = kwargs.get(NAMES)
-        own, given = self._taken({name: value for name, value in kwargs.items() if name != NAMES})
-        asked = NAMES if names is not None else next(iter(given), None)
-        times = 1 if asked is None else rows_of_each(self.base, kwargs, asked)
-        given = {name: value.repeat_interleave(times, 0) for name, value in given.items()}
-        road = self.modules_road
-        with road.within(self.named.called, given) if names is None else self._by_row(names, times):
+        names, rows = kwargs.get(NAMES), functools.partial(rows_of_each, self.base, kwargs)
+        own = {name: value for name, value in kwargs.items() if name != NAMES}
+        if names is not None:
+            with self._by_row(names, rows(NAMES)):
+                return self.base.generate(*args, **own)  # type: ignore[operator]
+        with self._in_modules(own, rows) as own:
             return self.base.generate(*args, **own)  # type: ignore[operator]
+
+    @contextmanager
+    def _in_modules(
+        self, kwargs: Mapping[str, object], rows: Callable[[str], int] = lambda name: 1
+    ) -> Iterator[dict[str, object]]:
+        """Let the active adapters act in what a method of the base runs; yield those arguments that are the base's.
+
+        Args:
+            kwargs: the arguments of the call.
+            rows: returns for how many rows each entry of an argument stands that methods read.
+        """
+        own, given = self._taken(kwargs)
+        given = {name: value.repeat_interleave(rows(name), 0) for name, value in given.items()}
+        with self._passing_gradients(), self.modules_road.within(self.named.called, given):
+            yield own
+
+    def _passing_gradients(self) -> AbstractContextManager[None]:
+        """Let gradients pass quantised layers that bitsandbytes repacks in place."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        return self._twin.plain.passing_gradients(everywhere=self.training)
 
     def _penalised(self, output: object) -> object:
         loss, penalties = output.get(LOSS) if isinstance(output, dict) else None, self._penalties()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from peftfx.adapters.state import refuse_other_state
 from peftfx.errors import PeftfxError
@@ -19,9 +21,15 @@ from peftfx.model.shared_base import shared
 from peftfx.sharding import is_handed_out, rank
 from peftfx.twins.twin import Twin
 
+_LEFT_OUT = "_left_out"  #: attribute of a model that is loaded: how the names of the base's tensors begin in the state
+
 
 class SavedAdapters(AdapterSums):
     """Adapters by name, with methods that save and load them: only their own tensors, never the base's."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_without_base)
 
     def save_pretrained(
         self,
@@ -108,16 +116,19 @@ class SavedAdapters(AdapterSums):
             strict: whether every key must fit and no key may be missing.
             assign: whether these tensors themselves become the parameters; otherwise their values are copied.
         """
-        self.named.apart("adapters get other values")
         state_dict = send_buffers(self, state_dict)
         own: dict[str, Tensor] = super().state_dict()
         refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Prepare for a state of the adapters alone, of this model or of a module around it."""
+        self.named.apart("adapters get other values")
         for name in self.names():
-            start = f"{ADAPTERS}.{name}."
+            start = f"{prefix}{ADAPTERS}.{name}."
             self.adapter(name).recall({k.removeprefix(start): t for k, t in state_dict.items() if k.startswith(start)})
-        result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        result.missing_keys[:] = [k for k in result.missing_keys if k.startswith(f"{ADAPTERS}.")]
-        return result
+        self.__dict__[_LEFT_OUT] = f"{prefix}{BASE}."
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, object]:
         """Return the state for copies and pickles, without graphs: a copy makes its own, over its own tensors."""
@@ -136,3 +147,8 @@ class SavedAdapters(AdapterSums):
         for name, seating in seatings.items():  # type: ignore[attr-defined]
             self.modules_road.enter(name, self.named[name], seating)
         self._shared = shared(self.base, self, trained)  # type: ignore[arg-type]
+
+
+def _without_base(model: nn.Module, keys: _IncompatibleKeys) -> None:
+    start = model.__dict__.pop(_LEFT_OUT)
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(start)]

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from support.adapted import QUERY_VALUE, adapt, both
 from support.zoo import ZOO
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
+from peftfx.methods.adalora import AdaLoRA
 from peftfx.methods.lora import LoRA
 from peftfx.methods.psoft import PSOFT
 from peftfx.model.adapted import AdaptedModel
@@ -64,6 +66,26 @@ class TestState:
         names = set(outer.state_dict())
         assert {"before.weight", "before.bias", "after.weight", "after.bias"} < names
         assert all(n.startswith("model.adapters.") for n in names if n.startswith("model."))
+
+    @pytest.mark.parametrize("wrap", [lambda m: nn.Sequential(m, nn.Tanh()), AveragedModel], ids=["module", "average"])
+    @pytest.mark.parametrize("rule", [LoRA(), AdaLoRA(total_step=9, tinit=1, tfinal=1)], ids=["lora", "adalora"])
+    def test_a_module_around_it_loads_what_it_saved(self, wrap: Callable[[nn.Module], nn.Module], rule: Method) -> None:
+        inputs = ZOO["custom"].inputs()
+        outer, fresh = (wrap(adapt("custom", rule)) for _ in range(2))
+        model = outer[0] if isinstance(outer, nn.Sequential) else outer.module
+        model(**inputs).sum().backward()
+        if isinstance(rule, AdaLoRA):
+            model.update_and_allocate(1)  # what the method remembers is a part of the state
+        with torch.no_grad():
+            for p in model.adapters.parameters():
+                p.mul_(1.5)
+        state = outer.state_dict()
+        assert str(fresh.load_state_dict(state)) == "<All keys matched successfully>"
+        assert fresh.state_dict().keys() == state.keys()
+        assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in state.items())
+        gone = next(name for name in state if ".adapters." in name)
+        with pytest.raises(RuntimeError, match=f"Missing key.*{gone}"):
+            fresh.load_state_dict({name: tensor for name, tensor in state.items() if name != gone})
 
     @pytest.mark.parametrize(
         "how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]

@@ -91,7 +91,7 @@ def test_a_collator_makes_the_inputs_of_a_decoder() -> None:
     collator = hf.DataCollatorForSeq2Seq(_Words(), model=ours)  # type: ignore[arg-type]
     batch = collator(ROWS[:2])
     assert torch.equal(batch["decoder_input_ids"], t5().prepare_decoder_input_ids_from_labels(batch["labels"]))
-    with pytest.raises(AttributeError, match="would run without the adapters"):
+    with pytest.raises(AttributeError, match="call it before you adapt the model"):
         ours.resize_token_embeddings(50)
 
 

@@ -45,8 +45,17 @@ class ReferenceModel(nn.Module):
             return run_other(model.modules_road, model.active, call, lambda output: output)
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
-        """Return an attribute of the adapted model (`config`, `device`, ...)."""
+        """Return an attribute of the adapted model (`config`, `device`, ...); methods run with its own adapters."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_held"][0], name)
+            value = getattr(self.__dict__["_held"][0], name)
+        if isinstance(value, nn.Module) or not callable(value):
+            return value
+
+        @functools.wraps(value)
+        def run(*args: Any, **kwargs: Any) -> object:
+            with torch.no_grad(), self._held[0].named.acting_as(self._names):
+                return value(*args, **kwargs)
+
+        return run

@@ -11,9 +11,6 @@ from peftfx.bases.guests import is_guest, own_class
 
 _T = TypeVar("_T")
 
-#: Methods of a base that run none of its modules, so that they need no adapters.
-WITHOUT_MODULES = frozenset({"prepare_decoder_input_ids_from_labels"})
-
 
 class SeenByTrainers(nn.Module):
     """A module around a base: it answers by the base's class, and has each of its parameters under one name."""
