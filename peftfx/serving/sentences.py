@@ -48,7 +48,7 @@ class ServedSentences(ServedForward):
             hint = nearest(name, prompts) or f"prompts here: {', '.join(prompts) or 'none'}"
             raise PeftfxError(f"there is no prompt named {name!r}", str(self.directory / SETTINGS), hint)
         ahead = "" if name is None else prompts[name]
-        how = SentenceTexts.read(self.directory)
+        how = SentenceTexts.read(self.directory, self.config)
         tokens = (how.tokens(self.tokenizer, some, ahead, kind) for some in _batches(texts, batch_size))
         found = [self._embed(inputs) for inputs in tokens]
         made = torch.cat(found) if found else torch.empty(0, int(self.model.axes[SENTENCE][-1]))

@@ -67,6 +67,19 @@ def test_a_reranker_ranks_texts_by_a_query(activation: str | None, tmp_path: Pat
         assert line["score"] == pytest.approx(float(want[line["index"]]), abs=1e-5)
 
 
+def test_a_long_pair_is_cut_where_the_config_ends(tmp_path: Path, peftfx: Run) -> None:
+    """As sentence-transformers cuts it, where the tokenizer tells no length."""
+    torch.manual_seed(0)
+    config = hf.BertConfig(**TINY, num_labels=1, max_position_embeddings=12)
+    eager, out = made(hf.BertForSequenceClassification(config), tmp_path, "SEQ_CLS", peftfx)
+    words = [f"w{i}" for i in range(10, 40)]
+    result = peftfx("run", out, "--query", "w7 w8", "--text", " ".join(words))
+    assert result.code == 0, result.err
+    with torch.no_grad():
+        want = float(eager(**inputs_of("w7 w8", " ".join(words[:7]))).logits.sigmoid())
+    assert json.loads(result.out)["score"] == pytest.approx(want, abs=1e-5)
+
+
 def test_labels_of_tokens_and_of_pairs(tmp_path: Path, peftfx: Run) -> None:
     torch.manual_seed(0)
     names = {0: "O", 1: "B-PER", 2: "I-PER"}

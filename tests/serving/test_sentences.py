@@ -144,6 +144,22 @@ def test_embeddings_are_cut_where_the_settings_say_so(
     assert cut.encode([]).shape == (0, 5)
 
 
+def test_texts_are_cut_where_the_config_ends(tmp_path: Path) -> None:
+    """As sentence-transformers cuts them, where neither the tokenizer nor its file tells a length."""
+    torch.manual_seed(0)
+    sizes = {**TINY, "max_position_embeddings": 8, "pad_token_id": 1, "cls_token_id": 2, "sep_token_id": 3}
+    base = hf.ModernBertModel(hf.ModernBertConfig(**sizes, num_attention_heads=4)).eval()
+    base.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    write_modules(tmp_path / "base", LISTED[:2], {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True})
+    export_directory(tmp_path / "base", tmp_path / "out")
+    served = runtime.load(tmp_path / "out")
+    long = range(5, 30)
+    with torch.no_grad():
+        want = base(torch.tensor([long[:8]])).last_hidden_state.mean(1)
+    torch.testing.assert_close(served.encode([" ".join(f"w{i}" for i in long)]), want, atol=1e-5, rtol=1e-4)
+
+
 def test_texts_are_messages_where_sentence_transformers_makes_them_so(
     places: tuple[Path, Path, nn.Module, nn.Linear], exported: Path, tmp_path: Path
 ) -> None:

@@ -26,9 +26,17 @@ TEXT = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_atten
 GROUPED = {**TEXT, "num_key_value_heads": 2, "head_dim": 8}
 TWO_STACKS = {"vocab_size": 99, "d_model": 32, "encoder_layers": 4, "decoder_layers": 4}
 GPT2 = {"vocab_size": 99, "n_embd": 32, "n_head": 4, "n_layer": 4}
+GPT_NEO = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_layers": 6,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 3]],
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**TEXT, num_key_value_heads=2)),
     "gpt2": lambda: tr.GPT2LMHeadModel(tr.GPT2Config(**GPT2)),
+    "gpt_neo": lambda: tr.GPTNeoForCausalLM(tr.GPTNeoConfig(**GPT_NEO)),
     "gemma2": lambda: tr.Gemma2ForCausalLM(tr.Gemma2Config(**{**GROUPED, "num_hidden_layers": 8})),
     "gemma3": lambda: tr.Gemma3ForCausalLM(tr.Gemma3TextConfig(**{**GROUPED, "num_hidden_layers": 12})),
     "qwen3": lambda: tr.Qwen3ForCausalLM(tr.Qwen3Config(**GROUPED)),
@@ -86,8 +94,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         )
     ),
 }
-SHORT = ("llama decode", "gpt2 forward")
-CAUSAL = (*list(MODELS)[:14],)
+SHORT = ("llama decode", "gpt2 forward", "gpt_neo decode")
+CAUSAL = (*list(MODELS)[:15],)
 VIEWS = [
     *(f"{name} forward" for name in MODELS),
     *(f"{name} decode" for name in CAUSAL),

@@ -29,16 +29,19 @@ class SentenceTexts:
     Attributes:
         path: the file that tells it.
         said: what the file says.
+        positions: the most tokens by the model's config, where the file tells no length; None if the config tells none.
     """
 
     path: Path
     said: Mapping[str, Any]
+    positions: int | None = None
 
     @staticmethod
-    def read(directory: Path) -> SentenceTexts:
-        """Read the file in a directory. Without a file, texts are taken as they are."""
-        path = directory / LENGTHS
-        return SentenceTexts(path, read_json(path) if is_file(path) else {})
+    def read(directory: Path, config: object = None) -> SentenceTexts:
+        """Read the file in a directory, and the length in the model's config. Without a file, texts are taken whole."""
+        path, most = directory / LENGTHS, getattr(config, "max_position_embeddings", None)
+        positions = most if isinstance(most, int) and most > 0 else None
+        return SentenceTexts(path, read_json(path) if is_file(path) else {}, positions)
 
     @property
     def format(self) -> str | None:
@@ -65,7 +68,7 @@ class SentenceTexts:
         return self._tokens(tokenizer, [{"query": query, "document": text} for text in texts], prompt)
 
     def _tokens(self, tokenizer: Any, said: Sequence[_Said], prompt: str, kind: str = "") -> Mapping[str, Tensor]:
-        longest = self.said.get(f"{kind}_length") or self.said.get("max_seq_length")
+        longest = self.said.get(f"{kind}_length") or self.said.get("max_seq_length") or self._most(tokenizer)
         options: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
         options |= {"max_length": longest} if isinstance(longest, int) else {}
         options |= {k: v for k, v in self._table("processing_kwargs", "text").items() if k != "logits_to_keep"}
@@ -80,6 +83,9 @@ class SentenceTexts:
             most = options.get("max_length", tokenizer.model_max_length)
             self._restore_ends(tokenizer, list(said[0]), prompt, made, most)
         return made
+
+    def _most(self, tokenizer: Any) -> int | None:
+        return None if self.positions is None else min(self.positions, tokenizer.model_max_length)
 
     def _chat(self, said: _Said, prompt: str) -> list[dict[str, Any]]:
         whole = {**({"system": prompt} if prompt else {}), **said}

@@ -123,7 +123,8 @@ def _text(tracer: Any, node: fx.Node, places: Mapping[fx.Node, tuple[str, object
         value = getattr(tracer.root, str(node.target), None)
         if type(value) is not Tensor:
             raise Unknown
-        return "constant", value.dtype, value.shape, tuple(value.flatten().tolist())
+        with _disable_current_modes():  # in the capture's own mode, its numbers would be symbols
+            return "constant", value.dtype, value.shape, tuple(value.flatten().tolist())
 
     def place(value: object) -> object:
         if not isinstance(value, fx.Node):

@@ -79,7 +79,7 @@ def activation(config: object, directory: Path) -> Callable[[Tensor], Tensor]:
 def _logits(served: Served, query: str, texts: Sequence[str]) -> Tensor:
     prompts, default = prompts_of(served.directory)
     ahead = "" if default is None else prompts[default]
-    inputs = SentenceTexts.read(served.directory).pair_tokens(served.tokenizer, query, texts, ahead)
+    inputs = SentenceTexts.read(served.directory, served.config).pair_tokens(served.tokenizer, query, texts, ahead)
     found: Tensor = served(**{name: value for name, value in inputs.items() if name in served.model.inputs}).logits
     return found.float()
 
