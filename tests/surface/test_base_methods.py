@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers as hf
 from support.adapted import randomise
@@ -129,6 +130,23 @@ def test_a_reference_generates_without_the_adapters() -> None:
     ours = peftfx.transform(base, peftfx.LoRA(r=2, init_lora_weights=False, target="attention | mlp", lora_alpha=60))
     assert torch.equal(ours.reference().generate(input_ids=TEXTS, max_new_tokens=6, do_sample=False), want)
     assert not torch.equal(ours.generate(input_ids=TEXTS, max_new_tokens=6, do_sample=False), want)
+
+
+def test_a_pipeline_of_transformers_writes_with_the_adapters() -> None:
+    torch.manual_seed(0)
+    size = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**size, num_attention_heads=2, initializer_range=0.3)).eval()
+    ours = peftfx.transform(base, peftfx.LoRA(r=2, init_lora_weights=False, lora_alpha=60), seed=0).eval()
+    words = tokenizers.models.WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w2")
+    writes = hf.pipeline("text-generation", model=ours, tokenizer=tokenizer)
+    ((found,),) = writes(["w5 w6"], max_new_tokens=5, do_sample=False, return_tensors=True)
+    want = ours.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False)
+    assert found["generated_token_ids"] == want[0].tolist()
+    with ours.disable_adapter():
+        assert not ours.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False).equal(want)
 
 
 def test_what_runs_no_module_is_called() -> None:
