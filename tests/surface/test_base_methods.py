@@ -177,3 +177,11 @@ def test_where_modules_cannot_run_the_adapter_the_method_is_refused() -> None:
     assert not hasattr(ours, "encode")
     with pytest.raises(AttributeError, match=r"encode\(\) of the base would run without the adapters"):
         ours.encode(torch.ones(2, 6))
+
+
+def test_torch_exports_an_adapted_model_strictly() -> None:
+    _, ours = pair(scorer, ["first", "second"], x=torch.ones(2, 6))
+    program = torch.export.export(ours.eval(), (torch.ones(2, 6),), strict=True)
+    x = torch.randn(2, 6)
+    torch.testing.assert_close(program.module()(x), ours(x))
+    torch.testing.assert_close(torch.jit.trace(ours, (torch.ones(2, 6),))(x), ours(x))
