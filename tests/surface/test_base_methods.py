@@ -184,4 +184,3 @@ def test_torch_exports_an_adapted_model_strictly() -> None:
     program = torch.export.export(ours.eval(), (torch.ones(2, 6),), strict=True)
     x = torch.randn(2, 6)
     torch.testing.assert_close(program.module()(x), ours(x))
-    torch.testing.assert_close(torch.jit.trace(ours, (torch.ones(2, 6),))(x), ours(x))
