@@ -22,6 +22,7 @@ import peftfx
 from peftfx.bases.guests import GUESTS
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
+from peftfx.graph.capturing.trace_lock import TraceLock
 from peftfx.hosting.checkpointing import is_checkpointed
 from peftfx.model.adapted import AdaptedModel
 
@@ -285,6 +286,26 @@ def test_a_capture_waits_for_the_calls_of_other_threads(call: str) -> None:
     assert run().equal(want)
     other.join()
     assert captured == [True]
+
+
+def test_a_thread_that_runs_a_model_may_trace_another_inside_while_a_third_runs() -> None:
+    lock, running, done = TraceLock(), threading.Barrier(2, timeout=20), threading.Event()
+
+    def third() -> None:
+        with lock.running():
+            running.wait()
+            done.wait(20)
+
+    other = threading.Thread(target=third)
+    other.start()
+    with lock.running():
+        running.wait()
+        with lock, lock, lock.running():
+            done.set()
+    other.join(20)
+    assert not other.is_alive()
+    with lock:
+        pass
 
 
 def test_dropout_draws_what_it_draws_in_peft(tmp_path: Path) -> None:
