@@ -71,7 +71,22 @@ class CopySeat:
     override: Override
 
 
-Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat
+@dataclass(frozen=True)
+class FoldSeat:
+    """The place of a weight method that is folded into the tensor that a module reads.
+
+    Attributes:
+        path: the module's path.
+        name: the tensor's name in the module.
+        placement: the placement.
+    """
+
+    path: str
+    name: str
+    placement: WeightPlacement
+
+
+Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat | FoldSeat
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,9 @@ class Seating:
     Attributes:
         seats: the seats in the order in which they act; none for a soft prompt, which acts outside of the modules.
         obstacle: why the modules cannot host the adapter; empty if they can.
+        dearer: why a graph runs the adapter for less memory, although the modules can host it; else empty.
     """
 
     seats: tuple[Seat, ...] = ()
     obstacle: str = ""
+    dearer: str = ""

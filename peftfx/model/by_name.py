@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -163,6 +164,8 @@ class AdaptersByName(SeenByTrainers):
             seating = seat(self.graph(adapted=False, view=self.graphs.whole), adapter, self._twin.obstacles)
         if late := may_run_late(self.source, adapter, self.sites):
             seating = Seating(obstacle=late)
+        if self.wanted == "modules":
+            seating = replace(seating, dearer="")
         if seating.obstacle and self.wanted == "modules":
             what = f"no module of the base can run this adapter: {seating.obstacle}"
             raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')

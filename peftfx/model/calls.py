@@ -18,7 +18,7 @@ from peftfx.errors import PeftfxError, shown
 from peftfx.generation.invocation import OFFSETS
 from peftfx.graph.contexts import TRACING
 from peftfx.graph.graph import Graph
-from peftfx.hosting.call import CURRENT, acting_by_row
+from peftfx.hosting.call import CURRENT, acting, acting_by_row
 from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
@@ -42,6 +42,8 @@ class AdapterCalls(PeftSurface):
         """Call the base with the active adapters, also where other code has replaced `forward`."""
         call = functools.partial(super().__call__, *args, **kwargs)
         if "forward" in vars(self):
+            if self._runs_in_modules():
+                self._checkpoint_modules()
             call = functools.partial(run_other, self.modules_road, self.named.called, call, self._penalised)
         with self._passing_gradients():
             return call()
@@ -55,19 +57,24 @@ class AdapterCalls(PeftSurface):
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
             refuse_graph(self, self.obstacle)
-            return self._run_graph(args, kwargs)
+            with acting(None):  # a forward that other code set lets adapters act, and a capture is of the base
+                return self._run_graph(args, kwargs)
         if not torch.compiler.is_compiling():
             with TRACING:  # wait: torch patches modules for all threads while one thread traces
                 pass
         names = self.named.called
-        asked = self.checkpoints
-        if asked is not None and names and not asked.in_modules:
-            checkpoint_base(self.base, asked.given or None, asked.options)
-            self.checkpoints = replace(asked, in_modules=True)
+        self._checkpoint_modules()
         entry = self.modules_road.entry(names)
         if entry is not None:
             args, kwargs = (), named_arguments(self.base, args, kwargs)
         return self._penalised(self.modules_road.run(names, entry, args, kwargs, given))
+
+    def _checkpoint_modules(self) -> None:
+        """Checkpoint the base's own layers, if that was asked for while calls ran a graph, and modules run now."""
+        asked = self.checkpoints
+        if asked is not None and not asked.in_modules and self.named.called:
+            checkpoint_base(self.base, asked.given or None, asked.options)
+            self.checkpoints = replace(asked, in_modules=True)
 
     def _beside(
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -110,7 +117,8 @@ class AdapterCalls(PeftSurface):
     def _runs_in_modules(self) -> bool:
         """Return whether the base's own methods run with the active adapters, inside the base's modules."""
         rules = (rule for adapter in self.named.acting() for rule in adapter.rules)
-        hosted = self.road == "modules" and self.modules_road.entry(self.named.called) is None
+        names = self.named.called
+        hosted = not self.modules_road.obstacle(names, dearer=False) and self.modules_road.entry(names) is None
         return hosted and not any(rule.inputs or rule.invoked_by for rule in rules)
 
     def _generate_in_modules(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
