@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from peftfx.contract.override import Override
-from peftfx.contract.placement import AttentionPlacement, PatternPlacement, WeightPlacement
+from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Placement, WeightPlacement
 from peftfx.passes.rewriting.site_op import Operation
 
 
@@ -102,3 +103,12 @@ class Seating:
     seats: tuple[Seat, ...] = ()
     obstacle: str = ""
     dearer: str = ""
+
+    def on(self, placements: Iterable[Placement]) -> Seating:
+        """Return the same seats for these placements, which have other options."""
+        by_key = {placement.key: placement for placement in placements}
+        seats = (
+            seat if isinstance(seat, CopySeat) else replace(seat, placement=by_key[seat.placement.key])  # type: ignore[arg-type]
+            for seat in self.seats
+        )
+        return replace(self, seats=tuple(seats))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
@@ -151,6 +152,25 @@ class AdaptersByName(SeenByTrainers):
         self.modules_road.leave(name)
         self.modules_road.enter(name, adapter, seating)
         self.graphs.forget_derived()
+
+    def settle_dropout(self, names: Sequence[str]) -> None:
+        """Let these adapters act with the rates that other code has set in their dropout modules, as TRL does."""
+        for name in names:
+            if self.adapter(name).settle_dropout():
+                seating = self.modules_road.seatings[name].on(self.adapter(name).placements)
+                self.modules_road.leave(name)
+                self.modules_road.enter(name, self.adapter(name), seating)
+                self.graphs.forget_derived()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the base and of the adapters.
+
+        Args:
+            mode: whether to train; otherwise to evaluate.
+        """
+        super().train(mode)
+        self.settle_dropout(self.named.active)
+        return self
 
     def _seat(self, adapter: Adapter) -> Seating:
         """Return where an adapter acts in the base's modules.

@@ -40,6 +40,8 @@ class AdapterCalls(PeftSurface):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with the active adapters, also where other code has replaced `forward`."""
+        if self.training and not torch.compiler.is_compiling():
+            self.settle_dropout(self.named.called)
         call = functools.partial(super().__call__, *args, **kwargs)
         if "forward" in vars(self):
             if self._runs_in_modules():
