@@ -154,7 +154,11 @@ class AdaptersByName(SeenByTrainers):
         self.graphs.forget_derived()
 
     def settle_dropout(self, names: Sequence[str]) -> None:
-        """Let these adapters act with the rates that other code has set in their dropout modules, as TRL does."""
+        """Let adapters act with the rates that other code has set in their dropout modules, as TRL does.
+
+        Args:
+            names: the adapters' names.
+        """
         for name in names:
             if self.adapter(name).settle_dropout():
                 seating = self.modules_road.seatings[name].on(self.adapter(name).placements)
