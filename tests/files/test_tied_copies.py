@@ -89,10 +89,11 @@ def test_only_what_is_tied_is_named_and_training_tied_copies_is_refused() -> Non
         px.transform(_base(), rule)
 
 
+@pytest.mark.parametrize("saved", [None, ["decoder"]], ids=["biases", "head"])
 @pytest.mark.parametrize("road", ["modules", "graph"])
-def test_a_tied_bias_that_a_file_has_twice_is_trained_on(road: str, tmp_path: Path) -> None:
+def test_a_tied_bias_that_a_file_has_twice_is_trained_on(road: str, saved: list[str] | None, tmp_path: Path) -> None:
     """HF PEFT's `bias="all"` saves each name of BERT's output bias, which is one tensor."""
-    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all")
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=saved)
     theirs = peft.get_peft_model(_masked(), config)
     randomise(theirs)
     theirs.save_pretrained(str(tmp_path / "theirs"))
