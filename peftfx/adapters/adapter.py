@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.method import Method
 from peftfx.contract.override import Override
-from peftfx.contract.placed import SHARED, Placed, Placements, shared_by
+from peftfx.contract.placed import DROPOUTS, SHARED, Placed, Placements, shared_by
 from peftfx.contract.placement import Placement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.sharding import full, is_part
@@ -80,12 +80,36 @@ class Adapter(Holder):
         self.placed: tuple[Placed, ...] = ()
         self.accounts: dict[int, Account] = {}
         self._rule: dict[str, int] = {}
+        self._rates: dict[int, float] = {}
         self._take(placed)
 
     def _take(self, placed: Sequence[Placed]) -> None:
         for number, rule in enumerate(placed, len(self.placed)):
             self._rule |= {placement.key: number for placement in rule.placements}
+            if rate := getattr(rule.method, rule.method.dropout_option, 0.0):
+                self._holder(DROPOUTS).add_module(str(number), nn.Dropout(rate))
+                self._rates[number] = rate
         self.placed += tuple(placed)
+
+    def settle_dropout(self) -> bool:
+        """Take the rates over that other code has set in the rules' dropout modules; return whether any is new.
+
+        TRL and others find each `torch.nn.Dropout` of a model, and switch it off.
+        """
+        before = self.placed
+        for number, module in self._modules[DROPOUTS]._modules.items() if DROPOUTS in self._modules else ():  # type: ignore[union-attr]
+            assert isinstance(module, nn.Dropout)
+            at, rule = int(number), self.placed[int(number)]
+            rate = module.p if module.training or not self.training else 0.0
+            if rate != getattr(rule.method, rule.method.dropout_option):
+                self.placed = (*self.placed[:at], rule.dropping(rate), *self.placed[at + 1 :])
+        return self.placed is not before
+
+    @property
+    def asked(self) -> tuple[Placed, ...]:
+        """The rules with the rates of dropout that were asked for, as files have them, and as HF PEFT keeps them."""
+        rates = self._rates
+        return tuple(rule.dropping(rates[i]) if i in rates else rule for i, rule in enumerate(self.placed))
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(type(rule).__name__ for rule in self.rules)) or "no rules"

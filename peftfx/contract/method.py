@@ -52,6 +52,10 @@ class Op(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
 
+#: Options that are rates of dropouts which HF PEFT does not have as a `torch.nn.Dropout`.
+_NO_MODULES = ("rank_dropout", "module_dropout", "boft_dropout", "encoder_dropout")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A method's options and the target where it applies; together, a rule.
@@ -167,6 +171,12 @@ class Method(ABC):
     def dropout(self) -> float:
         """The rate of a dropout that the method applies itself, not by a module of the model."""
         return 0.0
+
+    @property
+    def dropout_option(self) -> str:
+        """The option that is the rate of a `torch.nn.Dropout` in HF PEFT; empty if there is none."""
+        names = (field.name for field in dataclasses.fields(self) if field.name.endswith("_dropout"))
+        return next((name for name in names if name not in _NO_MODULES), "")
 
     @property
     def attention_rank(self) -> int | None:

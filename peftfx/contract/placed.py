@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from peftfx.contract.placement import (
 from peftfx.sharding import is_part
 from peftfx.sites.site import Site
 
+DROPOUTS = "dropout_of_rule"  #: the adapter's folder of dropout modules, by the number of the rule
 SHARED = "shared_by_rule"  #: the adapter's folder of shared tensors, by the number of the rule
 _P = TypeVar("_P", bound=Placement)
 
@@ -71,6 +73,13 @@ class Placed:
     method: Method
     placements: Placements
     overrides: tuple[Override, ...] = ()
+
+    def dropping(self, rate: float) -> Placed:
+        """Return the rule with another rate of its dropout."""
+        option: dict[str, Any] = {self.method.dropout_option: rate}
+        method = dataclasses.replace(self.method, **option)
+        placed = (dataclasses.replace(p, method=dataclasses.replace(p.method, **option)) for p in self.placements)
+        return dataclasses.replace(self, method=method, placements=Placements(placed))
 
     @property
     def sites(self) -> tuple[Site, ...]:

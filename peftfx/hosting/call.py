@@ -20,6 +20,7 @@ class _Current(threading.local):
     given: Mapping[str, Tensor] = MappingProxyType({})  #: the inputs that methods read besides the model's own
     inner: bool = False  #: whether the forward of torch's own layer has run, inside a module that computes more
     rows: RowsByAdapter | None = None  #: the rows of each adapter, if rows have different ones; then `keys` is empty
+    read: dict[tuple[int, str], Tensor] | None = None  #: what the running module has read of its tensors, if kept
     called: bool = False  #: whether the model's own forward has run, in a call for which other code has set `forward`
 
 
@@ -46,3 +47,14 @@ def acting_by_row(rows: RowsByAdapter | None) -> Iterator[None]:
         yield
     finally:
         CURRENT.rows = before
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Keep what a module reads of its adapted tensors until the `with` block ends: loops read them again and again."""
+    before = CURRENT.read
+    CURRENT.read = {}
+    try:
+        yield
+    finally:
+        CURRENT.read = before

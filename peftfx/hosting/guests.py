@@ -16,26 +16,16 @@ from peftfx.bases.guests import Guests
 from peftfx.contract.acting import Acting, adapted, overlap
 from peftfx.contract.completeness import asking, refuse_forward_output
 from peftfx.contract.method import Op
-from peftfx.contract.placement import owner_of
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
 from peftfx.hosting.call_inputs import read_call_inputs
-from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, WeightSeat
+from peftfx.hosting.replaced import Copy, FoldedTensor, Parameters
+from peftfx.hosting.seats import AttentionSeat, PatternSeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended
 from peftfx.passes.adaptation.pattern import unnamed
 from peftfx.twins.layers import WeightReader, is_quantised
 
 _Forward = Callable[..., object]
-
-
-class Parameters:
-    """The parameters of a placement, read at each call from the adapter's modules."""
-
-    def __init__(self, adapter: Adapter, keys: Mapping[str, str]) -> None:
-        self.held = [(name, *owner_of(adapter, key)) for name, key in keys.items()]
-
-    def __call__(self) -> dict[str, Tensor]:
-        return {name: getattr(owner, leaf) for name, owner, leaf in self.held}
 
 
 class WeightGuest:
@@ -129,19 +119,6 @@ class PatternGuest:
         return made
 
 
-class Copy:
-    """An adapter's copy of a module's tensor, or of some rows of the tensor."""
-
-    def __init__(self, seat: CopySeat, adapter: Adapter) -> None:
-        self.owner, self.leaf = owner_of(adapter, seat.override.key)
-        self.indices = owner_of(adapter, seat.override.indices) if seat.override.rows else None
-
-    def read(self, own: Tensor) -> Tensor:
-        """Return the tensor that the module reads in place of its own tensor."""
-        value: Tensor = getattr(self.owner, self.leaf)
-        return value if self.indices is None else torch.index_put(own, (getattr(*self.indices),), value.to(own.dtype))
-
-
 class Hosted(Guests):
     """All that acts in one module, by adapter; the adapters' parameters are its child modules."""
 
@@ -150,7 +127,7 @@ class Hosted(Guests):
         self.weights: dict[str, list[WeightGuest]] = {}
         self.attentions: dict[str, list[AttentionGuest]] = {}
         self.matches: dict[str, list[PatternGuest]] = {}
-        self.copies: dict[str, dict[str, Copy]] = {}
+        self.copies: dict[str, dict[str, Copy | FoldedTensor]] = {}
         self.kept: dict[str, list[str]] = {}
         self.acted: set[Keys | None] = set()  #: see `recomputed`
         self._found: dict[Keys, tuple[list[WeightGuest], int | None]] = {}
@@ -191,10 +168,19 @@ class Hosted(Guests):
 
     def read(self, name: str, own: Tensor) -> Tensor:
         """Return a tensor of the module as the active adapters replace it; `own` is the module's own tensor."""
+        if CURRENT.read is not None and (id(self), name) in CURRENT.read:
+            return CURRENT.read[id(self), name]
         for key in CURRENT.keys or ():
             copy = self.copies[name].get(key)
             own = own if copy is None else copy.read(own)
+        if CURRENT.read is not None:
+            CURRENT.read[id(self), name] = own
         return own
+
+    @property
+    def folds(self) -> bool:
+        """Whether methods are folded into a tensor of the module."""
+        return any(isinstance(copy, FoldedTensor) for table in self.copies.values() for copy in table.values())
 
     def weigh(self, own: _Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Return the output of a module's own forward with all active weight methods."""

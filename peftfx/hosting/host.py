@@ -12,12 +12,13 @@ import functools
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftfx.bases.guests import GUESTS, OWN_CLASS, own_class
 from peftfx.errors import PeftfxError
 from peftfx.hosting.by_row import run_by_row
-from peftfx.hosting.call import CURRENT, acting
+from peftfx.hosting.call import CURRENT, acting, reading_once
 from peftfx.hosting.checkpointing import recomputed
 from peftfx.hosting.guests import Attending, Hosted, other_call
 from peftfx.hosting.seating import torch_layer_of
@@ -97,6 +98,9 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
         return ran(self, guests, args, kwargs)
 
     def ran(self: nn.Module, guests: Hosted, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        if guests.folds and CURRENT.read is None and not torch.compiler.is_compiling():
+            with reading_once():
+                return ran(self, guests, args, kwargs)
         if guests.attentions and (attending := guests.attending(CURRENT.keys or ())):
             with Attending(self, attending) as mode:
                 output = own.forward(self, *args, **kwargs)

@@ -34,7 +34,7 @@ def run_other(
     """
     before, CURRENT.called = CURRENT.called, False
     try:
-        with road.acting(() if road.obstacle(names) else names):
+        with road.acting(() if road.obstacle(names, dearer=False) else names):
             output = call()
         if CURRENT.called:
             return output
@@ -45,7 +45,7 @@ def run_other(
 
 
 def _refuse_passed_by(road: ModulesRoad, names: Sequence[str]) -> None:
-    reason = road.obstacle(names)
+    reason = road.obstacle(names, dearer=False)
     if not reason and road.entry(names) is not None:
         reason = "a soft prompt acts ahead of the base's modules"
     if not reason and _acts_at_head(road, names):

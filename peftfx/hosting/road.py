@@ -19,9 +19,10 @@ from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.hosting.call import Keys, RowsByAdapter, acting
 from peftfx.hosting.call_inputs import read_call_inputs
 from peftfx.hosting.checkpointing import bind_checkpoints
-from peftfx.hosting.guests import AttentionGuest, Copy, Hosted, PatternGuest, WeightGuest
+from peftfx.hosting.guests import AttentionGuest, Hosted, PatternGuest, WeightGuest
 from peftfx.hosting.host import dress, guests_of, undress
-from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, Seat, Seating, WeightSeat
+from peftfx.hosting.replaced import Copy, FoldedTensor
+from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
 from peftfx.sharding import settle, share_whole
 from peftfx.views.entry import Entry, forward
 
@@ -69,14 +70,19 @@ class ModulesRoad:
         """Return an adapter's key in the modules, where adapters of other models may have the same name."""
         return f"{self.number}_{name}"
 
-    def obstacle(self, names: Sequence[str]) -> str:
-        """Return why these adapters cannot act in the modules; empty if they can."""
+    def obstacle(self, names: Sequence[str], *, dearer: bool = True) -> str:
+        """Return why these adapters do not act in the modules; empty if they do.
+
+        Args:
+            names: the adapters' names.
+            dearer: whether it is a reason that a graph takes less memory.
+        """
         for name in names:
             seating = self.seatings.get(name)
             if seating is None:
                 return f"{name}: it has no seats"
-            if seating.obstacle:
-                return seating.obstacle
+            if reason := seating.obstacle or (seating.dearer if dearer else ""):
+                return reason
         return ""
 
     def keys(self, names: Sequence[str]) -> Keys:
@@ -157,6 +163,10 @@ class ModulesRoad:
             guests.copies.setdefault(place.name, {})[key] = Copy(place, adapter)
             guests.keep(key, owner_of(adapter, place.override.key)[0])
         else:
+            if isinstance(place, FoldSeat):
+                folded = guests.copies.setdefault(place.name, {}).setdefault(key, FoldedTensor())
+                assert isinstance(folded, FoldedTensor)
+                folded.add(place, adapter)
             if isinstance(place, WeightSeat):
                 guests.weights.setdefault(key, []).append(WeightGuest(place, adapter, module))
             if isinstance(place, PatternSeat):

@@ -23,7 +23,7 @@ from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Plac
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.regions import Regions
-from peftfx.hosting.seats import AttentionSeat, CopySeat, PatternSeat, Seat, Seating, WeightSeat
+from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
 from peftfx.passes.adaptation.attention import leaving
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.quantisation.coded import Coded
@@ -54,9 +54,9 @@ def seat(graph: Graph, adapter: Adapter, obstacles: Mapping[str, str]) -> Seatin
         return Seating(obstacle=str(obstacle))
     rows = {(c.path, c.name) for c in copies if isinstance(c, CopySeat) and c.override.rows}
     for found in placed:
-        if (found.path, "weight") in rows:
+        if (found.path, getattr(found, "name", "weight")) in rows:
             return Seating(obstacle=f"{found.path}: rows of its weight are trained, and all of it is adapted")
-    return Seating((*copies, *placed))
+    return Seating((*copies, *placed), dearer=finder.dearer)
 
 
 class _Finder:
@@ -64,6 +64,7 @@ class _Finder:
 
     def __init__(self, graph: Graph, obstacles: Mapping[str, str]) -> None:
         self.graph, self.base, self.obstacles = graph, graph.base, obstacles
+        self.dearer = ""  #: why a module would make a copy of a weight, where a graph makes none
         self.nodes = {node.name: node for node in graph.nodes()}
         self.regions = Regions(graph)
         self.weights = graph.sites.weights_by_path
@@ -117,8 +118,42 @@ class _Finder:
             raise Unhostable(f"{path}: the call that the model was transformed with does not run it")
         return self.weights[path]
 
-    def weight(self, placement: WeightPlacement) -> WeightSeat:
-        """Return where a weight method acts."""
+    def weight(self, placement: WeightPlacement) -> WeightSeat | FoldSeat:
+        """Return where a weight method acts: at a module's output, or in a parameter that a module reads."""
+        try:
+            return self.output(placement)
+        except Unhostable as obstacle:
+            if not placement.method.target_parameters and placement.site.kind != EXPERTS:
+                raise
+            self.dearer = self.dearer or str(obstacle)
+            return self.parameter(placement)
+
+    def parameter(self, placement: WeightPlacement) -> FoldSeat:
+        """Return the module that reads a parameter into which a method is folded."""
+        site = self.site(placement.site.path)
+        tensor = self.graph.get(site.weight)
+        owners = {path: name for path, m in self.modules.items() if (name := _name_of(m, tensor)) is not None}
+        if len(owners) != 1:
+            raise Unhostable(f"{site.path}: it is a parameter of {len(owners)} modules")
+        ((path, name),) = owners.items()
+        readers = {module_path(user) for user in self.readers.get(id(tensor), ())}
+        if others := sorted(readers - {path}):
+            raise Unhostable(f"{others[0] or 'the model'}: it reads a tensor of another module, {site.path}")
+        self.refuse_copy(path, name, tensor)
+        return FoldSeat(path, name, placement)
+
+    def refuse_copy(self, path: str, name: str, tensor: Tensor, *, alone: bool = True) -> None:
+        """Refuse to give a module another tensor in place of its own one, where it would not read that."""
+        module = self.modules[path]
+        if alone and len(self.called.get(id(module), ())) > 1:
+            raise Unhostable(f"{path}: one module under several names")
+        if isinstance(tensor, Coded):
+            raise Unhostable(f"{path}: its {name} is quantised, and a trained copy of it is not")
+        if any(_holds(value, tensor) for value in vars(module).values()):
+            raise Unhostable(f"{path}: it keeps a list of its parameters")
+
+    def output(self, placement: WeightPlacement) -> WeightSeat:
+        """Return the module at whose output a weight method acts."""
         path = placement.site.path
         module, site = self.host(path), self.site(placement.site.path)
         if module._parameters.get("weight") is not self.graph.get(site.weight):
@@ -215,13 +250,7 @@ class _Finder:
             if path not in owners and (others or not f"{path}.".startswith(within)):
                 raise Unhostable(f"{path or 'the model'}: it reads a tensor of another module, {override.name}")
         for path, name in inside.items():
-            module = self.modules[path]
-            if override.module and len(self.called.get(id(module), ())) > 1:
-                raise Unhostable(f"{path}: one module under several names")
-            if isinstance(tensor, Coded):
-                raise Unhostable(f"{path}: its {name} is quantised, and a trained copy of it is not")
-            if any(_holds(value, tensor) for value in vars(module).values()):
-                raise Unhostable(f"{path}: it keeps a list of its parameters")
+            self.refuse_copy(path, name, tensor, alone=bool(override.module))
             yield CopySeat(path, name, override)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from peftfx.contract.override import Override
-from peftfx.contract.placement import AttentionPlacement, PatternPlacement, WeightPlacement
+from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Placement, WeightPlacement
 from peftfx.passes.rewriting.site_op import Operation
 
 
@@ -71,7 +72,22 @@ class CopySeat:
     override: Override
 
 
-Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat
+@dataclass(frozen=True)
+class FoldSeat:
+    """The place of a weight method that is folded into the tensor that a module reads.
+
+    Attributes:
+        path: the module's path.
+        name: the tensor's name in the module.
+        placement: the placement.
+    """
+
+    path: str
+    name: str
+    placement: WeightPlacement
+
+
+Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat | FoldSeat
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,18 @@ class Seating:
     Attributes:
         seats: the seats in the order in which they act; none for a soft prompt, which acts outside of the modules.
         obstacle: why the modules cannot host the adapter; empty if they can.
+        dearer: why a graph runs the adapter for less memory, although the modules can host it; else empty.
     """
 
     seats: tuple[Seat, ...] = ()
     obstacle: str = ""
+    dearer: str = ""
+
+    def on(self, placements: Iterable[Placement]) -> Seating:
+        """Return the same seats for these placements, which have other options."""
+        by_key = {placement.key: placement for placement in placements}
+        seats = (
+            seat if isinstance(seat, CopySeat) else replace(seat, placement=by_key[seat.placement.key])  # type: ignore[arg-type]
+            for seat in self.seats
+        )
+        return replace(self, seats=tuple(seats))

@@ -66,6 +66,10 @@ class DeLoRA(WeightMethod):
     def neutral(self) -> bool:
         return self.init_weights
 
+    @property
+    def dropout_option(self) -> str:
+        return "module_dropout"
+
     def at(self, site: Site) -> DeLoRA:
         r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
         length = by_path(self.lambda_pattern, "lambda_pattern", site.path, self.delora_lambda)

@@ -243,6 +243,9 @@ class LoRA(LoraForms):
         """Return `W + s (B A - B0 A0)`, as a dense weight for a conv of several groups."""
         if self._in_one_pass(site, weight, p):
             return torch.addmm(weight, p[B], p[A], alpha=self.scaling)
+        if site.kind == EXPERTS and A0 not in p and weight.dtype == p[A].dtype:
+            down, up = of_experts(site.shape[0], p[A], p[B])
+            return torch.baddbmm(weight, up, down, alpha=self.scaling)
         return self._sum(site, weight, p)
 
     def _sum(self, site: Site, weight: Tensor, p: Params) -> Tensor:

@@ -262,7 +262,7 @@ class AdaptedModel(AdapterCalls):
         from peftfx.model.generation import generator, refuse_no_text
 
         refuse_no_text(self.base)
-        if self._runs_in_modules():
+        if self.road == "modules" and self._runs_in_modules():
             return self._generate_in_modules(args, kwargs)
         refuse_names(kwargs)
         made = generator(self.source, self.view, lambda view, inputs: self.graph(inputs, view=view))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
@@ -151,6 +153,29 @@ class AdaptersByName(SeenByTrainers):
         self.modules_road.enter(name, adapter, seating)
         self.graphs.forget_derived()
 
+    def settle_dropout(self, names: Sequence[str]) -> None:
+        """Let adapters act with the rates that other code has set in their dropout modules, as TRL does.
+
+        Args:
+            names: the adapters' names.
+        """
+        for name in names:
+            if self.adapter(name).settle_dropout():
+                seating = self.modules_road.seatings[name].on(self.adapter(name).placements)
+                self.modules_road.leave(name)
+                self.modules_road.enter(name, self.adapter(name), seating)
+                self.graphs.forget_derived()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the base and of the adapters.
+
+        Args:
+            mode: whether to train; otherwise to evaluate.
+        """
+        super().train(mode)
+        self.settle_dropout(self.named.active)
+        return self
+
     def _seat(self, adapter: Adapter) -> Seating:
         """Return where an adapter acts in the base's modules.
 
@@ -163,6 +188,8 @@ class AdaptersByName(SeenByTrainers):
             seating = seat(self.graph(adapted=False, view=self.graphs.whole), adapter, self._twin.obstacles)
         if late := may_run_late(self.source, adapter, self.sites):
             seating = Seating(obstacle=late)
+        if self.wanted == "modules":
+            seating = replace(seating, dearer="")
         if seating.obstacle and self.wanted == "modules":
             what = f"no module of the base can run this adapter: {seating.obstacle}"
             raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')

@@ -18,7 +18,7 @@ from peftfx.errors import PeftfxError, shown
 from peftfx.generation.invocation import OFFSETS
 from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.graph.graph import Graph
-from peftfx.hosting.call import CURRENT, acting_by_row
+from peftfx.hosting.call import CURRENT, acting, acting_by_row
 from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
@@ -40,8 +40,12 @@ class AdapterCalls(PeftSurface):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with the active adapters, also where other code has replaced `forward`."""
+        if self.training and not torch.compiler.is_compiling():
+            self.settle_dropout(self.named.called)
         call = functools.partial(super().__call__, *args, **kwargs)
         if "forward" in vars(self):
+            if self._runs_in_modules():
+                self._checkpoint_modules()
             call = functools.partial(run_other, self.modules_road, self.named.called, call, self._penalised)
         with self._passing_gradients():
             return call()
@@ -55,16 +59,21 @@ class AdapterCalls(PeftSurface):
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
             refuse_graph(self, self.obstacle)
-            return self._run_graph(args, kwargs)
+            with acting(None):  # a forward that other code set lets adapters act, and a capture is of the base
+                return self._run_graph(args, kwargs)
         names = self.named.called
-        asked = self.checkpoints
-        if asked is not None and names and not asked.in_modules:
-            checkpoint_base(self.base, asked.given or None, asked.options)
-            self.checkpoints = replace(asked, in_modules=True)
+        self._checkpoint_modules()
         entry = self.modules_road.entry(names)
         if entry is not None:
             args, kwargs = (), named_arguments(self.base, args, kwargs)
         return self._penalised(self.modules_road.run(names, entry, args, kwargs, given))
+
+    def _checkpoint_modules(self) -> None:
+        """Checkpoint the base's own layers, if that was asked for while calls ran a graph, and modules run now."""
+        asked = self.checkpoints
+        if asked is not None and not asked.in_modules and self.named.called:
+            checkpoint_base(self.base, asked.given or None, asked.options)
+            self.checkpoints = replace(asked, in_modules=True)
 
     def _beside(
         self, args: tuple[object, ...], kwargs: Mapping[str, object]
@@ -81,8 +90,8 @@ class AdapterCalls(PeftSurface):
                 raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
             return kwargs, given
         ids = named_arguments(self.base, args, kwargs).get("input_ids")
-        acting = [rule for adapter in self.named.acting() for rule in adapter.rules]
-        return kwargs, given | invocations(acting, ids, offsets)
+        rules = [rule for adapter in self.named.acting() for rule in adapter.rules]
+        return kwargs, given | invocations(rules, ids, offsets)
 
     def _taken(self, kwargs: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Tensor]]:
         """Split a call's arguments into those of the model and those of methods, such as `task_ids`."""
@@ -111,8 +120,9 @@ class AdapterCalls(PeftSurface):
 
     def _runs_in_modules(self) -> bool:
         """Return whether the base's own methods run with the active adapters, inside the base's modules."""
-        invoked = any(rule.invoked_by for adapter in self.named.acting() for rule in adapter.rules)
-        return self.road == "modules" and not invoked and self.modules_road.entry(self.named.called) is None
+        names, rules = self.named.called, (rule for adapter in self.named.acting() for rule in adapter.rules)
+        hosted = not self.modules_road.obstacle(names, dearer=False) and self.modules_road.entry(names) is None
+        return hosted and not any(rule.invoked_by for rule in rules)
 
     def _generate_in_modules(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """Run the base's own `generate`, with the active adapters or with those that `adapter_names` has for rows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -34,7 +34,7 @@ def no_module_to_save(base: nn.Module, method: Method, saved: Sequence[str]) -> 
     return PeftfxError(f"no module is named {' or '.join(names)}", "modules_to_save", nearest(names[0], ends))
 
 
-def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: Iterable[Site]) -> list[Override]:
+def overrides_of(base: nn.Module, method: Method, saved: Collection[str], sites: Iterable[Site]) -> list[Override]:
     """Return the base's tensors that a rule trains copies of: whole modules, biases, and rows of tokens."""
     found = []
     places = places_of(base) if saved else {}
@@ -45,7 +45,9 @@ def overrides_of(base: nn.Module, method: Method, saved: Iterable[str], sites: I
         names = list(base.get_submodule(path).state_dict(keep_vars=True))
         found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
     if method.bias == "all":
-        names = [n for n, _ in own_parameters(base) if n.rpartition(".")[2] == "bias" and not is_inside(n, saved)]
+        # A tensor that a saved module has too is trained there alone, as in HF PEFT.
+        apart = {id(p) for n, p in own_parameters(base, remove_duplicate=False) if is_inside(n, saved)}
+        names = [n for n, p in own_parameters(base) if n.rpartition(".")[2] == "bias" and id(p) not in apart]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
     elif method.bias.endswith("_only"):
         names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]

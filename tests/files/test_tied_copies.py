@@ -1,4 +1,4 @@
-"""Files of `ensure_weight_tying`: HF PEFT's copies of a tied tensor act at all its modules, here and when saved."""
+"""Files with copies of tied tensors (`ensure_weight_tying`, biases): they act at all modules that have the tensor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
+from support.parity import randomise
 from torch import Tensor, nn
 
 import peftfx as px
@@ -25,6 +27,12 @@ def _base() -> hf.LlamaForCausalLM:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     config = hf.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
     return hf.LlamaForCausalLM(config).eval()
+
+
+def _masked() -> hf.BertForMaskedLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return hf.BertForMaskedLM(hf.BertConfig(**sizes, num_attention_heads=4)).eval()
 
 
 def _logits(model: nn.Module) -> Tensor:
@@ -79,3 +87,31 @@ def test_only_what_is_tied_is_named_and_training_tied_copies_is_refused() -> Non
     rule = peft.LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
     with pytest.raises(PeftfxError, match="it trains one copy of a tied weight for all its modules"):
         px.transform(_base(), rule)
+
+
+@pytest.mark.parametrize("saved", [None, ["decoder"]], ids=["biases", "head"])
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_a_tied_bias_that_a_file_has_twice_is_trained_on(road: str, saved: list[str] | None, tmp_path: Path) -> None:
+    """HF PEFT's `bias="all"` saves each name of BERT's output bias, which is one tensor."""
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=saved)
+    theirs = peft.get_peft_model(_masked(), config)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    names = {n for n in load_file(tmp_path / "theirs" / "adapter_model.safetensors") if "predictions" in n}
+    assert {n.removeprefix("base_model.model.cls.predictions.") for n in names} >= {"bias", "decoder.bias"}
+    ours = px.load(_masked(), tmp_path / "theirs", road=road)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    seen: list[list[float]] = []
+    for model in (theirs.eval(), ours):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+        seen.append([])
+        for _ in range(4):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen[-1].append(loss.item())
+    assert seen[1] == pytest.approx(seen[0], abs=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(_masked(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(back(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 import peftfx
-from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.errors import PeftfxError
 
 trl = pytest.importorskip("trl", reason="pip install trl")
 datasets = pytest.importorskip("datasets")
@@ -174,6 +174,12 @@ def test_a_forward_that_passes_adapters_by_is_refused(rule: object, tmp_path: Pa
         sft(adapt("llama", rule), tmp_path)
 
 
-def test_a_reference_tells_of_dropout() -> None:
-    with pytest.warns(PeftfxWarning, match="lora_dropout"):
-        adapt("llama", peftfx.LoRA(lora_dropout=0.1)).reference()
+def test_dpo_switches_the_dropout_of_an_adapter_off(tmp_path: Path) -> None:
+    """TRL does so by default (`disable_dropout`): it looks for dropout modules."""
+    options = {"target_modules": ["q_proj"], "lora_dropout": 0.4, "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=4, **options)).save_pretrained(tmp_path / "adapter")
+    ours = peftfx.load(ZOO["llama"].build(), tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="the base without the loaded adapter"):
+        got = dpo(ours, tmp_path, ours.reference())
+    want = dpo(peft_model(tmp_path / "adapter"), tmp_path, copy.deepcopy(ZOO["llama"].build()))
+    assert got == pytest.approx(want, abs=1e-6)

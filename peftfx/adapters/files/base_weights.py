@@ -37,11 +37,18 @@ def replaced_weights(
     """
     own = dict(own_parameters(base, remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     adapted = {p.site.path for p in placements}
+    overrides = list(overrides)
     trained = {override.key.removeprefix(f"{SAVED}.") for override in overrides}
+    everywhere = {id(own[o.name]) for o in overrides if not o.module and not o.rows and o.name in own}
+    keys = {id(own[p]): key for key in weights.names if (p := _base_name(key, own, adapted)) in trained}
     found: dict[int, tuple[str, Override]] = {}
     for key in list(weights.names):
         path = _base_name(key, own, adapted)
         if path is None or path in trained or key in own_names:
+            continue
+        if id(own[path]) in everywhere:  # another name of a tensor that is trained: with bias="all", of a tied bias
+            _refuse_apart(weights, keys.get(id(own[path]), key), key)
+            weights.names.pop(key)
             continue
         if not _differs(weights, key, own[path]):
             weights.names.pop(key)
@@ -52,13 +59,16 @@ def replaced_weights(
             raise PeftfxError(what, key, hint)
         before, _ = found.setdefault(id(own[path]), (key, Override(f"{SAVED}.{path}", "", path, trained=False)))
         if before != key:
-            if not torch.equal(weights[before], weights[key]):
-                hint = "untie the base's embeddings (tie_word_embeddings=False), and load it on that"
-                raise PeftfxError(
-                    f"this and {before} are one tensor in the model, but they differ in the file", key, hint
-                )
+            _refuse_apart(weights, before, key)
             weights.names.pop(key)
     return [override for _, override in found.values()]
+
+
+def _refuse_apart(weights: Weights, before: str, key: str) -> None:
+    """Refuse two tensors of a file that differ, and that are one tensor in the model."""
+    if not torch.equal(weights[before], weights[key]):
+        hint = "untie the base's embeddings (tie_word_embeddings=False), and load it on that"
+        raise PeftfxError(f"this and {before} are one tensor in the model, but they differ in the file", key, hint)
 
 
 def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:

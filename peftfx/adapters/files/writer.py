@@ -116,7 +116,7 @@ def _save_json(value: dict[str, object], path: Path) -> None:
 
 def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
     """Return the config and the tensors of each rule of an adapter, by the name of the rule's folder."""
-    named = [(f"{i}-{rule.method.peft_type.lower()}", rule) for i, rule in enumerate(adapter.placed, 1)]
+    named = [(f"{i}-{rule.method.peft_type.lower()}", rule) for i, rule in enumerate(adapter.asked, 1)]
     owners: dict[str, str] = {}
     for name, rule in named:
         paths = (p.site.path for p in rule.placements.weights)
@@ -128,7 +128,7 @@ def _contents(base: nn.Module, adapter: Adapter) -> dict[str, Contents]:
 
 
 def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
-    rule = adapter.placed[number]
+    rule = adapter.asked[number]
     if rule.placements.prompts:
         return written_prompt(base, adapter, rule)
     parameters = as_parameters(base, rule)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfx.errors import warn
 from peftfx.hosting.other_forward import run_other
 from peftfx.model.by_name import AdaptersByName
 
@@ -26,10 +25,6 @@ class ReferenceModel(nn.Module):
         self._held, self._names = (model,), tuple(names)
         with model.named.acting_as(self._names):
             pass
-        rates = [rule.dropout for name in model.names() for rule in model.adapter(name).rules]
-        if any(rates):
-            what = f"an adapter's own dropout ({max(rates):g}) is no module, and TRL's disable_dropout does not find it"
-            warn(f"{what}: losses have its noise. Adapt without it, as in LoRA(lora_dropout=0.0)")
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the outputs of the adapted model."""
@@ -39,6 +34,7 @@ class ReferenceModel(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the adapted model with the reference's adapters, also where other code replaced `forward`."""
         model, call = self._held[0], functools.partial(super().__call__, *args, **kwargs)
+        model.settle_dropout(self._names)
         with torch.no_grad(), model.named.acting_as(self._names):
             if "forward" not in vars(self):
                 return call()

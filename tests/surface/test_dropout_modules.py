@@ -1,0 +1,92 @@
+"""An adapter's dropout is a module, as in HF PEFT: code that finds each `torch.nn.Dropout` of a model can change it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.parity import randomise
+from support.zoo import ZOO
+from torch import nn
+
+import peftfx
+
+IDS = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def set_rate(rate: float) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+
+    return change
+
+
+def evaluate(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
+def losses(model: nn.Module) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    seen = []
+    for step in range(4):
+        torch.manual_seed(step)
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    return seen
+
+
+CONFIGS = [
+    peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.3),
+    peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.3, use_dora=True),
+    peft.VeraConfig(r=4, target_modules=["q_proj"], vera_dropout=0.3),
+    peft.DeloraConfig(r=4, target_modules=["q_proj"], module_dropout=0.3),
+]
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+@pytest.mark.parametrize("change", [set_rate(0.0), set_rate(0.6), evaluate], ids=["off", "more", "eval"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["LoRA", "DoRA", "VeRA", "DeLoRA"])
+def test_changed_it_trains_as_in_peft(
+    config: peft.PeftConfig, change: Callable[[nn.Module], None], road: str, tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), copy.deepcopy(config))
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = peftfx.load(ZOO["llama"].build(), tmp_path, road=road)
+    for model in (theirs.train(), ours.train()):
+        losses(copy.deepcopy(model))  # calls before the change leave nothing behind
+        change(model)
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    names = [name for name in vars(config) if name.endswith("_dropout")]
+    saved = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert [saved[name] for name in names] == [getattr(config, name) for name in names]
+
+
+def test_switched_on_again_it_drops() -> None:
+    ours = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2, lora_dropout=0.5, init_lora_weights=False)).train()
+    evaluate(ours)
+    assert losses(copy.deepcopy(ours)) == losses(copy.deepcopy(ours))
+    torch.manual_seed(0)
+    without = ours(input_ids=IDS).logits
+    ours.train()
+    torch.manual_seed(0)
+    assert not torch.equal(ours(input_ids=IDS).logits, without)
+    assert not any("dropout" in name for name in ours.state_dict())
+
+
+def test_without_dropout_there_is_no_module() -> None:
+    ours = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2))
+    assert not [m for m in ours.adapters.modules() if isinstance(m, nn.Dropout)]
