@@ -99,7 +99,10 @@ def left_out(model: ir.Model, choose: Choose) -> dict[str, str]:
         named = isinstance(weight.meta.get(SOURCE), str) and not str(weight.name).startswith(f"{ADAPTERS}.")
         if scheme is None or not named or shape is None or len(shape) < 2 or weight.dtype not in _FLOATS:
             continue
-        if products := list(readers(weight)):
+        products = list(readers(weight))
+        if products and len(shape) != 2:
+            found[str(weight.name)] = f"a product reads it as a stack of {shape[0]} weights"
+        elif products:
             narrow = columns_of(weight, products[0].transposed)
             found[str(weight.name)] = f"its {narrow} columns are fewer than a block of {scheme.block}"
         else:

@@ -54,9 +54,15 @@ class LoweredProgram(ExportedProgram):
         _drop_relabels(self.graph)
         self.graph.eliminate_dead_code()
         self.graph_module.recompile()
-        (output,) = self.graph.find_nodes(op="output")
-        self.graph_signature.output_specs[:] = _results(output.args[0])  # type: ignore[arg-type]
         return self
+
+    @property
+    def graph_signature(self) -> ExportGraphSignature:
+        """The signature, with the outputs that the graph has now: torch's type promotion casts some of them anew."""
+        signature = super().graph_signature
+        (output,) = self.graph.find_nodes(op="output")
+        signature.output_specs[:] = _results(output.args[0])  # type: ignore[arg-type]
+        return signature
 
 
 def _drop_relabels(graph: fx.Graph) -> None:

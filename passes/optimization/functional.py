@@ -50,6 +50,8 @@ def _replaced(rewriter: Rewriter, write: fx.Node) -> bool:
         new = at.call(aten.clone.default, as_written(at, *write.args[:2]))  # type: ignore[arg-type]
     else:
         new = at.call(form, *write.args, **write.kwargs)
+        if new.meta["val"].dtype != (own := target.meta["val"].dtype):  # a write keeps the dtype of what it changes
+            new = at.call(aten._to_copy.default, new, dtype=own)
     rewriter.replace(write, new)
     _read_later(rewriter, target, new, write)
     for part in parts[: max((known.index(name) for name in later), default=0)]:
@@ -61,14 +63,10 @@ def _replaced(rewriter: Rewriter, write: fx.Node) -> bool:
 
 
 def _changes_one(write: fx.Node) -> bool:
-    """Say whether a write changes its first operand alone, whose dtype the functional form returns too."""
+    """Say whether a write changes its first operand alone."""
     assert isinstance(write.target, OpOverload)
     changed = [a for a in write.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    dtypes = {n.meta["val"].dtype for n in write.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)}
-    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
-    return (
-        len(changed) == 1 and "out" not in write.kwargs and (len(floating) <= 1 or write.target is aten.copy_.default)
-    )
+    return len(changed) == 1 and "out" not in write.kwargs
 
 
 def _parts(node: fx.Node) -> Iterator[fx.Node]:

@@ -6,7 +6,17 @@ import torch
 from torch import fx
 
 from peftfx.graph.rewriter import Rewriter
-from peftfx.passes.rewriting.matching import ADDS, MULS, either_way, has_axes, operand, peel, replace, same_size
+from peftfx.passes.rewriting.matching import (
+    ADDS,
+    MULS,
+    either_way,
+    has_axes,
+    in_dtype,
+    operand,
+    peel,
+    replace,
+    same_size,
+)
 
 aten = torch.ops.aten
 
@@ -24,7 +34,10 @@ def fuse_norm(rewriter: Rewriter, node: fx.Node) -> bool:
             if eps is None or not same_size(weight, 0, x, -1) or not (scaled is normed or _is_cast(x, scaled)):
                 continue
             plain = x if scaled is normed else operand(x)
-            replace(rewriter, node, aten.rms_norm.default, plain, [weight.meta["val"].shape[0]], weight, eps)
+            if node.meta["val"].dtype != plain.meta["val"].dtype:
+                continue
+            own = in_dtype(rewriter, node, weight)
+            replace(rewriter, node, aten.rms_norm.default, plain, [weight.meta["val"].shape[0]], own, eps)
             return True
     return False
 

@@ -7,7 +7,7 @@ import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
 from peftfx.graph.rewriter import Rewriter
-from peftfx.passes.rewriting.matching import MULS, either_way, has_axes, operand, pair, replace, same_size
+from peftfx.passes.rewriting.matching import MULS, either_way, has_axes, in_dtype, operand, pair, replace, same_size
 
 aten, onnx = torch.ops.aten, torch.ops.onnx
 _END = 2**63 - 1
@@ -26,9 +26,11 @@ def fuse_rotary(rewriter: Rewriter, node: fx.Node, halves: dict[fx.Node, fx.Node
                 continue
             for same, cos in either_way(straight):
                 tables = [_table(angle, same) for angle in (cos, sin)]
-                if same is x and None not in tables:
+                dtypes = {table.meta["val"].dtype for table in tables if table is not None}
+                if same is x and None not in tables and dtypes == {node.meta["val"].dtype}:
+                    own = in_dtype(rewriter, node, x)
                     first = [_half(rewriter, table, halves) for table in tables if table is not None]
-                    replace(rewriter, node, onnx.RotaryEmbedding.opset23, x, *first)
+                    replace(rewriter, node, onnx.RotaryEmbedding.opset23, own, *first)
                     return True
     return False
 

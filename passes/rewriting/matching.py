@@ -21,6 +21,14 @@ def replace(rewriter: Rewriter, node: fx.Node, target: Callable[..., object], *a
     rewriter.replace(node, rewriter.before(node).call(target, *args, value=node.meta["val"]))
 
 
+def in_dtype(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:
+    """Return a value in the dtype of `node`, for an operator of ONNX that takes one dtype; it is cast before `node`."""
+    dtype = node.meta["val"].dtype
+    if value.meta["val"].dtype == dtype:
+        return value
+    return rewriter.before(node).call(torch.ops.aten._to_copy.default, value, dtype=dtype)
+
+
 def operand(node: fx.Node) -> fx.Node:
     """Return a node's first operand, or the node itself if it has none."""
     first = node.args[0] if node.args else node

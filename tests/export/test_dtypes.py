@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from support.few import but_for
 
+from peftfx import runtime
 from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export import OnnxModel, export_onnx
 from peftfx.export.command import export_directory
@@ -145,6 +146,51 @@ def test_a_limit_on_memory_is_kept_or_refused_before_the_work(
     assert "GB or more" in raised.value.hint
     assert "capture" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+WORDS = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 1, "eos_token_id": 2}
+MIXED: dict[str, Callable[[], torch.nn.Module]] = {
+    "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**WORDS)),
+    "gpt_oss": lambda: hf.GptOssForCausalLM(
+        hf.GptOssConfig(**WORDS, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "llama4": lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(**WORDS, head_dim=8, intermediate_size_mlp=48, num_local_experts=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", but_for({"gpt_oss", "llama4"}, MIXED))
+@torch.no_grad()
+def test_float16_models_whose_code_computes_in_float32_are_exported(name: str, tmp_path: Path) -> None:
+    """Norms and rotary tables in float32, sums, and writes of float32 into float16."""
+    torch.manual_seed(0)
+    model = MIXED[name]().eval().half()
+    export_onnx(model, tmp_path / "out")
+    served = runtime.load(tmp_path / "out")
+    ids = torch.randint(4, 99, (3, 9))
+    made = served.generate(ids, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    torch.testing.assert_close(made.logits[0].float(), model(ids).logits[:, -1].float(), atol=1e-2, rtol=1e-2)
+
+
+class Mixes(torch.nn.Module):
+    """Sums in float16, and float32 that is added to float16 in place, to the whole and to a part."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = x * 2
+        h.add_(y)
+        h[:, :1].mul_(y[:, :1] + 1)
+        return h.sum(1) + 1, h.sum(), h, x.sum((0, 2), keepdim=True)
+
+
+def test_sums_and_writes_keep_the_dtype_of_a_float16_model(tmp_path: Path) -> None:
+    call = {"x": torch.randn(3, 5, 8).half(), "y": torch.randn(3, 5, 8)}
+    export_onnx(Mixes().half(), tmp_path / "out", inputs=call)
+    for batch in (1, 2):
+        x, y = torch.randn(batch, 5, 8).half(), torch.randn(batch, 5, 8)
+        for got, want in zip(OnnxModel(tmp_path / "out")(x=x, y=y).values(), Mixes()(x, y), strict=True):
+            assert got.dtype == want.dtype == torch.float16
+            torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-3)
 
 
 class InBfloat16(torch.nn.Module):

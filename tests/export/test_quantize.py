@@ -338,3 +338,17 @@ def test_segments_agree_pixel_by_pixel(tmp_path: Path) -> None:
     with torch.no_grad():
         pixels = model(**ZOO["segformer"].inputs(1)).logits[0, 0].numel()
     assert found.tokens % pixels == 0
+
+
+def test_a_stack_that_one_product_reads_stays_and_is_told(tmp_path: Path) -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.stack = nn.Linear(64, 64), nn.Parameter(torch.randn(3, 64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(self.first(x).repeat(3, 1, 1), self.stack)
+
+    report = px.export_onnx(Stacked().eval(), tmp_path / "out", inputs={"x": torch.randn(5, 64)}, quantize="int4")
+    assert report.left["model.onnx"] == {"stack": "a product reads it as a stack of 3 weights"}
+    assert list(report.quantized["model.onnx"]) == ["first.weight"]
