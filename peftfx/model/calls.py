@@ -60,7 +60,7 @@ class AdapterCalls(PeftSurface):
         if self.road == "graph":
             refuse_graph(self, self.obstacle)
             with acting(None):  # a forward that other code set lets adapters act, and a capture is of the base
-                return self._run_graph(args, kwargs)
+                return self._run_graph_or_tell(args, kwargs)
         names = self.named.called
         self._checkpoint_modules()
         entry = self.modules_road.entry(names)
@@ -168,6 +168,17 @@ class AdapterCalls(PeftSurface):
         """Return the terms that the active adapters add to the model's loss."""
         found = (adapter.penalty() for adapter in self.named.acting())
         return [penalty for penalty in found if penalty is not None]
+
+    def _run_graph_or_tell(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """Run a call's graph. If there is none, tell of the other road, where that can run the adapters."""
+        try:
+            return self._run_graph(args, kwargs)
+        except PeftfxError as error:
+            if type(error) is not PeftfxError or not self._runs_in_modules():
+                raise
+            hint = f"{error.hint}; or " if error.hint else ""
+            other = f'{hint}take the other road: peftfx.transform(..., road="modules")'
+            raise PeftfxError(error.what, error.where, other) from error
 
     def _run_graph(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         graph, run, tensors = self._find(args, kwargs)

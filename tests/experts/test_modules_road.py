@@ -151,6 +151,20 @@ def test_a_graph_that_is_captured_inside_such_a_forward_is_of_the_base(pair: Any
     assert ours.road == "graph"
 
 
+def test_a_call_without_a_graph_tells_of_the_other_road(pair: Any) -> None:
+    def noisy(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        return output * 2 if output.sum() > 0 else output  # no graph has a branch on values
+
+    theirs, ours = pair(mixtral, STACKS, None)
+    ours.base.get_input_embeddings().register_forward_hook(noisy)
+    with pytest.raises(PeftfxError, match=r'peftfx\.transform\(\.\.\., road="modules"\)'):
+        ours(input_ids=IDS)
+    _, ours = pair(mixtral, STACKS)
+    for model in (theirs, ours):
+        model.get_input_embeddings().register_forward_hook(noisy)
+    assert steps(ours) == pytest.approx(steps(theirs), abs=2e-6)
+
+
 def test_adapters_come_and_go(pair: Any) -> None:
     _, ours = pair(mixtral, STACKS)
     ours.eval()
