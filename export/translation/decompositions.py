@@ -56,7 +56,7 @@ class LoweredProgram(ExportedProgram):
         self.graph_module.recompile()
         return self
 
-    @property
+    @property  # type: ignore[misc]  # torch's setter only raises
     def graph_signature(self) -> ExportGraphSignature:
         """The signature, with the outputs that the graph has now: torch's type promotion casts some of them anew."""
         signature = super().graph_signature

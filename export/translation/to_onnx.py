@@ -17,6 +17,7 @@ from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.metadata import ENGINE, PERMUTED, PIECES, SOURCE
 from peftfx.export.translation.complex_pairs import pair_tensors
 from peftfx.export.translation.layout import name_apart, store_transposed, tidy
+from peftfx.export.translation.operators.admitted import cast_where_not_admitted
 from peftfx.export.translation.operators.recurrent_layers import refuse_recurrent_layers
 from peftfx.export.translation.program import Translation
 from peftfx.export.translation.scopes import put_rest
@@ -75,6 +76,7 @@ def to_onnx(
     _bind(model, translation, graph, _reader(graph, weights or graph.get))
     store_transposed(model)
     put_rest(model)
+    cast_where_not_admitted(model)
     _name_interface(model, graph, translation)
     name_apart(model)
     model.metadata_props[ENGINE] = went

@@ -11,7 +11,7 @@ from peftfx.passes.rewriting.matching import (
     MULS,
     either_way,
     has_axes,
-    in_dtype,
+    in_dtype_of,
     operand,
     peel,
     replace,
@@ -36,7 +36,7 @@ def fuse_norm(rewriter: Rewriter, node: fx.Node) -> bool:
             plain = x if scaled is normed else operand(x)
             if node.meta["val"].dtype != plain.meta["val"].dtype:
                 continue
-            own = in_dtype(rewriter, node, weight)
+            own = in_dtype_of(rewriter, node, weight)
             replace(rewriter, node, aten.rms_norm.default, plain, [weight.meta["val"].shape[0]], own, eps)
             return True
     return False

@@ -7,7 +7,7 @@ import torch.onnx.ops  # registers torch.ops.onnx
 from torch import fx
 
 from peftfx.graph.rewriter import Rewriter
-from peftfx.passes.rewriting.matching import MULS, either_way, has_axes, in_dtype, operand, pair, replace, same_size
+from peftfx.passes.rewriting.matching import MULS, either_way, has_axes, in_dtype_of, operand, pair, replace, same_size
 
 aten, onnx = torch.ops.aten, torch.ops.onnx
 _END = 2**63 - 1
@@ -28,7 +28,7 @@ def fuse_rotary(rewriter: Rewriter, node: fx.Node, halves: dict[fx.Node, fx.Node
                 tables = [_table(angle, same) for angle in (cos, sin)]
                 dtypes = {table.meta["val"].dtype for table in tables if table is not None}
                 if same is x and None not in tables and dtypes == {node.meta["val"].dtype}:
-                    own = in_dtype(rewriter, node, x)
+                    own = in_dtype_of(rewriter, node, x)
                     first = [_half(rewriter, table, halves) for table in tables if table is not None]
                     replace(rewriter, node, onnx.RotaryEmbedding.opset23, own, *first)
                     return True

@@ -21,7 +21,7 @@ def replace(rewriter: Rewriter, node: fx.Node, target: Callable[..., object], *a
     rewriter.replace(node, rewriter.before(node).call(target, *args, value=node.meta["val"]))
 
 
-def in_dtype(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:
+def in_dtype_of(rewriter: Rewriter, node: fx.Node, value: fx.Node) -> fx.Node:
     """Return a value in the dtype of `node`, for an operator of ONNX that takes one dtype; it is cast before `node`."""
     dtype = node.meta["val"].dtype
     if value.meta["val"].dtype == dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import peft
@@ -191,6 +192,33 @@ def test_sums_and_writes_keep_the_dtype_of_a_float16_model(tmp_path: Path) -> No
         for got, want in zip(OnnxModel(tmp_path / "out")(x=x, y=y).values(), Mixes()(x, y), strict=True):
             assert got.dtype == want.dtype == torch.float16
             torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-3)
+
+
+class Routed(torch.nn.Module):
+    """Operators that ONNX does not define for bfloat16, or not in each version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv1d(4, 8, 3), torch.nn.InstanceNorm1d(8, affine=True)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = torch.nn.functional.softplus(self.norm(self.conv(x)))
+        return h.sum(-1), h.flatten(1).topk(2).values
+
+
+@pytest.mark.parametrize("level", ["cpu", "none"])
+def test_a_bfloat16_export_has_operators_of_its_dtype(level: str, tmp_path: Path) -> None:
+    """The CPU has no kernels for them: that the file is valid is all that ONNX Runtime can say here."""
+    torch.manual_seed(0)
+    routed = Routed().eval().to(torch.bfloat16)
+    export_onnx(routed, tmp_path / "own", inputs={"x": torch.randn(3, 4, 9).bfloat16()}, optimize=level)
+    if level == "cpu":
+        export_onnx(MIXED["gpt_oss"]().eval().to(torch.bfloat16), tmp_path / "experts", view="forward")
+    for path in tmp_path.glob("*/model.onnx"):
+        made = onnx.load(path, load_external_data=False)
+        onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=True)
+        with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented):
+            onnxruntime.InferenceSession(path)
 
 
 class InBfloat16(torch.nn.Module):
