@@ -70,7 +70,7 @@ def adapted(
         under: the methods that act at the site already, which this method runs again (`WeightMethod.reruns`).
         training: whether dropout is on.
     """
-    base, block, dim = acting.base(*stored), acting.block, row_dim(acting.site)
+    base, block = acting.base(*stored), acting.block
 
     def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight is not base.weight:  # the methods under this one do not act on that weight
@@ -82,18 +82,18 @@ def adapted(
         y = op(x, *acting._replace(block=None).base(*stored))
         for other, q in under:
             y = adapted(other, q, op, x, y, stored, training=training)
-        return y if block is None else block.take(y, dim)
+        return y if block is None else block.take(y, row_dim(acting.site))
 
     run: Op = again if under else op
     assert block is None or y is not None
-    own, where = y if y is None or block is None else block.take(y, dim), acting.site.role
+    own, where = y if y is None or block is None else block.take(y, row_dim(acting.site)), acting.site.role
     with asking(acting.method, "forward", where):
         rows = acting.method.forward(acting.site, run, x, own, base, p, training)  # type: ignore[arg-type]
     if own is not None:
         refuse_forward_output(acting.method, where, rows, own)
     elif acting.site.kind == "linear":  # the output's shape of other layers is unknown unless the output is computed
         refuse_forward_shape(acting.method, where, rows, (*x.shape[:-1], base.weight.shape[0]))
-    return rows if y is None or block is None else block.put(y, rows, dim)
+    return rows if y is None or block is None else block.put(y, rows, row_dim(acting.site))
 
 
 def overlap(one: WeightPlacement, other: WeightPlacement) -> bool:

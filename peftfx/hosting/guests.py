@@ -33,6 +33,7 @@ class WeightGuest:
 
     Attributes:
         alone: whether the method never reads the module's output, so that the output need not be computed.
+        asks: whether the method reads inputs of the call besides the model's own.
         adds: whether the method's term is rounded to the output's dtype before it is added, as in HF PEFT's layers over
             quantised ones.
         first: whether the method does not read the module's output if it is the first method that acts.
@@ -45,6 +46,7 @@ class WeightGuest:
         self.first = self.acting.method.replaces and self.acting.block is None and self.reader is None
         self.adds = self.acting.method.adds and self.reader is not None
         self.params = Parameters(adapter, adapter.keys(seat.placement))
+        self.asks = bool(self.acting.method.inputs or self.acting.method.invoked_by)
 
     def act(
         self, own: _Forward, module: nn.Module, x: Tensor, y: Tensor | None, before: Sequence[WeightGuest]
@@ -59,13 +61,15 @@ class WeightGuest:
         """
         bias = None if self.seat.bias is None else getattr(module, self.seat.bias)
         stored = module.weight if self.reader is None else self.reader(module, x.dtype), bias
-        under = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
-        rerun = under if self.acting.method.reruns else ()
+        rerun: list[tuple[Acting, dict[str, Tensor]]] = []
+        if before and self.acting.method.reruns:
+            rerun = [(g.acting, g.params()) for g in before if overlap(g.placement, self.placement)]
         operation, p = self._operation(own, module, stored), self.params()  # type: ignore[arg-type]
-        if self.acting.method.inputs or self.acting.method.invoked_by:
+        if self.asks:
             p |= read_call_inputs(self.acting.method, x)
-        if not x.is_meta and any(tensor.is_meta for tensor in p.values()):
-            raise _without_values(self.seat.path)
+        for tensor in p.values():
+            if tensor.is_meta and not x.is_meta:
+                raise _without_values(self.seat.path)
         if not self.adds or y is None or y.element_size() > 2 or torch.is_autocast_enabled():
             return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
         nothing = y.new_zeros(()).expand_as(y)
