@@ -168,11 +168,6 @@ class Method(ABC):
         return ()
 
     @property
-    def dropout(self) -> float:
-        """The rate of a dropout that the method applies itself, not by a module of the model."""
-        return 0.0
-
-    @property
     def dropout_option(self) -> str:
         """The option that is the rate of a `torch.nn.Dropout` in HF PEFT; empty if there is none."""
         names = (field.name for field in dataclasses.fields(self) if field.name.endswith("_dropout"))

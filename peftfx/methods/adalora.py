@@ -113,10 +113,6 @@ class AdaLoRA(WeightMethod):
         """The factor `s`. It stays the same when ranks are removed."""
         return self.lora_alpha / (self.init_r + _SMALL)
 
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout
-
     def at(self, site: Site) -> AdaLoRA:
         """Return this method with the number of ranks left at this site. Which ranks they are does not matter there."""
         kept = self.rank_pattern.get(_key(site.path))

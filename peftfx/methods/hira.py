@@ -65,10 +65,6 @@ class HiRA(WeightMethod):
     def neutral(self) -> bool:
         return self.init_weights is not False
 
-    @property
-    def dropout(self) -> float:
-        return self.hira_dropout
-
     def at(self, site: Site) -> HiRA:
         r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
         return dataclasses.replace(self, r=r, rank_pattern={})

@@ -45,10 +45,6 @@ class LoHa(LycorisMethod):
     def neutral(self) -> bool:
         return self.init_weights
 
-    @property
-    def dropout(self) -> float:
-        return max(self.rank_dropout, self.module_dropout)
-
     def _cores(self, site: Site) -> bool:
         """Return whether the update of this conv has a core of the kernel's size."""
         kernel = site.shape[2:]

@@ -117,10 +117,6 @@ class LoRA(LoraForms):
         return self.init_lora_weights is not False and self.kasa_config is None
 
     @property
-    def dropout(self) -> float:
-        return self.lora_dropout
-
-    @property
     def invoked_by(self) -> tuple[int, ...]:
         return tuple(self.alora_invocation_tokens or ())
 

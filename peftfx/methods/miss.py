@@ -72,10 +72,6 @@ class MiSS(DeltaMethod):
         return {_BLOCK: _BLOCK}
 
     @property
-    def dropout(self) -> float:
-        return 0.0 if self._bat else self.miss_dropout
-
-    @property
     def replaces(self) -> bool:
         return self._bat
 

@@ -52,10 +52,6 @@ class VeRA(RandomBasesMethod):
         a, b = random_pair(sites, self.r, self.r, self.projection_prng_key, like)
         return {A: a, B: b}
 
-    @property
-    def dropout(self) -> float:
-        return self.vera_dropout
-
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         new = base.weight.new_ones(base.weight.shape[0], dtype=adapter_dtype(base.weight.dtype))
         d = new.new_full((self.r,), self.d_initial)

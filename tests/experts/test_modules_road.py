@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from support.adapted import trained
 from support.parity import randomise
 from torch import Tensor, nn
 
@@ -68,18 +69,12 @@ def pair(tmp_path: Path) -> Callable[..., tuple[nn.Module, peftfx.AdaptedModel]]
     return made
 
 
-def steps(model: nn.Module, *, count: int = 4, autocast: bool = False) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    seen = []
-    model.train()
-    for _ in range(count):
+def steps(model: nn.Module, *, autocast: bool = False) -> list[float]:
+    def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(loss.item())
-    return seen
+            return model(input_ids=IDS, labels=IDS).loss
+
+    return trained(model.train(), loss)
 
 
 def gradients(model: nn.Module) -> Mapping[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -29,6 +30,20 @@ def adapt(name: str, rules: object, adapter_name: str = "default", road: str | N
     adapted = peftfx.transform(entry.build(), rules, adapter_name, inputs=inputs, road=road)
     randomise(adapted)
     return adapted
+
+
+def trained(model: nn.Module, loss: Callable[[], Tensor], *, rate: float = 5e-3) -> list[float]:
+    """The losses of four steps of AdamW, in each of which torch draws anew."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    seen = []
+    for step in range(4):
+        torch.manual_seed(step)
+        found = loss()
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(found.item())
+    return seen
 
 
 def both(name: str, directory: Path, **options: object) -> tuple[AdaptedModel, nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
-from support.adapted import randomise
+from support.adapted import randomise, trained
 from torch import Tensor, nn
 
 import peftfx
@@ -89,18 +90,8 @@ def encoded(model: Any) -> Tensor:
 def test_training_through_another_method_takes_the_steps_of_peft(
     base: Any, targets: list[str], loss: Any, inputs: dict[str, Tensor]
 ) -> None:
-    models, seen = pair(base, targets, **inputs), []
-    for model in models:
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        model.train()
-        seen.append([])
-        for step in range(4):
-            torch.manual_seed(step)
-            found = loss(model)
-            found.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen[-1].append(found.item())
+    models = pair(base, targets, **inputs)
+    seen = [trained(model.train(), functools.partial(loss, model), rate=0.01) for model in models]
     assert seen[0] == pytest.approx(seen[1], abs=1e-7)
     assert len(set(seen[0])) == 4
     saved, own = peft.get_peft_model_state_dict(models[0]), peftfx.get_peft_model_state_dict(models[1])

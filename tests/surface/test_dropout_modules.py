@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from support.adapted import trained
 from support.parity import randomise
 from support.zoo import ZOO
 from torch import nn
@@ -35,16 +36,7 @@ def evaluate(model: nn.Module) -> None:
 
 
 def losses(model: nn.Module) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    seen = []
-    for step in range(4):
-        torch.manual_seed(step)
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seen.append(loss.item())
-    return seen
+    return trained(model, lambda: model(input_ids=IDS, labels=IDS).loss)
 
 
 CONFIGS = [
