@@ -7,8 +7,8 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.command import LABELS, SIZES, Inputs
-from support.parity import randomise
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
+from support.adapted import randomise
 from support.command import LABELS, Inputs, Result, assert_refused, typed
-from support.parity import randomise
 
 from peftfx import IA3, LoRA, PromptTuning, transform
 from peftfx.export import OnnxModel

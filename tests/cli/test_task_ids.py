@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.command import Result, assert_refused
-from support.parity import randomise
 from torch import Tensor
 
 import peftfx

@@ -22,7 +22,8 @@ import transformers as hf
 from every_model.diffusion_models import MODELS, build_denoiser
 from every_model.pictures import has_pictures, home_of
 from every_model.tiny_configs import tiny_config
-from support.parity import outputs, randomise
+from support.adapted import randomise
+from support.parity import outputs
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto

@@ -9,7 +9,8 @@ import pytest
 import torch
 from every_model.checks import build
 from every_model.diffusion_models import MODELS
-from support.parity import outputs, randomise
+from support.adapted import randomise
+from support.parity import outputs
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.export import OnnxModel

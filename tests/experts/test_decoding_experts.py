@@ -7,7 +7,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers as hf
-from support.parity import randomise
+from support.adapted import randomise
 from torch import nn
 
 import peftfx

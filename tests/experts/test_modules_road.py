@@ -13,8 +13,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from support.adapted import trained
-from support.parity import randomise
+from support.adapted import randomise, trained
 from torch import Tensor, nn
 
 import peftfx

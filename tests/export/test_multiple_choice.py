@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from support.parity import randomise
+from support.adapted import randomise
 from support.zoo import TOKENS
 from torch import nn
 

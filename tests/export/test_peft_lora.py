@@ -10,8 +10,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from support.adapted import randomise
 from support.few import ALIKE, but_for
-from support.parity import adaptable, check, randomise
+from support.parity import adaptable, check
 from support.zoo import ZOO, Captured
 from torch import Tensor, nn
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.parity import randomise
+from support.adapted import randomise
 from torch import Tensor, nn
 
 import peftfx

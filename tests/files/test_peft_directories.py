@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.adapted import randomise
 from support.adapter_files import first, load_peft, same
-from support.parity import randomise
 from support.zoo import ZOO
 
 import peftfx

@@ -16,7 +16,7 @@ import pytest
 import torch
 from every_model.diffusion_models import build_denoiser
 from safetensors.torch import load_file, save_file
-from support.parity import randomise
+from support.adapted import randomise
 from torch import Tensor, nn
 
 import peftfx

@@ -11,7 +11,7 @@ from fuzz.settle import cases, settle
 from fuzz.twins import Base
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.parity import randomise
+from support.adapted import randomise
 
 from peftfx.export import OnnxModel
 

@@ -12,7 +12,7 @@ import peft
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from support.parity import randomise
+from support.adapted import randomise
 from support.zoo import TOKENS
 from torch import Tensor, nn
 

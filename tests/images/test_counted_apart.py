@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from support.parity import randomise
+from support.adapted import randomise
 from torch import Tensor, nn
 
 import peftfx

@@ -15,8 +15,8 @@ import torch
 import transformers as hf
 from every_model.checks import build
 from PIL import Image
+from support.adapted import randomise
 from support.command import Result
-from support.parity import randomise
 
 import peftfx as compiler
 from peftfx import PeftfxError, runtime

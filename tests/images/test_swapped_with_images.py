@@ -8,8 +8,8 @@ import peft
 import pytest
 import torch
 from every_model.checks import build
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 
 import peftfx
 from peftfx import PeftfxError, export_onnx, runtime

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from support.parity import outputs, randomise
+from support.adapted import randomise
+from support.parity import outputs
 from torch import nn
 
 import peftfx

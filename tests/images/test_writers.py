@@ -15,8 +15,8 @@ import torch
 import transformers as hf
 from every_model.checks import build as tiny
 from PIL import Image
+from support.adapted import randomise
 from support.command import Result
-from support.parity import randomise
 from torch import Tensor
 
 import peftfx as compiler

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from matrix.against_peft import PeftCannot, compared
 from matrix.models import entry, in_transformers
-from support.parity import UNSEEN, changed, farthest, outputs, randomise
+from support.adapted import randomise
+from support.parity import UNSEEN, changed, farthest, outputs
 from support.zoo import Entry
 from torch import Tensor
 from torch.utils import _pytree as pytree

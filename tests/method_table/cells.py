@@ -16,7 +16,8 @@ from pathlib import Path
 import peft
 import torch
 from safetensors.torch import load_file
-from support.parity import UNSEEN, changed, farthest, outputs, randomise
+from support.adapted import randomise
+from support.parity import UNSEEN, changed, farthest, outputs
 from support.zoo import ZOO
 from torch import Tensor, nn
 

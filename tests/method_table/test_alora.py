@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from support.parity import randomise
+from support.adapted import randomise
 from torch import Tensor, nn
 
 import peftfx

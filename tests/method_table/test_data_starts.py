@@ -15,7 +15,7 @@ import torch
 from peft.tuners.lora.config import CordaConfig, EvaConfig, LoraGAConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
-from support.parity import randomise
+from support.adapted import randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfx

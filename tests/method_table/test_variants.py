@@ -11,7 +11,7 @@ import pytest
 import torch
 from method_table.variants import VARIANTS, Variant
 from safetensors.torch import load_file
-from support.parity import randomise
+from support.adapted import randomise
 from torch import nn
 
 import peftfx

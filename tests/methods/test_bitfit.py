@@ -8,7 +8,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from support.parity import farthest, outputs, randomise
+from support.adapted import randomise
+from support.parity import farthest, outputs
 from support.zoo import ZOO
 
 import peftfx

@@ -8,8 +8,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from support.adapted import randomise
 from support.chatglm import chatglm, inputs
-from support.parity import UNSEEN, randomise
+from support.parity import UNSEEN
 from torch import Tensor
 
 import peftfx

@@ -10,8 +10,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import farthest, outputs, randomise
+from support.parity import farthest, outputs
 from support.zoo import ZOO
 from torch import Tensor, nn
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
+from support.adapted import randomise
 from support.adapter_files import load_peft, same
-from support.parity import outputs, randomise
+from support.parity import outputs
 from support.zoo import ZOO
 from torch import Tensor, nn
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from support.parity import farthest, outputs, randomise
+from support.adapted import randomise
+from support.parity import farthest, outputs
 from support.zoo import ZOO
 from torch import Tensor, nn
 

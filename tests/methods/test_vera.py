@@ -10,7 +10,8 @@ import onnx
 import peft
 import pytest
 import torch
-from support.parity import farthest, outputs, randomise
+from support.adapted import randomise
+from support.parity import farthest, outputs
 from support.zoo import ZOO
 from torch import Tensor, nn
 

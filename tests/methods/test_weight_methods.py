@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from support.adapted import randomise
 from support.adapter_files import first, load_peft, same
 from support.few import but_for
-from support.parity import check, randomise
+from support.parity import check
 from support.zoo import ZOO
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 

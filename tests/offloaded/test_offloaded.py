@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
-from support.parity import randomise
+from support.adapted import randomise
 from support.quantised import tiny
 from torch import Tensor
 from transformers import LlamaForCausalLM

@@ -21,7 +21,8 @@ import torch
 from peft_cases.models import MODELS
 from peft_cases.peft_is_wrong import Mend, mend_of
 from safetensors.torch import load_file
-from support.parity import changed, farthest, outputs, randomise
+from support.adapted import randomise
+from support.parity import changed, farthest, outputs
 from torch import Tensor, nn
 
 import peftfx

@@ -11,7 +11,7 @@ import pytest
 import torch
 from quantised import in_memory as made
 from support import quantised as q
-from support.parity import randomise
+from support.adapted import randomise
 from torch import Tensor, nn
 
 import peftfx

@@ -19,7 +19,7 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers as hf
-from support.parity import randomise
+from support.adapted import randomise
 from support.zoo import ZOO
 
 import peftfx

@@ -14,8 +14,8 @@ import tokenizers
 import torch
 import transformers as hf
 from PIL import Image
+from support.adapted import randomise
 from support.command import Result, assert_refused
-from support.parity import randomise
 
 from peftfx.bases.tasks import task_of_class
 from peftfx.export.command import export_directory

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from support.parity import randomise
+from support.adapted import randomise
 from support.zoo import ZOO
 from torch import nn
 from transformers import BertForMaskedLM

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.adapted import randomise
 from support.decoding import Pair, make_pair, prompts
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import ZOO
 
 import peftfx

@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import ZOO
 
 import peftfx

@@ -11,8 +11,8 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.command import Result, assert_refused
-from support.parity import randomise
 from torch import nn
 
 Run = Callable[..., Result]

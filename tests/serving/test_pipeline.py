@@ -13,8 +13,8 @@ import torch
 import transformers as hf
 from every_model.diffusion_models import build_denoiser
 from safetensors.torch import save_file
+from support.adapted import randomise
 from support.command import Result, assert_refused
-from support.parity import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 

@@ -13,9 +13,9 @@ import transformers as hf
 from every_model.checks import build
 from every_model.pictures import home_of
 from PIL import Image
+from support.adapted import randomise
 from support.command import Result, assert_refused
 from support.few import but_for
-from support.parity import randomise
 
 import peftfx as compiler
 from peftfx import PeftfxError, runtime

@@ -15,8 +15,8 @@ import transformers as hf
 from every_model.checks import SEEING, build, check
 from every_model.checks import Result as Checked
 from PIL import Image
+from support.adapted import randomise
 from support.command import Result
-from support.parity import randomise
 from torch import nn
 
 from peftfx import PeftfxError, runtime

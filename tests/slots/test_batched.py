@@ -12,9 +12,9 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.adapted import randomise
 from support.command import Result
 from support.decoding import prompts
-from support.parity import randomise
 from support.slots import GREEDY, adapted_by, stirred
 from support.zoo import ZOO
 from torch import Tensor, nn

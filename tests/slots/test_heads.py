@@ -8,8 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import ZOO
 
 import peftfx

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 from torch import Tensor, nn
 
 import peftfx

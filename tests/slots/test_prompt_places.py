@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.command import Result
-from support.parity import randomise
 from support.slots import Deployed, deploy, stirred, texts
 from support.zoo import TOKENS, ZOO
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from support.adapted import randomise
 from support.command import Result
-from support.parity import randomise
 from support.slots import stirred
 from support.zoo import ZOO
 from torch import Tensor, nn

@@ -13,9 +13,9 @@ import onnxruntime as ort
 import peft
 import pytest
 import torch
+from support.adapted import randomise
 from support.command import Result
 from support.decoding import prompts
-from support.parity import randomise
 from support.slots import RULES, Deployed, deploy, stirred
 from support.zoo import ZOO
 from torch import Tensor

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers as hf
-from support.parity import randomise
+from support.adapted import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 

@@ -24,15 +24,6 @@ def adaptable(module: nn.Module) -> bool:
     return type(module) in (nn.Conv1d, nn.Conv2d, nn.Embedding, Conv1D) or isinstance(module, nn.Linear)
 
 
-def randomise(model: nn.Module) -> None:
-    """Adapters at their initial values hide every bug."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-
-
 def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a model returns, by the names that its export has.
 

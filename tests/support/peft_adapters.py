@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Mapping
 
 import peft
-from support.parity import adaptable, randomise
+from support.adapted import randomise
+from support.parity import adaptable
 from support.soft_cases import LSTM, MLP, PREFIX, PROJECTED, PROMPT_TUNING, Soft, bare, build
 from torch import nn
 

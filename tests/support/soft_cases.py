@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from support.parity import randomise
+from support.adapted import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 

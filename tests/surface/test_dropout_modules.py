@@ -10,8 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from support.adapted import trained
-from support.parity import randomise
+from support.adapted import randomise, trained
 from support.zoo import ZOO
 from torch import nn
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
-from support.parity import randomise
+from support.adapted import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 

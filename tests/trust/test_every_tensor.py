@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from support.parity import randomise
+from support.adapted import randomise
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,

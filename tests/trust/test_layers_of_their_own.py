@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from support.parity import randomise
+from support.adapted import randomise
 from torch import Tensor, nn
 
 import peftfx

@@ -13,8 +13,8 @@ import onnx
 import pytest
 import torch
 from onnx import helper, numpy_helper
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import ZOO
 from torch import Tensor
 

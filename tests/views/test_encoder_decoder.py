@@ -14,9 +14,9 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.decoding import GREEDY
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 

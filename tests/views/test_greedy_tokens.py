@@ -14,8 +14,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from support.adapted import randomise
 from support.decoding import LENGTH, NEW, Once, prompts
-from support.parity import randomise
 from support.peft_adapters import ADAPTION, adapted, linear
 from support.soft_cases import build, task
 from support.zoo import ZOO

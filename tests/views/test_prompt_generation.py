@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.decoding import LENGTH, NEW, Once, in_pieces, prompts, text
-from support.parity import randomise
 from support.soft_cases import COUNT, LSTM, MLP, PREFIX, PROJECTED, PROMPT_TUNING, Soft
 from support.zoo import TOKENS, ZOO
 from torch import Tensor, nn

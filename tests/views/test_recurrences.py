@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import TOKENS
 from torch import Tensor, nn
 

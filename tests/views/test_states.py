@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from support.adapted import randomise
 from support.few import but_for
-from support.parity import randomise
 from support.zoo import TOKENS
 from torch import Tensor, nn
 from transformers.cache_utils import LinearAttentionLayer
