@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.placement import Placement
 from peftfx.graph.graph import Graph
@@ -99,5 +99,6 @@ def attributes_of(graph: Graph) -> dict[str, fx.Node]:
 def fake_like(anchor: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Make a fake tensor with the shape of `real`, in the fake mode and on the device of `anchor`, a node's value."""
     mode = detect_fake_mode([anchor])
-    with mode or contextlib.nullcontext():
-        return torch.empty(real.shape, dtype=real.dtype, device=anchor.device, requires_grad=real.requires_grad)
+    device = anchor.device if mode is None else "meta"
+    empty = torch.empty(real.shape, dtype=real.dtype, device=device, requires_grad=real.requires_grad)
+    return empty if mode is None else FakeTensor(mode, empty, anchor.device)  # `torch.empty` in the mode takes longer

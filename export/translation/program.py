@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.operators.exact_functions import EXACT
 from peftfx.export.translation.operators.lacking import LACKING
+from peftfx.export.translation.operators.promotion import promoted_by_reading
 from peftfx.export.translation.operators.recurrences import RECURRENCES
 from peftfx.export.translation.operators.recurrent_layers import RECURRENT_LAYERS
 from peftfx.export.translation.operators.resizing import RESIZING
@@ -64,7 +65,7 @@ def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
     table = {**_translations(), **EXACT, **RECURRENCES, **RECURRENT_LAYERS, **RESIZING, **LACKING}
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
-    with collected_once(), forgetting_sizes(values):
+    with collected_once(), promoted_by_reading(), forgetting_sizes(values):
         result = torch.onnx.export(
             program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table
         )

@@ -40,7 +40,7 @@ def join(splicer: Splicer, placement: AttentionPlacement) -> int:
         for name in _layers(heads)
     }
     at = splicer.at(first, first, region)
-    x = at.trace(*_reads(method, params, weights[heads.key]), key=("reads", method), what=named, where=path)
+    x = at.trace(*_reads(method, params, weights[heads.key]), key=("reads", method.settings), what=named, where=path)
     made = {name: _project(splicer, splicer.sites[name], x, first, region) for name in _layers(heads)}
     for index, call in enumerate(site.calls):
         _join_at(splicer, placement, call, index, [made[heads.key], made[heads.value]], params)

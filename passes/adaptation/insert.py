@@ -19,7 +19,7 @@ from peftfx.contract.placement import (
     SequencePlacement,
     WeightPlacement,
 )
-from peftfx.graph.contexts import isolated
+from peftfx.graph.contexts import isolated, sparing
 from peftfx.graph.graph import ADAPTERS, BASE, Graph
 from peftfx.passes.adaptation.attention import join
 from peftfx.passes.adaptation.pattern import apply_at_match, refuse_within_layers
@@ -47,7 +47,7 @@ class Insert(Pass):
         # Attentions add calls to projections. They come first, so that all calls of a projection are adapted.
         first = self.adapter.placements.attentions
         ordered = (*first, *(p for p in self.adapter.placements if p not in first))
-        with isolated(graph.base):
+        with isolated(graph.base), sparing(graph.base):
             changed = _override(splicer) + sum(_insert(p, splicer) for p in ordered)
         refuse_within_layers(graph)
         splicer.rewriter.close(graph)

@@ -38,7 +38,9 @@ def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
         region = splicer.region(placement, splicer.name, splicer.nodes[call.y], params)
         users = list(y.users)
         at = splicer.at(y.next, y, region)
-        result = at.trace(forward, x, y, *params.values(), key=("match", method, own, names), what=named, where=path)
+        result = at.trace(
+            forward, x, y, *params.values(), key=("match", method.settings, own, names), what=named, where=path
+        )
         splicer.replace(y, result, users)
     return len(site.calls)
 

@@ -58,7 +58,7 @@ def _key(acting: list[Named], op: fx.Node) -> object:
     """Return all that a trace depends on besides its operands."""
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
     number = one_of_stack(op, acting[0][0].site)
-    return [(p.method, _signature(p), p.block, names) for p, names in acting], op.target, number, fixed
+    return [(p.method.settings, _signature(p), p.block, names) for p, names in acting], op.target, number, fixed
 
 
 def _signature(placement: WeightPlacement) -> Site:

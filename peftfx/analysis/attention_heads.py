@@ -137,7 +137,7 @@ def _rows(projection: _Projection, node: fx.Node, heads: int, *, turned: bool) -
 
 def _in_order(entries: Tensor, heads: int) -> tuple[Rows, int] | None:
     """Return the rows and the number of heads of [heads, features] row numbers, or None if not in heads' order."""
-    rows = sorted({int(row) for row in entries.flatten()})
+    rows = sorted(set(entries.flatten().tolist()))
     kept, rest = divmod(len(rows), entries.shape[1])
     if not rows or rows[0] < 0 or rest or heads % kept:
         return None

@@ -202,7 +202,7 @@ def _present(numbers: torch.Tensor) -> list[int]:
     """Return the distinct numbers of a tensor, by marking each. Sorting would take longer than the capture."""
     marks = torch.zeros(int(numbers.max()) + 1, dtype=torch.bool) if numbers.numel() else torch.zeros(0)
     marks[numbers.reshape(-1)] = True
-    return [int(i) for i in marks.nonzero().flatten()]
+    return marks.nonzero().flatten().tolist()
 
 
 def _fit(numbers: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:

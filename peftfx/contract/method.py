@@ -122,6 +122,12 @@ class Method(ABC):
     def __hash__(self) -> int:
         return hash(repr(self))
 
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """The kind of this method and its options, without those that say where it applies: they can list each site."""
+        own = (f.name for f in dataclasses.fields(self) if f.repr and f.name not in PLACING)
+        return type(self).__qualname__, *((name, getattr(self, name)) for name in own)
+
     def at(self, site: Site) -> Self:
         """Return this method as configured for one site. Options that depend on the path are resolved only here."""
         return self
