@@ -6,7 +6,8 @@ Prints a Markdown table. A row's models have the same weights, adapter and batch
 runs slows all; a ratio to `peft` is the median over rounds: of seconds on the clock, and of CPU seconds, which other
 work on the machine changes less. A step is forward, backward and AdamW. Memory is the most that torch has allocated
 in a step beyond what it had before. `equal` says whether the loss and every gradient, by its name, are `peft`'s. In the
-row of generation, a step is a `generate` of 16 tokens behind each text, and `equal` says whether the tokens are.
+row of generation, a step is a `generate` of 16 tokens behind each text, and `equal` says whether the tokens are. The
+floor is a step of `peft` with one LoRA, at the first layer's queries: what the base itself costs, forward and backward.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from peftfx.bases.example_inputs import example_inputs
 
 LAYERS, WIDTH, VOCABULARY, BATCH, WARM_UP = 8, 256, 4000, 4, 2
 WRITTEN = 16  #: tokens that a `generate` writes behind each text
+FLOOR = "floor"  #: the name of the base with one LoRA among the roads
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CHECKPOINT = {"use_reentrant": False}
 
@@ -93,6 +95,12 @@ def contenders(row: Row, model: nn.Module) -> dict[str, nn.Module]:
         if each is theirs:
             each.enable_input_require_grads()  # type: ignore[operator]
     return made
+
+
+def least(model: nn.Module) -> nn.Module:
+    """The base with one LoRA in `peft`: gradients pass through the whole base, and nothing else is computed."""
+    config = peft.LoraConfig(r=8, target_modules=["q_proj"], layers_to_transform=[0])
+    return peft.get_peft_model(copy.deepcopy(model), config)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -156,13 +164,15 @@ def lines(row: Row, length: int, rounds: int, *, texts: int, layers: int, width:
         same = all(first.equal(other) for other in others)
     else:
         same = are_equal(models, batch)
-        steps = {name: stepper(model, batch) for name, model in models.items()}
+        floor = {} if row.checkpointed else {FLOOR: least(model)}
+        steps = {name: stepper(model, batch) for name, model in {**models, **floor}.items()}
     costs = measure(steps, rounds)
     theirs = costs["peft"]
     return [
         f"| {row.name} | {length} | {name} | {1e3 * median(cost.wall):.0f} | {ratio(cost.wall, theirs.wall):.2f} "
         f"| {ratio(cost.cpu, theirs.cpu):.3f} "
-        f"| {cost.memory / 2**20:.0f} | {cost.memory / theirs.memory:.3f} | {'equal' if same else 'NOT EQUAL'} |"
+        f"| {cost.memory / 2**20:.0f} | {cost.memory / theirs.memory:.3f} "
+        f"| {'' if name == FLOOR else 'equal' if same else 'NOT EQUAL'} |"
         for name, cost in costs.items()
     ]
 

@@ -87,6 +87,8 @@ def fits(value: object, kind: Any) -> bool:
     if issubclass(outer, Collection) and inner:
         if isinstance(value, str | bytes) or not isinstance(value, Sequence | Set):
             return False
+        if inner[0] is str and {*map(type, value)} <= {str}:  # such a list can name each layer, for each layer anew
+            return True
         return all(fits(item, inner[0]) for item in value)
     return isinstance(value, outer)
 

@@ -15,6 +15,8 @@ from peftfx.graph.places import has_module, twin
 from peftfx.sharding import is_part, overwrite
 
 _NOTHING = object()
+TensorHolder = tuple[nn.Module, str]
+"""A module that holds a tensor, and the tensor's name in it."""
 
 
 class Ledger:
@@ -50,6 +52,7 @@ class BaseWriter:
 
     def __init__(self, base: nn.Module, ledger: Ledger | None = None) -> None:
         self.base, self.ledger = base, ledger
+        self._holders: dict[int, list[TensorHolder]] | None = None
 
     def assign(self, name: str, value: Tensor, *, untie: bool) -> int:
         """Write a parameter or a buffer of the base, and return its size in bytes.
@@ -70,17 +73,30 @@ class BaseWriter:
         new = value.detach().clone()
         if leaf not in module._buffers:
             new = nn.Parameter(new, requires_grad=bool(isinstance(old, Tensor) and old.requires_grad))
-        for holder, own in [(module, leaf)] if untie or old is None else self._holders(old):
-            self.put(holder._buffers if own in holder._buffers else holder._parameters, own, new)
+        held = self._holders_by_id()
+        holders = [(module, leaf)] if untie or old is None else held.pop(id(old))
+        for holder, own in holders:
+            self._write(holder._buffers if own in holder._buffers else holder._parameters, own, new)
+        if untie and old is not None:
+            held[id(old)] = [other for other in held.get(id(old), ()) if other != (module, leaf)]
+        held[id(new)] = holders
         return value.numel() * value.element_size()
 
-    def _holders(self, tensor: object) -> list[tuple[nn.Module, str]]:
-        """Return the modules that hold a tensor, each with the tensor's name in that module."""
-        held = ((m, (*m._parameters.items(), *m._buffers.items())) for m in self.base.modules())
-        return [(m, name) for m, named in held for name, t in named if t is tensor]
+    def _holders_by_id(self) -> dict[int, list[TensorHolder]]:
+        """Return the modules that hold each parameter and buffer, by its id. They are collected once."""
+        if self._holders is None:
+            self._holders = {}
+            for module in self.base.modules():
+                for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                    self._holders.setdefault(id(tensor), []).append((module, name))
+        return self._holders
 
     def put(self, table: dict[str, Any], key: str, value: object) -> None:
         """Write an entry of a dict that belongs to a module, such as its parameters or attributes."""
+        self._holders = None
+        self._write(table, key, value)
+
+    def _write(self, table: dict[str, Any], key: str, value: object) -> None:
         if self.ledger is None:
             table[key] = value
         else:

@@ -19,7 +19,7 @@ from peftfx.analysis.weight_ops import module_path, runs_in
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import BASE, Graph
-from peftfx.graph.places import places_of
+from peftfx.graph.places import above, places_of
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
 
 #: By a parameter's id, the path of each module that has it, and its name there.
@@ -167,8 +167,8 @@ def passed_by(graph: Graph, sites: Iterable[Site]) -> dict[str, str]:
     for site in sites:
         module = modules.get(site.path)
         if site.kind in WEIGHT_KINDS and module is not None:
-            above = [modules[p] for p in _above(site.path)]
-            found[site.path] = _why(site, module, above, nodes) or (_HELD if id(module) in held else "")
+            around = [modules[p] for p in above(site.path)]
+            found[site.path] = _why(site, module, around, nodes) or (_HELD if id(module) in held else "")
     return {path: why for path, why in found.items() if why}
 
 
@@ -241,9 +241,3 @@ def _is_changed(node: fx.Node, path: str, *, back: bool) -> bool:
     if any(op_name(step) not in _PLAIN for step in own):
         return True
     return any(_is_changed(n, path, back=back) for step in own for n in (step.all_input_nodes if back else [step]))
-
-
-def _above(path: str) -> list[str]:
-    """Return the paths of the modules that contain this module, from the outermost inwards."""
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(len(parts))]

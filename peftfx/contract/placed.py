@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,27 +32,27 @@ _P = TypeVar("_P", bound=Placement)
 class Placements(tuple[Placement, ...]):
     """The placements of all families, in the order of the rules, and those of each family."""
 
-    @property
+    @functools.cached_property
     def weights(self) -> tuple[WeightPlacement, ...]:
         """The placements at weights."""
         return self._of(WeightPlacement)
 
-    @property
+    @functools.cached_property
     def beside_weights(self) -> tuple[Placement, ...]:
         """The placements whose effect is not folded into a weight: other families, unfoldable methods."""
         return tuple(placement for placement in self if placement.on_weight is None)
 
-    @property
+    @functools.cached_property
     def attentions(self) -> tuple[AttentionPlacement, ...]:
         """The placements at attentions."""
         return self._of(AttentionPlacement)
 
-    @property
+    @functools.cached_property
     def patterns(self) -> tuple[PatternPlacement, ...]:
         """The placements at matches of patterns."""
         return self._of(PatternPlacement)
 
-    @property
+    @functools.cached_property
     def prompts(self) -> tuple[SequencePlacement, ...]:
         """The placements of soft prompts."""
         return self._of(SequencePlacement)

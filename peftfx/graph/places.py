@@ -32,6 +32,12 @@ def places_of(base: nn.Module) -> dict[str, tuple[str, ...]]:
     return {path: tuple(names) for path, names in held.items() if len(names) > 1}
 
 
+def above(path: str) -> list[str]:
+    """Return the paths of the modules that contain what is at this path, from the outermost inwards."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
 def has_module(base: nn.Module, path: str) -> bool:
     """Return whether the base has a module at this path. There may be a weight, such as experts', instead."""
     try:

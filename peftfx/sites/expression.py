@@ -51,6 +51,12 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
+def ends_of(path: str) -> list[str]:
+    """Return the names that a module path ends with, as `ends_with` says: the path itself first."""
+    names = path.split(".")
+    return [".".join(names[start:]) for start in range(len(names))]
+
+
 def is_role(word: str) -> bool:
     """Return whether a word of a target is a role, a group of roles, or `all-linear`."""
     return word in ROLES or word in _GROUPS or word.lower() == ALL_LINEAR

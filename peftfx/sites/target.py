@@ -16,6 +16,7 @@ from peftfx.sites.expression import (
     Target,
     Units,
     all_linear,
+    ends_of,
     ends_with,
     is_role,
     parse,
@@ -167,7 +168,8 @@ def _named(modules: Modules, option: str) -> Callable[[Site], bool]:
     if isinstance(modules, str):
         pattern = compiled(modules, option)
         return lambda site: bool(pattern.fullmatch(site.path))
-    return lambda site: any(ends_with(site.path, name) for name in modules)
+    names = frozenset(modules)
+    return lambda site: not names.isdisjoint(ends_of(site.path))
 
 
 _LAYER = r"(?:^|.*?\.)(?:{})\.(?P<layer>\d+)\."

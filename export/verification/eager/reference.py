@@ -22,6 +22,7 @@ from peftfx.export.verification.eager.kept_state import StateError, state_kept
 from peftfx.export.verification.tolerance import Tensors
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
+from peftfx.graph.places import above
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
 from peftfx.views.cache_prefix import Prefilled
@@ -144,12 +145,12 @@ def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:
     for adapter in adapters:
         acts = [p.key for p in adapter.placements] + [p.site.path for p in adapter.placements]
         acts += [override.key.removeprefix(f"{SAVED}.") for override in adapter.overrides]
+        acting = {*acts, *(path for at in acts for path in above(at) if path)}
         repeats = [name for account in adapter.accounts.values() for name in account.repeats]  # of a tied head, say
         lost = sorted(
             path
             for path in adapter.named & seen
-            if not any(f"{at}.".startswith(f"{path}.") for at in acts)
-            and not any(f".{path}." in f".{n}" for n in repeats)
+            if path not in acting and not any(f".{path}." in f".{n}" for n in repeats)
         )
         if lost:
             what = f"the adapter's file has tensors for {len(lost)} modules that run, and that nothing was done at"

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, nearest
+from peftfx.graph.places import above
 from peftfx.rules.peft_files import Weights
 
 
@@ -39,7 +40,8 @@ def refuse_mismatch(
     homeless: dict[str, int] = {}
     for name in (name for name in left if reasons.get(module_of(name))):
         homeless[module_of(name)] = homeless.get(module_of(name), 0) + 1
-    absent = [f"every key of {p}" for p in sorted(expected) if not any(n.startswith(f"{p}.") for n in weights.names)]
+    held = {path for name in weights.names for path in above(name)}
+    absent = [f"every key of {path}" for path in sorted(expected) if path not in held]
     unexpected = sorted(name for name in left if module_of(name) not in homeless)
     misshapen = [
         f"{n}: {list(weights.shapes[n])} in the file, {list(t.shape)} in this model"
