@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from peftfx.hosting.host import dress, guests_of, undress
 from peftfx.hosting.replaced import Copy, FoldedTensor
 from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
 from peftfx.sharding import settle, share_whole
-from peftfx.views.entry import Entry, forward
+from peftfx.views.entry import Entry
 
 _NUMBERS = itertools.count()
 
@@ -108,13 +108,23 @@ class ModulesRoad:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         given: Mapping[str, Tensor] | None = None,
+        call: Callable[..., object] | None = None,
     ) -> object:
-        """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name."""
+        """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name.
+
+        Args:
+            names: the adapters' names.
+            entry: the entry that a soft prompt takes; None for the base's own forward.
+            args, kwargs: the arguments.
+            given: the inputs that methods read besides the model's own.
+            call: what is called instead of the base, with its arguments; it runs the base's modules.
+        """
+        called = self.base if call is None else call
         with self.within(names, given):
             if entry is None:
-                return self.base(*args, **kwargs)
+                return called(*args, **kwargs)
             entry.check(kwargs)
-            return entry(forward, self.base, self._virtual(names, entry), kwargs)
+            return entry(lambda _, inner: called(**inner), self.base, self._virtual(names, entry), kwargs)
 
     @contextmanager
     def within(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> Iterator[None]:
