@@ -70,9 +70,7 @@ class AdapterCalls(PeftSurface):
         if CURRENT.entered is not None and CURRENT.entered == self.modules_road.keys(self.named.called):
             return self._penalised(self.base(*args, **kwargs))  # with what a soft prompt makes of the arguments
         kwargs = {key: value for key, value in kwargs.items() if key != NAMES}
-        if self.road == "graph":
-            self._refuse_offsets(kwargs)
-        kwargs, given = self._beside(args, kwargs)
+        kwargs, given = self._beside_graph(kwargs) if self.road == "graph" else self._beside(args, kwargs)
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
@@ -106,10 +104,12 @@ class AdapterCalls(PeftSurface):
         rules = [rule for adapter in self.named.acting() for rule in adapter.rules]
         return kwargs, given | invocations(rules, ids, offsets)
 
-    def _refuse_offsets(self, kwargs: Mapping[str, object]) -> None:
+    def _beside_graph(self, kwargs: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, Tensor]]:
+        """Split a call's arguments as `_beside`, for a graph, which finds invocations itself."""
         if kwargs.get(OFFSETS) is not None and any(r.invoked_by for n in self.names() for r in self.adapter(n).rules):
             what = "the graph of a forward finds invocations in its input_ids, and has no such input"
             raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
+        return self._taken(kwargs)
 
     def _taken(self, kwargs: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Tensor]]:
         """Split a call's arguments into those of the model and those of methods, such as `task_ids`."""
