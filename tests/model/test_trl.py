@@ -75,8 +75,8 @@ class Pairs(getattr(trl, "DPOTrainer")):  # type: ignore[misc]  # noqa: B009
         return dataset
 
 
-def dpo(model: nn.Module, directory: Path, reference: nn.Module | None) -> list[float]:
-    arguments = trl.DPOConfig(str(directory), **FIXED)
+def dpo(model: nn.Module, directory: Path, reference: nn.Module | None, **options: object) -> list[float]:
+    arguments = trl.DPOConfig(str(directory), **{**FIXED, **options})
     given = {"train_dataset": rows(PAIRS), "processing_class": tokenizer()}
     return losses(Pairs(model, reference, arguments, **given))
 
@@ -126,6 +126,20 @@ def test_dpo_with_a_reference_adapter(saved: Path, tmp_path: Path) -> None:
     got = dpo(ours, tmp_path, ours.reference("ref"))
     assert got == pytest.approx(dpo(peft_model(saved), tmp_path, None), abs=1e-5)
     assert ours.active == ("default",)
+
+
+@pytest.mark.parametrize("soft", [PROMPT_TUNING, PREFIX], ids=range(2))
+def test_dpo_of_a_soft_prompt(soft: Soft, tmp_path: Path) -> None:
+    """The reference is the prompt as it was at the start, which `peft` copies."""
+    theirs = soft.theirs("llama")
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    ours = peftfx.load(ZOO["llama"].build(), tmp_path / "adapter")
+    ours.load_adapter(tmp_path / "adapter", "ref")
+    ours.set_adapter("default")
+    got = dpo(ours, tmp_path, ours.reference("ref"), gradient_checkpointing=False)
+    assert got == pytest.approx(dpo(theirs.train(), tmp_path, None, gradient_checkpointing=False), abs=1e-5)
+    assert got[0] == pytest.approx(0.693147, abs=1e-5)
+    assert len(set(got)) == len(got)
 
 
 def test_dpo_with_the_base_as_reference(saved: Path, tmp_path: Path) -> None:
