@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.single_files.keys import ALPHA
 from peftfx.errors import PeftfxError
-from peftfx.methods.lokr import T2, W1, W1A, W1B, W2, W2A, W2B, factors_of
+from peftfx.methods.lokr import T2, W1, W1A, W1B, W2, W2A, W2B, lycoris_factors
 
 _ONES, _OTHERS = ({W1}, {W1A, W1B}), ({W2}, {W2A, W2B}, {T2, W2A, W2B})
 
@@ -69,7 +69,7 @@ def _rank(parts: Mapping[str, Tensor], sizes: Collection[tuple[int, int]]) -> in
 def _factor(sizes: Collection[tuple[int, int]], path: str) -> int:
     """Return the option by which each of these numbers has this first factor."""
     for near in (-1, *range(1, 1 + max(first for _, first in sizes))):
-        if all(factors_of(size, near)[0] == first for size, first in sizes):
+        if all(lycoris_factors(size, near)[0] == first for size, first in sizes):
             return near
     what = "its Kronecker products have factors of other sizes than HF PEFT makes by one decompose_factor"
     raise PeftfxError(what, path, "was it trained on this model? Otherwise convert it to a LoRA where it was made")
