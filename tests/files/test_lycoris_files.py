@@ -142,4 +142,5 @@ def test_what_is_no_whole_adapter_is_refused(tmp_path: Path) -> None:
     refused("an adapter of HF PEFT is of one kind", whole | loha)
     odd = {"lokr_w1": torch.ones(9, 4), "lokr_w2": torch.ones(2, 3)}
     other = {f"lora_unet_high.{name}": t for name, t in lokr("high", "1full", 1).items()}
+    refused("lora_unet_low.alpha has 2 numbers", whole | {"lora_unet_low.alpha": torch.ones(2)})
     refused("of other sizes than HF PEFT makes", other | {f"lora_unet_low.{name}": t for name, t in odd.items()})

@@ -54,6 +54,7 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
     """
     given, metadata = read_single_file(path)
     _refuse_inputs(given, path)
+    _refuse_alphas(given, path)
     tensors = without_cores(given)
     modules = {path: m for path, m in own_modules(base) if path}
     found = _matched(by_stem(tensors), modules, path)
@@ -203,6 +204,13 @@ def _refuse_inputs(tensors: Mapping[str, Tensor], path: Path) -> None:
     if key is not None:
         what = f"{key} has one magnitude for each input, and HF PEFT's DoRA has one for each output"
         raise PeftfxError(what, str(path), "train it with magnitudes of outputs (LyCORIS: wd_on_out=True)")
+
+
+def _refuse_alphas(tensors: Mapping[str, Tensor], path: Path) -> None:
+    key = next((key for key, t in tensors.items() if key.endswith(f".{ALPHA}") and t.numel() != 1), None)
+    if key is not None:
+        what = f"{key} has {tensors[key].numel()} numbers, and the alpha of a module is one"
+        raise PeftfxError(what, str(path), "save the file again where it was made")
 
 
 def _told(metadata: Mapping[str, str], prefix: str, path: Path) -> dict[str, object]:
