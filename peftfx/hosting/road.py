@@ -109,6 +109,7 @@ class ModulesRoad:
         kwargs: Mapping[str, Any],
         given: Mapping[str, Tensor] | None = None,
         call: Callable[..., object] | None = None,
+        virtual: Tensor | None = None,
     ) -> object:
         """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name.
 
@@ -118,13 +119,15 @@ class ModulesRoad:
             args, kwargs: the arguments.
             given: the inputs that methods read besides the model's own.
             call: what is called instead of the base, with its arguments; it runs the base's modules.
+            virtual: what the soft prompt puts into its entry, if it is computed already.
         """
         called = self.base if call is None else call
         with self.within(names, given):
             if entry is None:
                 return called(*args, **kwargs)
             entry.check(kwargs)
-            return entry(lambda _, inner: called(**inner), self.base, self._virtual(names, entry), kwargs)
+            hole = self.virtual(names, entry) if virtual is None else virtual
+            return entry(lambda _, inner: called(**inner), self.base, hole, kwargs)
 
     @contextmanager
     def within(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -159,7 +162,7 @@ class ModulesRoad:
         keys = {name: () if name == NO_ADAPTER else self.keys((name,)) for name in found}
         return tuple((keys[name], torch.tensor(at)) for name, at in found.items())
 
-    def _virtual(self, names: Sequence[str], entry: Entry) -> Any:
+    def virtual(self, names: Sequence[str], entry: Entry) -> Tensor:
         """Return the virtual tokens that a soft prompt puts into its entry."""
         name = next(name for name in names if name in self.prompts)
         placement = self.prompts[name]

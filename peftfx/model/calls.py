@@ -57,12 +57,12 @@ class AdapterCalls(PeftSurface):
         Raises:
             PeftfxError: the other code does not call the model's own forward, and skips an adapter.
         """
-        names, entered = self.named.called, self.road == "modules" and kwargs.get(NAMES) is None
+        names = self.named.called
         inner, given = self._beside(args, kwargs)
         if not self.modules_road.obstacle(names, dearer=False):
             self._checkpoint_modules()
-        passed = inner if entered else kwargs
-        output, called = run_other(self.modules_road, names, call, args, passed, given, entered=entered)
+        own = inner if self.road == "modules" and kwargs.get(NAMES) is None else None
+        output, called = run_other(self.modules_road, names, call, args, kwargs, own, given)
         return output if called else self._penalised(output)
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:

@@ -210,6 +210,26 @@ def test_sft_of_a_soft_prompt(soft: Soft, options: dict[str, object], tmp_path: 
         torch.testing.assert_close(dict(ours.adapter("default").tensors())[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("soft", [MLP, PROJECTED], ids=range(2))
+def test_a_prompt_is_computed_under_the_trainers_autocast(soft: Soft, tmp_path: Path) -> None:
+    """In bfloat16 as `peft`'s, in TRL's trainer and in transformers' own."""
+    seen = []
+    for make in (soft.ours, copy.deepcopy):
+        for own in (False, True):
+            torch.manual_seed(0)
+            model = make(soft.theirs("llama")).train()
+            trainer = sft_trainer(model, tmp_path, gradient_checkpointing=False, bf16=True, max_steps=1)
+            if own:
+                collate, plain = trainer.data_collator, copy.deepcopy(model)
+                plain.__dict__.pop("forward", None)
+                arguments = hf.TrainingArguments(
+                    str(tmp_path), remove_unused_columns=False, **{**FIXED, "bf16": True, "max_steps": 1}
+                )
+                trainer = hf.Trainer(plain, arguments, collate, rows(TEXTS))
+            seen.append(losses(trainer))
+    assert seen[:2] == seen[2:]
+
+
 def test_sft_of_a_prompt_beside_a_lora(tmp_path: Path) -> None:
     """The losses are those of transformers' own trainer, which runs the model's own forward."""
     rules = [peftfx.PromptTuning(num_virtual_tokens=3), peftfx.LoRA(r=4, target="attention.query")]
