@@ -25,7 +25,8 @@ tensors."""
 
 HOLE = "hole"  #: the constant's name in a graph's constants
 #: Arguments with a value for each token, and their values for a virtual token. Positions are counted on instead.
-PER_TOKEN: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "labels": -100}
+#: A virtual token is of a text, also for models that tell those of images by `mm_token_type_ids`.
+PER_TOKEN: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 POSITIONS = "position_ids"
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  #: transformers' arguments that say where a row's texts begin
 
