@@ -49,8 +49,8 @@ def convert_directory(
         output: where to write: a directory in HF PEFT's format, or a safetensors file if `to` is another format.
         adapter: a HF PEFT directory of any method that acts on weights.
         tuned: the directory of another checkpoint of the model. The LoRA approximates its difference from the base.
-        file: a LoRA, DoRA or LoHa in one file, of kohya's or diffusers' format. Exactly one of `adapter`, `tuned` and
-            `file` is given.
+        file: a LoRA, DoRA, LoHa or LoKr in one file, of kohya's or diffusers' format. Exactly one of `adapter`, `tuned`
+            and `file` is given.
         rank: the rank of the LoRA, or the share of the energy that is kept (below 1). Only an adapter that is a LoRA
             already, or a single file, may have none: it is not changed.
         to: `peft`, `kohya` or `diffusers`.

@@ -20,6 +20,7 @@ from peftfx.errors import PeftfxError, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.slots.initializers import untied_heads
+from peftfx.export.slots.reopened import reopened
 from peftfx.export.slots.served_as import idle_in, served_as
 from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
@@ -54,6 +55,8 @@ from peftfx.serving.adapter_file import (
     read_adapter_file,
     write_adapter_file,
 )
+
+MORE = 4  #: times the error of a quantised graph with random adapters: an adapter's that is larger is told
 
 _WORDS = {
     SLOT_A: "a low-rank sum at",
@@ -158,14 +161,27 @@ def _write_checked(
             sizes = sizes_of(adapted, view, adapted.example, allow_fixed=True)
             oracle = eager_oracle(adapted, graph, view, adapted.example, sizes)
             put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
-            verify(
+            lost, rtol = manifest.lost, manifest.rtol
+            plain = None if lost is None else reopened(adapted, manifest, name, tensors[name])
+            if lost is not None and plain is None and rtol is not None:
+                rtol = min(rtol, MORE * lost)
+            found = verify(
                 *(directory / f"{name}.onnx", oracle.reference, oracle.cases),
                 atol=manifest.atol,
-                rtol=manifest.rtol,
+                rtol=rtol,
                 measured=oracle.measured,
                 shown=None if view is None else view.shown,
                 put=put,
+                unrounded=plain,
             )
+            _tell_loss(max(c.max_rel for c in found), lost, path)
+
+
+def _tell_loss(worst: float, lost: float | None, path: Path) -> None:
+    """Warn if a graph with rounded weights loses much more under an adapter than under random ones."""
+    if lost is not None and worst > MORE * lost:
+        told = f"with this adapter the quantised graph is {worst:.2g} of the largest output from torch"
+        warn(f"{path.name}: {told}, and {lost:.2g} with random adapters: compare the quality of what it gives")
 
 
 def slot_tensors(adapted: AdaptedModel, manifest: Manifest, idle: Collection[str] = ()) -> dict[str, dict[str, Tensor]]:

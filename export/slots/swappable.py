@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, refuse_fixed, views_of, without_images
@@ -55,12 +54,14 @@ class Swappable(Deployment):
         slots: which slots to open.
         source: where the base was read from; may be empty.
         atol, rtol: the tolerances of the verification, also for adapters later; None means measured.
+        rounds: whether weights are rounded.
     """
 
     slots: Slots = field(default_factory=Slots)
     source: str = ""
     atol: float | None = None
     rtol: float | None = None
+    rounds: bool = False
 
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
         """Capture the base and open its slots.
@@ -81,9 +82,9 @@ class Swappable(Deployment):
         views = without_images(views_of(base, view, inputs), "export it merged, or with --view forward")
         places = tuple(prompt_places_of(base, adapted.sites)) if self.slots.prefix else ()
         parts = [
-            _forward(adapted, inputs, places)
+            forward_part(adapted, inputs, places)
             if name == FORWARD
-            else _generating(adapted, file, name, places, self.slots)
+            else generating_part(adapted, file, name, places, prompts=self.slots.prefix)
             for file, name in views.items()
         ]
         return [_opened(adapted, part, self.slots.target) for part in parts]
@@ -135,15 +136,11 @@ class Swappable(Deployment):
             dtype=str(next(kinds, torch.float32)).removeprefix("torch."),
             views={part.stem: FORWARD if part.seen is None else part.seen.name for part in parts},
             atol=self.atol,
-            rtol=self._rtol(parts),
+            rtol=self.rtol,
+            lost=max(c.max_rel for part in parts for c in part.found) if self.rounds else None,
             slots=tuple(dataclasses.replace(slot, graph=part.stem) for part in parts for slot in part.slots),
         ).write(directory)
         return why
-
-    def _rtol(self, parts: Sequence[GraphPart]) -> float | None:
-        """Return adapters' relative tolerance; for a quantised graph without a bound, 4 times random ones' error."""
-        bounded = self.rtol is None or self.rtol < FINITE
-        return self.rtol if bounded else 4 * max(c.max_rel for part in parts for c in part.found)
 
 
 def _held(adapted: AdaptedModel, view: View, cases: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -175,7 +172,7 @@ def _held(adapted: AdaptedModel, view: View, cases: Sequence[dict[str, Tensor]])
     return found
 
 
-def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> GraphPart:
+def forward_part(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Place]) -> GraphPart:
     """Capture the forward view, with places for soft prompts. There are none where images are encoded apart."""
     (part,) = capture_with_images(adapted, FORWARD, inputs)
     if part.view is not None:
@@ -188,11 +185,13 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[Plac
     return dataclasses.replace(part, graph=graph, exported=graph, places=taken, slots=tuple(p.slot for p in taken))
 
 
-def _generating(adapted: AdaptedModel, file: str, name: str, places: Sequence[Place], slots: Slots) -> GraphPart:
-    """Capture a view that a model generates in, with places for soft prompts."""
+def generating_part(
+    adapted: AdaptedModel, file: str, name: str, places: Sequence[Place], *, prompts: bool
+) -> GraphPart:
+    """Capture a view that a model generates in; with places for soft prompts, if there are `prompts`."""
     found = adapted.view(name)
     assert isinstance(found, Decode | Encoder | Decoder)
-    view = WithPromptInputs.of(found, places) if slots.prefix else found
+    view = WithPromptInputs.of(found, places) if prompts else found
     graph = adapted.graph(view=view)
     refuse_fixed(graph, view.axes)
     return GraphPart(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,7 @@ def verify(
     shown: Shown | None = None,
     put: Mapping[str, ort.OrtValue] | None = None,
     measured: Collection[int] | None = None,
+    unrounded: Reference | None = None,
 ) -> list[Comparison]:
     """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
 
@@ -104,12 +105,15 @@ def verify(
         shown: selects what to compare of an output, in place of the rule for `attention_mask` above.
         put: the tensors to put into the model's slots.
         measured: the numbers of the calls that are also run in float64 if the tolerance is measured; by default all.
+        unrounded: computes in torch what the model computes, without the rounding of its weights. It is held to the
+            reference by the measured tolerance.
 
     Raises:
         VerificationError: an output is missing, has a NaN, or differs by more than the tolerance.
     """
     own = range(len(inputs)) if measured is None else measured
-    tolerance = Tolerance(atol, rtol)
+    tolerance, tight, where = Tolerance(atol, rtol), Tolerance(None, None), str(find(directory))
+    measures = tolerance if unrounded is None else tight
     with runnable(find(directory)) as (path, widened):
         large = _size(path.parent) > MAPPED
         model = OnnxModel(path, mapped=large)
@@ -117,7 +121,7 @@ def verify(
         choose = shown or functools.partial(_unpadded, model.axes)
         if graph is not None:
             _same_interface(model, graph)
-        found = []
+        found, plain = list[Comparison](), list[Comparison]()
         calls = [_widened(feed, model) if widened else feed for feed in inputs]
         cut = InParts(model) if large else None
         answers = (model(**call) for call in calls) if cut is None else cut(calls)
@@ -125,22 +129,42 @@ def verify(
         for number, (feed, got) in enumerate(zip(inputs, answers, strict=True)):
             tell_share(f"{number} of {len(inputs)} calls", start + (1 - start) * number / len(inputs))
             want = reference(feed)
-            exact = tolerance.measure(reference, feed) if tolerance.measures and number in own else {}
-            missing = sorted(set(want) - set(got))
-            if missing:
-                what = f"the model has no output {', '.join(missing)}"
-                raise VerificationError(what, str(model.path), "export it again")
-            shapes = {name: tuple(value.shape) for name, value in feed.items()}
-            for name, value in want.items():
-                select = functools.partial(choose, name, feed)
-                one = _compare(name, value.detach(), got[name], select)
-                noise = _largest_difference(exact[name], value, select) if name in exact else None
-                tolerance.learn(name, noise, one.largest, value.dtype)
-                found.append(dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype, parts=parts))
-    return _judged(found, tolerance, str(find(directory)))
+            exact = measures.measure(reference, feed) if measures.measures and number in own else {}
+            told = functools.partial(_each, want, exact, feed, choose, where=where)
+            found += told(got, tolerance, parts)
+            if unrounded is not None:
+                plain += told(unrounded(feed), tight, 1)
+    _judged(plain, tight, where, "the graph with the adapter's tensors, in torch,")
+    return _judged(found, tolerance, where)
 
 
-def _judged(found: Sequence[Comparison], tolerance: Tolerance, where: str) -> list[Comparison]:
+def _each(
+    want: Tensors,
+    exact: Tensors,
+    feed: Tensors,
+    choose: Shown,
+    got: Mapping[str, Tensor],
+    tolerance: Tolerance,
+    parts: int,
+    *,
+    where: str,
+) -> Iterator[Comparison]:
+    """Compare each output of a call, and record the noise of each."""
+    missing = sorted(set(want) - set(got))
+    if missing:
+        raise VerificationError(f"the model has no output {', '.join(missing)}", where, "export it again")
+    shapes = {name: tuple(value.shape) for name, value in feed.items()}
+    for name, value in want.items():
+        select = functools.partial(choose, name, feed)
+        one = _compare(name, value.detach(), got[name], select)
+        noise = _largest_difference(exact[name], value, select) if name in exact else None
+        tolerance.learn(name, noise, one.largest, value.dtype)
+        yield dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype, parts=parts)
+
+
+def _judged(
+    found: Sequence[Comparison], tolerance: Tolerance, where: str, who: str = "ONNX Runtime"
+) -> list[Comparison]:
     """Return the comparisons with their tolerances, and refuse those that differ by more.
 
     Raises:
@@ -154,7 +178,7 @@ def _judged(found: Sequence[Comparison], tolerance: Tolerance, where: str) -> li
     wrong = sorted((c for c in judged if not c.ok), key=_badness, reverse=True)
     if wrong:
         names = len({c.output for c in wrong})
-        what = f"ONNX Runtime disagrees with the reference in {len(wrong)} of {len(judged)} comparisons"
+        what = f"{who} disagrees with the reference in {len(wrong)} of {len(judged)} comparisons"
         worst = list({c.output: c for c in reversed(wrong)}.values())[::-1][:WORST]
         lines = "".join(f"\n  {c}" for c in worst)
         more = f"\n  and {names - len(worst)} more outputs" if names > len(worst) else ""

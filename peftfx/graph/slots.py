@@ -93,6 +93,7 @@ class Manifest:
         atol, rtol: the tolerances of adapters' verification; see `verify`.
         slots: the slots of all graphs.
         fingerprint_version: the version of the fingerprint; see `peftfx.graph.fingerprint`.
+        lost: the largest relative error of the graphs with random adapters, if their weights were rounded.
     """
 
     base: str
@@ -104,6 +105,7 @@ class Manifest:
     rtol: float | None
     slots: tuple[Slot, ...]
     fingerprint_version: int = 1
+    lost: float | None = None
 
     def write(self, directory: Path) -> None:
         """Write `SLOTS_FILE` into the directory."""

@@ -22,6 +22,7 @@ class _Current(threading.local):
     rows: RowsByAdapter | None = None  #: the rows of each adapter, if rows have different ones; then `keys` is empty
     read: dict[tuple[int, str], Tensor] | None = None  #: what the running module has read of its tensors, if kept
     called: bool = False  #: whether the model's own forward has run, in a call for which other code has set `forward`
+    entered: Keys | None = None  #: the adapters for which such a call's arguments are those of the base's modules
 
 
 CURRENT = _Current()  #: what acts in this thread; every hosting module reads it each time that the module runs

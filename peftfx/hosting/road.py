@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from peftfx.hosting.host import dress, guests_of, undress
 from peftfx.hosting.replaced import Copy, FoldedTensor
 from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
 from peftfx.sharding import settle, share_whole
-from peftfx.views.entry import Entry, forward
+from peftfx.views.entry import Entry
 
 _NUMBERS = itertools.count()
 
@@ -108,13 +108,26 @@ class ModulesRoad:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         given: Mapping[str, Tensor] | None = None,
+        call: Callable[..., object] | None = None,
+        virtual: Tensor | None = None,
     ) -> object:
-        """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name."""
+        """Call the base with these adapters; with an `entry` of a soft prompt, `kwargs` has all arguments by name.
+
+        Args:
+            names: the adapters' names.
+            entry: the entry that a soft prompt takes; None for the base's own forward.
+            args, kwargs: the arguments.
+            given: the inputs that methods read besides the model's own.
+            call: what is called instead of the base, with its arguments; it runs the base's modules.
+            virtual: what the soft prompt puts into its entry, if it is computed already.
+        """
+        called = self.base if call is None else call
         with self.within(names, given):
             if entry is None:
-                return self.base(*args, **kwargs)
+                return called(*args, **kwargs)
             entry.check(kwargs)
-            return entry(forward, self.base, self._virtual(names, entry), kwargs)
+            hole = self.virtual(names, entry) if virtual is None else virtual
+            return entry(lambda _, inner: called(**inner), self.base, hole, kwargs)
 
     @contextmanager
     def within(self, names: Sequence[str], given: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -149,7 +162,7 @@ class ModulesRoad:
         keys = {name: () if name == NO_ADAPTER else self.keys((name,)) for name in found}
         return tuple((keys[name], torch.tensor(at)) for name, at in found.items())
 
-    def _virtual(self, names: Sequence[str], entry: Entry) -> Any:
+    def virtual(self, names: Sequence[str], entry: Entry) -> Tensor:
         """Return the virtual tokens that a soft prompt puts into its entry."""
         name = next(name for name in names if name in self.prompts)
         placement = self.prompts[name]

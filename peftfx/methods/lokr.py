@@ -64,7 +64,7 @@ class LoKr(LycorisMethod):
         """Return the shape of each parameter. A factor cut in two has `r` columns; a core has the kernel's size."""
         shape = site.shape[::-1] if site.transposed else site.shape
         (out, inner, *kernel), r = shape, self.r
-        (a, c), (b, d) = (_factors_of(size, self.decompose_factor) for size in (out, inner))
+        (a, c), (b, d) = (lycoris_factors(size, self.decompose_factor) for size in (out, inner))
         halves = self.decompose_both and r < max(a, b) / 2
         one = {W1A: (a, r), W1B: (r, b)} if halves else {W1: (a, b)}
         if r >= max(c, d) / 2:
@@ -123,7 +123,7 @@ def _halves(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (eye, weight) if rows <= columns else (weight, eye)
 
 
-def _factors_of(size: int, near: int) -> tuple[int, int]:
+def lycoris_factors(size: int, near: int) -> tuple[int, int]:
     """Return LyCORIS's two factors of a size, the smaller first, near `near`, or near the square root (-1)."""
     if near > 0 and size % near == 0:
         return near, size // near

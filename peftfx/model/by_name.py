@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +77,10 @@ class AdaptersByName(SeenByTrainers):
     @abstractmethod
     def graph(self, *, adapted: bool = True, view: str = "forward") -> Graph:
         """Return the graph of an example call in a view."""
+
+    @abstractmethod
+    def run_other(self, call: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """Run a call whose `forward` other code has set, as TRL does, with the active adapters."""
 
     @property
     def source(self) -> nn.Module:

@@ -42,19 +42,35 @@ class AdapterCalls(PeftSurface):
         """Call the base with the active adapters, also where other code has replaced `forward`."""
         if self.training and not torch.compiler.is_compiling():
             self.settle_dropout(self.named.called)
-        call = functools.partial(super().__call__, *args, **kwargs)
-        if "forward" in vars(self):
-            if self._runs_in_modules():
-                self._checkpoint_modules()
-            call = functools.partial(run_other, self.modules_road, self.named.called, call, self._penalised)
         with self._passing_gradients():
-            return call()
+            if "forward" in vars(self):
+                return self.run_other(super().__call__, args, kwargs)
+            return super().__call__(*args, **kwargs)
+
+    def run_other(self, call: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+        """Run a call whose `forward` other code has set, as TRL does, with the active adapters.
+
+        Args:
+            call: runs the call, with arguments.
+            args, kwargs: the arguments.
+
+        Raises:
+            PeftfxError: the other code does not call the model's own forward, and skips an adapter.
+        """
+        names = self.named.called
+        inner, given = self._beside(args, kwargs)
+        if not self.modules_road.obstacle(names, dearer=False):
+            self._checkpoint_modules()
+        own = inner if self.road == "modules" and kwargs.get(NAMES) is None else None
+        output, called = run_other(self.modules_road, names, call, args, kwargs, own, given)
+        return output if called else self._penalised(output)
 
     def _call(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        CURRENT.called = True
-        names = kwargs.get(NAMES)
+        CURRENT.called, names = True, kwargs.get(NAMES)
+        if CURRENT.entered is not None and CURRENT.entered == self.modules_road.keys(self.named.called):
+            return self._penalised(self.base(*args, **kwargs))  # with what a soft prompt makes of the arguments
         kwargs = {key: value for key, value in kwargs.items() if key != NAMES}
-        kwargs, given = self._beside(args, kwargs)
+        kwargs, given = self._beside_graph(kwargs) if self.road == "graph" else self._beside(args, kwargs)
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
@@ -84,14 +100,16 @@ class AdapterCalls(PeftSurface):
             return kwargs, {}
         kwargs, given = self._taken(kwargs)
         offsets = kwargs.pop(OFFSETS, None)
-        if self.road == "graph":
-            if offsets is not None:
-                what = "the graph of a forward finds invocations in its input_ids, and has no such input"
-                raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
-            return kwargs, given
         ids = named_arguments(self.base, args, kwargs).get("input_ids")
         rules = [rule for adapter in self.named.acting() for rule in adapter.rules]
         return kwargs, given | invocations(rules, ids, offsets)
+
+    def _beside_graph(self, kwargs: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, Tensor]]:
+        """Split a call's arguments as `_beside`, for a graph, which finds invocations itself."""
+        if kwargs.get(OFFSETS) is not None and any(r.invoked_by for n in self.names() for r in self.adapter(n).rules):
+            what = "the graph of a forward finds invocations in its input_ids, and has no such input"
+            raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
+        return self._taken(kwargs)
 
     def _taken(self, kwargs: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Tensor]]:
         """Split a call's arguments into those of the model and those of methods, such as `task_ids`."""

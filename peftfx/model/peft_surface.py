@@ -44,6 +44,26 @@ class NoPeftConfig(PeftfxError, AttributeError):
     """The error for an adapter that has no config of HF PEFT. Code that asks by `hasattr` first goes on without."""
 
 
+class PeftConfigs(dict[str, PeftConfig]):
+    """The configs of adapters, by name. They are read: `peft` writes there, if it is asked to adapt the model again."""
+
+    def update(self, *args: object, **kwargs: object) -> None:
+        """Refuse a config of another adapter.
+
+        Raises:
+            PeftfxError: always.
+        """
+        what = "the model is adapted by peftfx, and peft cannot put an adapter around it"
+        hint = (
+            "leave peft_config out of the trainer: it trains the adapters that the model has. "
+            "model.add_adapter(NAME, config) adds one, and model.remove() returns the base"
+        )
+        raise PeftfxError(what, "peft_config", hint)
+
+    def __setitem__(self, name: str, config: object) -> None:
+        self.update({name: config})
+
+
 class PeftSurface(Merging):
     """An adapted model by HF PEFT's names. Names that differ from HF PEFT's: `docs/coming-from-peft.md`."""
 
@@ -66,9 +86,10 @@ class PeftSurface(Merging):
         trained = set(self.active)
         try:
             with self.plain():
-                return {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
+                made = {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
         except PeftfxError as error:
             raise NoPeftConfig(error.what, error.where, error.hint) from error
+        return PeftConfigs(made)
 
     @property
     def active_adapters(self) -> list[str]:

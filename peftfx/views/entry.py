@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
@@ -24,8 +25,10 @@ tensors."""
 
 HOLE = "hole"  #: the constant's name in a graph's constants
 #: Arguments with a value for each token, and their values for a virtual token. Positions are counted on instead.
-PER_TOKEN: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "labels": -100}
+#: A virtual token is of a text, also for models that tell those of images by `mm_token_type_ids`.
+PER_TOKEN: Mapping[str, int] = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 POSITIONS = "position_ids"
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")  #: transformers' arguments that say where a row's texts begin
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,19 @@ class Entry(ABC):
     @abstractmethod
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
         """Return the result of `call` for the base and these arguments, with the content of the hole."""
+
+
+def refuse_packed(inputs: Mapping[str, object]) -> None:
+    """Refuse rows of several texts, as of padding-free training: a soft prompt is before the first text alone."""
+    name = next((name for name in PACKED if inputs.get(name) is not None), None)
+    positions = inputs.get(POSITIONS)
+    if name is None and isinstance(positions, Tensor) and inputs.get("attention_mask") is None:
+        known = not isinstance(positions, FakeTensor) and not torch.compiler.is_compiling()
+        if known and positions.ndim == 2 and bool((positions.diff(dim=1) < 0).any()):
+            name = POSITIONS
+    if name is not None:
+        what = "a row has several texts, and a soft prompt would be before the first of them alone"
+        raise PeftfxError(what, name, "pad the texts, a row for each: of a trainer, padding_free=False, packing=False")
 
 
 def forward(base: nn.Module, arguments: Mapping[str, object]) -> object:
@@ -90,6 +106,7 @@ class VirtualTokens(Entry):
         return (*own, POSITIONS)
 
     def check(self, inputs: Mapping[str, object]) -> None:
+        refuse_packed(inputs)
         text = inputs.get(self.tokens, inputs.get("inputs_embeds"))
         if not isinstance(text, Tensor):
             hint = f"pass {self.tokens} or inputs_embeds"

@@ -15,7 +15,7 @@ from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import keeps_states
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
-from peftfx.views.entry import POSITIONS, Entry, EntryCall
+from peftfx.views.entry import POSITIONS, Entry, EntryCall, refuse_packed
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache, DynamicCache
@@ -48,6 +48,7 @@ class Prefix(Entry):
         return "decoder_attention_mask" if self.decodes else "attention_mask"
 
     def check(self, inputs: Mapping[str, object]) -> None:
+        refuse_packed(inputs)
         mask = inputs.get(self._masks)
         if isinstance(mask, Tensor) and mask.ndim != 2:
             what = f"a prefix cannot be added to a mask of {mask.ndim} axes"
@@ -127,7 +128,10 @@ def _refuse_checkpointing(base: nn.Module) -> None:
     checkpointed = (module for module in base.modules() if getattr(module, "gradient_checkpointing", False))
     if base.training and torch.is_grad_enabled() and next(checkpointed, None) is not None:
         what = "a prefix does not work with gradient checkpointing: it is a cache, which checkpointed layers drop"
-        hint = 'call gradient_checkpointing_disable(), adapt with road="graph", or train, for example, PromptTuning'
+        hint = (
+            "call gradient_checkpointing_disable() (TRL switches it on: gradient_checkpointing=False), adapt with "
+            'road="graph", or train, for example, PromptTuning'
+        )
         raise PeftfxError(what, type(base).__name__, hint)
 
 

@@ -115,3 +115,19 @@ def test_a_tied_bias_that_a_file_has_twice_is_trained_on(road: str, saved: list[
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(_masked(), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(back(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("beside", [False, True])
+def test_trained_rows_of_a_tied_embedding_are_in_a_file_twice(beside: bool, tmp_path: Path) -> None:
+    """HF PEFT writes them so with `save_embedding_layers`, which it does by itself where tokens were added."""
+    config = peft.TrainableTokensConfig(token_indices=[1, 5, 9])
+    if beside:
+        config = peft.LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[1, 5, 9])
+    trained = peft.get_peft_model(_base(), config).eval()
+    randomise(trained)
+    trained.save_pretrained(tmp_path, save_embedding_layers=True)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert sum(name.endswith("trainable_tokens_delta") for name in names) == 2
+    found = px.load(_base(), tmp_path)
+    torch.testing.assert_close(_logits(found), _logits(trained), rtol=1e-5, atol=1e-5)

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from every_model.checks import build as build_model
 from safetensors.torch import load_file, save_file
 from support.parity import outputs
 from support.soft_cases import (
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError, PromptTuning
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.contract.sequence import PROMPT
 from peftfx.export import OnnxModel
 from peftfx.export.command import export_directory
@@ -256,3 +258,34 @@ def test_removing_a_prompt_leaves_the_program_that_it_was_put_into(soft: Soft, n
     inputs = inputs_of(name, 3, 5)
     empty = ours.graphs.captured(inputs, ours.entry())
     assert Remove()(ours.graph(inputs)).graph.text() == empty.text()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_vl"])
+def test_a_prompt_stands_before_texts_with_images(kind: str) -> None:
+    """The base with embeddings gives it, if it is told the types and positions that it finds in tokens; `peft`'s is
+    not told them."""
+    base = build_model("image-text-to-text", kind).eval()
+    inputs = example_inputs(base, seed=1)
+    adapted = peftfx.transform(base, PromptTuning(num_virtual_tokens=3), seed=0).eval()
+    prompt = adapted.adapter("default").get("sequence.prompt_embeddings").detach()
+    rows, ahead = len(inputs["input_ids"]), adapted.entry().filler  # type: ignore[union-attr]
+
+    def grown(name: str, value: int) -> Tensor:
+        return torch.cat([torch.full((rows, 3), value), inputs[name]], 1)
+
+    types = "token_type_ids" if kind == "gemma3" else "mm_token_type_ids"
+    given = {name: t for name, t in inputs.items() if name not in ("input_ids", types)}
+    given["attention_mask"] = grown("attention_mask", 1)
+    if kind == "gemma3":
+        given[types] = grown(types, 0)
+    else:
+        ids, kinds = grown("input_ids", ahead), grown(types, 0)
+        given["position_ids"], _ = base.model.get_rope_index(
+            ids, kinds, inputs["image_grid_thw"], attention_mask=given["attention_mask"]
+        )
+    with torch.no_grad():
+        embedded = base.get_input_embeddings()(inputs["input_ids"])
+        want = base(inputs_embeds=torch.cat([prompt.expand(rows, -1, -1), embedded], 1), **given).logits
+        got = adapted(**inputs).logits
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert (got[:, 3:] - base(**inputs).logits).abs().max() > 1e-2

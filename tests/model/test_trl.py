@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers as hf
 from support.adapted import adapt
+from support.soft_cases import LSTM, MLP, PREFIX, PROJECTED, PROMPT_TUNING, Soft
+from support.soft_cases import trained as trained_by
 from support.zoo import ZOO
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -56,9 +58,14 @@ def losses(trainer: hf.Trainer) -> list[float]:
     return [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
 
 
-def sft(model: nn.Module, directory: Path, **options: object) -> list[float]:
+def sft_trainer(model: nn.Module, directory: Path, peft_config: object | None = None, **options: object) -> hf.Trainer:
     arguments = trl.SFTConfig(str(directory), dataset_kwargs={"skip_prepare_dataset": True}, **{**FIXED, **options})
-    return losses(trl.SFTTrainer(model, arguments, train_dataset=rows(TEXTS), processing_class=tokenizer()))
+    given = {"train_dataset": rows(TEXTS), "eval_dataset": rows(TEXTS), "processing_class": tokenizer()}
+    return trl.SFTTrainer(model, arguments, peft_config=peft_config, **given)
+
+
+def sft(model: nn.Module, directory: Path, **options: object) -> list[float]:
+    return losses(sft_trainer(model, directory, **options))
 
 
 class Pairs(getattr(trl, "DPOTrainer")):  # type: ignore[misc]  # noqa: B009
@@ -68,8 +75,8 @@ class Pairs(getattr(trl, "DPOTrainer")):  # type: ignore[misc]  # noqa: B009
         return dataset
 
 
-def dpo(model: nn.Module, directory: Path, reference: nn.Module | None) -> list[float]:
-    arguments = trl.DPOConfig(str(directory), **FIXED)
+def dpo(model: nn.Module, directory: Path, reference: nn.Module | None, **options: object) -> list[float]:
+    arguments = trl.DPOConfig(str(directory), **{**FIXED, **options})
     given = {"train_dataset": rows(PAIRS), "processing_class": tokenizer()}
     return losses(Pairs(model, reference, arguments, **given))
 
@@ -121,6 +128,20 @@ def test_dpo_with_a_reference_adapter(saved: Path, tmp_path: Path) -> None:
     assert ours.active == ("default",)
 
 
+@pytest.mark.parametrize("soft", [PROMPT_TUNING, PREFIX], ids=range(2))
+def test_dpo_of_a_soft_prompt(soft: Soft, tmp_path: Path) -> None:
+    """The reference is the prompt as it was at the start, which `peft` copies."""
+    theirs = soft.theirs("llama")
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    ours = peftfx.load(ZOO["llama"].build(), tmp_path / "adapter")
+    ours.load_adapter(tmp_path / "adapter", "ref")
+    ours.set_adapter("default")
+    got = dpo(ours, tmp_path, ours.reference("ref"), gradient_checkpointing=False)
+    assert got == pytest.approx(dpo(theirs.train(), tmp_path, None, gradient_checkpointing=False), abs=1e-5)
+    assert got[0] == pytest.approx(0.693147, abs=1e-5)
+    assert len(set(got)) == len(got)
+
+
 def test_dpo_with_the_base_as_reference(saved: Path, tmp_path: Path) -> None:
     ours = peftfx.load(ZOO["llama"].build(), saved)
     with pytest.warns(UserWarning, match="the base without the loaded adapter 'default'"):
@@ -168,10 +189,95 @@ def test_a_run_is_resumed(kind: str, saved: Path, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size < size + 8192
 
 
-@pytest.mark.parametrize("rule", [peftfx.LoRA(target_modules=["lm_head"]), peftfx.PromptTuning(num_virtual_tokens=3)])
-def test_a_forward_that_passes_adapters_by_is_refused(rule: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dft", "gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("soft", [PROMPT_TUNING, MLP, LSTM, PREFIX, PROJECTED], ids=range(5))
+def test_sft_of_a_soft_prompt(soft: Soft, options: dict[str, object], tmp_path: Path) -> None:
+    """Losses, entropies and accuracies are `peft`'s: none is of a virtual token."""
+    theirs = soft.theirs("llama")
+    ours = soft.ours(theirs)
+    kept = {"gradient_checkpointing": soft.method is not peftfx.PrefixTuning, **options}
+    seen = []
+    for model in (ours, theirs):
+        trainer = sft_trainer(model.train(), tmp_path, eval_strategy="steps", eval_steps=2, **kept)
+        losses(trainer)
+        names = [f"{e}{name}" for name in ("loss", "entropy", "mean_token_accuracy") for e in ("", "eval_")]
+        names += ["grad_norm", "num_tokens"]
+        seen.append([{name: line[name] for name in names if name in line} for line in trainer.state.log_history])
+    assert [len(line) for line in seen[0]] == [5, 5, 3, 5, 3, 0]
+    for got, want in zip(*seen, strict=True):
+        assert got == pytest.approx(want, abs=1e-5, rel=1e-4)
+    for name, value in trained_by(theirs).items():
+        torch.testing.assert_close(dict(ours.adapter("default").tensors())[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [MLP, PROJECTED], ids=range(2))
+def test_a_prompt_is_computed_under_the_trainers_autocast(soft: Soft, tmp_path: Path) -> None:
+    """In bfloat16 as `peft`'s, in TRL's trainer and in transformers' own."""
+    seen = []
+    for make in (soft.ours, copy.deepcopy):
+        for own in (False, True):
+            torch.manual_seed(0)
+            model = make(soft.theirs("llama")).train()
+            trainer = sft_trainer(model, tmp_path, gradient_checkpointing=False, bf16=True, max_steps=1)
+            if own:
+                collate, plain = trainer.data_collator, copy.deepcopy(model)
+                plain.__dict__.pop("forward", None)
+                arguments = hf.TrainingArguments(
+                    str(tmp_path), remove_unused_columns=False, **{**FIXED, "bf16": True, "max_steps": 1}
+                )
+                trainer = hf.Trainer(plain, arguments, collate, rows(TEXTS))
+            seen.append(losses(trainer))
+    assert seen[:2] == seen[2:]
+
+
+def test_sft_of_a_prompt_beside_a_lora(tmp_path: Path) -> None:
+    """The losses are those of transformers' own trainer, which runs the model's own forward."""
+    rules = [peftfx.PromptTuning(num_virtual_tokens=3), peftfx.LoRA(r=4, target="attention.query")]
+    torch.manual_seed(0)
+    adapted = adapt("llama", rules).train()
+    plain = copy.deepcopy(adapted)
+    got = sft(adapted, tmp_path, gradient_checkpointing=False)
+    collate = sft_trainer(plain, tmp_path).data_collator
+    plain.__dict__.pop("forward")
+    arguments = hf.TrainingArguments(str(tmp_path), remove_unused_columns=False, **FIXED)
+    assert got == pytest.approx(losses(hf.Trainer(plain, arguments, collate, rows(TEXTS))), abs=1e-5)
+
+
+def test_sft_of_an_alora(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    config = peft.LoraConfig(r=4, alora_invocation_tokens=[4, 5], **options)
+    peft.get_peft_model(ZOO["llama"].build(), config).save_pretrained(str(tmp_path / "adapter"))
+    got = sft(peftfx.load(ZOO["llama"].build(), tmp_path / "adapter"), tmp_path)
+    assert got == pytest.approx(sft(peft_model(tmp_path / "adapter"), tmp_path), abs=1e-5)
+
+
+def test_a_forward_that_passes_adapters_by_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match="does not run the model's own"):
-        sft(adapt("llama", rule), tmp_path)
+        sft(adapt("llama", peftfx.LoRA(target_modules=["lm_head"])), tmp_path)
+    with pytest.raises(PeftfxError, match='road="graph" was asked for'):
+        sft(adapt("llama", peftfx.PromptTuning(num_virtual_tokens=3), road="graph"), tmp_path)
+
+
+@pytest.mark.parametrize("rule", [peftfx.PromptTuning(num_virtual_tokens=3), peftfx.PrefixTuning(num_virtual_tokens=3)])
+def test_rows_of_several_texts_are_refused_under_a_soft_prompt(rule: object, tmp_path: Path) -> None:
+    """Only the first text would see a prompt, and later texts would see the first behind a prefix, as in `peft`."""
+    adapted, options = adapt("llama", rule), {"gradient_checkpointing": False, "max_length": None}
+    with pytest.raises(PeftfxError, match=r"several texts(.|\n)*padding_free=False"):
+        sft(adapted, tmp_path, padding_free=True, **options)
+    adapted.__dict__.pop("forward")
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with pytest.raises(PeftfxError, match="several texts"):
+        adapted(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
+    adapted(input_ids=ids, position_ids=torch.tensor([[1, 1, 0, 1, 2]]), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]))
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_a_config_of_peft_for_an_adapted_model_is_refused(name: str, tmp_path: Path) -> None:
+    ours = adapt("llama", peftfx.LoRA(r=4), name)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM")
+    with pytest.raises(PeftfxError, match=r"adapted by peftfx(.|\n)*leave peft_config out"):
+        sft_trainer(ours, tmp_path, peft_config=config)
+    sft(ours, tmp_path)
 
 
 def test_dpo_switches_the_dropout_of_an_adapter_off(tmp_path: Path) -> None:

@@ -173,11 +173,11 @@ def test_an_adapter_of_a_quantised_graph_is_held_to_what_the_graph_lost(tmp_path
     report = export_onnx(model, tmp_path / "graph", slots="all-linear", quantize="int8")
     bounds = Manifest.read(tmp_path / "graph")
     assert bounds.atol == 0
-    assert 0 < bounds.rtol == 4 * report.max_rel < 0.2
+    assert 0 < bounds.lost == report.max_rel < 0.05
     adapted = stirred(transform(model, LoRA(r=4, target="all-linear"), "x", seed=0), "x")
     export_adapter(adapted, tmp_path / "graph", tmp_path / "adapter")
     cases = [ZOO["bert"].inputs(3, 6, model=model)]
     with pytest.raises(VerificationError):  # that much tells the adapter from the base
-        verify(tmp_path / "graph", reference_of(adapted.graph()), cases, atol=0, rtol=bounds.rtol)
+        verify(tmp_path / "graph", reference_of(adapted.graph()), cases, atol=0, rtol=4 * bounds.lost)
     export_onnx(model, tmp_path / "bounded", slots="all-linear", quantize="int8", max_error=0.1)
     assert Manifest.read(tmp_path / "bounded").rtol == 0.1

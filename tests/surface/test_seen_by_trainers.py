@@ -10,8 +10,10 @@ import pytest
 import torch
 import transformers as hf
 from support.adapted import randomise
+from support.soft_cases import PREFIX
 from torch import Tensor, nn
 from torch.func import functional_call, grad
+from transformers.trainer_pt_utils import LabelSmoother
 
 import peftfx
 from peftfx.errors import PeftfxError
@@ -150,3 +152,18 @@ def test_an_adapter_is_made_active_without_being_trained() -> None:
     assert (ours.active_adapter, [p for p in ours.parameters() if p.requires_grad]) == ("default", [])
     ours.set_adapter("default")
     assert {n.split(".")[1] for n, p in ours.named_parameters() if p.requires_grad} == {"default"}
+
+
+def test_labels_that_a_trainer_smooths_are_shifted(tmp_path: Path) -> None:
+    """Of a soft prompt in peft, `Trainer` asks the model within: LLaMA's labels are not shifted."""
+    theirs = PREFIX.theirs("llama")
+    ours = PREFIX.ours(theirs)
+    ids = torch.randint(3, 60, (4, 6), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    arguments = hf.TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[], disable_tqdm=True
+    )
+    got = hf.Trainer(ours, arguments, eval_dataset=rows).evaluate()["eval_loss"]
+    with torch.no_grad():
+        want = LabelSmoother(0.1)(theirs(input_ids=ids), ids, shift_labels=True)
+    assert got == pytest.approx(float(want), abs=1e-5)

@@ -60,7 +60,7 @@ def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Mod
 
 
 def _owner(name: str) -> str:
-    return name.removesuffix(f".{TOKENS}")
+    return name.removesuffix(f".{TOKENS}").removesuffix(".token_adapter")  # which it has beside another method
 
 
 def _is_tied(base: nn.Module, one: str, other: str) -> bool:

@@ -24,11 +24,14 @@ from peftfx.adapters.single_files.keys import (
     CORES,
     DOWN,
     HADAMARD,
+    KRONECKER,
     SCALE,
     UP,
     by_stem,
     read_single_file,
+    without_cores,
 )
+from peftfx.adapters.single_files.kronecker import is_kronecker, kronecker_config
 from peftfx.bases.guests import own_modules
 from peftfx.contract.common.lora.dora import MAGNITUDE
 from peftfx.errors import PeftfxError, warn
@@ -41,7 +44,7 @@ Parts = dict[str, Tensor]
 
 
 def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """Return HF PEFT's config and tensors for the adapter of this model in a file: a LoRA, a DoRA or a LoHa.
+    """Return HF PEFT's config and tensors for the adapter of this model in a file: a LoRA, DoRA, LoHa or LoKr.
 
     A warning names the adapters of other models in the file.
 
@@ -49,8 +52,10 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
         PeftfxError: the file cannot be read, has no adapter of this model, or has tensors for this model that are of
             none of these.
     """
-    tensors, metadata = read_single_file(path)
-    _refuse_inputs(tensors, path)
+    given, metadata = read_single_file(path)
+    _refuse_inputs(given, path)
+    _refuse_alphas(given, path)
+    tensors = without_cores(given)
     modules = {path: m for path, m in own_modules(base) if path}
     found = _matched(by_stem(tensors), modules, path)
     if not found.fits:
@@ -60,8 +65,8 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
         hint = "give the directory of the model that it is of: a U-Net, a transformer or a text encoder"
         raise PeftfxError("no key of it names a module of this model", str(path), hint)
     if found.wrong:
-        what = f"{len(found.wrong)} modules are not this model's, or have more or less than a LoRA, a DoRA or a LoHa"
-        hint = "was it trained on this model, by these names? peftfx reads no LoKr and no other kind in one file"
+        what = f"{len(found.wrong)} modules are not this model's, or have more or less than a LoRA, DoRA, LoHa or LoKr"
+        hint = "was it trained on this model, by these names? peftfx reads no other kind in one file"
         raise PeftfxError(f"{what}: {', '.join(found.wrong[:3])}", str(path), hint)
     if found.others:
         left = f"{len(found.others)} modules are of other models, and left out: {', '.join(found.others[:3])}"
@@ -148,16 +153,19 @@ def _prefixes(stem: str) -> list[str]:
 
 def _is_adapter(parts: Parts) -> bool:
     names = parts.keys() - {ALPHA}
-    return _LORA <= names <= _LORA | {MAGNITUDE, BIAS} or names in (HADAMARD, HADAMARD | CORES)
+    return _LORA <= names <= _LORA | {MAGNITUDE, BIAS} or names in (HADAMARD, HADAMARD | CORES) or is_kronecker(names)
 
 
-def _config(own: Mapping[str, Parts], modules: Iterable[str], path: Path) -> dict[str, object]:
+def _config(own: Mapping[str, Parts], modules: Mapping[str, nn.Module], path: Path) -> dict[str, object]:
     """Return the config of an adapter, by its tensors.
 
     Raises:
         PeftfxError: one adapter of HF PEFT cannot be all of it.
     """
     lora = _all_or_none(own, DOWN, path)
+    if any(parts.keys() & KRONECKER for parts in own.values()):
+        _all_or_none(own, "hada_w1_b", path)
+        return kronecker_config(own, modules, str(path)) | {"target_modules": _targets(own, modules)}
     ranks = {place: len(parts[DOWN] if lora else parts["hada_w1_b"]) for place, parts in own.items()}
     alphas = {place: float(parts[ALPHA]) if ALPHA in parts else float(ranks[place]) for place, parts in own.items()}
     r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
@@ -196,6 +204,13 @@ def _refuse_inputs(tensors: Mapping[str, Tensor], path: Path) -> None:
     if key is not None:
         what = f"{key} has one magnitude for each input, and HF PEFT's DoRA has one for each output"
         raise PeftfxError(what, str(path), "train it with magnitudes of outputs (LyCORIS: wd_on_out=True)")
+
+
+def _refuse_alphas(tensors: Mapping[str, Tensor], path: Path) -> None:
+    key = next((key for key, t in tensors.items() if key.endswith(f".{ALPHA}") and t.numel() != 1), None)
+    if key is not None:
+        what = f"{key} has {tensors[key].numel()} numbers, and the alpha of a module is one"
+        raise PeftfxError(what, str(path), "save the file again where it was made")
 
 
 def _told(metadata: Mapping[str, str], prefix: str, path: Path) -> dict[str, object]:

@@ -21,7 +21,7 @@ def convert(
         Path | None,
         typer.Option(help="Directory of another checkpoint, whose difference from the base becomes a LoRA."),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A LoRA, DoRA or LoHa in one file, of kohya or diffusers.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A LoRA, DoRA, LoHa or LoKr of one file, of any trainer.")] = None,
     rank: Annotated[
         str | None,
         typer.Option(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfx.hosting.other_forward import run_other
 from peftfx.model.by_name import AdaptersByName
 
 
@@ -33,12 +32,12 @@ class ReferenceModel(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the adapted model with the reference's adapters, also where other code replaced `forward`."""
-        model, call = self._held[0], functools.partial(super().__call__, *args, **kwargs)
+        model = self._held[0]
         model.settle_dropout(self._names)
         with torch.no_grad(), model.named.acting_as(self._names):
             if "forward" not in vars(self):
-                return call()
-            return run_other(model.modules_road, model.active, call, lambda output: output)
+                return super().__call__(*args, **kwargs)
+            return model.run_other(super().__call__, args, kwargs)
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Return an attribute of the adapted model (`config`, `device`, ...); methods run with its own adapters."""

@@ -24,6 +24,17 @@ class SeenByTrainers(nn.Module):
         """Return the name of the base's class, by which `Trainer` knows whether labels are shifted."""
         return own_class(self.base).__name__
 
+    def get_parameter_or_buffer(self, target: str) -> Tensor:
+        """Return the parameter or the buffer of this name; Accelerate asks transformers' models so.
+
+        Args:
+            target: a name as `named_parameters` and `named_buffers` have it.
+        """
+        try:
+            return self.get_parameter(target)
+        except AttributeError:
+            return self.get_buffer(target)
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

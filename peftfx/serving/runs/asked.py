@@ -172,7 +172,7 @@ def read_texts(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        read = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+        read = sys.stdin.read().removeprefix("\ufeff") if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise PeftfxError(
             f"this file cannot be read: {error.strerror or error}", str(path), "check the path"

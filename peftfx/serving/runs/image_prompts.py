@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,16 +105,22 @@ def processor_of(directory: Path) -> Any:
 
 
 def read_image(path: Path) -> Any:
-    """Read an image file as RGB.
+    """Read an image file as RGB, turned as its EXIF data say; greys of 16 bits keep their upper 8.
 
     Raises:
-        PeftfxError: the image cannot be read.
+        PeftfxError: the image cannot be read, or its values are of 32 bits, which do not say what white is.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
+            image = ImageOps.exif_transpose(file)
+            if image.mode in ("I", "F"):
+                what, hint = "this image has values of 32 bits, which do not say what white is", "save it with 8 bits"
+                raise PeftfxError(what, str(path), hint)
+            if image.mode.startswith("I;16"):  # Pillow takes all above 255 for white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise PeftfxError(f"this image cannot be read: {error}", str(path), "give a PNG or a JPEG") from error
 

@@ -1,0 +1,89 @@
+"""A graph with slots, captured again: torch computes what the exported graph computes, without its rounding.
+
+The base of a quantised graph loses more than a wrong adapter may change. So the tensors of an adapter are put into the
+slots of this graph, where they have to give what the model's own code gives under the adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from peftfx.contract.placement import owner_of
+from peftfx.errors import PeftfxError
+from peftfx.export.slots.initializers import neutral_of
+from peftfx.export.slots.prompt_places import prompt_places_of
+from peftfx.export.slots.swappable import forward_part, generating_part
+from peftfx.export.verification.comparison import reference_of
+from peftfx.export.verification.tolerance import Tensors
+from peftfx.graph.graph import Graph
+from peftfx.graph.slots import INNER, KEYS, OUTER, PREFIX, SLOT_OWN, SLOT_PROMPT, Manifest, Slot
+from peftfx.model.adapted import AdaptedModel
+from peftfx.options import FORWARD
+from peftfx.passes.slots.open import Open
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A graph of the base with open slots, and tensors in them: a reference for calls without slots.
+
+    Attributes:
+        graph: the graph.
+        slots: its slots.
+        put: the tensors in slots, by the slots' names. Other slots are empty.
+    """
+
+    graph: Graph
+    slots: tuple[Slot, ...]
+    put: Mapping[str, Tensor]
+
+    def __call__(self, feed: Tensors) -> Tensors:
+        """Return the outputs of a call, by name."""
+        empty = {slot.name: neutral_of(slot) for slot in self.slots if slot.what != SLOT_OWN}
+        own = {slot: self.put[slot.name] for slot in self.slots if slot.what == SLOT_OWN and slot.name in self.put}
+        with _holding(self.graph.base, own):
+            return reference_of(self.graph)({**empty, **feed, **self.put})
+
+
+def reopened(adapted: AdaptedModel, manifest: Manifest, name: str, put: Mapping[str, Tensor]) -> Reopened | None:
+    """Capture the graph of a file with slots again; None if its slots are not those of the file.
+
+    Args:
+        adapted: the base of the graph, with any adapters.
+        manifest: the slots of the exported graphs.
+        name: the stem of the graph's file.
+        put: the tensors for its slots, by name.
+    """
+    slots = manifest.of(name)
+    at = {what: tuple(s.at for s in slots.values() if s.what == what) for what in (OUTER, INNER, KEYS)}
+    prompts = any(slot.what in (SLOT_PROMPT, PREFIX) for slot in slots.values())
+    with adapted.named.acting_as(()), contextlib.suppress(PeftfxError):
+        places = tuple(prompt_places_of(adapted.base, adapted.sites)) if prompts else ()
+        kind = manifest.views[name]
+        if kind == FORWARD:
+            part = forward_part(adapted, None, places)
+        else:
+            part = generating_part(adapted, name, kind, places, prompts=prompts)
+        beside = tuple(site for site in adapted.sites.headed if site.path in at[KEYS])
+        graph = Open(at[OUTER], at[INNER], beside)(part.graph).graph
+        asked = {spec.name for spec in graph.inputs} - {spec.name for spec in part.graph.inputs}
+        asked |= {slot.name for slot in part.slots}
+        if asked == {slot.name for slot in slots.values() if slot.what != SLOT_OWN}:
+            return Reopened(graph, tuple(slots.values()), put)
+    return None
+
+
+@contextlib.contextmanager
+def _holding(base: nn.Module, own: Mapping[Slot, Tensor]) -> Iterator[None]:
+    """Let a base have these tensors in place of its own until the `with` block ends."""
+    with contextlib.ExitStack() as stack:
+        for slot, laid in own.items():
+            module, leaf = owner_of(base, slot.at)
+            held = module._parameters if leaf in module._parameters else module._buffers
+            back = sorted(range(laid.ndim), key=slot.perm.__getitem__) if slot.perm else range(laid.ndim)
+            stack.callback(held.__setitem__, leaf, held[leaf])  # type: ignore[arg-type]
+            held[leaf] = laid.permute(*back)  # type: ignore[assignment]
+        yield
