@@ -129,7 +129,11 @@ def _text(tracer: Any, node: fx.Node, places: Mapping[fx.Node, tuple[str, object
     def place(value: object) -> object:
         if not isinstance(value, fx.Node):
             return value
-        return ("size", value.meta["val"].node.expr) if _is_size(value) else places.get(value, ("outer", value.name))
+        if _is_size(value):
+            return "size", value.meta["val"].node.expr
+        if value not in places:  # a tensor that the layer has from elsewhere: another layer may find another there
+            raise Unknown
+        return places[value]
 
     arguments = pytree.tree_map_only(fx.Node, place, (node.args, node.kwargs))
     return node.target, repr(arguments), pytree.tree_map_only(Tensor, LayerCall.shape, node.meta.get("val"))
