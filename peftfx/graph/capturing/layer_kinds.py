@@ -224,7 +224,7 @@ def _module(call: LayerCall, path: str, module: nn.Module, find: Find) -> object
         for name, value in own.items()
         if name not in PARTS_OF_MODULES
     )
-    return path, type(module), tuple(weights), rest
+    return path, type(module), tuple(weights), rest, call.values.class_of(module)
 
 
 def _cache(call: LayerCall, label: str, cache: Cache, number: int | None, find: Find) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from peftfx.graph.capturing.copied_memory import put_memories, refuse_views
 from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown
 from peftfx.graph.capturing.layer_numbers import ModulesOf, numbered
-from peftfx.graph.written import Memory, memory_of, memory_of_tensor, put_memory
 
 
 @dataclass
@@ -103,22 +103,11 @@ def _read(
         for name, count in tracer.num_calls.items()
         if name.startswith(f"{path}.") and count != counts.get(name, 0)
     }
-    _check_memory(call, leaves)
+    refuse_views(call, leaves)
     ends = {
         id(leaf): node for leaf in leaves if isinstance(leaf, Tensor) and (node := node_of(tracer, leaf)) is not None
     }
     return TracedLayer(call, nodes, places, leaves, spec, again, text, calls, path, ends)
-
-
-def _check_memory(call: LayerCall, exits: Sequence[object]) -> None:
-    """Raise Unknown if a result is a view of another one, or of what the layer was given: a copy's would not be."""
-    held = {part for tensor in call.entries.values() for part in memory_of_tensor(tensor)}
-    results = {id(v): v for v in exits if isinstance(v, Tensor) and call.label(v) is None}
-    for result in results.values():
-        own = memory_of_tensor(result).keys()
-        if own & held:
-            raise Unknown
-        held |= own
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -196,30 +185,11 @@ def copied_layer(tracer: Any, traced: TracedLayer, call: LayerCall, path: str) -
         if id(leaf) not in fresh:
             fresh[id(leaf)] = _again(tracer, leaf, traced, call, copies)
         leaves.append(fresh[id(leaf)])
-    _put_memories(traced, call, copies, [fresh[id(leaf)] for leaf in traced.exits])
+    exits = [(leaf, fresh[id(leaf)]) for leaf in traced.exits]
+    put_memories(copies, exits, [(node, call.nodes[label]) for label, node in traced.call.nodes.items()])
     result, changes = pytree.tree_unflatten(leaves, traced.spec)
     call.change(changes)
     return result
-
-
-def _put_memories(
-    traced: TracedLayer, call: LayerCall, copies: Mapping[fx.Node, fx.Node], exits: Sequence[object]
-) -> None:
-    """Note the memory of copied nodes. Their values are those of the traced layer, in its memory."""
-    known: dict[int, Memory] = {}
-    for leaf, made in zip(traced.exits, exits, strict=True):
-        if isinstance(leaf, Tensor) and isinstance(made, Tensor):
-            known |= dict.fromkeys(memory_of_tensor(leaf), memory_of_tensor(made))
-    for label, node in traced.call.nodes.items():
-        known |= dict.fromkeys(memory_of(node), memory_of(call.nodes[label]))
-    for node, copy in copies.items():
-        memory: dict[int, object] = {}
-        for part in memory_of(node):
-            if part not in known:
-                own = object()
-                known[part] = {id(own): own}
-            memory |= known[part]
-        put_memory(copy, memory)
 
 
 def _name(kind: type) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tr
@@ -21,6 +22,9 @@ SCALES = [1.0] * 3 + [3.0] * 5  #: the first three layers are equal, and two of 
 CONFIG = tr.LlamaConfig()
 CONFIG.part = tr.LlamaConfig()
 CONFIG.part.scales = SCALES
+TYPES = tr.JambaConfig(num_hidden_layers=COUNT, attn_layer_period=4, attn_layer_offset=3)
+ITSELF: list[Any] = [1.0]
+ITSELF.append(ITSELF)
 HELD = SimpleNamespace(scale=1.0, mean=torch.zeros(()))
 OUTSIDE: dict[str, Any] = {}
 
@@ -32,6 +36,7 @@ class Layer(nn.Module):
     """A layer with code of its own: its result scales what the layer adds."""
 
     calls = 0
+    scales = SCALES
 
     def __init__(self, index: int, code: Code) -> None:
         super().__init__()
@@ -75,6 +80,17 @@ def with_held(layers: Sequence[Layer], x: Tensor) -> Tensor:
     return x
 
 
+def with_function(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    scale = 1.0
+
+    def scaled(y: Tensor) -> Tensor:
+        return y * scale
+
+    for layer, scale in zip(layers, SCALES, strict=True):  # noqa: B007
+        x = layer(x, scaled)
+    return x
+
+
 def with_mean(held: Callable[[Tensor], object]) -> Run:
     def run(layers: Sequence[Layer], x: Tensor) -> Tensor:
         for i, layer in enumerate(layers):
@@ -108,6 +124,10 @@ def counted(layer: Layer, y: Tensor, given: Any) -> float:
     return 1.0 if layer.calls < 4 else 3.0
 
 
+def kind_of(layer: Layer, y: Tensor, given: Any) -> float:
+    return 3.0 if TYPES.layers_block_type[layer.layer_idx] == "attention" else 1.0
+
+
 def noted(notes: Callable[[Layer, Any], list[Tensor]]) -> Code:
     def code(layer: Layer, y: Tensor, given: Any) -> float:
         notes(layer, given).append(y.mean(-1, keepdim=True))
@@ -133,6 +153,13 @@ CASES: dict[str, tuple[Code, Run]] = {
     "its number in a list in a dict": (lambda s, y, g: s.tables["scales"][s.layer_idx], plain),
     "its number in a list of a config's part": (lambda s, y, g: s.config.part.scales[s.layer_idx], plain),
     "its number as a whole number": (lambda s, y, g: int(s.layer_idx) // 3, plain),
+    "its number in a list of its class": (lambda s, y, g: s.scales[s.layer_idx], plain),
+    "its number in a list by name": (lambda s, y, g: SCALES[s.layer_idx], plain),
+    "its number in an array": (lambda s, y, g: float(g[s.layer_idx]), lambda ls, x: plain(ls, x, np.array(SCALES))),
+    "its number in what a config computes": (kind_of, lambda ls, x: plain(ls, x, TYPES)),
+    "the next of an iterator": (lambda s, y, g: next(g), lambda ls, x: plain(ls, x, iter(SCALES))),
+    "a list that holds itself": (lambda s, y, g: g.own[0], lambda ls, x: plain(ls, x, SimpleNamespace(own=ITSELF))),
+    "what a function encloses": (lambda s, y, g: g(y), with_function),
     "an object that is given": (lambda s, y, g: g.scale, with_held),
     "an object that it holds": (lambda s, y, g: s.held.scale, with_held),
     "a tensor of an object": (lambda s, y, g: g.mean, with_mean(lambda t: setattr(HELD, "mean", t))),
