@@ -40,12 +40,12 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 Memory = Mapping[int, object]
 """Memory by its identity, with what keeps it, so that no other memory gets this identity."""
-_MEMORY = "memory"  #: in a node's `meta`: its memory, if its value is that of another node
+MEMORY = "memory"  #: in a node's `meta` during a capture: its memory, if its value is that of another node
 
 
 def memory_of(node: fx.Node) -> Memory:
     """Return the memory that a node's captured tensor lies in: equal for views of one tensor, empty for no tensor."""
-    known: Memory | None = node.meta.get(_MEMORY)
+    known: Memory | None = node.meta.get(MEMORY)
     value = node.meta.get("val")
     return known if known is not None else memory_of_tensor(value) if isinstance(value, torch.Tensor) else {}
 
@@ -54,14 +54,6 @@ def memory_of_tensor(tensor: torch.Tensor) -> Memory:
     """Return the memory of a tensor."""
     storage = tensor.untyped_storage()
     return {storage._cdata: storage}
-
-
-def put_memory(node: fx.Node, memory: Memory | None) -> None:
-    """Note in which memory the result of a node lies, whose value is another node's; None takes the note away."""
-    if memory is None:
-        node.meta.pop(_MEMORY, None)
-    else:
-        node.meta[_MEMORY] = memory
 
 
 def as_written(at: Cursor, target: fx.Node, value: fx.Node) -> fx.Node:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, fx
 
 from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown
-from peftfx.graph.written import Memory, memory_of, memory_of_tensor, put_memory
+from peftfx.graph.written import Memory, memory_of, memory_of_tensor
 
 
 def refuse_views(call: LayerCall, exits: Sequence[object]) -> None:
@@ -25,12 +25,12 @@ def refuse_views(call: LayerCall, exits: Sequence[object]) -> None:
         held |= own
 
 
-def put_memories(
+def memories_of_copies(
     copies: Mapping[fx.Node, fx.Node],
     exits: Iterable[tuple[object, object]],
     entries: Iterable[tuple[fx.Node, fx.Node]],
-) -> None:
-    """Note the memory of copied nodes.
+) -> Iterator[tuple[fx.Node, Memory]]:
+    """Yield each copied node and its memory.
 
     Args:
         copies: the copies, by the traced node.
@@ -50,4 +50,4 @@ def put_memories(
                 fresh = object()
                 known[part] = {id(fresh): fresh}
             memory |= known[part]
-        put_memory(copy, memory)
+        yield copy, memory

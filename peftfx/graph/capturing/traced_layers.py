@@ -12,9 +12,10 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftfx.graph.capturing.copied_memory import put_memories, refuse_views
+from peftfx.graph.capturing.copied_memory import memories_of_copies, refuse_views
 from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown
 from peftfx.graph.capturing.layer_numbers import ModulesOf, numbered
+from peftfx.graph.written import MEMORY
 
 
 @dataclass
@@ -186,7 +187,9 @@ def copied_layer(tracer: Any, traced: TracedLayer, call: LayerCall, path: str) -
             fresh[id(leaf)] = _again(tracer, leaf, traced, call, copies)
         leaves.append(fresh[id(leaf)])
     exits = [(leaf, fresh[id(leaf)]) for leaf in traced.exits]
-    put_memories(copies, exits, [(node, call.nodes[label]) for label, node in traced.call.nodes.items()])
+    entries = [(node, call.nodes[label]) for label, node in traced.call.nodes.items()]
+    for copy, memory in memories_of_copies(copies, exits, entries):
+        copy.meta[MEMORY] = memory
     result, changes = pytree.tree_unflatten(leaves, traced.spec)
     call.change(changes)
     return result

@@ -17,7 +17,7 @@ from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.graph.rewriter import Cursor, Rewriter
-from peftfx.graph.written import memory_of, put_memory, written_by
+from peftfx.graph.written import MEMORY, memory_of, written_by
 
 _aten = torch.ops.aten
 _Size = int | SymInt
@@ -36,7 +36,7 @@ def choose_by_indices(graph: fx.Graph) -> None:
         if not any(memory in written and written[memory] > node for memory in memory_of(node)):
             _replace(rewriter, node)
     for node in graph.nodes:
-        put_memory(node, None)
+        node.meta.pop(MEMORY, None)
 
 
 def _replace(rewriter: Rewriter, node: fx.Node) -> None:
