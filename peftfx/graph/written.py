@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import fx, nn
 
@@ -36,10 +38,22 @@ def written_by(node: fx.Node) -> list[fx.Node]:
     return [v for a, v in arguments if a.alias_info is not None and a.alias_info.is_write and isinstance(v, fx.Node)]
 
 
-def memory_of(node: fx.Node) -> set[int]:
+Memory = Mapping[int, object]
+"""Memory by its identity, with what keeps it, so that no other memory gets this identity."""
+MEMORY = "memory"  #: in a node's `meta` during a capture: its memory, if its value is that of another node
+
+
+def memory_of(node: fx.Node) -> Memory:
     """Return the memory that a node's captured tensor lies in: equal for views of one tensor, empty for no tensor."""
+    known: Memory | None = node.meta.get(MEMORY)
     value = node.meta.get("val")
-    return {value.untyped_storage()._cdata} if isinstance(value, torch.Tensor) else set()
+    return known if known is not None else memory_of_tensor(value) if isinstance(value, torch.Tensor) else {}
+
+
+def memory_of_tensor(tensor: torch.Tensor) -> Memory:
+    """Return the memory of a tensor."""
+    storage = tensor.untyped_storage()
+    return {storage._cdata: storage}
 
 
 def as_written(at: Cursor, target: fx.Node, value: fx.Node) -> fx.Node:

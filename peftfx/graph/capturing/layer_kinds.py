@@ -1,13 +1,12 @@
 """Kinds of layers: tells which layers of a model, and which of their calls, are equal but for weights and inputs.
 
 A kind is described by all that a layer's code can read: class, mode and attributes of each module in it, shapes and
-dtypes of weights, arguments by value, tensors by shape, and the layer's part of the cache. The layer's own number is
-left out of the description, but entries at that number in a list of a config or a module are included.
+dtypes of weights, arguments by value, tensors by shape, the layer's part of the cache, and the modes of torch. The
+layer's own number is left out of the description, but the entries at that number in lists are included.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, EncoderDecoderCache
 
+from peftfx.graph.capturing.described_values import HOOKS, PARTS_OF_MODULES, DescribedValues, contents
 from peftfx.graph.capturing.layer_numbers import NUMBERS, ModulesOf
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_INNER = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *_HOOKS})
 _TRIALS = 4  #: the most layers of a kind that are run to find two that leave the same
 _FEWEST = 3  #: the fewest layers of one class for which copies can save time
 
@@ -91,6 +88,7 @@ class LayerCall:
         names: the layer's label for a tensor, by the tensor's identity.
         caches: the caches, by the argument's name.
         places: what the layer's own part of each cache holds now, and what it held before, by the argument's name.
+        values: what else it can read.
     """
 
     key: object = None
@@ -100,6 +98,10 @@ class LayerCall:
     names: dict[int, object] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
     places: dict[str, tuple[dict[str, object], dict[str, object]]] = field(default_factory=dict)
+    values: DescribedValues = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = DescribedValues(self.label)
 
     @staticmethod
     def shape(tensor: Tensor) -> object:
@@ -118,17 +120,7 @@ class LayerCall:
 
     def value(self, value: object) -> object:
         """Return a hashable description of a value that is no tensor of the call."""
-        if isinstance(value, torch.types.py_sym_types):
-            return "size", value.node.expr
-        if isinstance(value, _PLAIN):
-            return type(value), value
-        if isinstance(value, (tuple, list)):
-            return type(value), tuple(map(self.value, value))
-        if isinstance(value, dict):
-            return dict, tuple((self.value(k), self.value(v)) for k, v in value.items())
-        if isinstance(value, functools.partial):
-            return functools.partial, self.value(value.func), self.value(value.args), self.value(value.keywords)
-        return "object", id(value)
+        return self.values.describe(value)
 
     def enter(self, label: object, tensor: Tensor, find: Find) -> object:
         """Record a tensor, and return its description and the label of an equal tensor of the call."""
@@ -141,15 +133,15 @@ class LayerCall:
         return LayerCall.shape(tensor), self.labels.setdefault(node, label)
 
     def held(self, layer: nn.Module, modules: ModulesOf) -> list[tuple[object, list[object]]]:
-        """Return what the call must not change: the layer's attributes and weights, and other layers' caches."""
-        found: list[object] = []
+        """Return what the call must not change: attributes, weights, other layers' caches, and all else it can read."""
+        found: list[object] = [*self.values.containers]
         for _, module in modules(layer):
-            found += vars(module), module._parameters, module._buffers
+            found += vars(type(module)), vars(module), module._parameters, module._buffers
         for cache in self.caches.values():
             parts = [vars(part) for part in cache.layers]
             found += (part for part in parts if not any(part is own for own, _ in self.places.values()))
             found += vars(cache), cache.layers
-        return [(container, _contents(container)) for container in found]
+        return [(container, contents(container)) for container in found]
 
     def changes(self, held: list[tuple[object, list[object]]]) -> dict[str, object]:
         """Return what the call wrote into its caches.
@@ -158,7 +150,7 @@ class LayerCall:
             Unknown: the call wrote something else.
         """
         for container, before in held:
-            now = _contents(container)
+            now = contents(container)
             if len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
                 raise Unknown
         found: dict[str, object] = {}
@@ -173,12 +165,6 @@ class LayerCall:
         for name, value in changes.items():
             place, _, attribute = name.rpartition(".")
             self.places[place][0][attribute] = value
-
-
-def _contents(container: object) -> list[object]:
-    if isinstance(container, dict):
-        return [*container, *container.values()]
-    return list(container)  # type: ignore[call-overload]
 
 
 def described(
@@ -198,8 +184,8 @@ def described(
     """
     call = LayerCall()
     parts = list(modules(layer))
-    number = _number_of(module for _, module in parts)
-    kinds = [_module(call, path, module, number, find) for path, module in parts]
+    number = call.values.number = _number_of(module for _, module in parts)
+    kinds = [_module(call, path, module, find) for path, module in parts]
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=LayerCall.is_cache)
     given: list[object] = []
     for i, leaf in enumerate(leaves):
@@ -207,10 +193,9 @@ def described(
             given.append(call.enter(("argument", i), leaf, find))
         elif isinstance(leaf, Cache):
             given.append(_cache(call, f"cache {i}", leaf, number, find))
-        else:
-            given.append(call.value(leaf))
-    held += leaves
-    call.key = tuple(kinds), str(spec), tuple(given)
+    collections = tuple(map(call.value, (*args, *kwargs.values())))
+    held += (*leaves, *call.values.kept)
+    call.key = tuple(kinds), str(spec), tuple(given), collections, tuple(call.values.objects.items()), _modes()
     hash(call.key)
     return call
 
@@ -222,27 +207,24 @@ def _number_of(modules: Iterable[nn.Module]) -> int | None:
     return next(iter(found), None)
 
 
-def _module(call: LayerCall, path: str, module: nn.Module, number: int | None, find: Find) -> object:
+def _modes() -> object:
+    """Return the modes of torch in which code computes other nodes."""
+    cast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.get_default_dtype(), tuple(cast)
+
+
+def _module(call: LayerCall, path: str, module: nn.Module, find: Find) -> object:
     own = vars(module)
-    if any(own.get(name) for name in _HOOKS if path) or "forward" in own:
+    if any(own.get(name) for name in HOOKS if path) or "forward" in own:
         raise Unknown
     tensors = [(name, tensor) for part in ("_parameters", "_buffers") for name, tensor in own[part].items()]
     weights = [(name, None if tensor is None else call.enter((path, name), tensor, find)) for name, tensor in tensors]
     rest = tuple(
-        (name, "number" if name in NUMBERS and type(value) is int else _attribute(call, value, number))
+        (name, "number" if name in NUMBERS and type(value) is int else call.value(value))
         for name, value in own.items()
-        if name not in _INNER
+        if name not in PARTS_OF_MODULES
     )
-    return path, type(module), tuple(weights), rest
-
-
-def _attribute(call: LayerCall, value: object, number: int | None) -> object:
-    """Describe an attribute's value, and the entries at the layer's number in the lists of the attribute."""
-    lists = [value] if isinstance(value, (list, tuple)) else []
-    if not isinstance(value, (*_PLAIN, list, tuple, dict, nn.Module, Tensor)) and hasattr(value, "to_dict"):
-        lists = [v for v in vars(value).values() if isinstance(v, (list, tuple))]
-    at = tuple(call.value(v[number]) for v in lists if number is not None and number < len(v))
-    return call.value(value), at
+    return path, type(module), tuple(weights), rest, call.values.class_of(module)
 
 
 def _cache(call: LayerCall, label: str, cache: Cache, number: int | None, find: Find) -> object:

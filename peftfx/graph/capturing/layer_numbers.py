@@ -41,6 +41,7 @@ for _name in (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "lshift", "rshift", "and", "or", "xor"),
     *("radd", "rsub", "rmul", "rtruediv", "rfloordiv", "rmod", "rdivmod", "rpow", "neg", "pos", "abs", "invert"),
     *("eq", "ne", "lt", "le", "gt", "ge", "hash", "bool", "float", "str", "format", "round"),
+    *("int", "trunc", "ceil", "floor", "repr"),
 ):
     setattr(Number, f"__{_name}__", _seen(f"__{_name}__"))
 

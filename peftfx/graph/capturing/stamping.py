@@ -68,6 +68,7 @@ def layers_run_by(runner: RunsLayers) -> Iterator[None]:
 def _replaced(kind: type[nn.Module], runner: RunsLayers) -> Iterator[None]:
     own, original = "forward" in vars(kind), kind.forward
 
+    @functools.wraps(original)
     def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         return runner(self, original, args, kwargs)
 

@@ -12,8 +12,10 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from peftfx.graph.capturing.copied_memory import memories_of_copies, refuse_views
 from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown
 from peftfx.graph.capturing.layer_numbers import ModulesOf, numbered
+from peftfx.graph.written import MEMORY
 
 
 @dataclass
@@ -102,6 +104,7 @@ def _read(
         for name, count in tracer.num_calls.items()
         if name.startswith(f"{path}.") and count != counts.get(name, 0)
     }
+    refuse_views(call, leaves)
     ends = {
         id(leaf): node for leaf in leaves if isinstance(leaf, Tensor) and (node := node_of(tracer, leaf)) is not None
     }
@@ -129,7 +132,11 @@ def _text(tracer: Any, node: fx.Node, places: Mapping[fx.Node, tuple[str, object
     def place(value: object) -> object:
         if not isinstance(value, fx.Node):
             return value
-        return ("size", value.meta["val"].node.expr) if _is_size(value) else places.get(value, ("outer", value.name))
+        if _is_size(value):
+            return "size", value.meta["val"].node.expr
+        if value not in places:  # a tensor that the layer has from elsewhere: another layer may find another there
+            raise Unknown
+        return places[value]
 
     arguments = pytree.tree_map_only(fx.Node, place, (node.args, node.kwargs))
     return node.target, repr(arguments), pytree.tree_map_only(Tensor, LayerCall.shape, node.meta.get("val"))
@@ -179,6 +186,10 @@ def copied_layer(tracer: Any, traced: TracedLayer, call: LayerCall, path: str) -
         if id(leaf) not in fresh:
             fresh[id(leaf)] = _again(tracer, leaf, traced, call, copies)
         leaves.append(fresh[id(leaf)])
+    exits = [(leaf, fresh[id(leaf)]) for leaf in traced.exits]
+    entries = [(node, call.nodes[label]) for label, node in traced.call.nodes.items()]
+    for copy, memory in memories_of_copies(copies, exits, entries):
+        copy.meta[MEMORY] = memory
     result, changes = pytree.tree_unflatten(leaves, traced.spec)
     call.change(changes)
     return result

@@ -17,7 +17,7 @@ from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.graph.rewriter import Cursor, Rewriter
-from peftfx.graph.written import memory_of, written_by
+from peftfx.graph.written import MEMORY, memory_of, written_by
 
 _aten = torch.ops.aten
 _Size = int | SymInt
@@ -26,7 +26,8 @@ _Size = int | SymInt
 def choose_by_indices(graph: fx.Graph) -> None:
     """Replace strided reads, in place, that keep a tensor's first and last axes, and read rows of those between.
 
-    A tensor that is written into after the read keeps it, because the read is a view.
+    A tensor that is written into after the read keeps it, because the read is a view. What the capture has noted of
+    memory is forgotten.
     """
     rewriter, written = Rewriter(graph), dict[int, fx.Node]()
     for node in graph.nodes:
@@ -34,6 +35,8 @@ def choose_by_indices(graph: fx.Graph) -> None:
     for node in list(graph.find_nodes(op="call_function", target=_aten.as_strided.default)):
         if not any(memory in written and written[memory] > node for memory in memory_of(node)):
             _replace(rewriter, node)
+    for node in graph.nodes:
+        node.meta.pop(MEMORY, None)
 
 
 def _replace(rewriter: Rewriter, node: fx.Node) -> None:
