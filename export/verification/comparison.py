@@ -134,7 +134,7 @@ def verify(
             found += told(got, tolerance, parts)
             if unrounded is not None:
                 plain += told(unrounded(feed), tight, 1)
-    _judged(plain, tight, where, "the graph with the adapter's tensors, in torch,")
+    _judged(plain, tight, where, "the graph with the adapter's tensors, in torch, disagrees with the reference")
     return _judged(found, tolerance, where)
 
 
@@ -163,7 +163,10 @@ def _each(
 
 
 def _judged(
-    found: Sequence[Comparison], tolerance: Tolerance, where: str, who: str = "ONNX Runtime"
+    found: Sequence[Comparison],
+    tolerance: Tolerance,
+    where: str,
+    told: str = "ONNX Runtime disagrees with the reference",
 ) -> list[Comparison]:
     """Return the comparisons with their tolerances, and refuse those that differ by more.
 
@@ -178,7 +181,7 @@ def _judged(
     wrong = sorted((c for c in judged if not c.ok), key=_badness, reverse=True)
     if wrong:
         names = len({c.output for c in wrong})
-        what = f"{who} disagrees with the reference in {len(wrong)} of {len(judged)} comparisons"
+        what = f"{told} in {len(wrong)} of {len(judged)} comparisons"
         worst = list({c.output: c for c in reversed(wrong)}.values())[::-1][:WORST]
         lines = "".join(f"\n  {c}" for c in worst)
         more = f"\n  and {names - len(worst)} more outputs" if names > len(worst) else ""
