@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.weight_ops import module_path
 from peftfx.contract.attention import AttentionMethod
+from peftfx.contract.method import settings_of
 from peftfx.contract.placement import AttentionPlacement
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import ADAPTERS
@@ -40,7 +41,9 @@ def join(splicer: Splicer, placement: AttentionPlacement) -> int:
         for name in _layers(heads)
     }
     at = splicer.at(first, first, region)
-    x = at.trace(*_reads(method, params, weights[heads.key]), key=("reads", method.settings), what=named, where=path)
+    x = at.trace(
+        *_reads(method, params, weights[heads.key]), key=("reads", settings_of(method)), what=named, where=path
+    )
     made = {name: _project(splicer, splicer.sites[name], x, first, region) for name in _layers(heads)}
     for index, call in enumerate(site.calls):
         _join_at(splicer, placement, call, index, [made[heads.key], made[heads.value]], params)

@@ -7,6 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from peftfx.contract.completeness import asking, refuse_forward_output
+from peftfx.contract.method import settings_of
 from peftfx.contract.placed import Placements
 from peftfx.contract.placement import PatternPlacement
 from peftfx.errors import PeftfxError
@@ -39,7 +40,7 @@ def apply_at_match(splicer: Splicer, placement: PatternPlacement) -> int:
         users = list(y.users)
         at = splicer.at(y.next, y, region)
         result = at.trace(
-            forward, x, y, *params.values(), key=("match", method.settings, own, names), what=named, where=path
+            forward, x, y, *params.values(), key=("match", settings_of(method), own, names), what=named, where=path
         )
         splicer.replace(y, result, users)
     return len(site.calls)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.acting import Acting, adapted, overlap
+from peftfx.contract.method import settings_of
 from peftfx.contract.placement import WeightPlacement
 from peftfx.graph.graph import ADAPTERS
 from peftfx.passes.rewriting.site_op import bind, one_of_stack, read_beside, weight_and_bias
@@ -58,7 +59,7 @@ def _key(acting: list[Named], op: fx.Node) -> object:
     """Return all that a trace depends on besides its operands."""
     fixed = [a for a in op.args if not isinstance(a, fx.Node)]
     number = one_of_stack(op, acting[0][0].site)
-    return [(p.method.settings, _signature(p), p.block, names) for p, names in acting], op.target, number, fixed
+    return [(settings_of(p.method), _signature(p), p.block, names) for p, names in acting], op.target, number, fixed
 
 
 def _signature(placement: WeightPlacement) -> Site:

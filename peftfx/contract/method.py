@@ -122,12 +122,6 @@ class Method(ABC):
     def __hash__(self) -> int:
         return hash(repr(self))
 
-    @property
-    def settings(self) -> tuple[object, ...]:
-        """The kind of this method and its options, without those that say where it applies: they can list each site."""
-        own = (f.name for f in dataclasses.fields(self) if f.repr and f.name not in PLACING)
-        return type(self).__qualname__, *((name, getattr(self, name)) for name in own)
-
     def at(self, site: Site) -> Self:
         """Return this method as configured for one site. Options that depend on the path are resolved only here."""
         return self
@@ -342,3 +336,9 @@ def has_parameter(module: nn.Module, axes: int) -> bool:
     """Return whether a module has a parameter of at least `axes` axes, or a weight computed from parameters."""
     own = module._parameters.values()
     return hasattr(module, "parametrizations") or any(p is not None and p.ndim >= axes for p in own)
+
+
+def settings_of(method: Method) -> tuple[object, ...]:
+    """Return a method's class and options, without those that say where it applies: these can list each site."""
+    own = (f.name for f in dataclasses.fields(method) if f.repr and f.name not in PLACING)
+    return type(method).__qualname__, *((name, getattr(method, name)) for name in own)
