@@ -76,14 +76,14 @@ class BaseWriter:
         held = self._holders_by_id()
         holders = [(module, leaf)] if untie or old is None else held.pop(id(old))
         for holder, own in holders:
-            self._write(holder._buffers if own in holder._buffers else holder._parameters, own, new)
+            self.put(holder._buffers if own in holder._buffers else holder._parameters, own, new)
         if untie and old is not None:
             held[id(old)] = [other for other in held.get(id(old), ()) if other != (module, leaf)]
         held[id(new)] = holders
         return value.numel() * value.element_size()
 
     def _holders_by_id(self) -> dict[int, list[TensorHolder]]:
-        """Return the modules that hold each parameter and buffer, by its id. They are collected once."""
+        """Return the modules that hold each parameter and buffer, by its id. `assign` keeps them up to date."""
         if self._holders is None:
             self._holders = {}
             for module in self.base.modules():
@@ -93,10 +93,6 @@ class BaseWriter:
 
     def put(self, table: dict[str, Any], key: str, value: object) -> None:
         """Write an entry of a dict that belongs to a module, such as its parameters or attributes."""
-        self._holders = None
-        self._write(table, key, value)
-
-    def _write(self, table: dict[str, Any], key: str, value: object) -> None:
         if self.ledger is None:
             table[key] = value
         else:
@@ -108,6 +104,7 @@ class BaseWriter:
         Nothing then ties other tensors either when the model is loaded again, such as the bias of BERT's head. So each
         of these modules gets a tensor of its own.
         """
+        self._holders = None
         for model in [m for m in self.base.modules() if isinstance(m, PreTrainedModel)]:
             for name, source in model.get_expanded_tied_weights_keys().items():
                 (module, leaf), (other, at) = owner_of(model, name), owner_of(model, source)
@@ -126,6 +123,7 @@ class BaseWriter:
 
         Under the other path the module does not change, or changes in another way.
         """
+        self._holders = None
         names: dict[int, list[str]] = {}
         for path in (p for p in called if has_module(self.base, p)):
             names.setdefault(id(self.base.get_submodule(path)), []).append(path)

@@ -24,20 +24,11 @@ HADAMARD = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
 CORES = frozenset({"hada_t1", "hada_t2"})
 KRONECKER = frozenset(f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
 SCALE = ".dora_scale"
+_CORE = "lora_mid.weight"
 #: Tensors of LyCORIS's other kinds. Their modules are told by name.
 _UNREAD = (
-    *(
-        "lora_mid.weight",
-        "diff",
-        "diff_b",
-        "on_input",
-        "oft_blocks",
-        "oft_diag",
-        "a1.weight",
-        "a2.weight",
-        "b1.weight",
-        "b2.weight",
-    ),
+    *(_CORE, "diff", "diff_b", "on_input", "oft_blocks", "oft_diag"),
+    *("a1.weight", "a2.weight", "b1.weight", "b2.weight"),
 )
 _SUFFIXES = {
     ".lora_down.weight": DOWN,
@@ -57,7 +48,6 @@ _SUFFIXES = {
     ".alpha": ALPHA,
     **{f".{name}": name for name in (*HADAMARD, *CORES, *KRONECKER, *_UNREAD)},
 }
-_CORE = ".lora_mid.weight"
 #: Layers of an attention in the names of diffusers' attention processors.
 _PROCESSOR = (
     (re.compile(r"\.processor(?=\.to_)"), ""),
@@ -82,8 +72,8 @@ def read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def without_cores(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors with the core of each conv's LoRA in its A: `lora_mid`, [r, r, kernel], between 1x1 convs."""
     found = dict(tensors)
-    for key in [key for key in tensors if key.endswith(_CORE)]:
-        core, down = found[key], found.get(other := f"{key.removesuffix(_CORE)}.lora_down.weight")
+    for key in [key for key in tensors if key.endswith(f".{_CORE}")]:
+        core, down = found[key], found.get(other := f"{key.removesuffix(_CORE)}lora_down.weight")
         if down is not None and core.ndim > 2 and len(down) == core.shape[1]:
             found[other] = torch.einsum("rs...,si->ri...", core, down.flatten(1))
             del found[key]

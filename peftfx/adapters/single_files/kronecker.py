@@ -20,8 +20,8 @@ def is_kronecker(names: Collection[str]) -> bool:
 
 def kronecker_config(
     own: Mapping[str, Mapping[str, Tensor]], modules: Mapping[str, nn.Module], path: str
-) -> dict[str, object]:
-    """Return HF PEFT's config of a LoKr, without its places.
+) -> tuple[dict[str, int], dict[str, float], dict[str, object]]:
+    """Return the rank and the alpha of each module, and HF PEFT's other options of a LoKr.
 
     LyCORIS scales an update by `alpha / r`; by 1 if neither factor is a product, for it has no rank then.
 
@@ -39,17 +39,12 @@ def kronecker_config(
         place: float(parts[ALPHA]) if ALPHA in parts and parts.keys() & {W1B, W2B} else float(ranks[place])
         for place, parts in own.items()
     }
-    r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    return {
-        "peft_type": "LOKR",
-        "r": r,
-        "alpha": alpha,
-        "rank_pattern": {place: n for place, n in ranks.items() if n != r},
-        "alpha_pattern": {place: a for place, a in alphas.items() if a != alpha},
+    options: dict[str, object] = {
         "decompose_both": any(W1A in parts for parts in own.values()),
         "decompose_factor": _factor([pair for pairs in sizes.values() for pair in pairs], path),
         "use_effective_conv2d": any(T2 in parts for parts in own.values()),
     }
+    return ranks, alphas, options
 
 
 def _sizes(parts: Mapping[str, Tensor], module: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -163,11 +163,13 @@ def _config(own: Mapping[str, Parts], modules: Mapping[str, nn.Module], path: Pa
         PeftfxError: one adapter of HF PEFT cannot be all of it.
     """
     lora = _all_or_none(own, DOWN, path)
-    if any(parts.keys() & KRONECKER for parts in own.values()):
+    products = any(parts.keys() & KRONECKER for parts in own.values())
+    if products:
         _all_or_none(own, "hada_w1_b", path)
-        return kronecker_config(own, modules, str(path)) | {"target_modules": _targets(own, modules)}
-    ranks = {place: len(parts[DOWN] if lora else parts["hada_w1_b"]) for place, parts in own.items()}
-    alphas = {place: float(parts[ALPHA]) if ALPHA in parts else float(ranks[place]) for place, parts in own.items()}
+        ranks, alphas, options = kronecker_config(own, modules, str(path))
+    else:
+        ranks = {place: len(parts[DOWN] if lora else parts["hada_w1_b"]) for place, parts in own.items()}
+        alphas = {place: float(parts[ALPHA]) if ALPHA in parts else float(ranks[place]) for place, parts in own.items()}
     r, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     config: dict[str, object] = {
         "r": r,
@@ -175,6 +177,8 @@ def _config(own: Mapping[str, Parts], modules: Mapping[str, nn.Module], path: Pa
         "rank_pattern": {place: n for place, n in ranks.items() if n != r},
         "alpha_pattern": {place: a for place, a in alphas.items() if a != alpha},
     }
+    if products:
+        return {"peft_type": "LOKR", "alpha": alpha, **options, **config}
     if not lora:
         cores = any(parts.keys() >= CORES for parts in own.values())
         return {"peft_type": "LOHA", "alpha": alpha, "use_effective_conv2d": cores, **config}
