@@ -23,6 +23,7 @@ from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
+from peftfx.export.verification.cases import named_tensors
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
@@ -38,7 +39,9 @@ from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
+from peftfx.views.forward_axes import ALONG_IMAGES
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
+from peftfx.views.view import name_axes
 
 _ELSE = "export it merged, or with --swappable --view forward"
 _SOFT = (("", PREFIX), ("", SLOT_PROMPT))  #: the places of soft prompts
@@ -81,7 +84,12 @@ class Batched(Deployment):
                     graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
                     refuse_fixed(graph, rowwise.axes)
                     part = GraphPart(file, rowwise, graph, graph)
-                graph = by_row(part.graph).graph
+                try:
+                    graph = by_row(part.graph).graph
+                except PeftfxError:
+                    if not any(ALONG_IMAGES in map(str, spec.shape) for spec in part.graph.inputs):
+                        raise
+                    graph = by_row(_paired(adapted, inputs, prompts)).graph
                 parts.append(dataclasses.replace(part, graph=graph, exported=graph))
         return parts
 
@@ -171,10 +179,23 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
         raise PeftfxError(what, type(adapted.base).__name__, _ELSE) from error
     if prompts is None:
         return part
-    example = adapted.example if inputs is None else inputs
-    rows = next(value.shape[0] for value in example.values() if isinstance(value, Tensor))
-    graph = adapted.graphs.captured({**example, IDS: torch.full((rows,), -1)}, prompts)
+    graph = adapted.graphs.captured(_example(adapted, inputs, prompts), prompts)
     return dataclasses.replace(part, graph=graph, exported=graph)
+
+
+def _paired(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> Graph:
+    """Capture the forward with one image for each text: the image encoder's adapters are those of the image's row."""
+    example = _example(adapted, inputs, prompts)
+    return adapted.graphs.capture_with(example, name_axes(named_tensors(example)), prompts)
+
+
+def _example(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> Inputs:
+    """Return the inputs of a call, with adapters' numbers if rows have virtual tokens."""
+    example = adapted.example if inputs is None else inputs
+    if prompts is None:
+        return example
+    rows = next(value.shape[0] for value in example.values() if isinstance(value, Tensor))
+    return {**example, IDS: torch.full((rows,), -1)}
 
 
 def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
@@ -194,7 +215,7 @@ def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
             for name, value in alone[number](rest).items():
                 own = found[name][tuple(slice(size) for size in value.shape)]
-                rows = (*(slice(None) for _ in range(along.get(name, 0))), ids == number)
+                rows = (*(slice(None) for _ in range(along[name])), ids == number) if name in along else ...
                 own[rows] = value[rows]
         return found
 
@@ -202,9 +223,9 @@ def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
 
 
 def _rows_in_outputs(graph: Graph) -> dict[str, int]:
-    """Return the axis along the rows of the batch, by the names of outputs that have it behind another axis.
+    """Return the axis along the rows of the batch, by the names of outputs. Features of images may have none.
 
-    Such are the products of all images with all texts.
+    It is behind another axis in the products of all images with all texts.
     """
     placeholders = [node for node in graph.nodes() if node.op == "placeholder"]
     numbered = next(i for i, spec in enumerate(graph.inputs) if spec.name == IDS)
@@ -214,7 +235,7 @@ def _rows_in_outputs(graph: Graph) -> dict[str, int]:
         name: value.meta["val"] for name, value in zip(graph.outputs, values, strict=True) if hasattr(value, "meta")
     }
     sizes = {name: [*map(str, value.shape)] for name, value in made.items() if isinstance(value, Tensor)}
-    return {name: own.index(rows) for name, own in sizes.items() if rows in own[1:] and own[0] != rows}
+    return {name: own.index(rows) for name, own in sizes.items() if rows in own}
 
 
 def _alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], example: Inputs) -> Reference:

@@ -11,7 +11,7 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
-from peftfx.views.finding.image_forward import ALONG_IMAGES
+from peftfx.views.forward_axes import ALONG_IMAGES
 from peftfx.views.view import View
 
 

@@ -28,7 +28,7 @@ _TRANSPOSES = {aten.transpose.int, aten.permute.default}
 _PADDED_CONVS = {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
-_PUTS = {aten.index_put.default: aten.masked_scatter.default, aten.index_put_.default: aten.masked_scatter_.default}
+_PUTS = {aten.index_put.default, aten.index_put_.default}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -113,7 +113,7 @@ def _pad(rewriter: Rewriter, node: fx.Node) -> None:
 
 
 def _scatter(rewriter: Rewriter, node: fx.Node) -> None:
-    """Write rows at the places of one mask by `masked_scatter`, whose translation can write none too."""
+    """Write rows at the places of one mask by `place_rows`, whose translation refuses any other number of rows."""
     x, indices, values, *more = node.args
     mask = indices[0] if isinstance(indices, list | tuple) and len(indices) == 1 else None
     if any(more) or not isinstance(mask, fx.Node) or not isinstance(values, fx.Node) or not isinstance(x, fx.Node):
@@ -123,10 +123,13 @@ def _scatter(rewriter: Rewriter, node: fx.Node) -> None:
         return
     if rows.shape[1:] != own.shape[place.ndim :] or statically_known_true(rows.shape[0] == 1):  # values are repeated
         return
+    if node.target is aten.index_put.default:
+        rewriter.update(node, torch.ops.peftfx.place_rows.default, x, mask, values)
+        return
     at = rewriter.before(node)
     for _ in range(own.ndim - place.ndim):
         mask = at.call(aten.unsqueeze.default, mask, -1)
-    rewriter.update(node, _PUTS[node.target], x, mask, values)  # type: ignore[index]
+    rewriter.update(node, aten.masked_scatter_.default, x, mask, values)
 
 
 def _make_contiguous(rewriter: Rewriter, node: fx.Node) -> None:

@@ -13,6 +13,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, completed
 from peftfx.graph.graph import TensorSpec, path_name
 from peftfx.model.adapted import AdaptedModel
+from peftfx.views.forward_axes import ALONG_IMAGES
 
 PROBE_SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},
@@ -60,16 +61,22 @@ def case_of(
 
 
 def _made(base: nn.Module, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    text = {name: size for name, size in sizes.items() if name in PROBE_SIZES[0]}
+    text = {name: size for name, size in sizes.items() if name in PROBE_SIZES[0] or name == ALONG_IMAGES}
     if "sequence" in text:
-        text["sequence"] -= _pieces(base)
+        text["sequence"] -= _pieces(base) * _images_in_text(text)
     return example_inputs(base, sizes=text, seed=seed)
 
 
 def _with_pieces(base: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, int]:
-    """Return the sizes, with room in the text for all tokens that stand for pieces of an image."""
-    least = _pieces(base) + 1
+    """Return the sizes, with room in the text for all tokens that stand for pieces of images."""
+    least = _pieces(base) * _images_in_text(sizes) + 1
     return {name: max(size, least) if name == "sequence" else size for name, size in sizes.items()}
+
+
+def _images_in_text(sizes: Mapping[str, int]) -> int:
+    """Return how many images the text with most of them has, as `example_inputs` deals them out."""
+    batch = sizes.get("batch", 1)
+    return -(-sizes.get(ALONG_IMAGES, batch) // batch)
 
 
 def _pieces(base: nn.Module) -> int:
@@ -105,12 +112,16 @@ def sizes_of_one(own: Mapping[str, int], relations: Sequence[Condition]) -> Iter
 
 
 def varied_sizes(own: Mapping[str, int], relations: Sequence[Condition]) -> Iterator[dict[str, int]]:
-    """Yield sizes for axes without usual sizes: one and two more than the example's, or what follows from others."""
+    """Yield sizes for axes without usual sizes: one and two more than the example's, or what follows from others.
+
+    They are not the batch's: where images are counted apart from texts, there are more of them, and then fewer.
+    """
     free = [axis for axis in own if axis not in completed(relations, PROBE_SIZES[0])]
-    for i in (1, 2) if free else ():
+    for i, beside in ((1, 1), (2, -1)) if free else ():
         sizes = dict(PROBE_SIZES[i])
         for axis in free:
-            sizes = completed(relations, {axis: own[axis] + i, **sizes})
+            size = own[axis] + i
+            sizes = completed(relations, {axis: size + beside if size == sizes["batch"] else size, **sizes})
         yield sizes
 
 

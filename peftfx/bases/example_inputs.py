@@ -44,15 +44,16 @@ def example_inputs(
             read.
         task: the task; by default the task of the model's class.
         sizes: the sizes `batch`, `sequence`, `decoder_sequence`, `choices`, `height` and `width` that differ from
-            `_SIZES`, and from the image size in the config, or else in the model's processor file. If the batch has
-            several rows and the text is long enough, the last row is padded on the right.
+            `_SIZES`, and from the image size in the config, or else in the model's processor file; and `images`, the
+            number of images in all texts of a model that reads images in texts, by default one for each text. If the
+            batch has several rows and the text is long enough, the last row is padded on the right.
         labels: add labels, so that the model computes a loss.
         seed: the seed of the random values.
 
     Raises:
         PeftfxError: the model is not a transformers model, takes an unknown input, or takes no labels.
     """
-    unknown = set(sizes or ()) - {*_SIZES, "height", "width"}
+    unknown = set(sizes or ()) - {*_SIZES, "height", "width", "images"}
     if unknown:
         name = min(unknown)
         raise PeftfxError(
@@ -103,7 +104,7 @@ class _Maker:
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        made = {} if self.image is None else repeated(self.image, self.sizes["batch"], self._floats)
+        made = {} if self.image is None else repeated(self.image, self._images, self._floats)
         if "input_ids" in self.accepted:
             made |= self._prompts_to_choose() if self.task == CHOOSING else self._prompt(self.sizes["batch"])
         made |= image_masks(self.model, self.accepted, made)
@@ -121,6 +122,11 @@ class _Maker:
         elif self.image is None and "input_ids" in made and self.task != CHOOSING:
             made = self._with_codes(made)
         return made
+
+    @property
+    def _images(self) -> int:
+        """How many images a call has."""
+        return self.sizes.get("images", self.sizes["batch"])
 
     def _with_codes(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put codes of several codebooks, without padding, in place of tokens, for a model that reads such."""
@@ -174,10 +180,12 @@ class _Maker:
         return {name: value.unflatten(0, rows) for name, value in self._prompt(rows[0] * rows[1]).items()}
 
     def _prompt(self, batch: int) -> dict[str, Tensor]:
-        """Make the text: image tokens first if the prompt holds the image, and padding last."""
+        """Make the text: image tokens first if the prompt holds images, and padding last."""
         length = self.sizes["sequence"]
-        image, images = (None, 0) if self.image is None else self._image_tokens()
-        ids = torch.cat([torch.full((batch, images), image or 0), self._ids((batch, length))], dim=1)
+        image, pieces = (None, 0) if self.image is None else self._image_tokens()
+        places = self._places(batch, length, pieces)
+        ids = torch.full(places.shape, image or 0)
+        ids[~places] = self._ids((int((~places).sum()),))
         mask = torch.ones_like(ids)
         if batch > 1 and length > 3 and "attention_mask" in self.accepted:
             mask[-1, -2:] = 0
@@ -191,22 +199,37 @@ class _Maker:
         if BOXES in self.accepted:
             most = number_of(self.text, "max_2d_position_embeddings", 1000)
             made[BOXES] = random_boxes(tuple(ids.shape), most, self.random)
-        if images and PLACES in self.accepted:
-            made[PLACES] = (torch.arange(ids.shape[1]) < images).long().repeat(batch, 1)
+        if pieces and PLACES in self.accepted:
+            made[PLACES] = places.long()
         if "token_type_ids" in self.accepted and number_of(self.text, "type_vocab_size", 0) > 1:
             made["token_type_ids"] = (torch.arange(ids.shape[1]) > ids.shape[1] // 2).long().repeat(batch, 1)
-        if images and MODALITIES in self.accepted:
+        if pieces and MODALITIES in self.accepted:
             made[MODALITIES] = ids.eq(image or 0).long()
-        if images and TYPES in self.accepted and makes_masks(self.model):
+        if pieces and TYPES in self.accepted and makes_masks(self.model):
             made[TYPES] = prompt_types(self.model, ids.eq(image or 0))
         return made
+
+    def _places(self, batch: int, length: int, pieces: int) -> Tensor:
+        """Return which tokens of rows with `length` tokens of text stand for pieces of images, bool[batch, all].
+
+        The first rows have an image more than others, and text in its place where the others have none. A token of text
+        is between two images if there are enough.
+        """
+        count = batch if self.task == CHOOSING else self._images
+        most = -(-count // batch)
+        places = torch.zeros(batch, length + most * pieces, dtype=torch.bool)
+        apart = pieces + (length > most + 2)
+        for row in range(batch):
+            for n in range(count // batch + (row < count % batch)):
+                places[row, n * apart : n * apart + pieces] = True
+        return places
 
     def _prompt_of_part(self, part: str) -> dict[str, Tensor]:
         """Make the text that a part of the model reads, such as a Q-Former, by the vocabulary in the part's config."""
         vocabulary = first_of(getattr(self.config, f"{part}_config", None), "vocab_size")
         if not isinstance(vocabulary, int):
             return {}
-        ids = self._integers((self.sizes["batch"], self.sizes["sequence"]), vocabulary)
+        ids = self._integers((self._images, self.sizes["sequence"]), vocabulary)
         made = {f"{part}{_PART}": ids, f"{part}_attention_mask": torch.ones_like(ids)}
         return {name: value for name, value in made.items() if name in self.accepted}
 

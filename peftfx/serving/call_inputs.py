@@ -103,6 +103,38 @@ _DEFAULTS: Mapping[str, tuple[Callable[[Tensor], Tensor], str]] = {
 }
 
 
+def why_refused(
+    error: Exception, limits: str, axes: Mapping[str, Sequence[int | str]], given: Mapping[str, Tensor]
+) -> tuple[str, str]:
+    """Say what is wrong with a call that a graph does not take, and what to do.
+
+    Args:
+        error: what ONNX Runtime raises.
+        limits: the conditions of the export on sizes, as its metadata tells them.
+        axes: the axes of the graph's inputs.
+        given: the inputs of the call.
+    """
+    shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in given.items())
+    outside, uneven = _OUTSIDE.search(str(error)), _UNEVEN.search(str(error))
+    if outside and (rows := int(outside["last"]) + 1) > 1:  # a table of one row is a check of the graph
+        what = f"the inputs ask for row {outside['row']} of a table of {rows} rows, in {outside['node']}"
+        return what, f"give a shorter text, or other numbers: {shapes}"
+    if unfit := unfit_size(limits, axes, given):
+        return unfit, f"the inputs are {shapes}"
+    if uneven:
+        what = f"the text has {uneven['places']} tokens of images or sounds, and these have {uneven['rows']} features"
+        return what, f"give the text and the rest of one call of the model's processor: {shapes}"
+    return f"ONNX Runtime refuses these inputs: {first_line(error)}", f"the inputs are {shapes}"
+
+
+#: What ONNX Runtime says of an index that is outside a tensor.
+_OUTSIDE = re.compile(
+    r"Name:'(?P<node>[^']*)'.*idx=(?P<row>-?\d+) must be within the inclusive range \[-?\d+,(?P<last>\d+)\]", re.DOTALL
+)
+#: What it says of rows that are written into another number of places.
+_UNEVEN = re.compile(r"ScatterND.* shape: \{(?P<rows>\d+),\d+\}, indices shape: \{(?P<places>\d+),[23]\}", re.DOTALL)
+
+
 def unfit_size(limits: str, axes: Mapping[str, Sequence[int | str]], given: Mapping[str, Tensor]) -> str:
     """Say which size of a call a graph does not take; empty if none is known.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,16 +15,12 @@ import torch
 from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_file, is_folder
 from peftfx.formats import SIZES_KEY
-from peftfx.serving.call_inputs import unfit_size
+from peftfx.serving.call_inputs import why_refused
 from peftfx.serving.providers import Provider, chosen_providers, refuse_fallback
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy lacks, and what replaces them
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-
-#: What ONNX Runtime says of an index that is outside a tensor.
-_OUTSIDE = re.compile(
-    r"Name:'(?P<node>[^']*)'.*idx=(?P<row>-?\d+) must be within the inclusive range \[-?\d+,(?P<last>\d+)\]", re.DOTALL
-)
+_LONG = 400  #: the longest list of conditions in a message: some models have a number for each piece of an image
 
 
 class _Kept(threading.local):
@@ -169,16 +164,10 @@ class OnnxModel:
 
     def refused(self, tensors: Mapping[str, torch.Tensor], error: Exception) -> PeftfxError:
         """Return the error for a call that fails, with the conditions that the export has put on calls."""
-        shapes = ", ".join(f"{n}: {str(t.dtype)[6:]}{list(t.shape)}" for n, t in tensors.items())
         limits = self.metadata.get(SIZES_KEY, "")
-        told = f"the export is right where: {limits}; " if limits else ""
-        outside = _OUTSIDE.search(str(error))
-        if outside and (rows := int(outside["last"]) + 1) > 1:  # a table of one row is a check of the graph
-            what = f"the inputs ask for row {outside['row']} of a table of {rows} rows, in {outside['node']}"
-            return PeftfxError(what, str(self.path), f"{told}give a shorter text, or other numbers: {shapes}")
-        unfit = unfit_size(limits, self.axes, tensors)
-        what = unfit or f"ONNX Runtime refuses these inputs: {first_line(error)}"
-        return PeftfxError(what, str(self.path), f"{told}the inputs are {shapes}")
+        what, hint = why_refused(error, limits, self.axes, tensors)
+        told = f"; the export is right where: {limits[:_LONG]}{' ...' * (len(limits) > _LONG)}" if limits else ""
+        return PeftfxError(what, str(self.path), hint + told)
 
     def _check(self, tensors: Mapping[str, torch.Tensor]) -> None:
         slots = self.slots

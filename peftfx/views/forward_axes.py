@@ -1,16 +1,19 @@
 """The axes of a forward's inputs: those of `view.name_axes`, with images or sounds counted apart from texts.
 
 A model of two encoders, such as CLIP, compares each text with each image. Its texts and its images are of any numbers:
-one image and the names of ten classes, for example. Other models pair them: a caption for each image.
+one image and the names of ten classes, for example. A model that writes encoded images into embedded text takes any
+number of images in each text. Other models pair them: a caption for each image.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from peftfx.bases.processors.readers import ENCODE
 from peftfx.errors import raise_if_memory_is_out
 from peftfx.graph.graph import path_name
 from peftfx.views.dry_run import fake_run
@@ -19,6 +22,7 @@ from peftfx.views.view import Axes, name_axes
 #: Inputs with a row for each text.
 _OF_TEXTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
 _EXTRACTS = "get_{}_features"  #: the method of a class that encodes one side by itself
+ALONG_IMAGES = "images"  #: the axis along images that are written into texts
 _SIDES = {"image": "image_batch", "video": "image_batch", "audio": "audio_batch"}
 
 
@@ -35,13 +39,26 @@ def axes_of_forward(model: nn.Module, inputs: Mapping[str, object]) -> Axes:
     """
     leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
     axes = name_axes({path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)})
-    side = next((axis for name, axis in _SIDES.items() if hasattr(model, _EXTRACTS.format(name))), None)
-    if side is None or not hasattr(model, _EXTRACTS.format("text")):
-        return axes
     if "input_ids" not in inputs or inputs.get("return_loss"):
         return axes
-    apart = {name: (side, *own[1:]) for name, own in axes.items() if name not in _OF_TEXTS and own[:1] == ("batch",)}
+    side, names = _compared(model, axes) or _written(model, axes)
+    apart = {name: (side, *axes[name][1:]) for name in names if axes[name][:1] == ("batch",)}
     return {**axes, **apart} if apart and _takes_another_number(model, inputs, apart) else axes
+
+
+def _compared(model: nn.Module, axes: Axes) -> tuple[str, list[str]] | None:
+    """Return the axis along images or sounds of a model that compares them with texts, and the inputs that have it."""
+    side = next((axis for name, axis in _SIDES.items() if hasattr(model, _EXTRACTS.format(name))), None)
+    if side is None or not hasattr(model, _EXTRACTS.format("text")):
+        return None
+    return side, [name for name in axes if name not in _OF_TEXTS]
+
+
+def _written(model: nn.Module, axes: Axes) -> tuple[str, list[str]]:
+    """Return the axis along images of a model that writes them into texts, and the inputs of its image encoder."""
+    encode = getattr(getattr(model, "base_model", None), ENCODE, None)
+    taken = () if encode is None else inspect.signature(encode).parameters
+    return ALONG_IMAGES, [name for name in axes if name in taken]
 
 
 def _takes_another_number(model: nn.Module, inputs: Mapping[str, object], apart: Axes) -> bool:

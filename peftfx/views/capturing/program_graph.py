@@ -25,6 +25,7 @@ from peftfx.graph.places import name_places
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
+from peftfx.views.capturing.counted_places import write_counted
 from peftfx.views.capturing.no_grad_regions import inline_no_grad
 from peftfx.views.capturing.strided import choose_by_indices
 from peftfx.views.decode import PRESENT
@@ -69,6 +70,7 @@ def as_graph(
     concatenate_filled(graph)
     count_from_start(graph)
     choose_by_indices(graph)
+    write_counted(graph)
     squeezes = [_not_one(node, size) for node, size in keep_free_axes(graph)]
     constants = _move_constants(module, model)
     ran = called_modules(module)

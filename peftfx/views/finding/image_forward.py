@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.readers import ENCODE, ENCODED_IMAGES, takes_encoded
-from peftfx.bases.processors.token_types import MODALITIES, TYPES, prompt_types
+from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.graph.batching.run import run_for_several
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.graph import BASE, Graph
@@ -30,10 +30,11 @@ from peftfx.options import FORWARD
 from peftfx.views.decode import positions
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.image_positions import ImagePositions
+from peftfx.views.forward_axes import ALONG_IMAGES
 from peftfx.views.images.encoded import Images, output_of_text
 from peftfx.views.view import Axes, RunView
 
-ALONG_IMAGES, ALONG_PATCHES = "images", "patches"  #: the axis along images, and along what an image has several of
+ALONG_PATCHES = "patches"  #: the axis along what an image has several of
 _TEXT = ("batch", "sequence")
 
 
@@ -104,45 +105,21 @@ class ForwardWithImages:
         )
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Return texts with random images: one at the start of each row, or, if there are not as many images as rows,
-        as many in a row as fit, with tokens between them.
-        """
+        """Return texts with random images, as `example_inputs` deals them out to the rows."""
         wanted = dict(sizes or {"batch": 2, "sequence": self.pieces + 7})
         batch = wanted.get("batch", 2)
         per = {self._axis(name): shape[0] for name, shape in self._shapes.items()}
         known = [size // per[axis] for axis, size in wanted.items() if axis in per]
         count = max(1, known[0]) if known else batch
-        least = self.pieces + 1 if count == batch else -(-count // batch) * (self.pieces + 1) + 4
-        length = max(wanted.get("sequence", 0), least)
-        made = example_inputs(base, sizes={"batch": batch, "sequence": length - self.pieces}, seed=seed)
-        if count != batch:
-            made = self._placed(base, made, count, seed)
+        most = -(-count // batch)
+        text = max(wanted.get("sequence", 0) - most * self.pieces, 1 if count == batch else most + 4)
+        made = example_inputs(base, sizes={"batch": batch, "sequence": text, "images": count}, seed=seed)
         found = {name: made[name] for name in made if name not in (TYPES, MODALITIES) or name in self.types}
         if self._takes_positions:
             with unset_fake_temporarily():
                 own = positions(found["attention_mask"])
                 found[POSITIONS] = torch.stack([own // (n + 1) for n in range(self.images.sections)])
         return found
-
-    def _placed(self, base: nn.Module, made: dict[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
-        """Return the arguments with another number of images, each behind a token of text."""
-        length = made["input_ids"].shape[1]
-        batch = made["input_ids"].shape[0]
-        images = example_inputs(base, sizes={"batch": count}, seed=seed)
-        text = example_inputs(base, sizes={"batch": batch, "sequence": length}, seed=seed + 1)
-        with unset_fake_temporarily():
-            of_text = [name for name, value in made.items() if value.shape[:2] == (batch, length)]
-            found = {**images, **{name: text[name][:, self.pieces :].clone() for name in of_text}}
-            ids, each = found["input_ids"], self.pieces + 1
-            room = (length - 4) // each
-            for row in range(batch):
-                for place in range(min(room, count - room * row)):
-                    ids[row, 1 + place * each : (place + 1) * each] = self.images.token
-            if MODALITIES in found:
-                found[MODALITIES] = (ids == self.images.token).long()
-            if TYPES in found:
-                found[TYPES] = prompt_types(base, ids == self.images.token)
-        return {name: found[name] for name in made}
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0

@@ -1,0 +1,138 @@
+"""Models that write encoded images into embedded text: a text has any number of them, and a token for each feature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime as ort
+import peft
+import pytest
+import torch
+from every_model.checks import build
+from support.adapted import randomise
+from support.few import but_for
+from torch import Tensor
+
+import peftfx
+from peftfx import PeftfxError
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.export import OnnxModel
+from peftfx.views.forward_axes import axes_of_forward
+
+TASK = "image-text-to-text"
+OF_TEXTS = r".*language_model.*\.(q_proj|v_proj)"
+
+
+def saved(kind: str, directory: Path, targets: str = "all-linear", alpha: int = 8) -> peft.PeftModel:
+    made = peft.get_peft_model(build(TASK, kind), peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=targets))
+    randomise(made.eval())
+    made.save_pretrained(str(directory))
+    return made
+
+
+def call(model: peftfx.AdaptedModel, texts: int, images: int, length: int = 6) -> dict[str, Tensor]:
+    return example_inputs(model.base, sizes={"batch": texts, "sequence": length, "images": images}, seed=images)
+
+
+def hold(want: peft.PeftModel, served: OnnxModel, inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        expected = want(**inputs).logits
+    shown = inputs.get("decoder_attention_mask", inputs["attention_mask"]).bool()
+    found = served(**inputs)["logits"]
+    shown = shown if shown.shape == found.shape[:2] else torch.ones(found.shape[:2], dtype=torch.bool)
+    torch.testing.assert_close(found[shown], expected[shown], atol=3e-5, rtol=3e-4)
+
+
+KINDS = ("gemma3", "internvl", "paligemma", "chameleon", "fuyu", "florence2", "kosmos-2", "aya_vision", "blip-2")
+
+
+@pytest.mark.parametrize("kind", but_for({"gemma3"}, KINDS))
+def test_a_text_has_any_number_of_images(kind: str, tmp_path: Path) -> None:
+    want = saved(kind, tmp_path / "adapter")
+    model = peftfx.load(build(TASK, kind), tmp_path / "adapter")
+    model.export(tmp_path / "out", view="forward")
+    served = OnnxModel(tmp_path / "out")
+    assert served.axes["pixel_values"][0] == "images"
+    for texts, images, length in ((1, 2, 5), (2, 3, 9), (3, 1, 4), (3, 5, 7), (2, 2, 6), (1, 1, 3)):
+        hold(want, served, call(model, texts, images, length))
+
+
+def test_an_example_deals_images_out_to_its_texts() -> None:
+    base = build(TASK, "gemma3")
+    for texts, images, each in ((2, 3, [2, 1]), (3, 1, [1, 0, 0]), (1, 4, [4]), (2, 2, [1, 1])):
+        made = example_inputs(base, sizes={"batch": texts, "sequence": 8, "images": images})
+        assert made["pixel_values"].shape[0] == images
+        of_images = made["input_ids"] == base.config.image_token_id
+        assert of_images.sum(1).tolist() == [n * 4 for n in each]
+        assert torch.equal(of_images.long(), made["token_type_ids"])
+        assert made["input_ids"].shape[1] == 8 + 4 * max(each)
+        assert not (of_images & ~made["attention_mask"].bool()).any()
+
+
+def test_a_model_that_pairs_texts_with_images_counts_them_together() -> None:
+    model = build(TASK, "git")
+    assert axes_of_forward(model, example_inputs(model))["pixel_values"][0] == "batch"
+
+
+#: How the code compares: by a sum of the mask, by taking what is at the places, or in `index_put` itself.
+@pytest.mark.parametrize("kind", but_for({"gemma3", "gemma4_unified"}, ("gemma3", "gemma4_unified", "kosmos-2")))
+def test_as_many_features_as_tokens(kind: str, tmp_path: Path) -> None:
+    model = peftfx.transform(build(TASK, kind), peftfx.LoRA(r=2))
+    model.export(tmp_path / "out", view="forward")
+    served = OnnxModel(tmp_path / "out")
+    session = ort.InferenceSession(tmp_path / "out" / "model.onnx")  # whoever serves it
+    name, token = ("image_embeds_position_mask", 1) if kind == "kosmos-2" else ("input_ids", 98)
+    for more in (-1, 1):
+        inputs = call(model, 2, 2)
+        own = inputs[name]
+        pieces = int((own == token).sum())
+        if more < 0:
+            own[0, (own[0] == token).nonzero()[0]] = 5 * (kind != "kosmos-2")
+        else:
+            own[0, -1] = token
+        with pytest.raises((ValueError, RuntimeError)), torch.no_grad():
+            model(**inputs)
+        wrong = f"the text has {pieces + more} tokens of images or sounds, and these have {pieces} features"
+        with pytest.raises(PeftfxError, match=wrong):
+            served(**inputs)
+        with pytest.raises(Exception, match="ScatterND"):
+            session.run(None, {n: v.numpy() for n, v in inputs.items() if n in served.inputs})
+        if kind == "gemma3":  # the graph in torch
+            with pytest.raises(RuntimeError, match="shape mismatch"):
+                model.graph()(**inputs)
+
+
+def test_a_decoder_takes_as_many_features_as_tokens(tmp_path: Path) -> None:
+    model = peftfx.transform(build(TASK, "gemma3"), peftfx.LoRA(r=2))
+    model.export(tmp_path / "out", view="decode")
+    served, view = OnnxModel(tmp_path / "out"), model.view("decode")
+    assert view is not None
+    inputs = view.inputs(model.base, sizes={"batch": 1, "sequence": 9, "past": 0, "image_tokens": 4}, seed=1)
+    inputs = {name: value for name, value in inputs.items() if name in served.inputs}
+    left = {name: served.axes[name] for name in served.inputs if name not in inputs}
+    pasts = {n: torch.zeros([a if isinstance(a, int) else int(a == "batch") for a in own]) for n, own in left.items()}
+    served(**inputs, **pasts)
+    inputs["input_ids"] = inputs["input_ids"].clone()
+    inputs["input_ids"][0, 2] = 5
+    with pytest.raises(PeftfxError, match="the text has 3 tokens of images or sounds, and these have 4 features"):
+        served(**inputs, **pasts)
+
+
+@pytest.mark.parametrize("targets", [OF_TEXTS, "all-linear"])
+def test_texts_with_images_choose_adapters(targets: str, tmp_path: Path) -> None:
+    models = {name: saved("gemma3", tmp_path / name, targets, alpha) for name, alpha in (("a", 8), ("b", -6))}
+    model = peftfx.load(build(TASK, "gemma3"), tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "b", "b")
+    model.export(tmp_path / "out", batched=["a", "b"])
+    served = OnnxModel(tmp_path / "out")
+    own = (models["b"], build(TASK, "gemma3"), models["a"])
+    for images in (3, 4) if targets == OF_TEXTS else (3,):  # an adapter of the image encoder is that of the image's row
+        inputs = call(model, 3, images)
+        with torch.no_grad():
+            rows = torch.stack([made(**inputs).logits[i] for i, made in enumerate(own)])
+        found = served(**inputs, adapter_ids=torch.tensor([1, -1, 0]))["logits"]
+        shown = inputs["attention_mask"].bool()
+        torch.testing.assert_close(found[shown], rows[shown], atol=3e-5, rtol=3e-4)
+    if targets == "all-linear":
+        with pytest.raises(PeftfxError, match="batch is 4 in one input, and 3 in input_ids"):
+            served(**call(model, 3, 4), adapter_ids=torch.tensor([1, -1, 0]))
