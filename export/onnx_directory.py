@@ -14,6 +14,7 @@ from peftfx.errors import warn
 from peftfx.export.assets import write_configs
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.image_size import chosen_picture, example_of_size
+from peftfx.export.deployment.left_out import warn_of_left_out
 from peftfx.export.deployment.merged_decoder import write_merged_decoder
 from peftfx.export.deployment.parts import sites_view
 from peftfx.export.deployment.serving_mode import in_eval
@@ -124,6 +125,8 @@ def export_onnx(
         pictures_of(picture),
     ):
         work, parts = work.captured()
+        if inputs is None:
+            warn_of_left_out(adapted.base, parts)
         work.count(parts)
         parts = work.rewrite(work.merge(parts))
         parts, programs = work.convert(parts, told_bfloat16=told_bfloat16)

@@ -31,7 +31,8 @@ and of one alone; with images, of two prompts with one image each. Of diffusers 
 for images have. `python tests/models_page.py` writes this page, `pytest -m zoo` runs every check as a test.
 
 **equal** it is. **refused**: an error says why, and nothing is written. **differs**, **crashed**: a fault. Not built:
-the tiny model does not run by itself, or `peft` does not adapt it; it counts nowhere.
+the tiny model does not run by itself, or `peft` does not adapt it; it counts nowhere. What is exported with text alone,
+though its class reads sounds or images beside it, counts as refused: a warning says so.
 
 """
 _ORDER = ("equal", "refused", "differs", "crashed", "not built", "not run")

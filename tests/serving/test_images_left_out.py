@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from peftfx.errors import PeftfxWarning
 from peftfx.export.deployment.parts import sites_view
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.finding.encoder_decoder_layers import find_layers
+
+FURTHER = pytest.mark.further
 
 
 def test_text_is_generated_and_the_images_are_said_to_be_left_out(tmp_path: Path) -> None:
@@ -69,3 +72,27 @@ def test_an_encoder_of_text_is_served_without_the_images_that_its_text_can_have(
     assert given["encoder_attention_mask"].shape == (2, 6)
     assert {value.shape[2] for name, value in given.items() if ".encoder." in name} == {6}
     assert Encoder(layers).inputs(model, sizes=sizes)["input_ids"].shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "view", "told"),
+    [
+        ("text2text-generation", "voxtral", "forward", "sounds are left out, and text alone is served"),
+        ("text2text-generation", "voxtral", "decode", "sounds are left out, and text alone is served"),
+        pytest.param(
+            "image-text-to-text", "kosmos-2.5", "forward", "images are left out, and text alone", marks=FURTHER
+        ),
+        pytest.param(
+            "image-text-to-text", "qwen2_vl", "forward", "videos are left out, and text with images", marks=FURTHER
+        ),
+        ("speech-to-text", "whisper", "forward", ""),
+        ("text-generation", "gemma3_text", "forward", ""),
+    ],
+)
+def test_what_no_graph_takes_beside_a_text_is_said(task: str, kind: str, view: str, told: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", PeftfxWarning)
+        peftfx.export_onnx(build(task, kind), tmp_path / "out", view=view)
+    found = [str(warning.message) for warning in said if "left out" in str(warning.message)]
+    assert len(found) == bool(told)
+    assert not told or found[0].startswith(told)

@@ -1,0 +1,45 @@
+"""What a model's class reads beside text, and no exported graph takes: a warning tells of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from peftfx.bases.processors.recordings import RECORDINGS
+from peftfx.errors import warn
+from peftfx.export.deployment.parts import GraphPart
+from peftfx.options import FORWARD
+
+#: What people call each kind of input, by transformers' word, and the arguments that hold it.
+_KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
+    "image": ("images", frozenset({"pixel_values", "flattened_patches", "image_patches", "pixel_values_images"})),
+    "audio": ("sounds", frozenset({*RECORDINGS, "audio_values"})),
+    "video": ("videos", frozenset({"pixel_values_videos"})),
+}
+
+
+def warn_of_left_out(base: nn.Module, parts: Sequence[GraphPart]) -> None:
+    """Warn of what the model's class reads, and none of its graphs takes. Views of a cache tell of images themselves.
+
+    Args:
+        base: the model.
+        parts: the graphs that it is served by.
+    """
+    taken = {spec.name for part in parts for spec in part.graph.inputs}
+    accepted = set(inspect.signature(base.forward).parameters)
+    modalities = getattr(base, "input_modalities", None) or ()
+    if "input_ids" not in taken or isinstance(modalities, str):
+        return
+    forward = any(part.seen is None or part.seen.name == FORWARD for part in parts)
+    left = [
+        word
+        for kind, (word, names) in _KINDS.items()
+        if kind in modalities and names & accepted and not names & taken and (forward or kind != "image")
+    ]
+    if left:
+        rest = [word for word, names in _KINDS.values() if names & taken]
+        served = f"text with {' and '.join(rest)}" if rest else "text alone"
+        told = " and ".join(left)
+        warn(f"{told} are left out, and {served} is served: peftfx makes no example of them beside a text")
