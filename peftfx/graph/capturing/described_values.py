@@ -11,14 +11,13 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import CellType, FunctionType, ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: The attributes of a module that are described by themselves.
@@ -49,6 +48,7 @@ class DescribedValues:
     containers: list[object] = field(default_factory=list)
     objects: dict[int, object] = field(default_factory=dict)
     kept: list[object] = field(default_factory=list)
+    entered: set[int] = field(default_factory=set)  #: the lists whose entry at the number is described by itself
     open: set[int] = field(default_factory=set)  #: the collections that are being described
 
     def describe(self, value: object, depth: int = 0) -> object:
@@ -74,6 +74,10 @@ class DescribedValues:
         self._object(value, depth)
         return "object", id(value)
 
+    def has_entry(self, container: object) -> bool:
+        """Return whether a list has its entry at the layer's number described by itself."""
+        return type(container) in (list, tuple, deque) and id(container) in self.entered
+
     def _collection(self, value: Collection[object], depth: int) -> object:
         self.kept.append(value)
         if id(value) in self.open or len(value) > _MOST:  # one that holds itself, or a table of something else
@@ -92,8 +96,10 @@ class DescribedValues:
         found = [self.describe(v, depth) for v in value]
         if isinstance(value, (set, frozenset)):
             return type(value), frozenset(found)
-        number = self.number if len(found) >= _FEWEST else None
-        return type(value), tuple(found), *(() if number is None else found[number:][:1])
+        if self.number is None or len(found) < _FEWEST:
+            return type(value), tuple(found)
+        self.entered.add(id(value))
+        return type(value), tuple(found), *found[self.number :][:1]
 
     def _function(self, value: FunctionType, depth: int) -> object:
         self.kept.append(value)
@@ -121,8 +127,6 @@ class DescribedValues:
         self.containers.append(own)
         left_out = PARTS_OF_MODULES if isinstance(value, nn.Module) else ()
         inner = [(name, v) for name, v in own.items() if name not in left_out]
-        if isinstance(value, PreTrainedConfig):
-            inner += _computed(value)
         self.objects[id(value)] = tuple((name, self.describe(v, depth + 1)) for name, v in inner)
 
 
@@ -148,17 +152,6 @@ def _names_of(kind: type) -> tuple[tuple[dict[str, object], str], ...]:
     """Return the names that the code of a class reads, and where they stand."""
     functions = [inspect.unwrap(v) for k in _classes(kind) for v in vars(k).values() if isinstance(v, FunctionType)]
     return tuple((f.__globals__, n) for f in functions for n in f.__code__.co_names if n in f.__globals__)
-
-
-def _computed(config: PreTrainedConfig) -> list[tuple[str, object]]:
-    """Return the lists that a config's class makes of its fields, such as a kind for each layer."""
-    found: list[tuple[str, object]] = []
-    own = type(config).__mro__[: type(config).__mro__.index(PreTrainedConfig)]
-    for name in (n for k in own for n, v in vars(k).items() if isinstance(v, property)):
-        with suppress(Exception):  # one that does not fit this config
-            value = getattr(config, name)
-            found += [(name, value)] if isinstance(value, (list, tuple)) else []
-    return found
 
 
 def contents(container: object) -> list[object]:
