@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -29,6 +30,14 @@ HELD = SimpleNamespace(scale=1.0, mean=torch.zeros(()))
 OUTSIDE: dict[str, Any] = {}
 LONG = [*SCALES, *[3.0] * 1000]
 NAMED = {f"layer {i}": scale for i, scale in enumerate(SCALES)}
+
+
+SCALE: ContextVar[float] = ContextVar("SCALE", default=1.0)
+STATE = SimpleNamespace(scale=1.0)
+
+
+class Outer:
+    scales: ClassVar = [1.0]
 
 
 class Turned(list[float]):
@@ -56,6 +65,14 @@ class Layer(nn.Module):
         self.linear = nn.Linear(4, 4)
         self.notes: list[Tensor] = []
         self.stats: dict[str, Any] = {"mean": 0.0}
+
+    @property
+    def stated(self) -> float:
+        return STATE.scale
+
+    @staticmethod
+    def within() -> float:
+        return sum(scale for scale in Outer.scales[-1:])
 
     @property
     def made(self) -> list[float]:
@@ -99,6 +116,16 @@ def with_held(layers: Sequence[Layer], x: Tensor) -> Tensor:
         HELD.scale = scale
         x = layer(x, HELD)
     return x
+
+
+def with_each(give: Callable[[float], object]) -> Run:
+    def run(layers: Sequence[Layer], x: Tensor) -> Tensor:
+        for layer, scale in zip(layers, SCALES, strict=True):
+            give(scale)
+            x = layer(x)
+        return x
+
+    return run
 
 
 def with_function(layers: Sequence[Layer], x: Tensor) -> Tensor:
@@ -172,6 +199,10 @@ def entry_at(scales: Sequence[float], index: int) -> float:
     return scales[index]
 
 
+def of_context() -> float:
+    return SCALE.get()
+
+
 def in_a_text(layer: Layer, y: Tensor, given: Any) -> float:
     return NAMED[f"layer {layer.layer_idx}"]
 
@@ -220,6 +251,10 @@ CASES: dict[str, Stack] = {
     "what a function encloses": Stack(lambda s, y, g: g(y), with_function),
     "an object that is given": Stack(lambda s, y, g: g.scale, with_held),
     "an object that it holds": Stack(lambda s, y, g: s.held.scale, with_held, held=HELD),
+    "an object by name": Stack(lambda s, y, g: s.stated, with_each(lambda scale: setattr(STATE, "scale", scale))),
+    "a list of another class": Stack(lambda s, y, g: s.within(), with_each(Outer.scales.append)),
+    "a context variable": Stack(lambda s, y, g: SCALE.get(), with_each(SCALE.set)),
+    "a context variable in a function": Stack(lambda s, y, g: of_context(), with_each(SCALE.set)),
     "a tensor of an object": Stack(lambda s, y, g: g.mean, with_mean(lambda t: setattr(HELD, "mean", t))),
     "a tensor of nobody's": Stack(lambda s, y, g: OUTSIDE["mean"], with_mean(lambda t: OUTSIDE.update(mean=t))),
     "writes into its class": Stack(counted, plain),
