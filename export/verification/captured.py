@@ -38,6 +38,14 @@ def tensors_in(output: object) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def gives_nan(value: Tensor, case: Mapping[str, Tensor]) -> bool:
+    """Return whether an output has a NaN elsewhere than at padding."""
+    mask = case.get("attention_mask")
+    if mask is not None and mask.ndim == 2 and mask.shape == value.shape[:2]:
+        value = value[mask != 0]
+    return bool(value.isnan().any())
+
+
 def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None:
     """Compare the captured base with `want`, the output of the model's own code, in one call of the forward.
 

@@ -134,9 +134,11 @@ def _resized(
 ) -> Tensor:
     """Pick places of the example along each axis, in order, and the same in all inputs, so that a token sees itself.
 
-    If each row of a boolean mask shows something, so does each row of the result: attention to nothing has no value.
+    If each row of a boolean mask has a True, so has each row of the result, and the same for False, for masks that say
+    what is hidden: attention to nothing has no value.
     """
-    shows = value.dtype == torch.bool and value.ndim > 1 and bool(value.any(-1).all())
+    masks = value.dtype == torch.bool and value.ndim > 1
+    shows, hides = masks and bool(value.any(-1).all()), masks and not bool(value.all(-1).any())
     for dim, axis in enumerate(axes):
         if isinstance(axis, str) and axis in sizes:
             if axis not in picked:
@@ -144,4 +146,6 @@ def _resized(
             value = value.index_select(dim, picked[axis])
     if value.is_floating_point():
         return value + 0.1 * torch.randn(value.shape, generator=rng, dtype=torch.float32).to(value.dtype)
+    if hides:
+        value = value & ~value.all(-1, keepdim=True)
     return value | ~value.any(-1, keepdim=True) if shows else value

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.export.verification.captured import eager_forward, hold_call
+from peftfx.errors import PeftfxError, raise_if_memory_is_out, warn
+from peftfx.export.verification.captured import eager_forward, gives_nan, hold_call, tensors_in
 from peftfx.export.verification.cases import (
     COUNT,
     FEW,
@@ -20,7 +20,7 @@ from peftfx.export.verification.cases import (
     sizes_of_one,
     varied_sizes,
 )
-from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.comparison import VerificationError, short_shapes
 from peftfx.export.verification.eager.kept_state import StateError
 from peftfx.export.verification.sizes.limits import EVERY, Sizes
 from peftfx.generation.invocation import invoked
@@ -32,7 +32,10 @@ from peftfx.views.arguments import nested
 from peftfx.views.view import Axes, LastRun, RunView, View, without_cache
 
 Accepts = Callable[[dict[str, Tensor]], object]
-"""A function that runs the model on the inputs of a call. It raises an error if the model does not take their sizes."""
+"""A function that runs the model on the inputs of a call, and returns what it gives.
+
+It raises an error if the model does not take their sizes.
+"""
 
 
 def probes(
@@ -55,11 +58,15 @@ def probes(
             which the captured base is then compared.
         sizes: the sizes at which the export is right.
 
+    A size at which the model's own code gives NaN, as the deviation of one value does, is left out with a warning,
+    unless it is the example's.
+
     Raises:
         PeftfxError: the model takes none of the sizes that were tried.
         VerificationError: the captured base differs from the eager base.
     """
     found: list[dict[str, Tensor]] = []
+    nowhere: list[str] = []  #: sizes at which the model gives no numbers
     refusal: Exception | None = None
     large = is_large(adapted.base)
     captured = adapted.graphs.captured(example, adapted.entry())
@@ -83,26 +90,37 @@ def probes(
         want = None
         try:
             if accepts is not None:
-                accepts(case)
+                answer = accepts(case)
             else:
                 with without_cache(adapted.base):
-                    want = eager_forward(adapted, nested(case, example))
+                    answer = want = eager_forward(adapted, nested(case, example))
         except (VerificationError, StateError):
             raise
         except Exception as error:  # a model's code raises various errors for a size that it does not take
             raise_if_memory_is_out(error)
             refusal = error
             continue
+        if wanted is not own and any(gives_nan(value, case) for value in tensors_in(answer)):
+            refusal = ValueError(f"its own code gives NaN at {_shapes(case)}")
+            nowhere.append(_shapes(case))
+            continue
         if accepts is None:
             hold_call(captured, case, want)
         found.append(case)
         tell_share(f"{len(found)} of {count} calls by the model's own code", len(found) / (2 * count))
         if len(found) == count:
-            return found
+            break
+    if nowhere and found:
+        warn(f"the export is not compared at {nowhere[0]}: the model's own code gives NaN there")
     if not found:
         what = f"the model takes none of the sizes tried: {str(refusal).strip().splitlines()[0]}"
         raise PeftfxError(what, type(adapted.base).__name__, "pass inputs=... of a call that it takes") from refusal
     return found
+
+
+def _shapes(case: Mapping[str, Tensor]) -> str:
+    shapes = short_shapes({name: tuple(value.shape) for name, value in case.items()})
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
 
 
 def view_cases(adapted: AdaptedModel, view: View, run: RunView, sizes: Sizes = EVERY) -> list[dict[str, Tensor]]:

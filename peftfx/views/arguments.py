@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from peftfx.errors import PeftfxError
 from peftfx.graph.graph import path_name
 
 
@@ -44,3 +46,21 @@ def nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[st
         return dict(case)
     values = [case.get(path_name(path), leaf) for path, leaf in leaves]
     return dict(pytree.tree_unflatten(values, spec))
+
+
+def refuse_hidden_tensors(leaves: Sequence[tuple[pytree.KeyPath, object]]) -> None:
+    """Refuse an argument that is an object of a class that torch does not know, and holds tensors.
+
+    A graph would have these tensors as constants.
+
+    Raises:
+        PeftfxError: there is one.
+    """
+    for path, leaf in leaves:
+        held = {} if isinstance(leaf, (Tensor, nn.Module, type)) else getattr(leaf, "__dict__", {})
+        if any(isinstance(value, Tensor) for value in held.values()):
+            kind = type(leaf).__name__
+            what = f"this argument is an object of the class {kind}, whose tensors torch.export does not know"
+            plain = "pass its tensors as arguments of their own, or in a dict"
+            known = f"call torch.export.register_dataclass({kind}) first, or {plain}"
+            raise PeftfxError(what, path_name(path), known if dataclasses.is_dataclass(leaf) else plain)

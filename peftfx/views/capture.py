@@ -34,6 +34,7 @@ from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, Graph, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.telling import tell_share
+from peftfx.views.arguments import refuse_hidden_tensors
 from peftfx.views.capturing.errors import capture_error
 from peftfx.views.capturing.fixed_sides import fixed_sides
 from peftfx.views.capturing.longer import with_longer
@@ -82,6 +83,7 @@ def capture(
     if entry is not None and call is None:
         entry.check(inputs)
     leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
+    refuse_hidden_tensors(leaves)
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     if axes is None:
         axes = axes_of_forward(model, inputs)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 import peftfx
 from peftfx.errors import PeftfxError
+from peftfx.export import OnnxModel
 
 CALL = {
     "input_ids": torch.tensor([[0, 0, 7, 5, 9], [4, 6, 1, 8, 2]]),
@@ -155,6 +158,28 @@ class Pair:
     second: Tensor
 
 
+class Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, pair: Any, x: Tensor | None = None) -> Tensor:
+        y = self.layer(pair.first) * pair.second
+        return y if x is None else y + x
+
+
+class Padded(nn.Module):
+    """torch's attention, whose mask says what is hidden: NaN where a row hides all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.layer = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        y: Tensor = self.attention(self.layer(x), x, x, key_padding_mask=padding)[0]
+        return y
+
+
 class Returns(nn.Module):
     def __init__(self, made: Callable[[Tensor], object]) -> None:
         super().__init__()
@@ -171,6 +196,45 @@ class Listed(nn.Module):
 
     def forward(self, *xs: Tensor) -> Tensor:
         return self.layer(xs[0]) + xs[1]
+
+
+@dataclass
+class Given:
+    first: Tensor
+    second: Tensor
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_dataclass_is_taken_once_torch_knows_its_class(beside: bool) -> None:
+    """Beside another tensor its tensors were constants of the graph."""
+
+    def inputs(*size: int) -> dict[str, Any]:
+        more = {"x": torch.randn(*size)} if beside else {}
+        return {"pair": Given(torch.randn(*size), torch.randn(*size)), **more}
+
+    model = Sums().eval()
+    with pytest.raises(PeftfxError, match=r"object of the class Given, whose tensors .* \[pair\]") as caught:
+        peftfx.capture(model, inputs(2, 8))
+    assert "torch.export.register_dataclass(Given)" in caught.value.hint
+    with pytest.raises(PeftfxError, match="object of the class SimpleNamespace"):
+        peftfx.capture(model, {"pair": SimpleNamespace(first=torch.randn(2, 8), second=torch.randn(2, 8))})
+    torch.export.register_dataclass(Given)
+    try:
+        graph, case = peftfx.capture(model, inputs(2, 8)), inputs(5, 8)
+        flat = {"pair.first": case["pair"].first, "pair.second": case["pair"].second, **case}
+        got = graph(**{name: value for name, value in flat.items() if isinstance(value, Tensor)})
+        torch.testing.assert_close(got, model(**case))
+    finally:
+        pytree._deregister_pytree_node(Given)
+
+
+def test_a_mask_of_what_is_hidden_hides_no_whole_row_where_an_export_is_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, padding = Padded().eval(), torch.arange(5) >= torch.tensor([1, 1])[:, None]
+    peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 5, 8), "padding": padding})
+    x, padding = torch.randn(3, 7, 8), torch.arange(7) >= torch.tensor([2, 7, 4])[:, None]
+    want = model(x=x, padding=padding)
+    torch.testing.assert_close(OnnxModel(tmp_path / "out")(x=x, padding=padding)["output"], want)
 
 
 def test_a_dataclass_is_returned_once_torch_knows_its_class(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.command import export_directory
 from peftfx.export.reports.facts import add_comparisons
 from peftfx.export.reports.report import Report
@@ -223,6 +223,17 @@ class TestNaN:
 
         with pytest.raises(VerificationError, match="the model's own code gives NaN"):
             peftfx.export_onnx(Root(), tmp_path / "out", inputs={"x": torch.rand(2, 5)})
+
+    def test_at_a_size_where_torch_gives_it_too_leaves_out_this_size(self, tmp_path: Path) -> None:
+        class Spread(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.std(1)  # of one value there is none
+
+        with pytest.warns(PeftfxWarning, match=r"not compared at x \[1, 1\]: the model's own code gives NaN there"):
+            report = peftfx.export_onnx(Spread(), tmp_path / "out", inputs={"x": torch.rand(2, 5)})
+        assert report.max_abs < 1e-4
+        x = torch.randn(3, 7)
+        torch.testing.assert_close(peftfx.export.OnnxModel(tmp_path / "out")(x=x)["output"], x.std(1))
 
     def test_masked_logits_are_none(self, tmp_path: Path) -> None:
         class Masked(nn.Module):

@@ -237,6 +237,25 @@ def test_what_code_asserts_of_values_is_taken_for_true_and_a_branch_on_them_is_r
         peftfx.capture(Checked(branches=True).eval(), inputs)
 
 
+class Keeping(nn.Module):
+    """Code that keeps a table for each length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.tables = nn.Linear(4, 4), dict[int, Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] not in self.tables:
+            self.tables[x.shape[1]] = torch.arange(x.shape[1]).float()
+        return self.layer(x) + self.tables[x.shape[1]][:, None]
+
+
+def test_a_size_as_a_key_is_refused_by_name() -> None:
+    said = r"a size, or a number in a tensor, as a key of a dict or in a set, at \w+\.py:\d+ \(`if x\.shape\[1\] not in"
+    with pytest.raises(peftfx.PeftfxError, match=said):
+        peftfx.capture(Keeping().eval(), {"x": torch.randn(2, 5, 4)})
+
+
 def test_a_dry_run_asks_for_the_numbers_in_a_tensor() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 4, "vocab_size": 99}
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 16}

@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import CellType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 #: The attributes of a module that are described by themselves.
@@ -49,6 +49,7 @@ class DescribedValues:
     containers: list[object] = field(default_factory=list)
     objects: dict[int, object] = field(default_factory=dict)
     kept: list[object] = field(default_factory=list)
+    entered: set[int] = field(default_factory=set)  #: the lists whose entry at the number is described by itself
     open: set[int] = field(default_factory=set)  #: the collections that are being described
 
     def describe(self, value: object, depth: int = 0) -> object:
@@ -74,6 +75,10 @@ class DescribedValues:
         self._object(value, depth)
         return "object", id(value)
 
+    def has_entry(self, container: object) -> bool:
+        """Return whether a list has its entry at the layer's number described by itself."""
+        return type(container) in (list, tuple, deque) and id(container) in self.entered
+
     def _collection(self, value: Collection[object], depth: int) -> object:
         self.kept.append(value)
         if id(value) in self.open or len(value) > _MOST:  # one that holds itself, or a table of something else
@@ -92,24 +97,28 @@ class DescribedValues:
         found = [self.describe(v, depth) for v in value]
         if isinstance(value, (set, frozenset)):
             return type(value), frozenset(found)
-        number = self.number if len(found) >= _FEWEST else None
-        return type(value), tuple(found), *(() if number is None else found[number:][:1])
+        if self.number is None or len(found) < _FEWEST:
+            return type(value), tuple(found)
+        self.entered.add(id(value))
+        return type(value), tuple(found), *found[self.number :][:1]
 
     def _function(self, value: FunctionType, depth: int) -> object:
         self.kept.append(value)
         if depth == _DEPTH:
             return "function", id(value)
         enclosed = (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
-        named = (value.__globals__.get(name) for name in value.__code__.co_names)
-        read = (*enclosed, value.__defaults__, *(v for v in named if isinstance(v, _DATA)))
+        named = (place.get(name) for place, name in _names_of_function(value))
+        read = (*enclosed, value.__defaults__, *(v for v in map(_current, named) if v is not None))
         return "function", id(value), *(self.describe(v, depth + 1) for v in read)
 
     def class_of(self, module: nn.Module) -> object:
         """Return a description of what the code of a module's class reads by name, and of the class's own lists."""
         kind: type = type(module)
         lists = (getattr(kind, name) for name in _lists_of(kind))
-        named = ((names, name) for names, name in _names_of(kind) if isinstance(names.get(name), _DATA))
-        return *map(self.describe, lists), *(self.describe(names[name]) for names, name in named)
+        named = (place.get(name) for place, name in _names_of(kind))
+        return *map(self.describe, lists), *(
+            self.describe(value) for value in map(_current, named) if value is not None
+        )
 
     def _object(self, value: object, depth: int) -> None:
         """Describe the attributes of an object, and of the objects in them, once."""
@@ -121,9 +130,13 @@ class DescribedValues:
         self.containers.append(own)
         left_out = PARTS_OF_MODULES if isinstance(value, nn.Module) else ()
         inner = [(name, v) for name, v in own.items() if name not in left_out]
-        if isinstance(value, PreTrainedConfig):
-            inner += _computed(value)
         self.objects[id(value)] = tuple((name, self.describe(v, depth + 1)) for name, v in inner)
+
+
+def _current(value: object) -> object:
+    """Return what a name stands for if it is data, or the current value of a context variable; None for all else."""
+    held = value.get(None) if isinstance(value, ContextVar) else value
+    return held if isinstance(held, _DATA) else None
 
 
 def _is_filled(cell: CellType) -> bool:
@@ -143,22 +156,57 @@ def _lists_of(kind: type) -> tuple[str, ...]:
     return tuple(name for k in _classes(kind) for name, v in vars(k).items() if isinstance(v, (list, tuple, dict)))
 
 
+_Places = tuple[tuple[Mapping[str, object], str], ...]
+_PLACES: dict[tuple[CodeType, int], _Places] = {}  #: of functions, by their code and the identity of their module
+
+
 @functools.cache
-def _names_of(kind: type) -> tuple[tuple[dict[str, object], str], ...]:
-    """Return the names that the code of a class reads, and where they stand."""
-    functions = [inspect.unwrap(v) for k in _classes(kind) for v in vars(k).values() if isinstance(v, FunctionType)]
-    return tuple((f.__globals__, n) for f in functions for n in f.__code__.co_names if n in f.__globals__)
+def _names_of(kind: type) -> _Places:
+    """Return the names of data that the code of a class reads, and where they stand."""
+    methods = [inspect.unwrap(f) for k in _classes(kind) for held in vars(k).values() for f in _code_of(held)]
+    return _names_read_by(methods)
 
 
-def _computed(config: PreTrainedConfig) -> list[tuple[str, object]]:
-    """Return the lists that a config's class makes of its fields, such as a kind for each layer."""
-    found: list[tuple[str, object]] = []
-    own = type(config).__mro__[: type(config).__mro__.index(PreTrainedConfig)]
-    for name in (n for k in own for n, v in vars(k).items() if isinstance(v, property)):
-        with suppress(Exception):  # one that does not fit this config
-            value = getattr(config, name)
-            found += [(name, value)] if isinstance(value, (list, tuple)) else []
-    return found
+def _names_of_function(function: FunctionType) -> _Places:
+    key = function.__code__, id(function.__globals__)
+    if key not in _PLACES:
+        _PLACES[key] = _names_read_by([function])
+    return _PLACES[key]
+
+
+def _names_read_by(functions: Iterable[FunctionType]) -> _Places:
+    """Return the names of data that functions read, and where they stand.
+
+    They are names in the functions' modules, and in what these names stand for: `state.scale`. Functions that are
+    named, but for torch's own, are read too.
+    """
+    found: dict[tuple[int, str], tuple[Mapping[str, object], str]] = {}
+    left, seen = list(functions), set[CodeType]()
+    while left:
+        function = left.pop()
+        if function.__code__ in seen or (function.__module__ or "").startswith("torch."):
+            continue
+        seen.add(function.__code__)
+        names, outer = set(_names_in(function.__code__)), function.__globals__
+        values = [outer[name] for name in names & outer.keys()]
+        left += [inspect.unwrap(value) for value in values if isinstance(value, FunctionType)]
+        for place in (outer, *(vars(value) for value in values if hasattr(value, "__dict__"))):
+            found |= {(id(place), name): (place, name) for name in names & place.keys() if not callable(place[name])}
+    return tuple(found.values())
+
+
+def _code_of(value: object) -> Iterator[FunctionType]:
+    """Yield the functions of an attribute of a class: of a method, or of a property."""
+    parts = (getattr(value, name, None) for name in ("fget", "__func__", "func"))
+    return (part for part in (value, *parts) if isinstance(part, FunctionType))
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """Yield the names that code reads, and the functions and comprehensions within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
 
 
 def contents(container: object) -> list[object]:

@@ -2,7 +2,8 @@
 
 A kind is described by all that a layer's code can read: class, mode and attributes of each module in it, shapes and
 dtypes of weights, arguments by value, tensors by shape, the layer's part of the cache, and the modes of torch. The
-layer's own number is left out of the description, but the entries at that number in lists are included.
+layer's own number is left out of the description, but the entries at that number in lists are included: see
+`layer_numbers.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from transformers import Cache, EncoderDecoderCache
 
 from peftfx.graph.capturing.described_values import HOOKS, PARTS_OF_MODULES, DescribedValues, contents
-from peftfx.graph.capturing.layer_numbers import NUMBERS, ModulesOf
+from peftfx.graph.capturing.layer_numbers import NUMBERS, ModulesOf, is_place
 
 _TRIALS = 4  #: the most layers of a kind that are run to find two that leave the same
 _FEWEST = 3  #: the fewest layers of one class for which copies can save time
@@ -121,6 +122,15 @@ class LayerCall:
     def value(self, value: object) -> object:
         """Return a hashable description of a value that is no tensor of the call."""
         return self.values.describe(value)
+
+    def has_entry(self, container: object) -> bool:
+        """Return whether the entry of a list at the layer's number is described, or is its part of a cache."""
+        in_caches = any(container is cache.layers for cache in self.caches.values())
+        return in_caches or self.values.has_entry(container)
+
+    def has_place(self, owner: object, method: str) -> bool:
+        """Return whether a method takes the layer's number as its place in a cache of the call."""
+        return is_place(owner, method, self.caches.values())
 
     def enter(self, label: object, tensor: Tensor, find: Find) -> object:
         """Record a tensor, and return its description and the label of an equal tensor of the call."""

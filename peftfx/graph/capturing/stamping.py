@@ -5,8 +5,8 @@ Layers that differ only in their weights give equal nodes. So two layers of a ki
 but for weights and inputs, each further layer of that kind is written as a copy. Layers that differ are traced.
 
 Layers are of one kind if they have the same class, equal attributes, weights of equal shapes, and equal arguments: see
-`layer_kinds.py`. A layer is always traced if its code writes something that the kind does not describe, or computes
-with the layer's number, such as `1 / (layer + 1)`; `Number` records such uses.
+`layer_kinds.py`. A layer is always traced if its code writes something that the kind does not describe, or uses the
+layer's number otherwise than as a place in lists and caches, as in `1 / (layer + 1)`: see `layer_numbers.py`.
 """
 
 from __future__ import annotations

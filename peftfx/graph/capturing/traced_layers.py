@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from peftfx.graph.capturing.copied_memory import memories_of_copies, refuse_views
 from peftfx.graph.capturing.layer_kinds import LayerCall, Unknown
-from peftfx.graph.capturing.layer_numbers import ModulesOf, numbered
+from peftfx.graph.capturing.layer_numbers import ModulesOf, noting_uses
 from peftfx.graph.written import MEMORY
 
 
@@ -51,7 +51,7 @@ def traced_layer(
 ) -> tuple[object, TracedLayer | None]:
     """Run a layer, and return its result and what it left in the graph; None if copied nodes would not be enough."""
     last, counts = tracer.graph._root.prev, dict(tracer.num_calls)
-    with numbered(layer, modules) as numbers:
+    with noting_uses(layer, modules, call) as uses:
         held = call.held(layer, modules)
         result = run()
         try:
@@ -59,7 +59,7 @@ def traced_layer(
         except Unknown:
             return result, None
     try:
-        if any(number.used for number in numbers):
+        if uses:
             raise Unknown
         made = []
         node = last.next

@@ -2,7 +2,7 @@
 
 A dry run is for the shapes of what a model keeps. Layers of one kind (see `layer_kinds.py`) differ only in weights, so
 their results have the same shapes. A layer runs, as in a capture, if its code writes something that the kind does not
-describe, computes with the layer's number, or returns a tensor whose size is not known.
+describe, uses the layer's number otherwise than as a place, or returns a tensor whose size is not known.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.graph.capturing.layer_kinds import Kind, LayerCall, Unknown, described, layers_of
-from peftfx.graph.capturing.layer_numbers import ModulesOf, numbered
+from peftfx.graph.capturing.layer_numbers import ModulesOf, noting_uses
 from peftfx.graph.capturing.stamping import Forward, layers_run_by
 
 
@@ -97,12 +97,12 @@ class _Layers:
             return kind.last.again(call)
         if not kind.left:
             return original(module, *args, **kwargs)
-        with numbered(layer, self.modules) as numbers:
+        with noting_uses(layer, self.modules, call) as uses:
             held = call.held(layer, self.modules)
             result = original(module, *args, **kwargs)
             try:
                 changes = call.changes(held)
-                if any(number.used for number in numbers):
+                if uses:
                     raise Unknown
                 kind.note(_Seen.of(call, result, changes))
             except Unknown:

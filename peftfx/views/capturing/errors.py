@@ -27,9 +27,10 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
             f"cannot capture this model: {what} ({raised})", type(model).__name__, "use the forward view"
         )
     why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error, model)
-    # A set or a dict of sizes, or of numbers in a tensor, cannot be made.
-    hashed = isinstance(error, TypeError) and "SymInt" in str(error)
-    if hashed or "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
+    if isinstance(error, TypeError) and "unhashable" in str(error) and "SymInt" in str(error):
+        why = "its code has a size, or a number in a tensor, as a key of a dict or in a set"
+        hint = "compute anew what is kept by such a key; `__cause__` is torch.export's own report"
+    elif "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         why = "its code branches on the values of a tensor"
         hint = "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
         if getattr(call, "inputs", None) is None and reads_sized_images(model):

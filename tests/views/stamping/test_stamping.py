@@ -231,6 +231,7 @@ def test_what_differs_is_traced(way: str, count: int, copies: list[str]) -> None
     assert text(graph) == text(capture(model, {"x": x}, stamp=False))
     assert Layer.forward is before
     assert all(type(layer.layer_idx) is int for layer in model.layers)
+    assert "layer_idx" not in vars(Layer)
     other = torch.randn(5, 4)
     torch.testing.assert_close(graph(x=other), model(other))
 

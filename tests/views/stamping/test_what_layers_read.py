@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,34 +28,71 @@ ITSELF: list[Any] = [1.0]
 ITSELF.append(ITSELF)
 HELD = SimpleNamespace(scale=1.0, mean=torch.zeros(()))
 OUTSIDE: dict[str, Any] = {}
+LONG = [*SCALES, *[3.0] * 1000]
+NAMED = {f"layer {i}": scale for i, scale in enumerate(SCALES)}
+
+
+SCALE: ContextVar[float] = ContextVar("SCALE", default=1.0)
+STATE = SimpleNamespace(scale=1.0)
+
+
+class Outer:
+    scales: ClassVar = [1.0]
+
+
+class Turned(list[float]):
+    """A list that is read from its end."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return super().__getitem__(-1 - int(place))
+
+
+TURNED = Turned(reversed(SCALES))
 
 Code = Callable[["Layer", Tensor, Any], Any]
 Run = Callable[[Sequence["Layer"], Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """A layer with code of its own: its result scales what the layer adds."""
+    """A layer with code of its own: its result scales what the layer adds. It has nothing else that tells its scale."""
 
     calls = 0
-    scales = SCALES
+    scales: list[float]
 
     def __init__(self, index: int, code: Code) -> None:
         super().__init__()
-        self.layer_idx, self.code, self.config, self.held = index, code, CONFIG, HELD
+        self.layer_idx, self.code = index, code
         self.linear = nn.Linear(4, 4)
-        self.tables = {"scales": SCALES}
         self.notes: list[Tensor] = []
         self.stats: dict[str, Any] = {"mean": 0.0}
+
+    @property
+    def stated(self) -> float:
+        return STATE.scale
+
+    @staticmethod
+    def within() -> float:
+        return sum(scale for scale in Outer.scales[-1:])
+
+    @property
+    def made(self) -> list[float]:
+        return [1.0 if i < 3 else 3.0 for i in range(COUNT)]
 
     def forward(self, x: Tensor, given: object = None) -> Tensor:
         y = self.linear(x).tanh()
         return x + y * self.code(self, y, given)
 
 
+class Listing(Layer):
+    scales = SCALES
+
+
 class Stack(nn.Module):
-    def __init__(self, code: Code, run: Run) -> None:
+    def __init__(self, code: Code, run: Run, kind: type[Layer] = Layer, **held: object) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(i, code) for i in range(COUNT))
+        self.layers = nn.ModuleList(kind(i, code) for i in range(COUNT))
+        for layer in self.layers:
+            vars(layer).update(held)
         self.run = run
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +116,16 @@ def with_held(layers: Sequence[Layer], x: Tensor) -> Tensor:
         HELD.scale = scale
         x = layer(x, HELD)
     return x
+
+
+def with_each(give: Callable[[float], object]) -> Run:
+    def run(layers: Sequence[Layer], x: Tensor) -> Tensor:
+        for layer, scale in zip(layers, SCALES, strict=True):
+            give(scale)
+            x = layer(x)
+        return x
+
+    return run
 
 
 def with_function(layers: Sequence[Layer], x: Tensor) -> Tensor:
@@ -147,35 +195,80 @@ def last_one(layer: Layer, y: Tensor, given: Any) -> Tensor:
     return found
 
 
-CASES: dict[str, tuple[Code, Run]] = {
-    "its number in a list that is given": (lambda s, y, g: g[s.layer_idx], lambda ls, x: plain(ls, x, SCALES)),
-    "its number in a list of tensors": (lambda s, y, g: g[s.layer_idx], with_means),
-    "its number in a list in a dict": (lambda s, y, g: s.tables["scales"][s.layer_idx], plain),
-    "its number in a list of a config's part": (lambda s, y, g: s.config.part.scales[s.layer_idx], plain),
-    "its number as a whole number": (lambda s, y, g: int(s.layer_idx) // 3, plain),
-    "its number in a list of its class": (lambda s, y, g: s.scales[s.layer_idx], plain),
-    "its number in a list by name": (lambda s, y, g: SCALES[s.layer_idx], plain),
-    "its number in an array": (lambda s, y, g: float(g[s.layer_idx]), lambda ls, x: plain(ls, x, np.array(SCALES))),
-    "its number in what a config computes": (kind_of, lambda ls, x: plain(ls, x, TYPES)),
-    "the next of an iterator": (lambda s, y, g: next(g), lambda ls, x: plain(ls, x, iter(SCALES))),
-    "a list that holds itself": (lambda s, y, g: g.own[0], lambda ls, x: plain(ls, x, SimpleNamespace(own=ITSELF))),
-    "what a function encloses": (lambda s, y, g: g(y), with_function),
-    "an object that is given": (lambda s, y, g: g.scale, with_held),
-    "an object that it holds": (lambda s, y, g: s.held.scale, with_held),
-    "a tensor of an object": (lambda s, y, g: g.mean, with_mean(lambda t: setattr(HELD, "mean", t))),
-    "a tensor of nobody's": (lambda s, y, g: OUTSIDE["mean"], with_mean(lambda t: OUTSIDE.update(mean=t))),
-    "writes into its class": (counted, plain),
-    "writes into an object that is given": (noted(lambda s, g: g.notes), noting),
-    "writes into a list of its own": (noted(lambda s, g: s.notes), own_notes),
-    "writes into a dict of its own": (stated, own_stats),
-    "writes into a queue": (last_one, last_ones),
+def entry_at(scales: Sequence[float], index: int) -> float:
+    return scales[index]
+
+
+def of_context() -> float:
+    return SCALE.get()
+
+
+def in_a_text(layer: Layer, y: Tensor, given: Any) -> float:
+    return NAMED[f"layer {layer.layer_idx}"]
+
+
+def renamed(layer: Layer, y: Tensor, given: Any) -> float:
+    index = layer.layer_idx
+    return layer.made[index]
+
+
+LISTED: dict[str, Stack] = {
+    "that is given": Stack(lambda s, y, g: g[s.layer_idx], lambda ls, x: plain(ls, x, SCALES)),
+    "of tensors": Stack(lambda s, y, g: g[s.layer_idx], with_means),
+    "in a dict": Stack(lambda s, y, g: s.tables["scales"][s.layer_idx], plain, tables={"scales": SCALES}),
+    "of a config's part": Stack(lambda s, y, g: s.config.part.scales[s.layer_idx], plain, config=CONFIG),
+    "of its class": Stack(lambda s, y, g: s.scales[s.layer_idx], plain, Listing),
+    "by name": Stack(lambda s, y, g: SCALES[s.layer_idx], plain),
+}
+#: Uses of a number that tell nothing about other layers.
+OTHERWISE: dict[str, Stack] = {
+    "as a whole number": Stack(lambda s, y, g: int(s.layer_idx) // 3, plain),
+    "in an array": Stack(lambda s, y, g: float(g[s.layer_idx]), lambda ls, x: plain(ls, x, np.array(SCALES))),
+    "in what a config computes": Stack(kind_of, lambda ls, x: plain(ls, x, TYPES)),
+    "in what a property makes": Stack(lambda s, y, g: s.made[s.layer_idx], plain),
+    "in a literal": Stack(lambda s, y, g: (1, 1, 1, 3, 3, 3, 3, 3)[s.layer_idx], plain),
+    "in a text": Stack(lambda s, y, g: float("11133333"[s.layer_idx]), plain),
+    "in a list that turns": Stack(lambda s, y, g: g[s.layer_idx], lambda ls, x: plain(ls, x, TURNED)),
+    "in a long list": Stack(lambda s, y, g: g[s.layer_idx], lambda ls, x: plain(ls, x, LONG)),
+    "in a slice": Stack(lambda s, y, g: 1.0 if [1, 1, 1][s.layer_idx :] else 3.0, plain),
+    "among others": Stack(lambda s, y, g: 1.0 if s.layer_idx in (0, 1, 2) else 3.0, plain),
+    "written as a key": Stack(lambda s, y, g: NAMED["layer %d" % s.layer_idx], plain),  # noqa: UP031
+    "in a key": Stack(in_a_text, plain),
+    "handed on": Stack(lambda s, y, g: entry_at(s.made, s.layer_idx), plain),
+    "handed on by a keyword": Stack(lambda s, y, g: entry_at(s.made, index=s.layer_idx), plain),
+    "by another name": Stack(renamed, plain),
+    "asked for": Stack(lambda s, y, g: s.made[getattr(s, "layer_idx")], plain),  # noqa: B009
+    "counted to": Stack(lambda s, y, g: 1.0 if len(range(s.layer_idx)) < 3 else 3.0, plain),
+    "in bits": Stack(lambda s, y, g: 3.0 if s.layer_idx.bit_length() > 2 else 1.0, plain),
+}
+CASES: dict[str, Stack] = {
+    **{f"its number in a list {name}": stack for name, stack in LISTED.items()},
+    **{f"its number {name}": stack for name, stack in OTHERWISE.items()},
+    "the next of an iterator": Stack(lambda s, y, g: next(g), lambda ls, x: plain(ls, x, iter(SCALES))),
+    "a list that holds itself": Stack(
+        lambda s, y, g: g.own[0], lambda ls, x: plain(ls, x, SimpleNamespace(own=ITSELF))
+    ),
+    "what a function encloses": Stack(lambda s, y, g: g(y), with_function),
+    "an object that is given": Stack(lambda s, y, g: g.scale, with_held),
+    "an object that it holds": Stack(lambda s, y, g: s.held.scale, with_held, held=HELD),
+    "an object by name": Stack(lambda s, y, g: s.stated, with_each(lambda scale: setattr(STATE, "scale", scale))),
+    "a list of another class": Stack(lambda s, y, g: s.within(), with_each(Outer.scales.append)),
+    "a context variable": Stack(lambda s, y, g: SCALE.get(), with_each(SCALE.set)),
+    "a context variable in a function": Stack(lambda s, y, g: of_context(), with_each(SCALE.set)),
+    "a tensor of an object": Stack(lambda s, y, g: g.mean, with_mean(lambda t: setattr(HELD, "mean", t))),
+    "a tensor of nobody's": Stack(lambda s, y, g: OUTSIDE["mean"], with_mean(lambda t: OUTSIDE.update(mean=t))),
+    "writes into its class": Stack(counted, plain),
+    "writes into an object that is given": Stack(noted(lambda s, g: g.notes), noting),
+    "writes into a list of its own": Stack(noted(lambda s, g: s.notes), own_notes),
+    "writes into a dict of its own": Stack(stated, own_stats),
+    "writes into a queue": Stack(last_one, last_ones),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_capture_computes_what_the_code_does(case: str) -> None:
     torch.manual_seed(0)
-    model = Stack(*CASES[case]).eval()
+    model = CASES[case].eval()
     graph = capture(model, {"x": torch.randn(3, 4)}, axes={"x": ("batch", None)})
     x = torch.randn(5, 4)
     got = graph(x=x)
