@@ -78,6 +78,7 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 _TEXT = ("batch", "sequence")
 _DECODER = ("batch", "decoder_sequence")
+_IN_TEXT = "images_in_text"  #: the axis along a text's images, which it attends to by their tiles
 _AXES: Mapping[str, tuple[str | None, ...]] = {
     **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids", "position_ids", "input_values"), _TEXT),
     **dict.fromkeys(("decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"), _DECODER),
@@ -86,7 +87,9 @@ _AXES: Mapping[str, tuple[str | None, ...]] = {
     "decoder_inputs_embeds": (*_DECODER, None),
     "pixel_values": ("batch", None, None, None),
     "pixel_values_videos": ("batch", None, None, None, None),
-    "cross_attention_mask": (*_TEXT, None, None),
+    "cross_attention_mask": (*_TEXT, _IN_TEXT, None),
+    "aspect_ratio_ids": ("batch", _IN_TEXT),
+    "aspect_ratio_mask": ("batch", _IN_TEXT, None),
     "logits_to_keep": ("kept",),
     "img_ids": ("image_sequence", None),
     "txt_ids": ("sequence", None),
@@ -150,6 +153,8 @@ def _axes_of(name: str, tensors: Mapping[str, Tensor]) -> tuple[str | None, ...]
         known = (None, *_TEXT)
     if known == _TEXT and _several_texts(tensor, tensors):
         known = ("batch", "choices", "sequence")
+    if name == "pixel_values" and "aspect_ratio_ids" in tensors:  # images in tiles
+        known = ("batch", _IN_TEXT, *(None,) * (tensor.ndim - 2))
     if name == "hidden_states" and "img_ids" in tensors:  # an image as a sequence of tokens
         known = ("batch", "image_sequence", None)
     if name.endswith("attention_mask") and tensor.ndim == 4 and len(known) != 4:  # its second axis may be the heads

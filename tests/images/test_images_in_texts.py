@@ -57,6 +57,21 @@ def test_a_text_has_any_number_of_images(kind: str, tmp_path: Path) -> None:
         hold(want, served, call(model, texts, images, length))
 
 
+@pytest.mark.further
+def test_a_text_attends_to_any_number_of_images(tmp_path: Path) -> None:
+    """Beside the text, in layers of their own: `pixel_values` has an axis for the images of a text."""
+    want = saved("mllama", tmp_path / "adapter")
+    model = peftfx.load(build(TASK, "mllama"), tmp_path / "adapter")
+    model.export(tmp_path / "out", view="forward")
+    served = OnnxModel(tmp_path / "out")
+    for texts, images in ((2, 1), (1, 3), (3, 2)):
+        inputs = example_inputs(model.base, sizes={"batch": texts, "sequence": 5}, seed=images)
+        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"):
+            several = [inputs[name].roll(i, 0) for i in range(images)]
+            inputs[name] = torch.cat(several, 2 if name == "cross_attention_mask" else 1)
+        hold(want, served, inputs)
+
+
 def test_an_example_deals_images_out_to_its_texts() -> None:
     base = build(TASK, "gemma3")
     for texts, images, each in ((2, 3, [2, 1]), (3, 1, [1, 0, 0]), (1, 4, [4]), (2, 2, [1, 1])):
