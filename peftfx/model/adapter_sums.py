@@ -33,10 +33,10 @@ class AdapterSums(AdaptersByName):
                 may come twice.
             adapter_name: the name of the new adapter.
             combination_type: for LoRA, `cat` sums the effects exactly, and the sum's rank is the sum of the ranks.
-                `svd`, the default as in HF PEFT, sums the effects and cuts the sum to a rank. `linear` sums the A and the B, each times the root of
-                its adapter's weight, which is an approximation. `ties`, `dare_linear`, `dare_ties` and
-                `magnitude_prune` prune A and B before that sum; with the ending `_svd` they prune the effects. For IA3
-                there is only `linear`.
+                `svd` sums the effects and cuts the sum to a rank; it is LoRA's default, as in HF PEFT. `linear` sums
+                the A and the B, each times the root of its adapter's weight, which is an approximation. `ties`,
+                `dare_linear`, `dare_ties` and `magnitude_prune` prune A and B before that sum; with the ending `_svd`
+                they prune the effects. For IA3 there is only `linear`.
             svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
 
         Example:
