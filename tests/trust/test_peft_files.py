@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers as hf
 from support.adapted import randomise
 from support.adapter_files import first, load_peft, same
 from support.zoo import TOKENS, ZOO
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import peftfx
@@ -178,6 +180,20 @@ class TestEmbeddingLayers:
         theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         with pytest.raises(PeftfxError, match=r"no rows of the output(.|\n)*save the base that has the new tokens"):
             load_directories(tmp_path / "base", {"default": tmp_path / "adapter"})
+
+    def test_tokens_without_rows_are_told(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+        """`peft` leaves new rows out of a file if it does not know the base's own config."""
+        base = llama()
+        base.save_pretrained(tmp_path / "base")
+        peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        for content, token in (("<old>", 98), ("<new>", 99)):
+            made = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()
+            told = {**json.loads(made), "added_tokens": [{"id": token, "content": content}]}
+            (tmp_path / "adapter" / "tokenizer.json").write_text(json.dumps(told))
+            load_directories(tmp_path / "base", {"default": tmp_path / "adapter"})
+        found = [str(w.message) for w in recwarn if "texts with it fail" in str(w.message)]
+        assert len(found) == 1
+        assert "'<new>', the token 99, and the embedding has 99 rows" in found[0]
 
     def test_embeddings_that_are_the_bases_own_are_passed_over(self, plain: AdaptedModel, tmp_path: Path) -> None:
         ours, inputs = plain, tokens()

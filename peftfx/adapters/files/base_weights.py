@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import input_embeddings
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown, warn
 from peftfx.rules.peft_files import Weights
 
 _ROWS = ".token_adapter.base_layer."
@@ -108,6 +110,29 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
         for path, value in found.items():
             base.get_submodule(path).weight.data[before:rows].copy_(value[before:rows])  # type: ignore[index, union-attr, operator]
+
+
+def tell_tokens_without_rows(base: nn.Module, directories: Iterable[Path]) -> None:
+    """Warn of tokens that the tokenizer of an adapter's directory adds, and that the embedding has no rows for."""
+    rows = len(getattr(input_embeddings(base), "weight", ()))
+    for path in (directory / "tokenizer.json" for directory in directories if rows):
+        beyond = [token for token in _added_tokens(path) if token[0] >= rows]
+        if beyond:
+            token, content = beyond[0]
+            warn(
+                f"{path}: the tokenizer adds {shown(content)}, the token {token}, and the embedding has {rows} rows: "
+                "texts with it fail. Save the adapter again, from the model with the new tokens, with "
+                "save_embedding_layers=True"
+            )
+
+
+def _added_tokens(path: Path) -> list[tuple[int, object]]:
+    """Return the tokens that a tokenizer's file adds to its vocabulary; none if there is no such file, or another."""
+    try:
+        added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
+        return [(int(token["id"]), token.get("content")) for token in added]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whoever reads texts tells it
+        return []
 
 
 def _base_name(key: str, own: Mapping[str, Tensor], adapted: set[str]) -> str | None:
