@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peftfx.adapters.files.base_weights import resize_vocabulary
+from peftfx.adapters.files.base_weights import resize_vocabulary, tell_tokens_without_rows
 from peftfx.bases.labels import name_labels
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED, quantise
@@ -93,6 +93,7 @@ def load_directories(
     model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype, beside=beside)
     name_labels(model, adapters.values())
     resize_vocabulary(model, weights.values())
+    tell_tokens_without_rows(model, adapters.values())
     if quantize_base is not None:
         quantise(model, quantize_base)
     adapted = _bare(_with_steps(model, task, sentences), view, road, sized=sized)

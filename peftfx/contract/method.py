@@ -21,6 +21,7 @@ from peftfx.contract.completeness import refuse_incomplete
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError, nearest
 from peftfx.field_types import refuse_misfit_fields, refuse_unknown_choices
+from peftfx.options import LINEAR
 from peftfx.sites.site import Site
 
 PLACING = (
@@ -86,6 +87,8 @@ class Method(ABC):
     """Fields of HF PEFT's config that are refused, each with the reason and, after a semicolon, what to do instead."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
+    sums_by: ClassVar[str] = LINEAR
+    """The type of a weighted sum of adapters, if none is asked for; as in HF PEFT."""
     layered: ClassVar[bool] = True
     """Whether HF PEFT's config has `layers_to_transform`. Otherwise files name the modules that this option leaves."""
     targeted: ClassVar[bool] = True

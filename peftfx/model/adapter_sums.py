@@ -8,6 +8,7 @@ from peftfx.adapters.adapter import UNKNOWN, Adapter
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.by_name import AdaptersByName
+from peftfx.options import LINEAR
 
 
 class AdapterSums(AdaptersByName):
@@ -18,7 +19,7 @@ class AdapterSums(AdaptersByName):
         adapters: Sequence[str],
         weights: Sequence[float],
         adapter_name: str,
-        combination_type: str = "linear",
+        combination_type: str | None = None,
         *,
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
@@ -32,10 +33,10 @@ class AdapterSums(AdaptersByName):
                 may come twice.
             adapter_name: the name of the new adapter.
             combination_type: for LoRA, `cat` sums the effects exactly, and the sum's rank is the sum of the ranks.
-                `svd` sums the effects and cuts the sum to a rank. `linear` sums the A and the B, each times the root of
-                its adapter's weight, which is an approximation. `ties`, `dare_linear`, `dare_ties` and
-                `magnitude_prune` prune A and B before that sum; with the ending `_svd` they prune the effects. For IA3
-                there is only `linear`.
+                `svd` sums the effects and cuts the sum to a rank; it is LoRA's default, as in HF PEFT. `linear` sums
+                the A and the B, each times the root of its adapter's weight, which is an approximation. `ties`,
+                `dare_linear`, `dare_ties` and `magnitude_prune` prune A and B before that sum; with the ending `_svd`
+                they prune the effects. For IA3 there is only `linear`.
             svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
 
         Example:
@@ -50,6 +51,8 @@ class AdapterSums(AdaptersByName):
         named = dict[str, Adapter]()
         for i, name in enumerate(adapters):  # an adapter may count more than once
             named[f"{name} ({i})" if name in named else name] = self.adapter(name)
+        if combination_type is None:
+            combination_type = next((rule.sums_by for a in named.values() for rule in a.rules), LINEAR)
         with fake_mode_of(self.base):
             how = Combination(
                 combination_type=combination_type,

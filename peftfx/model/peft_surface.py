@@ -4,68 +4,31 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.hub import upload
-from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.adapters.peft_status import LayerStatus, ModelStatus, layer_status, model_status
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
+from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, wrapped
 from peftfx.model.trainers.reference import ReferenceModel
-
-
-class PeftConfig(SimpleNamespace):
-    """An adapter's config; its fields are HF PEFT's, and `to_dict` returns them."""
-
-    @classmethod
-    def of(cls, base: nn.Module, adapter: Adapter, trained: bool) -> PeftConfig:
-        """Return the config of an adapter, as its file would have it."""
-        config, _ = config_and_tensors(base, adapter)
-        return cls(**{**config, "inference_mode": not trained})
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Whether the adapter is a soft prompt, which comes before the text's tokens."""
-        return hasattr(self, "num_virtual_tokens")
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the config's fields, by name."""
-        return dict(vars(self))
-
-
-class NoPeftConfig(PeftfxError, AttributeError):
-    """The error for an adapter that has no config of HF PEFT. Code that asks by `hasattr` first goes on without."""
-
-
-class PeftConfigs(dict[str, PeftConfig]):
-    """The configs of adapters, by name. They are read: `peft` writes there, if it is asked to adapt the model again."""
-
-    def update(self, *args: object, **kwargs: object) -> None:
-        """Refuse a config of another adapter.
-
-        Raises:
-            PeftfxError: always.
-        """
-        what = "the model is adapted by peftfx, and peft cannot put an adapter around it"
-        hint = (
-            "leave peft_config out of the trainer: it trains the adapters that the model has. "
-            "model.add_adapter(NAME, config) adds one, and model.remove() returns the base"
-        )
-        raise PeftfxError(what, "peft_config", hint)
-
-    def __setitem__(self, name: str, config: object) -> None:
-        self.update({name: config})
 
 
 class PeftSurface(Merging):
     """An adapted model by HF PEFT's names. Names that differ from HF PEFT's: `docs/coming-from-peft.md`."""
+
+    def __getattr__(self, name: str) -> object:  # type: ignore[override]
+        """Refuse to be wrapped: `peft` asks the model around which it has put an adapter for this method."""
+        if name == "_cast_adapter_dtype":
+            self.set_adapter(self.active)  # peft has frozen all parameters
+            raise wrapped()
+        return super().__getattr__(name)
 
     def get_base_model(self) -> nn.Module:
         """Return the base; its own calls run without adapters, although its modules hold the adapters' tensors.
@@ -90,6 +53,10 @@ class PeftSurface(Merging):
         except PeftfxError as error:
             raise NoPeftConfig(error.what, error.where, error.hint) from error
         return PeftConfigs(made)
+
+    @peft_config.setter
+    def peft_config(self, configs: object) -> None:
+        raise wrapped()
 
     @property
     def active_adapters(self) -> list[str]:

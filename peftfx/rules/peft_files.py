@@ -52,6 +52,12 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
             hint = f"adapters below it: {', '.join(sorted(below))}"
         elif is_file(directory / "config.json"):
             hint = f"this is a model, or an export; {hint}"
+        elif is_file(directory / "model.safetensors"):  # `Trainer` writes the state of a model that it does not know
+            hint = (
+                "this is what Trainer saves of an adapted model, its tensors without its rules: adapt the base as for "
+                "the training, model.load_state_dict(safetensors.torch.load_file(DIR + '/model.safetensors')), and "
+                "model.save_pretrained(DIR); after a training, trainer.model.save_pretrained(DIR) is enough"
+            )
         raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
     config = read_json(path, "save the adapter again")
     if "peft_type" not in config:

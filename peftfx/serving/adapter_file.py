@@ -101,11 +101,19 @@ def _fitting(path: Path, manifest: Manifest, graph: str) -> dict[str, ort.OrtVal
 
 
 def write_adapter_file(tensors: Mapping[str, Tensor], version: int, path: Path) -> None:
-    """Write an `.onnx_adapter` file for the base with the number `version`."""
+    """Write an `.onnx_adapter` file for the base with the number `version`.
+
+    Raises:
+        PeftfxError: ONNX Runtime cannot write the file.
+    """
     values = {name: to_ort(tensor) for name, tensor in tensors.items()}
     made = ort.AdapterFormat()
     made.set_adapter_version(VERSIONS[ADAPTER])
     made.set_model_version(version)
     made.set_parameters(values)
-    made.export_adapter(str(path))
+    try:
+        made.export_adapter(str(path))
+    except RuntimeError as error:  # a full disk, without the number of the system's error
+        hint = "free some space, or choose a directory on another disk"
+        raise PeftfxError("ONNX Runtime cannot write the adapter", str(path.parent), hint) from error
     del values  # only now: ONNX Runtime reads the tensors in place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 
 import peft
@@ -278,6 +279,25 @@ def test_a_config_of_peft_for_an_adapted_model_is_refused(name: str, tmp_path: P
     with pytest.raises(PeftfxError, match=r"adapted by peftfx(.|\n)*leave peft_config out"):
         sft_trainer(ours, tmp_path, peft_config=config)
     sft(ours, tmp_path)
+
+
+@pytest.mark.parametrize("rules", [peftfx.LoRA(r=4), [peftfx.LoRA(r=4), peftfx.IA3(target="mlp.down")]])
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PrefixTuningConfig, peft.AdaptionPromptConfig])
+def test_peft_puts_no_prompt_around_an_adapted_model(config: type, rules: object) -> None:
+    """Such configs do not ask for the model's own: until now it was wrapped, and its adapters were frozen."""
+    ours = adapt("llama", rules)
+    options = {"task_type": "CAUSAL_LM", **dict.fromkeys({"num_virtual_tokens", "adapter_layers", "adapter_len"}, 2)}
+    known = {key: value for key, value in options.items() if key in inspect.signature(config).parameters}
+    with pytest.raises(PeftfxError, match=r"adapted by peftfx(.|\n)*add_adapter"):
+        peft.get_peft_model(ours, config(**known))
+    assert all(p.requires_grad for p in ours.adapters.parameters())
+
+
+def test_peft_adapts_nothing_beside_two_rules() -> None:
+    """A model whose adapter has two rules has no config by which `peft` knows that there is one."""
+    ours = adapt("llama", [peftfx.LoRA(r=4, target="attention.query"), peftfx.IA3(target="mlp.down")])
+    with pytest.raises(PeftfxError, match=r"adapted by peftfx(.|\n)*add_adapter"):
+        peft.get_peft_model(ours, peft.LoraConfig(target_modules=["o_proj"]))
 
 
 def test_dpo_switches_the_dropout_of_an_adapter_off(tmp_path: Path) -> None:

@@ -83,6 +83,17 @@ def test_a_weighted_ia3_is_pefts_and_crosses_to_it(tmp_path: Path) -> None:
     same(first(load_peft(ZOO["llama"].build(), tmp_path / "sum"), inputs), first(ours, inputs))
 
 
+def test_a_sum_of_loras_without_a_type_is_pefts(tmp_path: Path) -> None:
+    """`peft` sums the effects, and cuts them to the largest rank; the sum of the factors is something else."""
+    configs = [peft.LoraConfig(r=r, lora_alpha=5, target_modules=["q_proj", "up_proj"]) for r in (2, 4)]
+    ours, theirs = both("llama", tmp_path / "apart", configs)
+    inputs = ZOO["llama"].inputs(3, 5, 4, model=ours.base)
+    theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum")
+    theirs.set_adapter("sum")
+    ours.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum")
+    same(first(ours, inputs), first(theirs, inputs))
+
+
 @pytest.fixture(scope="module")
 def gpt2() -> AdaptedModel:
     return peftfx.transform(ZOO["gpt2"].build(), LoRA(target="mlp"), "unused")

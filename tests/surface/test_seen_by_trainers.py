@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from support.adapted import randomise
 from support.soft_cases import PREFIX
 from torch import Tensor, nn
@@ -167,3 +168,20 @@ def test_labels_that_a_trainer_smooths_are_shifted(tmp_path: Path) -> None:
     with torch.no_grad():
         want = LabelSmoother(0.1)(theirs(input_ids=ids), ids, shift_labels=True)
     assert got == pytest.approx(float(want), abs=1e-5)
+
+
+def test_what_save_model_writes_is_told_from_an_adapter_and_can_be_made_one(tmp_path: Path) -> None:
+    ours = peftfx.transform(llama(), peftfx.LoRA(r=2))
+    with torch.no_grad():
+        for p in ours.adapters.parameters():
+            p.add_(torch.randn_like(p))
+    trainer = hf.Trainer(ours, hf.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+    trainer.save_model(str(tmp_path / "run"))
+    with pytest.raises(PeftfxError, match=r"no adapter_config(.|\n)*what Trainer saves"):
+        peftfx.load(llama(), tmp_path / "run")
+    again = peftfx.transform(llama(), peftfx.LoRA(r=2))
+    again.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    again.save_pretrained(tmp_path / "run")
+    assert torch.equal(
+        peftfx.load(llama(), tmp_path / "run").eval()(input_ids=IDS).logits, ours.eval()(input_ids=IDS).logits
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers as hf
 from support.adapted import randomise
 from support.adapter_files import first, load_peft, same
 from support.zoo import TOKENS, ZOO
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import peftfx
@@ -109,16 +111,89 @@ class TestEmbeddingLayers:
         ours.merge()
         same(first(ours.remove(), inputs), first(oracle, inputs))
 
+    @pytest.mark.parametrize(
+        ("tied", "saved"),
+        [
+            (False, ["embed_tokens"]),
+            (False, ["lm_head"]),
+            *((tied, ["embed_tokens", "lm_head"]) for tied in (False, True)),
+        ],
+        ids=str,
+    )
+    def test_what_a_trained_copy_was_before_may_be_other_than_the_base(
+        self, saved: list[str], tied: bool, tmp_path: Path
+    ) -> None:
+        """`peft` writes the copy, and what is under it: the rows of new tokens, which no base of a user's has."""
+        base, inputs = llama(tie_word_embeddings=tied), masked(torch.tensor([[3, 102, 99, 7, 101]]))
+        base.resize_token_embeddings(103)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=saved)
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+        randomise(theirs)
+        theirs.eval().save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+        with torch.no_grad():
+            base.get_input_embeddings().weight[99:] = 0
+            base.get_output_embeddings().weight[99:] = 0
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+        same(first(ours, inputs), first(theirs, inputs))
+        ours.save_pretrained(tmp_path / "ours")
+        same(first(load_peft(base, tmp_path / "ours"), inputs), first(theirs, inputs))
+
     @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
-    def test_a_base_directory_gets_the_tokens_that_the_file_has(self, tied: bool, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"modules_to_save": ["embed_tokens", "lm_head"]},
+            {"modules_to_save": ["embed_tokens"]},
+            {"trainable_token_indices": [3, 99, 101]},
+        ],
+        ids=["plain", "both", "one", "rows"],
+    )
+    def test_a_base_directory_gets_the_tokens_that_the_file_has(
+        self, options: dict[str, list[str] | list[int]], tied: bool, tmp_path: Path
+    ) -> None:
         base, inputs = llama(tie_word_embeddings=tied), masked(torch.tensor([[3, 102, 99, 7, 101]]))
         base.save_pretrained(tmp_path / "base")
         base.resize_token_embeddings(103)
-        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], **options))
         randomise(theirs)
         theirs.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         ours = load_directories(tmp_path / "base", {"default": tmp_path / "adapter"})
         same(first(ours, inputs), first(theirs, inputs))
+
+    @pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+    def test_an_embedding_of_the_file_under_one_of_two_tied_copies_is_refused(self, saved: str, tmp_path: Path) -> None:
+        base = llama(tie_word_embeddings=True)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[saved])
+        theirs = peft.get_peft_model(copy.deepcopy(base), config)
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+        with torch.no_grad():
+            base.get_input_embeddings().weight.add_(1)
+        with pytest.raises(PeftfxError, match=r"trained values for another module(.|\n)*put the file's weight into it"):
+            peftfx.load(base, tmp_path)
+
+    def test_a_file_without_rows_of_the_output_for_new_tokens_is_refused(self, tmp_path: Path) -> None:
+        base = llama()
+        base.save_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(103)
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"]))
+        theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        with pytest.raises(PeftfxError, match=r"no rows of the output(.|\n)*save the base that has the new tokens"):
+            load_directories(tmp_path / "base", {"default": tmp_path / "adapter"})
+
+    def test_tokens_without_rows_are_told(self, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+        """`peft` leaves new rows out of a file if it does not know the base's own config."""
+        base = llama()
+        base.save_pretrained(tmp_path / "base")
+        peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+        for content, token in (("<old>", 98), ("<new>", 99)):
+            made = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str()
+            told = {**json.loads(made), "added_tokens": [{"id": token, "content": content}]}
+            (tmp_path / "adapter" / "tokenizer.json").write_text(json.dumps(told))
+            load_directories(tmp_path / "base", {"default": tmp_path / "adapter"})
+        found = [str(w.message) for w in recwarn if "texts with it fail" in str(w.message)]
+        assert len(found) == 1
+        assert "'<new>', the token 99, and the embedding has 99 rows" in found[0]
 
     def test_embeddings_that_are_the_bases_own_are_passed_over(self, plain: AdaptedModel, tmp_path: Path) -> None:
         ours, inputs = plain, tokens()

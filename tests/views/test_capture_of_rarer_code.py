@@ -342,3 +342,12 @@ def test_a_shared_line_is_named_with_the_models_own() -> None:
     said = r"at image_processing_utils\.py:\d+ \(`.*`\), called from test_capture_of_rarer_code\.py:\d+ "
     with pytest.raises(peftfx.PeftfxError, match=said):
         peftfx.capture(Stumbling(shared=True).eval(), {"x": torch.randn(2, 4)})
+
+
+def test_a_classifier_over_a_decoder_without_a_padding_token_is_told_to_name_it() -> None:
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = hf.LlamaForSequenceClassification(hf.LlamaConfig(vocab_size=16, **size))
+    with pytest.raises(peftfx.PeftfxError, match=r"no padding token(.|\n)*config\.pad_token_id = "):
+        peftfx.transform(model, peftfx.LoRA())
+    model.config.pad_token_id = 0
+    assert peftfx.transform(model, peftfx.LoRA()).names() == ("default",)

@@ -24,7 +24,8 @@ from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import never_runs
 from peftfx.sites.sites import Sites
 
-_WRAPPERS = (".modules_to_save.", ".original_module.")
+_ORIGINAL = ".original_module."
+_WRAPPERS = (".modules_to_save.", _ORIGINAL)
 
 
 def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[str]:
@@ -32,12 +33,14 @@ def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[st
 
     HF PEFT repeats these tensors: the frozen weight of an adapted embedding; with `bias="all"` the bias of a saved
     module, three times; the rows of trained tokens, once for each module that has the tensor; and RandLoRA's bases,
-    once for each module, although all modules share them.
+    once for each module, although all modules share them. What a saved module was before its training
+    (`original_module`) may have other values than the base: the trained copy acts in its place.
     """
     return {
         name
         for name in weights.names.keys() - set(taken)
-        if any(_equal(weights[name], t) for t in _originals(weights, name, taken, base))
+        if (name.replace(_ORIGINAL, ".") in taken and _ORIGINAL in name)
+        or any(_equal(weights[name], t) for t in _originals(weights, name, taken, base))
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +13,12 @@ from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import input_embeddings
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown, warn
 from peftfx.rules.peft_files import Weights
 
 _ROWS = ".token_adapter.base_layer."
 _LAYER = ".base_layer."
+_COPY = ".original_module."
 
 
 def replaced_weights(
@@ -41,6 +44,7 @@ def replaced_weights(
     trained = {override.key.removeprefix(f"{SAVED}.") for override in overrides}
     everywhere = {id(own[o.name]) for o in overrides if not o.module and not o.rows and o.name in own}
     keys = {id(own[p]): key for key in weights.names if (p := _base_name(key, own, adapted)) in trained}
+    copied = {id(own[p]) for p in trained if p in own}
     found: dict[int, tuple[str, Override]] = {}
     for key in list(weights.names):
         path = _base_name(key, own, adapted)
@@ -53,8 +57,9 @@ def replaced_weights(
         if not _differs(weights, key, own[path]):
             weights.names.pop(key)
             continue
-        if _ROWS in key:
-            what = "the file has a copy of this embedding that differs from the base's, and trained rows of it too"
+        if _ROWS in key or id(own[path]) in copied:
+            other = "rows of it" if _ROWS in key else "values for another module that has it"
+            what = f"the file has a copy of this embedding that differs from the base's, and trained {other} too"
             hint = "resize the base's embedding, put the file's weight into it, and save the base; then load this"
             raise PeftfxError(what, key, hint)
         before, _ = found.setdefault(id(own[path]), (key, Override(f"{SAVED}.{path}", "", path, trained=False)))
@@ -74,29 +79,60 @@ def _refuse_apart(weights: Weights, before: str, key: str) -> None:
 def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
     """Resize the base's embedding to the most tokens that an adapter's file has, if that is more.
 
+    The rows of the new tokens are the file's: those of the base that the adapter was trained on.
+
     Raises:
         PeftfxError: a file has no rows of the output for the new tokens, and the output is not tied to the embedding.
     """
     embedding, output = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
+    paths = [path for path, module in own_modules(base) if module in (embedding, output)]
     tables: dict[int, list[str]] = {}
-    for path, module in own_modules(base):
-        if module in (embedding, output) and isinstance(getattr(module, "weight", None), Tensor):
-            names = tables.setdefault(id(module.weight), [])
-            names += [f"{path}.weight", f"{path}{_LAYER}weight"]
+    for path in paths:
+        if isinstance(weight := getattr(base.get_submodule(path), "weight", None), Tensor):
+            tables.setdefault(id(weight), []).extend(f"{path}{copy}weight" for copy in (_ROWS, _COPY, _LAYER, "."))
     own = getattr(embedding, "weight", None)
     if not isinstance(own, Tensor) or id(own) not in tables:
         return
-    rows = len(own)
+    rows, found = len(own), dict[str, Tensor]()
     for file in files:
-        sizes = {key: next((file.shapes[n][0] for n in names if n in file.shapes), 0) for key, names in tables.items()}
+        named = {key: next((n for n in names if n in file.shapes), "") for key, names in tables.items()}
+        sizes = {key: file.shapes[name][0] if name else 0 for key, name in named.items()}
         if sizes[id(own)] <= rows:
             continue
         rows = sizes[id(own)]
         if set(sizes.values()) != {rows}:
             what = f"{rows} tokens in the file and {len(own)} in the base, and the new ones have no rows of the output"
-            raise PeftfxError(what, str(file.path), "save it in peft with save_embedding_layers=True")
+            hint = "save the base that has the new tokens (PeftModel.unload().save_pretrained(DIR)), and give that"
+            raise PeftfxError(what, str(file.path), hint)
+        found = {path: file[named[id(base.get_submodule(path).weight)]] for path in paths}
     if rows > len(own):
+        before = len(own)
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
+        for path, value in found.items():
+            base.get_submodule(path).weight.data[before:rows].copy_(value[before:rows])  # type: ignore[index, union-attr, operator]
+
+
+def tell_tokens_without_rows(base: nn.Module, directories: Iterable[Path]) -> None:
+    """Warn of tokens that the tokenizer of an adapter's directory adds, and that the embedding has no rows for."""
+    rows = len(getattr(input_embeddings(base), "weight", ()))
+    for path in (directory / "tokenizer.json" for directory in directories if rows):
+        beyond = [token for token in _added_tokens(path) if token[0] >= rows]
+        if beyond:
+            token, content = beyond[0]
+            warn(
+                f"{path}: the tokenizer adds {shown(content)}, the token {token}, and the embedding has {rows} rows: "
+                "texts with it fail. Save the adapter again, from the model with the new tokens, with "
+                "save_embedding_layers=True"
+            )
+
+
+def _added_tokens(path: Path) -> list[tuple[int, object]]:
+    """Return the tokens that a tokenizer's file adds to its vocabulary; none if there is no such file, or another."""
+    try:
+        added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
+        return [(int(token["id"]), token.get("content")) for token in added]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whoever reads texts tells it
+        return []
 
 
 def _base_name(key: str, own: Mapping[str, Tensor], adapted: set[str]) -> str | None:

@@ -8,6 +8,7 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftfx.bases.processors.padding import lacks_padding
 from peftfx.bases.processors.readers import SIZED, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.capturing.raised import line_of, raised_at, said_by
@@ -49,6 +50,8 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
         hint, line = "write a forward with an argument for each of them", ""
     elif str(error).strip():
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
+        if lacks_padding(model) and "padding" in str(error):
+            hint = "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
         why, line = f"its code asserts `{asserted}`", raised_at(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"

@@ -107,3 +107,10 @@ def test_the_page_has_each_format_and_its_fields() -> None:
     assert all(f"`{f.name}`" in sections[SLOTS] for f in fields(Slot))
     for name, text in sections.items():
         assert re.search(rf"version, {VERSIONS[name]}\b|format, {VERSIONS[name]}\.", text), name
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+def test_an_adapter_that_the_disk_has_no_room_for_is_told_in_words() -> None:
+    """ONNX Runtime's error is none of the system's; `/dev/full` is a disk without room."""
+    with pytest.raises(PeftfxError, match=r"cannot write the adapter(.|\n)*free some space"):
+        write_adapter_file({"slot": torch.ones(3, 4)}, 1, Path("/dev/full"))

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class LoraForms(WeightMethod):
     init_lora_weights: Start
     use_bdlora: Mapping[str, object] | None
     kasa_config: Mapping[str, object] | None
+    sums_by: ClassVar[str] = "svd"
 
     @property
     def scaling(self) -> float:
