@@ -14,8 +14,11 @@ from peftfx.options import FORWARD
 
 #: What people call each kind of input, by transformers' word, and the arguments that hold it.
 _KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
-    "image": ("images", frozenset({"pixel_values", "flattened_patches", "image_patches", "pixel_values_images"})),
-    "audio": ("sounds", frozenset({*RECORDINGS, "audio_values"})),
+    "image": (
+        "images",
+        frozenset({"pixel_values", "flattened_patches", "image_patches", "pixel_values_images", "image_pixel_values"}),
+    ),
+    "audio": ("sounds", frozenset({*RECORDINGS, "audio_values", "audio_input_features"})),
     "video": ("videos", frozenset({"pixel_values_videos"})),
 }
 
