@@ -29,6 +29,7 @@ _PADDED_CONVS = {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
 _PUTS = {aten.index_put.default, aten.index_put_.default}
+_BY_INDICES = {*_PUTS, aten.index.Tensor, aten._unsafe_index.Tensor, aten._unsafe_index_put.default}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -39,8 +40,8 @@ def prepare(graph: Graph) -> Graph:
     SDPA itself, so a valid `view` in the model would fail. The copy becomes an Identity and is removed later. SDPA
     without heads gets one head, because its translation needs four axes. Each cast gets one form, each conv without a
     bias as well, and gathers of rows in order become slices. A `squeeze` names the axes that it took in the capture.
-    Rows that are written at the places of a mask are scattered. A model whose weights are not in bfloat16 computes what
-    its code computes in bfloat16 between casts.
+    Rows that are written at the places of a mask are scattered, and indices have 64 bits. A model whose weights are not
+    in bfloat16 computes what its code computes in bfloat16 between casts.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
@@ -51,6 +52,8 @@ def prepare(graph: Graph) -> Graph:
         put_between_casts(rewriter)
     for given in list(result.nodes()):
         node = widen_sounds(rewriter, given)
+        if node.target in _BY_INDICES:
+            _widen_indices(rewriter, node)
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)
         elif node.target in CASTS and isinstance(node.meta.get("val"), torch.Tensor):
@@ -110,6 +113,16 @@ def _pad(rewriter: Rewriter, node: fx.Node) -> None:
     numbers = [total // 2 for total in apart]
     node.target = aten.convolution.default
     node.args = (x, weight, bias, stride, numbers, dilation, False, [0] * len(sizes), groups)
+
+
+def _widen_indices(rewriter: Rewriter, node: fx.Node) -> None:
+    """Make indices of 32 bits indices of 64, which alone ONNX's operators for several indices take."""
+    x, indices, *rest = node.args
+    narrow = [i for i in indices if isinstance(i, fx.Node) and i.meta["val"].dtype == torch.int32]  # type: ignore[union-attr]
+    if narrow:
+        at = rewriter.before(node)
+        wide = {index: at.call(aten._to_copy.default, index, dtype=torch.int64) for index in narrow}
+        node.args = (x, [wide.get(i, i) for i in indices], *rest)  # type: ignore[union-attr, arg-type]
 
 
 def _scatter(rewriter: Rewriter, node: fx.Node) -> None:

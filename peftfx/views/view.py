@@ -107,7 +107,8 @@ def name_axes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str | None, ...]
     first of its name is named after its place, `input.1`. So are the axes of an unknown input, except a first axis as
     long as the batch. The size of an image is the model's; give `capture` other names to leave it free.
     """
-    ranked = sorted(tensors, key=lambda name: name not in _AXES)  # inputs with known axes set the sizes
+    # A text sets the number of rows, before an image, and inputs with known axes before others.
+    ranked = sorted(tensors, key=lambda name: (_AXES.get(name) != _TEXT, name not in _AXES))
     first = next((tensors[name] for name in ranked if tensors[name].ndim), None)
     lengths = {} if first is None else {"batch": first.shape[0]}
     named = apart({name: _axes_of(name, tensors) for name in ranked}, tensors, lengths)

@@ -268,3 +268,35 @@ def test_equations_between_an_adapters_own_tensors_are_solved_once(kind: str, tm
         ids = torch.randint(3, 20, shape, generator=torch.Generator().manual_seed(shape[1]))
         found = load(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         torch.testing.assert_close(torch.as_tensor(found), theirs(input_ids=ids).logits.detach(), atol=1e-4, rtol=0)
+
+
+class ByIndices(nn.Module):
+    """Reads and writes at indices of 32 bits, which torch takes as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, row: Tensor, column: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        written, added = y.clone(), y.clone()
+        written[row, column] = 1.5
+        added.index_put_((row,), y[row], accumulate=True)
+        return {"one": y[row], "two": y[row, column], "second": y[:, column], "written": written, "added": added}
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+@torch.no_grad()
+def test_indices_of_32_bits(engine: str, tmp_path: Path) -> None:
+    def call(rows: int, places: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(rows)
+        of = {"dtype": torch.int32, "generator": generator}
+        row, column = torch.randint(rows, (places,), **of), torch.randint(5, (places,), **of)  # type: ignore[call-overload]
+        return {"x": torch.randn(rows, 5, 4, generator=generator), "row": row, "column": column}
+
+    model = ByIndices().eval()
+    peftfx.export_onnx(model, tmp_path / "out", inputs=call(3, 2), engine=engine)
+    for rows, places in ((1, 1), (4, 3)):
+        inputs = call(rows, places)
+        torch.testing.assert_close(OnnxModel(tmp_path / "out")(**inputs), model(**inputs))
