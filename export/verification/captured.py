@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,7 @@ from peftfx.views.entry import Entry, forward
 from peftfx.views.view import View, without_cache
 
 _TOLERANCE = 1e-4  #: of the captured base compared with the eager base, relative to the largest output
+_ROUNDINGS = 8  #: of an output's dtype, where these are more
 
 
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
@@ -79,9 +81,13 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
 
 
 def hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
-    """Compare an output of the captured model with the model's own output, and refuse a difference."""
+    """Compare an output of the captured model with the model's own output, and refuse a difference.
+
+    Two correct programs in half precision differ by some roundings of their dtype.
+    """
+    close = max(_TOLERANCE, _ROUNDINGS * torch.finfo(want.dtype).eps) if want.is_floating_point() else _TOLERANCE
     error = float((want.float() - got.float()).abs().max()) if same and want.numel() else 0.0
-    if not same or error > _TOLERANCE * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
+    if not same or error > close * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
         raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")
 
 

@@ -82,3 +82,19 @@ def test_a_tied_head_has_no_slot_for_a_copy(tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match=r"no place for .*lm_head") as raised:
         peftfx.export_adapter(ours, tmp_path / "out", tmp_path / "x")
     assert "--slots" not in raised.value.hint
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_slots_of_a_base_in_half_precision_are_held_to_its_own_rounding(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The capture and the model's own code were held to a bound of float32, and a slotted base was refused."""
+    model = ZOO["gpt2"].build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    export_onnx(model.to(dtype), tmp_path / "out", slots="all-linear", view="forward")
+    if dtype == torch.float16:  # ONNX Runtime computes no bfloat16 on a CPU
+        given = ZOO["gpt2"].inputs()
+        with torch.no_grad():
+            want = model.float()(**given).logits
+        far = (runtime.load(tmp_path / "out")(**given).logits.float() - want).abs().max() / want.abs().max()
+        assert far < 8 * torch.finfo(dtype).eps

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -25,7 +28,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 PARTS_OF_MODULES = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS})
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device)
 _WHOLE = (ModuleType, Tensor)  #: objects whose attributes say nothing
-_DATA = (bool, int, float, complex, str, list, tuple, dict, set)  #: what code reads by name, and may change
+_WEAK = (weakref.WeakKeyDictionary, weakref.WeakSet)
+_DATA = (bool, int, float, complex, str, list, tuple, dict, set, *_WEAK)  #: what code reads by name, and may change
+_LIBRARIES = frozenset({"torch", "transformers", "numpy", *sys.stdlib_module_names})  #: whose own names stay
 _FEWEST = 3  #: the fewest entries of a list that has one for each layer
 _DEPTH = 3  #: of objects in attributes of objects
 _MOST = 1000  #: the most items of a collection that are compared
@@ -38,6 +43,7 @@ class DescribedValues:
     Attributes:
         label: gives the layer's own name for a tensor of the call; None for another tensor.
         number: the layer's own number, if it has one.
+        own: the paths of the layer's modules, by their identity: code may look them up in a dict.
         containers: the lists, dicts, sets, and attributes of objects that were met. What they hold is described, so a
             call that changes them is more than its results.
         objects: the description of each object that was met, by its identity.
@@ -46,6 +52,7 @@ class DescribedValues:
 
     label: Callable[[Tensor], object]
     number: int | None = None
+    own: dict[int, str] = field(default_factory=dict)
     containers: list[object] = field(default_factory=list)
     objects: dict[int, object] = field(default_factory=dict)
     kept: list[object] = field(default_factory=list)
@@ -56,6 +63,8 @@ class DescribedValues:
         """Return a hashable description of a value."""
         if isinstance(value, torch.types.py_sym_types):
             return "size", value.node.expr
+        if type(value) is int and value in self.own:
+            return "identity of", self.own[value]
         if isinstance(value, _PLAIN):
             return type(value), value
         if isinstance(value, Tensor) and (label := self.label(value)) is not None:
@@ -64,6 +73,8 @@ class DescribedValues:
             return "cache", id(value)
         if isinstance(value, np.ndarray) and value.size <= _MOST:
             return np.ndarray, value.dtype.str, self.describe(value.tolist(), depth)
+        if isinstance(value, weakref.ref):
+            return "reference", self.describe(value(), depth)
         if isinstance(value, Iterator):
             return object()  # its next item can be another
         if isinstance(value, FunctionType):
@@ -73,7 +84,7 @@ class DescribedValues:
         if isinstance(value, (tuple, list, deque, set, frozenset, dict)):
             return self._collection(value, depth)
         self._object(value, depth)
-        return "object", id(value)
+        return "object", id(value), self.own.get(id(value))
 
     def has_entry(self, container: object) -> bool:
         """Return whether a list has its entry at the layer's number described by itself."""
@@ -107,30 +118,57 @@ class DescribedValues:
         if depth == _DEPTH:
             return "function", id(value)
         enclosed = (cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell))
-        named = (place.get(name) for place, name in _names_of_function(value))
-        read = (*enclosed, value.__defaults__, *(v for v in map(_current, named) if v is not None))
-        return "function", id(value), *(self.describe(v, depth + 1) for v in read)
+        read = (self.describe(v, depth + 1) for v in (*enclosed, value.__defaults__))
+        return "function", id(value), *read, *self._named(_names_of_function(value), depth + 1)
 
     def class_of(self, module: nn.Module) -> object:
         """Return a description of what the code of a module's class reads by name, and of the class's own lists."""
         kind: type = type(module)
         lists = (getattr(kind, name) for name in _lists_of(kind))
-        named = (place.get(name) for place, name in _names_of(kind))
-        return *map(self.describe, lists), *(
-            self.describe(value) for value in map(_current, named) if value is not None
-        )
+        return *map(self.describe, lists), *self._named(_names_of(kind), 0)
+
+    def _named(self, places: _Places, depth: int) -> Iterator[object]:
+        values = (_current(place.get(name)) for place, name in places)
+        return (self.describe(value, depth) for value in values if value is not None)
 
     def _object(self, value: object, depth: int) -> None:
         """Describe the attributes of an object, and of the objects in them, once."""
         self.kept.append(value)
-        own = getattr(value, "__dict__", None)
-        if id(value) in self.objects or type(own) is not dict or depth == _DEPTH or isinstance(value, _WHOLE):
+        own, slots = getattr(value, "__dict__", None), _Slots(value)
+        if id(value) in self.objects or depth == _DEPTH or isinstance(value, _WHOLE):
+            return
+        if type(own) is not dict and not slots.names:
             return
         self.objects[id(value)] = None
-        self.containers.append(own)
+        self.containers += [slots] if own is None else [own, slots]
         left_out = PARTS_OF_MODULES if isinstance(value, nn.Module) else ()
-        inner = [(name, v) for name, v in own.items() if name not in left_out]
-        self.objects[id(value)] = tuple((name, self.describe(v, depth + 1)) for name, v in inner)
+        held = [(name, v) for name, v in {**(own or {}), **slots}.items() if name not in left_out]
+        inner = tuple((name, self.describe(v, depth + 1)) for name, v in held)
+        kind: type = type(value)
+        places = () if _is_of_library(kind) else _names_of(kind)
+        self.objects[id(value)] = inner, *self._named(places, depth + 1)
+
+
+class _Slots(Mapping[str, object]):
+    """What an object holds in `__slots__`, now."""
+
+    def __init__(self, value: object) -> None:
+        declared = (vars(k).get("__slots__", ()) for k in type(value).__mro__)
+        names = itertools.chain.from_iterable((d,) if isinstance(d, str) else d for d in declared)
+        self.value, self.names = value, tuple(name for name in names if not name.startswith("__"))
+
+    def __getitem__(self, name: str) -> object:
+        return getattr(self.value, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.names if hasattr(self.value, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _is_of_library(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _LIBRARIES
 
 
 def _current(value: object) -> object:
@@ -196,9 +234,11 @@ def _names_read_by(functions: Iterable[FunctionType]) -> _Places:
 
 
 def _code_of(value: object) -> Iterator[FunctionType]:
-    """Yield the functions of an attribute of a class: of a method, or of a property."""
+    """Yield the functions of an attribute of a class: of a method, a property, or another descriptor."""
     parts = (getattr(value, name, None) for name in ("fget", "__func__", "func"))
-    return (part for part in (value, *parts) if isinstance(part, FunctionType))
+    described = hasattr(type(value), "__get__") and not _is_of_library(type(value))
+    own = vars(type(value)).values() if described else ()
+    return (part for part in (value, *parts, *own) if isinstance(part, FunctionType))
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

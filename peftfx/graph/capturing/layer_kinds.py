@@ -195,12 +195,13 @@ def described(
     call = LayerCall()
     parts = list(modules(layer))
     number = call.values.number = _number_of(module for _, module in parts)
+    call.values.own = {id(module): path for path, module in parts}
     kinds = [_module(call, path, module, find) for path, module in parts]
     leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=LayerCall.is_cache)
     given: list[object] = []
     for i, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            given.append(call.enter(("argument", i), leaf, find))
+            given.append((call.enter(("argument", i), leaf, find), _notes_on(call, leaf)))
         elif isinstance(leaf, Cache):
             given.append(_cache(call, f"cache {i}", leaf, number, find))
     collections = tuple(map(call.value, (*args, *kwargs.values())))
@@ -215,6 +216,14 @@ def _number_of(modules: Iterable[nn.Module]) -> int | None:
     if len(found) > 1:
         raise Unknown
     return next(iter(found), None)
+
+
+def _notes_on(call: LayerCall, tensor: Tensor) -> object:
+    """Describe what code has noted on a tensor, as an attribute."""
+    noted = {name: value for name, value in vars(tensor).items() if not name.startswith("_")}
+    return tuple(
+        (name, call.value(value)) for name, value in noted.items() if isinstance(value, (bool, int, float, str))
+    )
 
 
 def _modes() -> object:

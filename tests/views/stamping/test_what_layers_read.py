@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -38,6 +39,28 @@ STATE = SimpleNamespace(scale=1.0)
 
 class Outer:
     scales: ClassVar = [1.0]
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class Phased:
+    """An object, and a descriptor, whose code reads what is elsewhere."""
+
+    @property
+    def scale(self) -> float:
+        return STATE.scale
+
+    def __get__(self, layer: object, kind: type) -> float:
+        return STATE.scale
+
+
+SLOTTED, PHASED, OF_LAYERS = Slotted(), Phased(), dict[object, float]()
+OF_REFERENCES: WeakKeyDictionary[object, float] = WeakKeyDictionary()
 
 
 class Turned(list[float]):
@@ -87,6 +110,10 @@ class Listing(Layer):
     scales = SCALES
 
 
+class Describing(Layer):
+    phase = PHASED
+
+
 class Stack(nn.Module):
     def __init__(self, code: Code, run: Run, kind: type[Layer] = Layer, **held: object) -> None:
         super().__init__()
@@ -126,6 +153,23 @@ def with_each(give: Callable[[float], object]) -> Run:
         return x
 
     return run
+
+
+def by_layer(note: Callable[[Layer, float], object]) -> Run:
+    def run(layers: Sequence[Layer], x: Tensor) -> Tensor:
+        for layer, scale in zip(layers, SCALES, strict=True):
+            note(layer, scale)
+        return plain(layers, x)
+
+    return run
+
+
+def with_notes(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    for layer, scale in zip(layers, SCALES, strict=True):
+        x = x * 1
+        x.scale = scale  # type: ignore[attr-defined]
+        x = layer(x, x)
+    return x
 
 
 def with_function(layers: Sequence[Layer], x: Tensor) -> Tensor:
@@ -253,6 +297,19 @@ CASES: dict[str, Stack] = {
     "an object that it holds": Stack(lambda s, y, g: s.held.scale, with_held, held=HELD),
     "an object by name": Stack(lambda s, y, g: s.stated, with_each(lambda scale: setattr(STATE, "scale", scale))),
     "a list of another class": Stack(lambda s, y, g: s.within(), with_each(Outer.scales.append)),
+    "an object with slots": Stack(
+        lambda s, y, g: s.held.scale, with_each(lambda scale: setattr(SLOTTED, "scale", scale)), held=SLOTTED
+    ),
+    "a property of an object": Stack(
+        lambda s, y, g: s.held.scale, with_each(lambda scale: setattr(STATE, "scale", scale)), held=PHASED
+    ),
+    "a descriptor": Stack(lambda s, y, g: s.phase, with_each(lambda scale: setattr(STATE, "scale", scale)), Describing),
+    "a note on a tensor": Stack(lambda s, y, g: g.scale, with_notes),
+    "itself in a dict": Stack(lambda s, y, g: OF_LAYERS[s], by_layer(OF_LAYERS.__setitem__)),
+    "itself in a dict of references": Stack(lambda s, y, g: OF_REFERENCES[s], by_layer(OF_REFERENCES.__setitem__)),
+    "its identity": Stack(
+        lambda s, y, g: OF_LAYERS[id(s)], by_layer(lambda layer, scale: OF_LAYERS.update({id(layer): scale}))
+    ),
     "a context variable": Stack(lambda s, y, g: SCALE.get(), with_each(SCALE.set)),
     "a context variable in a function": Stack(lambda s, y, g: of_context(), with_each(SCALE.set)),
     "a tensor of an object": Stack(lambda s, y, g: g.mean, with_mean(lambda t: setattr(HELD, "mean", t))),
