@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.graph.graph import ADAPTERS
+
+_OTHER = "a state of HF PEFT is loaded by peftfx.set_peft_model_state_dict(model, state)"
 
 
 def refuse_other_state(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], adapters: Mapping[str, Adapter], strict: bool
 ) -> None:
-    """Refuse a state whose tensors are not those of these adapters.
+    """Refuse a state whose tensors are not those of these adapters. Warn of one that has none, if that is allowed.
 
     Args:
         own: all tensors of the model, by name.
@@ -34,8 +36,12 @@ def refuse_other_state(
         found["missing"] = sorted(n for n in fixed - given.keys() if n.startswith(f"{ADAPTERS}."))
         found["unexpected"] = sorted(map(str, given.keys() - fixed - remembered))
     lines = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
+    foreign = bool(given) and not any(str(n).startswith(f"{ADAPTERS}.") for n in given)
+    if foreign and not lines and not given.keys() & own.keys():
+        first = _listed(sorted(map(str, given)), 1)
+        warn(f"nothing is loaded: the state has no tensor of these adapters, but {first}; {_OTHER}")
     if lines:
-        hint = "make the adapters as they were when it was saved"
+        hint = _OTHER if foreign else "make the adapters as they were when it was saved"
         raise PeftfxError("this state is not of these adapters:\n  " + "\n  ".join(lines), "", hint)
 
 

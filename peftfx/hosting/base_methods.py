@@ -43,7 +43,10 @@ def base_method(
         return method
     if _EXCHANGES.match(name):
         raise AttributeError(f"{name}() of the base would exchange its modules: call it before you adapt the model")
-    if acting is None or _LENDS.match(name):
+    if _LENDS.match(name):
+        why = "it gives out modules, or runs them in another thread; call the model, or its generate()"
+        raise AttributeError(f"{name}() of the base would run without the adapters: {why}")
+    if acting is None:
         raise AttributeError(f"{name}() of the base would run without the adapters")
 
     @functools.wraps(method)

@@ -237,6 +237,20 @@ def test_a_card_is_saved_where_there_is_none(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
+def test_a_state_of_peft_that_fits_nothing_is_told() -> None:
+    """`peft`'s own function loads without `strict`, and says nothing of a state that has no tensor of the model."""
+    theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    randomise(theirs)
+    state, ours = peft.get_peft_model_state_dict(theirs), adapt("llama", peftfx.LoRA(r=4, target="attention.query"))
+    with pytest.warns(PeftfxWarning, match=r"nothing is loaded(.|\n)*peftfx\.set_peft_model_state_dict"):
+        peft.set_peft_model_state_dict(ours, state)
+    with pytest.raises(PeftfxError, match=r"peftfx\.set_peft_model_state_dict"):
+        ours.load_state_dict(state)
+    peftfx.set_peft_model_state_dict(ours, state)
+    batch = inputs(ours.base, 2)
+    assert torch.allclose(ours.eval()(**batch).logits, theirs.eval()(**batch).logits, atol=1e-5)
+
+
 def test_the_hub_is_asked_online_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(PeftfxError, match="HF_HUB_OFFLINE"):

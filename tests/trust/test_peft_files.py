@@ -172,6 +172,18 @@ class TestEmbeddingLayers:
         with pytest.raises(PeftfxError, match=r"trained values for another module(.|\n)*put the file's weight into it"):
             peftfx.load(base, tmp_path)
 
+    @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+    def test_a_base_whose_weights_stay_in_its_files_gets_them_too(self, tied: bool, tmp_path: Path) -> None:
+        """A base in bfloat16, computed in float32, is read operator by operator; new rows need a table in memory."""
+        base, inputs = llama(tie_word_embeddings=tied).bfloat16(), masked(torch.tensor([[3, 102, 99, 7, 101]]))
+        base.save_pretrained(tmp_path / "base")
+        base.float().resize_token_embeddings(103)
+        theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        randomise(theirs)
+        theirs.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+        ours = load_directories(tmp_path / "base", {"default": tmp_path / "adapter"}, dtype=torch.float32)
+        same(first(ours, inputs), first(theirs, inputs))
+
     def test_a_file_without_rows_of_the_output_for_new_tokens_is_refused(self, tmp_path: Path) -> None:
         base = llama()
         base.save_pretrained(tmp_path / "base")

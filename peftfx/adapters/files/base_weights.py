@@ -14,6 +14,7 @@ from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, shown, warn
+from peftfx.graph.lazy_weights import Stored
 from peftfx.rules.peft_files import Weights
 
 _ROWS = ".token_adapter.base_layer."
@@ -107,9 +108,20 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
         found = {path: file[named[id(base.get_submodule(path).weight)]] for path in paths}
     if rows > len(own):
         before = len(own)
+        _read_tables([base.get_submodule(path) for path in paths])
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
         for path, value in found.items():
             base.get_submodule(path).weight.data[before:rows].copy_(value[before:rows])  # type: ignore[index, union-attr, operator]
+
+
+def _read_tables(modules: Sequence[nn.Module]) -> None:
+    """Give these modules weights that can be written, where theirs stay in the base's files."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        weight = module.weight
+        if isinstance(weight, Stored):
+            read = nn.Parameter(weight.source.to(weight.dtype, copy=True), requires_grad=weight.requires_grad)
+            module.weight = made.setdefault(id(weight), read)
 
 
 def tell_tokens_without_rows(base: nn.Module, directories: Iterable[Path]) -> None:
