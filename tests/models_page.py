@@ -32,7 +32,7 @@ for images have. `python tests/models_page.py` writes this page, `pytest -m zoo`
 
 **equal** it is. **refused**: an error says why, and nothing is written. **differs**, **crashed**: a fault. Not built:
 the tiny model does not run by itself, or `peft` does not adapt it; it counts nowhere. What is exported with text alone,
-though its class reads sounds or images beside it, counts as refused: a warning says so.
+though its class reads sounds or images beside it, counts as refused, but for text generation: a warning says so.
 
 """
 _ORDER = ("equal", "refused", "differs", "crashed", "not built", "not run")

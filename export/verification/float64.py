@@ -44,7 +44,7 @@ class _Checked(TorchFunctionMode):
         self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         given = dict(kwargs or {})
-        if getattr(func, "__name__", "") in _CHECKED:
+        if getattr(func, "__name__", "").partition(".")[0] in _CHECKED:  # an operator of a graph is `conv1d.default`
             args, given = pytree.tree_map(_wide, (args, given))
         return func(*args, **given)
 

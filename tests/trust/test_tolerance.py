@@ -68,6 +68,22 @@ def test_the_mode_is_what_a_model_cast_to_float64_computes(name: str) -> None:
     assert 0 < float((plain - got).abs().max()) < 1e-4 * float(got.abs().max())
 
 
+@torch.no_grad()
+def test_a_graph_with_convs_runs_in_float64_too(tmp_path: Path) -> None:
+    """Its operators compare the dtypes of their operands, as the functions of eager code do."""
+    model = ZOO["convnext"].build().eval()
+    inputs = ZOO["convnext"].inputs(model=model)
+    graph = peftfx.capture(model, inputs)
+    with float64():
+        want, got = model(**inputs).logits, graph(**inputs)["logits"]
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, atol=0, rtol=1e-12)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2}
+    base = hf.Mamba2ForCausalLM(hf.Mamba2Config(vocab_size=96, chunk_size=8, **sizes)).eval()
+    report = peftfx.export_onnx(base.half(), tmp_path / "out", slots="all-linear", view="forward")
+    assert not report.unmeasured
+
+
 def test_experts_that_run_as_a_grouped_product_are_measured(tmp_path: Path) -> None:
     """torch has no such product in float64: the mode computes it group by group, also a group without rows."""
     rows, weights, ends = torch.randn(10, 8), torch.randn(3, 8, 16), torch.tensor([4, 4, 9], dtype=torch.int32)
