@@ -300,3 +300,46 @@ def test_indices_of_32_bits(engine: str, tmp_path: Path) -> None:
     for rows, places in ((1, 1), (4, 3)):
         inputs = call(rows, places)
         torch.testing.assert_close(OnnxModel(tmp_path / "out")(**inputs), model(**inputs))
+
+
+class AtPlaces(nn.Module):
+    """Writes rows, or single numbers, at the places of a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x).clone()
+        y[ids == 7] = self.layer(rows)
+        numbers = x[..., 0].clone()
+        numbers[ids == 7] = rows[:, 1]
+        return {"written": y, "numbers": numbers}
+
+
+@pytest.mark.parametrize("engine", ["fast", "torch"])
+@torch.no_grad()
+def test_rows_are_as_many_as_their_places_or_one(engine: str, tmp_path: Path) -> None:
+    def call(ids: list[list[int]], rows: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(rows)
+        x = torch.randn(len(ids), len(ids[0]), 4, generator=generator)
+        return {"x": x, "ids": torch.tensor(ids), "rows": torch.randn(rows, 4, generator=generator)}
+
+    model = AtPlaces().eval()
+    example = call([[7, 1, 7], [2, 7, 7]], 4)
+    peftfx.export_onnx(model, tmp_path / "out", inputs=example, engine=engine)
+    served = OnnxModel(tmp_path / "out")
+    for inputs in (
+        example,
+        call([[7, 3, 7, 7]], 3),
+        call([[7, 7], [1, 7]], 1),
+        call([[5, 5, 5]], 1),
+        call([[1, 2]], 0),
+    ):
+        torch.testing.assert_close(served(**inputs), model(**inputs))
+    for wrong in (call([[7, 3, 7]], 3), call([[7, 7, 7]], 2), call([[1, 2, 7]], 0)):
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            model(**wrong)
+        with pytest.raises(PeftfxError):
+            served(**wrong)

@@ -1,7 +1,7 @@
 """The operator `peftfx::place_rows`: rows written at the places of a mask, as many as there are places.
 
-It is `index_put` with one mask in torch. ONNX's `ScatterND` refuses another number of rows than of places, none
-included.
+It is `index_put` with one mask in torch, which repeats a single row, or a single number in each row. ONNX's `ScatterND`
+refuses another number of rows than of places, none included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def place_rows(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
     Args:
         x: [*places, *row].
         mask: bool[*places].
-        rows: [number of places that the mask shows, *row], in the dtype of `x`.
+        rows: [number of places that the mask shows, or 1, *row], in the dtype of `x`.
 
     Returns:
         A copy of `x` with the rows.
@@ -37,7 +37,11 @@ def _(x: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
 
 
 def _place_rows(x: Any, mask: Any, rows: Any) -> Any:
-    return _op.ScatterND(x, _op.Transpose(_op.NonZero(mask), perm=[1, 0]), rows)
+    index = _op.Transpose(_op.NonZero(mask), perm=[1, 0])
+    one, places = _op.Constant(value_ints=[1]), _op.Shape(index, start=0, end=1)
+    times = _op.Where(_op.Equal(_op.Shape(rows, start=0, end=1), one), places, one)
+    shape = _op.Concat(times, _op.Shape(x, start=len(mask.shape)), axis=0)
+    return _op.ScatterND(x, index, _op.Expand(rows, shape))
 
 
 PLACED_ROWS: Mapping[Callable[..., object], Callable[..., object]] = {
