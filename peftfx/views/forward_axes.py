@@ -29,9 +29,9 @@ _SIDES = {"image": "image_batch", "video": "image_batch", "audio": "audio_batch"
 def axes_of_forward(model: nn.Module, inputs: Mapping[str, object]) -> Axes:
     """Return a name for each axis of each input of a call of the model's forward.
 
-    They are those of `name_axes`, but in a model that encodes texts and images apart, the axis along images is
-    `image_batch` (along sounds `audio_batch`), if the model's code takes other numbers of them than of texts. A
-    contrastive loss (`return_loss`) is of pairs.
+    They are those of `name_axes`, but in a model that compares texts with images, the axis along images is
+    `image_batch` (along sounds `audio_batch`), and `images` in one that writes encoded images into texts, if the
+    model's code takes other numbers of them than of texts. A contrastive loss (`return_loss`) is of pairs.
 
     Args:
         model: the model.
