@@ -9,15 +9,12 @@ from torch import nn
 
 from peftfx.bases.processors.recordings import RECORDINGS
 from peftfx.errors import warn
-from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.deployment.parts import PATCHES, GraphPart
 from peftfx.options import FORWARD
 
 #: What people call each kind of input, by transformers' word, and the arguments that hold it.
 _KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
-    "image": (
-        "images",
-        frozenset({"pixel_values", "flattened_patches", "image_patches", "pixel_values_images", "image_pixel_values"}),
-    ),
+    "image": ("images", frozenset({"pixel_values", *PATCHES, "image_pixel_values"})),
     "audio": ("sounds", frozenset({*RECORDINGS, "audio_values", "audio_input_features"})),
     "video": ("videos", frozenset({"pixel_values_videos"})),
 }

@@ -34,7 +34,7 @@ FREE = frozenset(
     {IMAGE_TOKENS, "batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"}
 )
 
-_PATCHES = ("flattened_patches", "image_patches", "pixel_values_images")  #: other names of a forward's images
+PATCHES = ("flattened_patches", "image_patches", "pixel_values_images")  #: other names of a forward's images
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
     both = encodes_and_decodes(base)
     files = {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"} if both else {"model.onnx": DECODE}
     accepted = inspect.signature(base.forward).parameters
-    sees = any(name in accepted for name in (*IMAGES, *_PATCHES)) and not (both and "input_ids" not in accepted)
+    sees = any(name in accepted for name in (*IMAGES, *PATCHES)) and not (both and "input_ids" not in accepted)
     why = why_not_in_source(base) if both else why_not_read(base)
     if not why:
         try:

@@ -23,7 +23,6 @@ from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
-from peftfx.export.verification.cases import named_tensors
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
@@ -36,6 +35,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
 from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.slots.by_row import ByRow
+from peftfx.views.arguments import named_tensors
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
@@ -194,7 +194,8 @@ def _example(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
     example = adapted.example if inputs is None else inputs
     if prompts is None:
         return example
-    rows = next(value.shape[0] for value in example.values() if isinstance(value, Tensor))
+    tensors = named_tensors(example)
+    rows = len(tensors.get("input_ids", next(iter(tensors.values()))))  # a call may have images of another number
     return {**example, IDS: torch.full((rows,), -1)}
 
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.image_tokens import most_in_a_text
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, completed
-from peftfx.graph.graph import TensorSpec, path_name
+from peftfx.graph.graph import TensorSpec
 from peftfx.model.adapted import AdaptedModel
+from peftfx.views.arguments import named_tensors
 from peftfx.views.forward_axes import ALONG_IMAGES
 
 PROBE_SIZES: Sequence[Mapping[str, int]] = (
@@ -76,7 +77,7 @@ def _with_pieces(base: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, int]
 def _images_in_text(sizes: Mapping[str, int]) -> int:
     """Return how many images the text with most of them has, as `example_inputs` deals them out."""
     batch = sizes.get("batch", 1)
-    return -(-sizes.get(ALONG_IMAGES, batch) // batch)
+    return most_in_a_text(sizes.get(ALONG_IMAGES, batch), batch)
 
 
 def _pieces(base: nn.Module) -> int:
@@ -86,12 +87,6 @@ def _pieces(base: nn.Module) -> int:
     except PeftfxError:
         return 0
     return made["input_ids"].shape[1] - 1 if "input_ids" in made else 0
-
-
-def named_tensors(example: Mapping[str, object]) -> dict[str, Tensor]:
-    """Return the tensors of a call's arguments, at any depth, by the names of the graph's inputs."""
-    leaves, _ = pytree.tree_flatten_with_path(dict(example))
-    return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def _sized(spec: TensorSpec, value: Tensor, sizes: Mapping[str, int]) -> bool:

@@ -15,7 +15,6 @@ from peftfx.export.verification.cases import (
     PROBE_SIZES,
     case_of,
     is_large,
-    named_tensors,
     sizes_beside,
     sizes_of_one,
     varied_sizes,
@@ -28,7 +27,7 @@ from peftfx.graph.conditions import completed
 from peftfx.graph.graph import TensorSpec
 from peftfx.model.adapted import AdaptedModel
 from peftfx.telling import tell_share
-from peftfx.views.arguments import nested
+from peftfx.views.arguments import named_tensors, nested
 from peftfx.views.view import Axes, LastRun, RunView, View, without_cache
 
 Accepts = Callable[[dict[str, Tensor]], object]
@@ -48,7 +47,8 @@ def probes(
     """Make inputs by name, at several sizes that the model takes.
 
     One call has the example's sizes, one has a batch and a text of size 1, one a size of 1 along every axis, and some
-    are at the bounds of `sizes`. The last row of a batch is padded.
+    are at the bounds of `sizes`. The last row of a batch is padded. A size at which the model's own code gives NaN, as
+    the deviation of one value does, is left out with a warning, unless it is the example's.
 
     Args:
         adapted: the model.
@@ -57,9 +57,6 @@ def probes(
         accepts: runs the model, and raises an error for a size that it does not take; by default the eager base, with
             which the captured base is then compared.
         sizes: the sizes at which the export is right.
-
-    A size at which the model's own code gives NaN, as the deviation of one value does, is left out with a warning,
-    unless it is the example's.
 
     Raises:
         PeftfxError: the model takes none of the sizes that were tried.

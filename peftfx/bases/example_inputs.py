@@ -16,7 +16,7 @@ from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
 from peftfx.bases.labels import class_labels
 from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
 from peftfx.bases.processors.codebooks import codes_shape
-from peftfx.bases.processors.image_tokens import in_patches, token_and_count
+from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
 from peftfx.bases.processors.series import PAST_VALUES, as_video, series_shape
@@ -183,7 +183,7 @@ class _Maker:
         """Make the text: image tokens first if the prompt holds images, and padding last."""
         length = self.sizes["sequence"]
         image, pieces = (None, 0) if self.image is None else self._image_tokens()
-        places = self._places(batch, length, pieces)
+        places = image_places(batch, batch if self.task == CHOOSING else self._images, length, pieces)
         ids = torch.full(places.shape, image or 0)
         ids[~places] = self._ids((int((~places).sum()),))
         mask = torch.ones_like(ids)
@@ -208,21 +208,6 @@ class _Maker:
         if pieces and TYPES in self.accepted and makes_masks(self.model):
             made[TYPES] = prompt_types(self.model, ids.eq(image or 0))
         return made
-
-    def _places(self, batch: int, length: int, pieces: int) -> Tensor:
-        """Return which tokens of rows with `length` tokens of text stand for pieces of images, bool[batch, all].
-
-        The first rows have an image more than others, and text in its place where the others have none. A token of text
-        is between two images if there are enough.
-        """
-        count = batch if self.task == CHOOSING else self._images
-        most = -(-count // batch)
-        places = torch.zeros(batch, length + most * pieces, dtype=torch.bool)
-        apart = pieces + (length > most + 2)
-        for row in range(batch):
-            for n in range(count // batch + (row < count % batch)):
-                places[row, n * apart : n * apart + pieces] = True
-        return places
 
     def _prompt_of_part(self, part: str) -> dict[str, Tensor]:
         """Make the text that a part of the model reads, such as a Q-Former, by the vocabulary in the part's config."""

@@ -48,6 +48,12 @@ def nested(case: Mapping[str, Tensor], example: Mapping[str, object]) -> dict[st
     return dict(pytree.tree_unflatten(values, spec))
 
 
+def named_tensors(example: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return the tensors of a call's arguments, at any depth, by the names of the graph's inputs."""
+    leaves, _ = pytree.tree_flatten_with_path(dict(example))
+    return {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+
+
 def refuse_hidden_tensors(leaves: Sequence[tuple[pytree.KeyPath, object]]) -> None:
     """Refuse an argument that is an object of a class that torch does not know, and holds tensors.
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.bases.processors.readers import ENCODE
 from peftfx.errors import raise_if_memory_is_out
-from peftfx.graph.graph import path_name
+from peftfx.views.arguments import named_tensors
 from peftfx.views.dry_run import fake_run
 from peftfx.views.view import Axes, name_axes
 
@@ -37,8 +37,7 @@ def axes_of_forward(model: nn.Module, inputs: Mapping[str, object]) -> Axes:
         model: the model.
         inputs: the keyword arguments of the call.
     """
-    leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
-    axes = name_axes({path_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)})
+    axes = name_axes(named_tensors(inputs))
     if "input_ids" not in inputs or inputs.get("return_loss"):
         return axes
     side, names = _compared(model, axes) or _written(model, axes)

@@ -20,13 +20,17 @@ from peftfx.export.writing.weights import save
 from peftfx.runtime import load
 
 
-class Functions(nn.Module):
-    """Functions of a layer's output near zero, and of a mask of integers; two of its outputs are None."""
+class Layered(nn.Module):
+    """A model with one layer."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Linear(4, 4)
+
+
+class Functions(Layered):
+    """Functions of a layer's output near zero, and of a mask of integers; two of its outputs are None."""
 
     def forward(self, x: Tensor, mask: Tensor) -> dict[str, object]:
         y = self.layer(x)
@@ -270,13 +274,8 @@ def test_equations_between_an_adapters_own_tensors_are_solved_once(kind: str, tm
         torch.testing.assert_close(torch.as_tensor(found), theirs(input_ids=ids).logits.detach(), atol=1e-4, rtol=0)
 
 
-class ByIndices(nn.Module):
+class ByIndices(Layered):
     """Reads and writes at indices of 32 bits, which torch takes as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 4)
 
     def forward(self, x: Tensor, row: Tensor, column: Tensor) -> dict[str, Tensor]:
         y = self.layer(x)
@@ -302,13 +301,8 @@ def test_indices_of_32_bits(engine: str, tmp_path: Path) -> None:
         torch.testing.assert_close(OnnxModel(tmp_path / "out")(**inputs), model(**inputs))
 
 
-class AtPlaces(nn.Module):
+class AtPlaces(Layered):
     """Writes rows, or single numbers, at the places of a mask."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 4)
 
     def forward(self, x: Tensor, ids: Tensor, rows: Tensor) -> dict[str, Tensor]:
         y = self.layer(x).clone()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of, number_of
@@ -85,6 +86,31 @@ def in_patches(model: nn.Module, image: Mapping[str, Tensor], edge: int) -> Mapp
         for name, value in image.items()
     }
     return image if tokens_of_image(model, rows) is None else rows
+
+
+def most_in_a_text(images: int, texts: int) -> int:
+    """Return how many images the text with most of them has, if they are dealt out evenly."""
+    return -(-images // texts)
+
+
+def image_places(texts: int, images: int, length: int, pieces: int) -> Tensor:
+    """Return which tokens of texts stand for pieces of images, bool[texts, length + most * pieces].
+
+    The first texts have an image more than others, and text in its place where the others have none. A token of text is
+    between two images if there are enough.
+
+    Args:
+        texts, images: how many there are.
+        length: how many tokens of a text stand for no image where it has most of them.
+        pieces: how many tokens stand for an image.
+    """
+    most = most_in_a_text(images, texts)
+    places = torch.zeros(texts, length + most * pieces, dtype=torch.bool)
+    apart = pieces + (length > most + 2)
+    for row in range(texts):
+        for n in range(images // texts + (row < images % texts)):
+            places[row, n * apart : n * apart + pieces] = True
+    return places
 
 
 def _readable(value: Tensor) -> bool:

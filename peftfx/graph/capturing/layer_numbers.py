@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import linecache
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -135,7 +136,7 @@ def _is_followed(frame: FrameType, name: str, follows: Follows) -> bool:
 
 def _read(frame: FrameType, name: str) -> tuple[ast.AST | None, ast.AST | None]:
     """Return the expression that reads the number, and the one that it is an operand of; None where it is not known."""
-    positions = [*frame.f_code.co_positions()][frame.f_lasti // 2]
+    positions = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
     return _reads(frame.f_code).get((name, positions[1], positions[3]), (None, None))
 
 

@@ -28,6 +28,7 @@ from peftfx.passes.base import Pass
 from peftfx.passes.manager import PassManager
 from peftfx.patterns.find import with_patterns
 from peftfx.patterns.pattern import version as patterns_version
+from peftfx.views.arguments import named_tensors
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
@@ -81,8 +82,7 @@ class Graphs:
         their own.
         """
         self._find_patterns()
-        leaves, _ = pytree.tree_flatten_with_path(dict(inputs))
-        tensors = {path_name(p): v for p, v in leaves if isinstance(v, Tensor)}
+        tensors = named_tensors(inputs)
         known, alone = self._known(inputs, entry, view), frozenset[str]()
         for graph in known:
             if not all(s.accepts(tensors[s.name]) for s in graph.inputs) or graph.mixed(tensors) is not None:

@@ -44,7 +44,7 @@ def write_counted(graph: fx.Graph) -> None:
         if found.ndim != len(shape) or not isinstance(shape[-1], int) or not _for_rows(mask):
             continue
         size = source.meta["val"].numel()
-        if any(number is None or _equal(number, size) or _equal(number * shape[-1], size) for number in numbers):
+        if any(number is None or _counts(number, shape[-1], size) for number in numbers):
             at = rewriter.before(node)
             places = at.call(_aten.select.int, mask, -1, 0)
             rows = at.call(_aten.reshape.default, source, [-1, shape[-1]])
@@ -100,5 +100,6 @@ def _for_rows(mask: fx.Node) -> bool:
     return False
 
 
-def _equal(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    return statically_known_true(one == other)
+def _counts(number: int | torch.SymInt, width: int, size: int | torch.SymInt) -> bool:
+    """Return whether a number is that of the elements of all rows, or that of rows."""
+    return statically_known_true(number == size) or statically_known_true(number * width == size)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.fixed_values import FixedValues
+from peftfx.bases.processors.image_tokens import most_in_a_text
 from peftfx.bases.processors.readers import ENCODE, ENCODED_IMAGES, takes_encoded
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.graph.batching.run import run_for_several
@@ -111,7 +112,7 @@ class ForwardWithImages:
         per = {self._axis(name): shape[0] for name, shape in self._shapes.items()}
         known = [size // per[axis] for axis, size in wanted.items() if axis in per]
         count = max(1, known[0]) if known else batch
-        most = -(-count // batch)
+        most = most_in_a_text(count, batch)
         text = max(wanted.get("sequence", 0) - most * self.pieces, 1 if count == batch else most + 4)
         made = example_inputs(base, sizes={"batch": batch, "sequence": text, "images": count}, seed=seed)
         found = {name: made[name] for name in made if name not in (TYPES, MODALITIES) or name in self.types}
