@@ -7,9 +7,10 @@ import gc
 import threading
 from collections.abc import Iterator
 
-#: New objects until young ones are looked through, and how many times that happens until older ones are. By default
-#: 700: imports and captures make objects by the hundred thousand, and hardly any are garbage in circles.
-_THRESHOLDS = (10_000, 10, 10)
+#: New objects until young ones are looked through, how many times that happens until older ones are, and those until
+#: all are. By default 700, 10, 10: imports and captures make objects by the hundred thousand, and hardly any that is old
+#: is garbage in circles.
+_THRESHOLDS = (10_000, 10, 50)
 
 _CHANGE = threading.Lock()
 _before: list[tuple[int, ...]] = []  # one entry for each context that lasts, in any thread: what the first one found

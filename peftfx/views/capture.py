@@ -33,6 +33,7 @@ from peftfx.graph.capturing.stamping import stamped
 from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, Graph, path_name
 from peftfx.graph.lazy_weights import faked
+from peftfx.memory.garbage import rarely_collected
 from peftfx.telling import tell_share
 from peftfx.views.arguments import refuse_hidden_tensors
 from peftfx.views.capturing.errors import capture_error
@@ -46,6 +47,7 @@ from peftfx.views.images.sizes import free_images
 from peftfx.views.view import Axes, keep_ones, without_cache
 
 
+@rarely_collected()
 def capture(
     model: nn.Module,
     inputs: Mapping[str, object] | None = None,

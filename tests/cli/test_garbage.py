@@ -51,7 +51,7 @@ def test_what_was_set_is_set_again_when_the_last_context_ends(found: tuple[int, 
     with first:
         second.__enter__()
         lasting = gc.get_threshold()
-    assert lasting == ((10_000, 10, 10) if found[0] == 700 else found)
+    assert lasting == ((10_000, 10, 50) if found[0] == 700 else found)
     assert gc.get_threshold() == lasting  # the second one lasts
     second.__exit__(None, None, None)
     assert gc.get_threshold() == found

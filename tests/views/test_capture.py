@@ -189,6 +189,24 @@ def test_axes_of_one_name_are_one_size() -> None:
         graph(x=x, y=y[:1])
 
 
+class AsksToo(nn.Module):
+    """Asks what torch's operators ask of the same sizes, before and after."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + torch.ones(1, 3)
+        if x.shape[0] != 1 and x.shape[0] > 1:
+            y = (y * 2).reshape(-1, 3)
+        return y.transpose(0, 1).contiguous()
+
+
+def test_a_question_of_the_model_is_noted_though_torch_asks_the_same() -> None:
+    graph = capture(AsksToo(), {"x": torch.ones(2, 3)}, axes={"x": ("batch", None)})
+    asked = {str(condition.holds) for condition in graph.conditions if condition.code and condition.edge}
+    assert asked == {"Ne(batch, 1)", "batch > 1"}
+    x = torch.randn(5, 3)
+    assert_same(leaves(graph(x=x)), [AsksToo()(x)])
+
+
 def test_axes_of_one_name_are_apart_where_a_call_has_two_sizes() -> None:
     adapted = bare(Rows(), {"x": torch.ones(2, 3), "y": torch.ones(2, 3)})
     x, y = torch.randn(4, 3), torch.randn(4, 3)

@@ -2,6 +2,9 @@
 
 Code may compute something else for the first tokens, `if past_length > 0`. In a capture every free size counts as 2 or
 more, so torch answers such a question at once, and keeps no guard.
+
+A capture compares sizes tens of thousands of times, and makes a few hundred different comparisons. What torch knows
+without a guard is remembered, because torch takes longer to find it than all else that a comparison does.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from torch import SymInt
+from torch import SymBool, SymInt, sym_not
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from transformers import cache_utils
 
 from peftfx.graph.capturing.sizes.asking_code import asked_at, model_asks
@@ -42,20 +46,41 @@ def asked_if_empty() -> Iterator[list[Question]]:
     """Record the questions of this thread's captures in the yielded list. Not for two threads at once."""
     found: dict[Question, None] = {}
     yielded: list[Question] = []
+    known: dict[tuple[object, ...], bool | None] = {}
     own, kept = threading.get_ident(), {name: getattr(SymInt, name) for name in _QUESTIONS}
+
+    asks = False  # whether torch answers: to record a comparison as a node, it compares once more
+
+    def torchs(name: str, size: SymInt, other: object) -> Any:
+        nonlocal asks
+        asks = True
+        try:
+            return kept[name](size, other)
+        finally:
+            asks = False
 
     def asking(name: str) -> object:
         def ask(size: SymInt, other: object) -> Any:
-            answer = kept[name](size, other)
-            if threading.get_ident() == own and (symbols := _decide(name, _expression(size), _expression(other))):
-                frame = sys._getframe(1)
-                # A cache without tokens has no keys yet: its code makes them.
-                if model_asks(frame) and not (where := asked_at(frame)).startswith(_CACHES):
-                    for question in (Question(symbol, where) for symbol in symbols):
-                        if question not in found:
-                            found[question] = None
-                            yielded.append(question)
-            return answer
+            if asks or threading.get_ident() != own:
+                return kept[name](size, other)
+            left, right = _expression(size), _expression(other)
+            usual, symbols = _decide(name, left, right)
+            frame = sys._getframe(1)
+            # A cache without tokens has no keys yet: its code makes them.
+            if symbols and model_asks(frame) and not (where := asked_at(frame)).startswith(_CACHES):
+                for question in (Question(symbol, where) for symbol in symbols):
+                    if question not in found:
+                        found[question] = None
+                        yielded.append(question)
+            if usual is not None:
+                return usual
+            if left is None or right is None or model_asks(frame):  # `noted` listens to torch's answers to the model
+                return torchs(name, size, other)
+            key = name, size.node.shape_env, left, right
+            if key not in known:
+                known[key] = _without_guard(torchs(name, size, other))
+            answer = known[key]
+            return torchs(name, size, other) if answer is None else answer
 
         return ask
 
@@ -75,16 +100,25 @@ def _expression(value: object) -> object:
     return value.node.expr if isinstance(value, SymInt) else value if isinstance(value, int) else None
 
 
+def _without_guard(answer: object) -> bool | None:
+    """Return an answer that holds for all sizes that torch allows; None if there is none, and a guard would be kept."""
+    if not isinstance(answer, SymBool):
+        return answer if isinstance(answer, bool) else None
+    if statically_known_true(answer):
+        return True
+    return False if statically_known_true(sym_not(answer)) else None
+
+
 @functools.lru_cache(4096)
-def _decide(name: str, left: object, right: object) -> tuple[sympy.Basic, ...]:
-    """Return the symbols that decide a question by being 0, where all other sizes are not."""
+def _decide(name: str, left: object, right: object) -> tuple[bool | None, tuple[sympy.Basic, ...]]:
+    """Return the answer that holds for all sizes from 1, if there is one, and the symbols that change it by being 0."""
     if left is None or right is None:
-        return ()
+        return None, ()
     ask = _QUESTIONS[name]
     sides = sympy.sympify(left), sympy.sympify(right)
     usual = ask(*sides)
     if usual not in (sympy.true, sympy.false):
-        return ()
+        return None, ()
 
     def at_0(symbol: sympy.Basic) -> object:
         try:
@@ -92,7 +126,8 @@ def _decide(name: str, left: object, right: object) -> tuple[sympy.Basic, ...]:
         except ZeroDivisionError:  # the code divides by the size
             return None
 
-    return tuple(s for s in sides[0].free_symbols | sides[1].free_symbols if at_0(s) == sympy.Not(usual))
+    symbols = sides[0].free_symbols | sides[1].free_symbols
+    return usual == sympy.true, tuple(s for s in symbols if at_0(s) == sympy.Not(usual))
 
 
 def filled_of(
