@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from peftfx.bases.processors.recordings import RECORDINGS
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import warn
 from peftfx.export.deployment.parts import PATCHES, GraphPart
 from peftfx.options import FORWARD
@@ -42,4 +43,12 @@ def warn_of_left_out(base: nn.Module, parts: Sequence[GraphPart]) -> None:
         rest = [word for word, names in _KINDS.values() if names & taken]
         served = f"text with {' and '.join(rest)}" if rest else "text alone"
         told = " and ".join(left)
-        warn(f"{told} are left out, and {served} is served: peftfx makes no example of them beside a text")
+        warn(f"{told} are left out, and {served} is served: {_why(base, left)}")
+
+
+def _why(base: nn.Module, left: Sequence[str]) -> str:
+    """Return why no graph takes these kinds of inputs."""
+    made = set(example_inputs(base))
+    if all(names & made for word, names in _KINDS.values() if word in left):
+        return "the views with a cache take none beside a text (the forward view does: --view forward)"
+    return "peftfx makes no example of them beside a text"

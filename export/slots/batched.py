@@ -39,7 +39,7 @@ from peftfx.views.arguments import named_tensors
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
-from peftfx.views.forward_axes import ALONG_IMAGES
+from peftfx.views.forward_axes import WRITTEN
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
 from peftfx.views.view import name_axes
 
@@ -87,7 +87,7 @@ class Batched(Deployment):
                 try:
                     graph = by_row(part.graph).graph
                 except PeftfxError:
-                    if not any(ALONG_IMAGES in map(str, spec.shape) for spec in part.graph.inputs):
+                    if not any(axis in map(str, spec.shape) for spec in part.graph.inputs for axis in WRITTEN):
                         raise
                     graph = by_row(_paired(adapted, inputs, prompts)).graph
                 parts.append(dataclasses.replace(part, graph=graph, exported=graph))

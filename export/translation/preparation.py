@@ -38,10 +38,11 @@ def prepare(graph: Graph) -> Graph:
 
     Transposed outputs of SDPA are copied to plain strides: torch's decompositions of SDPA return other strides than
     SDPA itself, so a valid `view` in the model would fail. The copy becomes an Identity and is removed later. SDPA
-    without heads gets one head, because its translation needs four axes. Each cast gets one form, each conv without a
-    bias as well, and gathers of rows in order become slices. A `squeeze` names the axes that it took in the capture.
-    Rows that are written at the places of a mask are scattered, and indices have 64 bits. A model whose weights are not
-    in bfloat16 computes what its code computes in bfloat16 between casts.
+    without heads gets one head, because its translation needs four axes, and what it reads of one row for all rows is
+    repeated. Each cast gets one form, each conv without a bias as well, and gathers of rows in order become slices. A
+    `squeeze` names the axes that it took in the capture. Rows that are written at the places of a mask are scattered,
+    and indices have 64 bits. A model whose weights are not in bfloat16 computes what its code computes in bfloat16
+    between casts.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
@@ -54,6 +55,8 @@ def prepare(graph: Graph) -> Graph:
         node = widen_sounds(rewriter, given)
         if node.target in _BY_INDICES:
             _widen_indices(rewriter, node)
+        if node.target is _SDPA:
+            _repeat(rewriter, node)
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)
         elif node.target in CASTS and isinstance(node.meta.get("val"), torch.Tensor):
@@ -153,6 +156,26 @@ def _make_contiguous(rewriter: Rewriter, node: fx.Node) -> None:
 def _rank(node: fx.Node) -> int:
     value = source(node).meta.get("val")
     return value.ndim if isinstance(value, torch.Tensor) else 0
+
+
+def _repeat(rewriter: Rewriter, node: fx.Node) -> None:
+    """Repeat what SDPA reads along axes before the length where it has one entry, as torch does, and ONNX does not.
+
+    A Q-Former's learned queries are those of all images, for example. Keys and values of one head are left as they are.
+    """
+    at, read = rewriter.before(node), cast("list[fx.Node]", list(node.args[:3]))
+    for axis in range(_rank(node) - 2):
+        sizes = [x.meta["val"].shape[axis] for x in read]
+        several = next((x for x, size in zip(read, sizes, strict=True) if not statically_known_true(size == 1)), None)
+        if several is None:
+            continue
+        count = at.call(aten.sym_size.int, several, axis)
+        for i, size in enumerate(sizes):
+            if statically_known_true(size == 1) and (axis == 0 or i == 0):
+                wanted = [-1] * _rank(node)
+                wanted[axis] = count  # type: ignore[call-overload]
+                read[i] = at.call(aten.expand.default, read[i], wanted)
+    node.args = (*read, *node.args[3:])
 
 
 def _widen(rewriter: Rewriter, node: fx.Node) -> None:

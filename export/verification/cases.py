@@ -14,7 +14,7 @@ from peftfx.graph.conditions import Condition, completed
 from peftfx.graph.graph import TensorSpec
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import named_tensors
-from peftfx.views.forward_axes import ALONG_IMAGES
+from peftfx.views.forward_axes import WRITTEN
 
 PROBE_SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},
@@ -62,26 +62,26 @@ def case_of(
 
 
 def _made(base: nn.Module, sizes: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    text = {name: size for name, size in sizes.items() if name in PROBE_SIZES[0] or name == ALONG_IMAGES}
+    text = {name: size for name, size in sizes.items() if name in PROBE_SIZES[0] or name in WRITTEN}
     if "sequence" in text:
         text["sequence"] -= _pieces(base) * _images_in_text(text)
     return example_inputs(base, sizes=text, seed=seed)
 
 
 def _with_pieces(base: nn.Module, sizes: Mapping[str, int]) -> Mapping[str, int]:
-    """Return the sizes, with room in the text for all tokens that stand for pieces of images."""
+    """Return the sizes, with room in the text for all tokens that stand for pieces of images or sounds."""
     least = _pieces(base) * _images_in_text(sizes) + 1
     return {name: max(size, least) if name == "sequence" else size for name, size in sizes.items()}
 
 
 def _images_in_text(sizes: Mapping[str, int]) -> int:
-    """Return how many images the text with most of them has, as `example_inputs` deals them out."""
+    """Return how many images or sounds the text with most of them has, as `example_inputs` deals them out."""
     batch = sizes.get("batch", 1)
-    return most_in_a_text(sizes.get(ALONG_IMAGES, batch), batch)
+    return most_in_a_text(next((sizes[axis] for axis in WRITTEN if axis in sizes), batch), batch)
 
 
 def _pieces(base: nn.Module) -> int:
-    """Return how many tokens of an example's text stand for pieces of its image."""
+    """Return how many tokens of an example's text stand for pieces of its image or sound."""
     try:
         made = example_inputs(base, sizes={"batch": 1, "sequence": 1})
     except PeftfxError:

@@ -16,10 +16,11 @@ from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
 from peftfx.bases.labels import class_labels
 from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
 from peftfx.bases.processors.codebooks import codes_shape
-from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count
+from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count, tokens_of
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
-from peftfx.bases.processors.recordings import fitted_shape, recording_name, recording_shape
 from peftfx.bases.processors.series import PAST_VALUES, as_video, series_shape
+from peftfx.bases.processors.sounds.in_text import sounds_in_text
+from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_name, recording_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
 from peftfx.bases.tasks import CHOOSING, resolve_task, task_of
 from peftfx.errors import PeftfxError, nearest
@@ -44,16 +45,16 @@ def example_inputs(
             read.
         task: the task; by default the task of the model's class.
         sizes: the sizes `batch`, `sequence`, `decoder_sequence`, `choices`, `height` and `width` that differ from
-            `_SIZES`, and from the image size in the config, or else in the model's processor file; and `images`, the
-            number of images in all texts of a model that reads images in texts, by default one for each text. If the
-            batch has several rows and the text is long enough, the last row is padded on the right.
+            `_SIZES`, and from the image size in the config, or else in the model's processor file; and `images` or
+            `sounds`, the number of these in all texts of a model that reads them in texts, by default one for each
+            text. If the batch has several rows and the text is long enough, the last row is padded on the right.
         labels: add labels, so that the model computes a loss.
         seed: the seed of the random values.
 
     Raises:
         PeftfxError: the model is not a transformers model, takes an unknown input, or takes no labels.
     """
-    unknown = set(sizes or ()) - {*_SIZES, "height", "width", "images"}
+    unknown = set(sizes or ()) - {*_SIZES, "height", "width", "images", "sounds"}
     if unknown:
         name = min(unknown)
         raise PeftfxError(
@@ -125,8 +126,8 @@ class _Maker:
 
     @property
     def _images(self) -> int:
-        """How many images a call has."""
-        return self.sizes.get("images", self.sizes["batch"])
+        """How many images or sounds a call has."""
+        return self.sizes.get("images", self.sizes.get("sounds", self.sizes["batch"]))
 
     def _with_codes(self, made: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put codes of several codebooks, without padding, in place of tokens, for a model that reads such."""
@@ -139,11 +140,17 @@ class _Maker:
 
     @cached_property
     def image(self) -> Picture | None:
-        """The arguments of one image, NaN where its pixels matter; None if the model's class reads texts alone."""
+        """The arguments of one image, or of one sound beside a text; None if the model's class reads texts alone.
+
+        They are NaN where the pixels or the samples matter.
+        """
         if "input_ids" in self.accepted and getattr(self.model, "input_modalities", None) == "text":
             return None
         found = picture_inputs(self.model, self.accepted, self._resolution())
-        if found is not None or "pixel_values" not in self.accepted:
+        if found is None and "pixel_values" not in self.accepted:
+            tried = sounds_in_text(self.model, self.accepted)
+            return next((sound for sound in tried if tokens_of(self.model, sound)), None)
+        if found is not None:
             return found
         plain = {"pixel_values": torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)}
         if has_image_axis(self.model, self.accepted):
@@ -225,7 +232,7 @@ class _Maker:
         return two_towers or (self.decodes and self.task == "text-classification")
 
     def _image_tokens(self) -> tuple[int | None, int]:
-        """Return the token that stands for a piece of an image, and the number of such tokens for an image."""
+        """Return the token that stands for a piece of an image or sound, and the number of such tokens for one."""
         size, edge = self._resolution(), self._image("patch_size", 1)
         return token_and_count(self.model, self.image, PLACES in self.accepted, size, edge)
 
@@ -256,10 +263,10 @@ class _Maker:
         return torch.randn(shape, generator=self.random).to(next(kinds, torch.float32))
 
     def _visible(self, labels: Tensor, made: Mapping[str, Tensor]) -> Tensor:
-        """Mask labels at padding and at pieces of an image."""
+        """Mask labels at padding and at pieces of an image or sound."""
         if "attention_mask" in made:
             labels = labels.masked_fill(made["attention_mask"] == 0, -100)
-        image = self._image_tokens()[0] if "pixel_values" in made else None
+        image = None if self.image is None else self._image_tokens()[0]
         return labels if image is None else labels.masked_fill(made["input_ids"] == image, -100)
 
     def _image(self, name: str, default: int) -> int:

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 
 #: New objects until young ones are looked through, how many times that happens until older ones are, and those until
-#: all are. By default 700, 10, 10: imports and captures make objects by the hundred thousand, and hardly any that is old
-#: is garbage in circles.
+#: all are. By default 700, 10, 10: imports and captures make objects by the hundred thousand, and hardly any old ones
+#: are garbage in circles.
 _THRESHOLDS = (10_000, 10, 50)
 
 _CHANGE = threading.Lock()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peftfx.bases.processors.recordings import RECORDINGS
+from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.bases.tasks import HEARING, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.bases.processors.readers import ENCODE
+from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND
+from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import raise_if_memory_is_out
 from peftfx.views.arguments import named_tensors
 from peftfx.views.dry_run import fake_run
@@ -22,7 +24,7 @@ from peftfx.views.view import Axes, name_axes
 #: Inputs with a row for each text.
 _OF_TEXTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"})
 _EXTRACTS = "get_{}_features"  #: the method of a class that encodes one side by itself
-ALONG_IMAGES = "images"  #: the axis along images that are written into texts
+ALONG_IMAGES, ALONG_SOUNDS = WRITTEN = "images", "sounds"  #: the axes along what is written into texts
 _SIDES = {"image": "image_batch", "video": "image_batch", "audio": "audio_batch"}
 
 
@@ -30,8 +32,9 @@ def axes_of_forward(model: nn.Module, inputs: Mapping[str, object]) -> Axes:
     """Return a name for each axis of each input of a call of the model's forward.
 
     They are those of `name_axes`, but in a model that compares texts with images, the axis along images is
-    `image_batch` (along sounds `audio_batch`), and `images` in one that writes encoded images into texts, if the
-    model's code takes other numbers of them than of texts. A contrastive loss (`return_loss`) is of pairs.
+    `image_batch` (along sounds `audio_batch`), and `images` (`sounds`) in one that writes encoded images into texts, if
+    the model's code takes other numbers of them than of texts. A contrastive loss (`return_loss`) is of pairs. Sounds
+    in texts have the length of the call: their number of tokens follows from it, and most processors make one length.
 
     Args:
         model: the model.
@@ -41,6 +44,8 @@ def axes_of_forward(model: nn.Module, inputs: Mapping[str, object]) -> Axes:
     if "input_ids" not in inputs or inputs.get("return_loss"):
         return axes
     side, names = _compared(model, axes) or _written(model, axes)
+    if side == ALONG_SOUNDS:
+        axes = {**axes, **{name: (axes[name][0], *[None] * (len(axes[name]) - 1)) for name in names}}
     apart = {name: (side, *axes[name][1:]) for name in names if axes[name][:1] == ("batch",)}
     return {**axes, **apart} if apart and _takes_another_number(model, inputs, apart) else axes
 
@@ -54,10 +59,11 @@ def _compared(model: nn.Module, axes: Axes) -> tuple[str, list[str]] | None:
 
 
 def _written(model: nn.Module, axes: Axes) -> tuple[str, list[str]]:
-    """Return the axis along images of a model that writes them into texts, and the inputs of its image encoder."""
-    encode = getattr(getattr(model, "base_model", None), ENCODE, None)
+    """Return the axis along images or sounds of a model that writes them into texts, and the inputs of its encoder."""
+    heard = any(name in RECORDINGS for name in axes)
+    encode = getattr(getattr(model, "base_model", None), ENCODE_SOUND if heard else ENCODE, None)
     taken = () if encode is None else inspect.signature(encode).parameters
-    return ALONG_IMAGES, [name for name in axes if name in taken]
+    return ALONG_SOUNDS if heard else ALONG_IMAGES, [name for name in axes if name in taken and name not in _OF_TEXTS]
 
 
 def _takes_another_number(model: nn.Module, inputs: Mapping[str, object], apart: Axes) -> bool:

@@ -26,6 +26,21 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 99},
     "wav2vec2-conformer": {"vocab_size": 99, "max_source_positions": 64},
     "granite_speech5_encoder": {"context_size": 8},
+    "granite_speech": {
+        "audio_token_index": 96,
+        "window_size": 6,
+        "downsample_rate": 3,
+        "encoder_config": {"hidden_dim": 32},
+    },
+    "granite_speech_plus": {
+        "audio_token_index": 96,
+        "window_size": 6,
+        "downsample_rate": 3,
+        "encoder_config": {"hidden_dim": 32},
+    },
+    "glmasr": {"audio_config": {"intermediate_size": 128}},  # of four frames
+    "voxtral": {"audio_token_id": 96, "audio_config": {"intermediate_size": 128}},
+    "qwen3_asr": {"audio_config": {"output_dim": 32, "downsample_hidden_size": 8}},
     "omniasr_audio": {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3]},
     "moonshine_streaming": {"num_key_value_heads": 4},
     "moonshine_streaming_encoder": {"sliding_windows": [[16, 4], [16, 0]]},

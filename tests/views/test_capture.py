@@ -189,6 +189,24 @@ def test_axes_of_one_name_are_one_size() -> None:
         graph(x=x, y=y[:1])
 
 
+class Viewed(nn.Module):
+    """Views and reshapes of a contiguous tensor, and of one that is not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n, m = x.shape[0], x.shape[1]
+        across = x.transpose(0, 1)
+        seen = x.view(n, m * 2, 3), x.view(m, -1), x.view(1, n, 1, m, 6, 1), x.view(n * m * 6)
+        return *seen, across.reshape(-1, 6), across.view(m, n, 2, 3), x[:, :1].reshape(n, 6)
+
+
+@pytest.mark.parametrize("sizes", [(4, 7), (1, 5), (3, 1), (1, 1)])
+def test_views_have_the_values_that_torch_gives_them(sizes: tuple[int, int]) -> None:
+    graph = capture(Viewed(), {"x": torch.randn(4, 7, 6)}, axes={"x": ("n", "m", None)})
+    assert not [condition for condition in graph.conditions if condition.relation]
+    x = torch.randn(*sizes, 6)
+    assert_same(leaves(graph(x=x)), list(Viewed()(x)))
+
+
 class AsksToo(nn.Module):
     """Asks what torch's operators ask of the same sizes, before and after."""
 

@@ -9,7 +9,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.recordings import fitted_shape, recording_shape
+from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_shape
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,7 +50,7 @@ def recording_shape(config: object, name: str, tokens: int) -> tuple[int, ...] |
     mels, frames = field("num_mel_bins"), field("max_source_positions", "max_length")
     if name == "input_features" and isinstance(mels, int) and isinstance(frames, int):
         return mels, 2 * frames
-    features = field("input_feat_per_channel", "feature_projection_input_dim")
+    features = field("input_feat_per_channel", "feature_projection_input_dim", "input_dim")
     features = mels if features is None else features
     if name == "input_features" and isinstance(features, int):
         return 8 * tokens, features
@@ -65,7 +65,9 @@ def recording_shape(config: object, name: str, tokens: int) -> tuple[int, ...] |
 _fitted: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[int, ...]]] = WeakKeyDictionary()
 
 
-def fitted_shape(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def fitted_shape(
+    model: nn.Module, name: str, shape: tuple[int, ...], run: Callable[..., object] | None = None
+) -> tuple[int, ...]:
     """Return the shape of one recording as the first layer that reads it takes it.
 
     Processors of some models put frames together, so that the features are wider than the config says, or add an axis
@@ -75,10 +77,11 @@ def fitted_shape(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[i
         model: the model; its weights are not read.
         name: the argument that takes the recording.
         shape: the shape that the config tells.
+        run: runs the part of the model that reads recordings, given one by its name; by default the model.
     """
     known = _fitted.setdefault(model, {})
     if shape not in known:
-        known[shape] = _fitted_to(_first_layer(model, name, shape), shape)
+        known[shape] = _fitted_to(_first_layer(model, name, shape, run or model), shape)
     return known[shape]
 
 
@@ -86,7 +89,7 @@ class _Found(Exception):
     """The first layer has been called."""
 
 
-def _first_layer(model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Module | None:
+def _first_layer(model: nn.Module, name: str, shape: tuple[int, ...], run: Callable[..., object]) -> nn.Module | None:
     """Return the first linear layer or conv that the model's code calls with a recording of this shape itself."""
     first: list[nn.Module] = []
 
@@ -99,7 +102,7 @@ def _first_layer(model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Modu
     with on_fakes(model):
         hooks = [layer.register_forward_pre_hook(called) for layer in layers]
         try:
-            model(**{name: torch.zeros(2, *shape)})
+            run(**{name: torch.zeros(2, *shape)})
         except Exception:  # whatever the model's code raises before
             pass
         finally:
@@ -111,4 +114,6 @@ def _first_layer(model: nn.Module, name: str, shape: tuple[int, ...]) -> nn.Modu
 def _fitted_to(layer: nn.Module | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(layer, nn.Linear) and len(shape) == 2:
         return shape[0], layer.in_features
+    if isinstance(layer, nn.Conv1d) and len(shape) == 2 and layer.in_channels == shape[1] != shape[0]:
+        return shape[::-1]  # the conv goes along the frames
     return (1, *shape) if isinstance(layer, nn.Conv1d) and len(shape) == 1 and layer.in_channels == 1 else shape

@@ -1,0 +1,200 @@
+"""Models that write sounds into their text: examples, and forward graphs with other sounds than the example's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from support.adapted import randomise
+from torch import Tensor, nn
+
+import peftfx
+from peftfx import PeftfxError
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.sounds.recordings import RECORDINGS
+from peftfx.export import OnnxModel
+
+Inputs = dict[str, Tensor]
+
+SOUND = 96  # the token of a sound's piece
+_TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+_HEARD = {
+    "hidden_size": 16,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_mel_bins": 8,
+    "max_source_positions": 16,
+}
+
+
+def voxtral() -> nn.Module:
+    """Sounds of one length, without masks."""
+    config = hf.VoxtralConfig(
+        text_config={"model_type": "llama", **_TEXT},
+        audio_config={"model_type": "voxtral_encoder", **_HEARD},
+        audio_token_id=SOUND,
+    )
+    return hf.VoxtralForConditionalGeneration(config).eval()
+
+
+def flamingo() -> nn.Module:
+    """Sounds of one length, whose masks say how long each is."""
+    config = hf.AudioFlamingo3Config(
+        text_config={"model_type": "qwen2", **_TEXT},
+        audio_config={"model_type": "audioflamingo3_encoder", **_HEARD},
+        audio_token_id=SOUND,
+    )
+    return hf.AudioFlamingo3ForConditionalGeneration(config).eval()
+
+
+def granite() -> nn.Module:
+    """Sounds read by a Q-Former, whose queries are those of all sounds."""
+    config = hf.GraniteSpeechConfig(
+        text_config={"model_type": "granite", **{k: v for k, v in _TEXT.items() if k != "head_dim"}},
+        encoder_config={
+            "model_type": "granite_speech_encoder",
+            "input_dim": 12,
+            "num_layers": 2,
+            "hidden_dim": 16,
+            "num_heads": 2,
+            "dim_head": 8,
+            "context_size": 20,
+            "max_pos_emb": 32,
+        },
+        projector_config={
+            "model_type": "blip_2_qformer",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "encoder_hidden_size": 16,
+            "vocab_size": 99,
+        },
+        audio_token_index=SOUND,
+        window_size=6,
+        downsample_rate=3,
+        has_lora_adapter=False,
+    )
+    return hf.GraniteSpeechForConditionalGeneration(config).eval()
+
+
+MODELS = {"voxtral": voxtral, "flamingo": flamingo, "granite": granite}
+
+
+def call(base: nn.Module, texts: int, sounds: int, length: int = 11) -> Inputs:
+    return example_inputs(base, sizes={"batch": texts, "sequence": length, "sounds": sounds}, seed=sounds)
+
+
+def hold(want: nn.Module, served: OnnxModel, inputs: Inputs) -> None:
+    with torch.no_grad():
+        expected = want(**inputs).logits
+    shown = inputs["attention_mask"].bool()
+    torch.testing.assert_close(served(**inputs)["logits"][shown], expected[shown], atol=3e-5, rtol=3e-4)
+
+
+def adapted_by_peft(kind: str, directory: Path, alpha: int = 8) -> peft.PeftModel:
+    """A model with adapters in its sound encoder too."""
+    torch.manual_seed(0)
+    made = peft.get_peft_model(MODELS[kind](), peft.LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear"))
+    randomise(made.eval())
+    made.save_pretrained(str(directory))
+    return made
+
+
+def loaded(kind: str, directory: Path) -> peftfx.AdaptedModel:
+    torch.manual_seed(0)
+    return peftfx.load(MODELS[kind](), directory)
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
+    """The model that `peft` adapted, and the directory of its forward graph."""
+    root = tmp_path_factory.mktemp(request.param)
+    want = adapted_by_peft(request.param, root / "adapter")
+    loaded(request.param, root / "adapter").export(root / "onnx", view="forward")
+    return want, root / "onnx"
+
+
+def test_a_graph_takes_any_number_of_sounds(exported: tuple[nn.Module, Path]) -> None:
+    want, directory = exported
+    served = OnnxModel(directory)
+    assert next(served.axes[name] for name in served.inputs if name in RECORDINGS)[0] == "sounds"
+    for texts, sounds in ((1, 1), (3, 3), (1, 2), (3, 2), (2, 5)):
+        hold(want, served, call(want.get_base_model(), texts, sounds))
+
+
+def test_a_text_with_another_number_of_tokens_is_refused(exported: tuple[nn.Module, Path]) -> None:
+    want, directory = exported
+    inputs = call(want.get_base_model(), 2, 2)
+    first = (inputs["input_ids"] == SOUND).nonzero()[0]
+    inputs["input_ids"][tuple(first)] = 5
+    with pytest.raises(PeftfxError, match="tokens of images or sounds"):
+        OnnxModel(directory)(**inputs)
+
+
+def test_masks_say_how_long_sounds_are(tmp_path: Path) -> None:
+    want = adapted_by_peft("flamingo", tmp_path / "adapter")
+    loaded("flamingo", tmp_path / "adapter").export(tmp_path / "onnx", view="forward")
+    inputs = call(want.get_base_model(), 2, 2)
+    inputs["input_features_mask"][1, 20:] = 0  # 5 of 8 tokens are left
+    ids = inputs["input_ids"]
+    places = (ids[1] == SOUND).nonzero().flatten()
+    ids[1, places[5:]] = torch.arange(20, 20 + len(places) - 5)
+    hold(want, OnnxModel(tmp_path / "onnx"), inputs)
+
+
+def test_labels_are_masked_at_the_tokens_of_sounds() -> None:
+    made = example_inputs(voxtral(), labels=True)
+    assert bool((made["labels"][made["input_ids"] == SOUND] == -100).all())
+    assert bool((made["labels"] != -100).any())
+
+
+def test_each_text_has_a_sound_where_adapters_act_in_its_encoder_by_row(tmp_path: Path) -> None:
+    wants = {name: adapted_by_peft("voxtral", tmp_path / name, alpha) for name, alpha in (("a", 8), ("b", 3))}
+    model = loaded("voxtral", tmp_path / "a")
+    model.load_adapter(tmp_path / "b", "b")
+    model.export(tmp_path / "onnx", view="forward", batched=["default", "b"])
+    inputs = call(model.get_base_model(), 2, 2)
+    served = OnnxModel(tmp_path / "onnx")(**inputs, adapter_ids=torch.tensor([0, 1]))["logits"]
+    for row, name in enumerate(("a", "b")):
+        with torch.no_grad():
+            expected = wants[name](**inputs).logits[row]
+        shown = inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(served[row][shown], expected[shown], atol=3e-5, rtol=3e-4)
+
+
+class Learned(nn.Module):
+    """Attention of learned queries, which are those of all rows, with heads or without."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries = nn.Parameter(torch.randn(1, *([heads] if heads else []), 3, 8))
+        self.layer, self.heads = nn.Linear(8, 8), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.layer(x)
+        if self.heads:
+            keys = keys.unsqueeze(1) * torch.tensor([1.0, 2.0]).reshape(2, 1, 1)
+        return F.scaled_dot_product_attention(self.queries, keys, keys * 2)
+
+
+@pytest.mark.parametrize("heads", [0, 1, 2])
+def test_learned_queries_are_those_of_all_rows(heads: int, tmp_path: Path) -> None:
+    model = Learned(heads).eval()
+    peftfx.export_onnx(model, tmp_path / "onnx", inputs={"x": torch.randn(4, 5, 8)})
+    x = torch.randn(3, 6, 8)
+    torch.testing.assert_close(next(iter(OnnxModel(tmp_path / "onnx")(x=x).values())), model(x), atol=1e-5, rtol=1e-5)
