@@ -238,17 +238,33 @@ def test_a_card_is_saved_where_there_is_none(tmp_path: Path) -> None:
 
 
 def test_a_state_of_peft_that_fits_nothing_is_told() -> None:
-    """`peft`'s own function loads without `strict`, and says nothing of a state that has no tensor of the model."""
     theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     randomise(theirs)
     state, ours = peft.get_peft_model_state_dict(theirs), adapt("llama", peftfx.LoRA(r=4, target="attention.query"))
     with pytest.warns(PeftfxWarning, match=r"nothing is loaded(.|\n)*peftfx\.set_peft_model_state_dict"):
-        peft.set_peft_model_state_dict(ours, state)
+        ours.load_state_dict(state, strict=False)
     with pytest.raises(PeftfxError, match=r"peftfx\.set_peft_model_state_dict"):
         ours.load_state_dict(state)
     peftfx.set_peft_model_state_dict(ours, state)
     batch = inputs(ours.base, 2)
     assert torch.allclose(ours.eval()(**batch).logits, theirs.eval()(**batch).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_functions_of_peft_for_states_name_those_of_peftfx(soft: bool, tmp_path: Path) -> None:
+    """They look for layers of `peft`: they gave no tensor, and loaded none."""
+    rule = peftfx.PromptTuning(num_virtual_tokens=3) if soft else peftfx.LoRA(r=4, modules_to_save=["lm_head"])
+    ours = adapt("llama", rule)
+    ours.save_pretrained(tmp_path)
+    state = peftfx.get_peft_model_state_dict(ours)
+    for name, given in (
+        ("get_peft_model_state_dict", ()),
+        ("set_peft_model_state_dict", (state,)),
+        ("hotswap_adapter", (str(tmp_path), "default")),
+    ):
+        with pytest.raises(PeftfxError, match=rf"layers(.|\n)*call peftfx\.{name}:"):
+            (getattr(peft, name, None) or hotswap_adapter)(ours, *given)
+    assert ours.peft_config["default"].peft_type == ours.active_peft_config.peft_type
 
 
 def test_the_hub_is_asked_online_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +276,7 @@ def test_the_hub_is_asked_online_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_has_no_answer_is_refused() -> None:
     model = adapt("llama", [peftfx.LoRA(target="attention"), peftfx.IA3(target="mlp.down")])
     with pytest.raises(PeftfxError, match="an adapter of 2 rules"):
-        model.peft_config  # noqa: B018
+        _ = model.peft_config["default"]
     prompt = adapt("llama", peftfx.PromptTuning(num_virtual_tokens=3)).eval()
     with pytest.raises(PeftfxError, match="before the modules"):
         prompt.get_layer_status()
