@@ -351,3 +351,33 @@ def test_a_classifier_over_a_decoder_without_a_padding_token_is_told_to_name_it(
         peftfx.transform(model, peftfx.LoRA())
     model.config.pad_token_id = 0
     assert peftfx.transform(model, peftfx.LoRA()).names() == ("default",)
+
+
+class Noted(nn.Module):
+    """A layer whose code reads what is noted on its tensors."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.register_buffer("table", torch.ones(8))
+        self.inner.weight.gain = 1.5  # type: ignore[assignment]
+        self.inner.weight.mask = torch.arange(8.0) / (3 + number % 2)  # type: ignore[assignment]
+        self.table.kind = "half"  # type: ignore[attr-defined]
+        if number > 2:
+            self.inner.weight.late = True  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x) * self.inner.weight.gain * self.inner.weight.mask  # type: ignore[operator]
+        y = y * (3.0 if getattr(self.inner.weight, "late", False) else 1.0)
+        return torch.tanh(x + y * (0.5 if self.table.kind == "half" else 1.0) * self.table)  # type: ignore[attr-defined]
+
+
+def test_attributes_of_parameters_and_buffers_are_read_in_a_capture() -> None:
+    """They were lost: of `getattr` with a default, and of an attribute that later layers have, without a word."""
+    layers = nn.Sequential(*map(Noted, range(6))).eval()
+    graph = peftfx.capture(layers, {"input": torch.ones(2, 8)})
+    for rows in (2, 5):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(graph.run(x)[0], layers(x))
+    with pytest.raises(AttributeError, match="gain"):
+        torch.ones(2).gain  # type: ignore[attr-defined]  # noqa: B018
