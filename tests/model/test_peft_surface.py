@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
 from support.adapted import adapt, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -285,3 +286,30 @@ def test_what_has_no_answer_is_refused() -> None:
     with pytest.raises(PeftfxError, match="soft prompt"):
         prompt.merge_and_unload()
     assert prompt.active == ("default",)
+
+
+def test_adapters_are_added_loaded_and_saved_by_the_names_of_pefts_arguments(saved: Path, tmp_path: Path) -> None:
+    """Each was a `TypeError`."""
+    ours, theirs = peftfx.load(ZOO["llama"].build(), saved / "one"), ZOO["llama"].build()
+    theirs = peft.PeftModel.from_pretrained(theirs, str(saved / "one"))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for model in (ours, theirs):
+        model.load_adapter(str(saved / "two"), adapter_name="two", is_trainable=False, low_cpu_mem_usage=False)
+        assert not any(p.requires_grad for n, p in model.named_parameters() if ".two." in n)
+        model.add_adapter(adapter_name="three", peft_config=config, low_cpu_mem_usage=True)
+        model.save_pretrained(save_directory=str(tmp_path / type(model).__name__), selected_adapters=["two"])
+        sums = {"adapters": ["default", "two"], "weights": [0.5, 0.4], "combination_type": "svd", "svd_rank": 3}
+        model.add_weighted_adapter(adapter_name="sum", svd_full_matrices=True, svd_driver=None, **sums)
+        model.set_adapter("sum")
+    ours.set_adapter("two")
+    assert all(p.requires_grad for p in ours.adapter("two").parameters())
+    want = load_file(tmp_path / type(theirs).__name__ / "two" / "adapter_model.safetensors")
+    got = load_file(tmp_path / type(ours).__name__ / "adapter_model.safetensors")
+    torch.testing.assert_close(got, want)
+    ours.set_adapter("sum")
+    batch = inputs(ours.base, 2)
+    close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)
+    with pytest.raises(PeftfxError, match=r"made in float32(.|\n)*cast the adapted model"):
+        ours.add_adapter("half", config, autocast_adapter_dtype=False)
+    with pytest.raises(PeftfxError, match="key_mapping"):
+        ours.load_adapter(saved / "two", "mapped", key_mapping={"a": "b"})
