@@ -64,6 +64,18 @@ def test_a_weight_that_other_code_makes_later(name: str, tmp_path: Path) -> None
         MADE[name](ours.base.lin)
         if road == "modules":
             torch.testing.assert_close(ours(X), theirs(X))
-            continue
         with pytest.raises(PeftfxError, match="would not act at each call of this module"):
-            ours(X)
+            ours(X) if road == "graph" else ours.graph({"x": X})
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_weight_of_a_layer_without_a_bias(name: str) -> None:
+    """Nothing of the layer itself is read then. The graph had no adapter, without a word."""
+    base = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 4)).eval()
+    rule = peftfx.LoRA(r=2, target_modules=["0", "1"], init_lora_weights=False)
+    ours = peftfx.transform(base, rule, inputs={"input": X})
+    MADE[name](ours.base[0])
+    with pytest.raises(PeftfxError, match="would not act at each call of this module"):
+        ours.graph({"input": X})
+    with pytest.raises(PeftfxError, match="would not act at each call of this module"):
+        ours.merge()
