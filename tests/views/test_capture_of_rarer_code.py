@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,47 @@ def test_a_number_leaves_a_region_without_gradients() -> None:
     assert [site.path for site in graph.sites.weights] == ["first", "second"]
     other = torch.randn(5, 4)
     torch.testing.assert_close(graph(x=other), model(other))
+
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+
+
+class Chosen(nn.Module):
+    """Code that picks features by a layer under `no_grad`, which casts its input to the dtype that it has."""
+
+    def __init__(self, cast: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.pick, self.second, self.cast = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 4), cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        with torch.no_grad():
+            chosen = self.pick(self.cast(h)).topk(4, -1).indices
+        return self.second(h * torch.zeros_like(h).scatter(-1, chosen, 1.0))
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "to": lambda h: h.to(torch.float32),
+    "twice": lambda h: h.float().to(h.device, non_blocking=True).contiguous(),
+    "copied": lambda h: h.to(torch.float32, copy=True),
+    "doubled": lambda h: h.double().float(),
+    "viewed": lambda h: h.view(h.shape),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_gradients_pass_by_a_region_without_gradients(cast: str) -> None:
+    """A cast that changes nothing gives its input back, so the region's cast was read behind it, without a gradient."""
+    torch.manual_seed(0)
+    model = Chosen(CASTS[cast])
+    rule, example = peftfx.LoRA(r=2, target_modules=["first", "pick", "second"], init_lora_weights=False), {"x": X}
+    found = []
+    for road in ("modules", "graph"):
+        ours = peftfx.transform(copy.deepcopy(model), rule, inputs=example, road=road, seed=3)
+        ours(X[:3]).square().sum().backward()
+        found.append({name: p.grad for name, p in ours.adapters.named_parameters()})
+    assert [name for name, grad in found[0].items() if grad is None] == [n for n in found[0] if ".pick." in n]
+    torch.testing.assert_close(found[1], found[0])
 
 
 @dataclass
