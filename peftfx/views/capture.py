@@ -133,8 +133,15 @@ def _captured(
     """
     sides.begin()
     model, entry = wrapper.get_submodule(BASE), wrapper.entry
-    kept = attributes_kept(model)
-    with kept, isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
+    with (
+        attributes_kept(model),
+        isolated(model),
+        sparing(model),
+        unchanged(model),
+        faked(model),
+        fake_mode_of(model),
+        without_cache(model),
+    ):
         examples = {name: _fresh(model, name, t, axes.get(name), lengths) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]

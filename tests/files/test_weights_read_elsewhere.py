@@ -200,7 +200,7 @@ def test_embeddings_that_are_only_read_get_no_training_in_peft(tmp_path: Path) -
         theirs(ROWS).square().sum().backward()
         optimizer.step()
     theirs.save_pretrained(tmp_path / "adapter")
-    with pytest.warns(PeftfxWarning, match=r"reads weights, and makes no call, of the modules of head\.lora_embedding_A"):
+    with pytest.warns(PeftfxWarning, match=r"reads weights, and makes no call, of .* head\.lora_embedding_A"):
         ours = px.load(copy.deepcopy(base), tmp_path / "adapter", inputs={"x": ROWS})
     torch.testing.assert_close(ours.eval()(ROWS[:1, :3]), theirs.eval()(ROWS[:1, :3]), rtol=1e-5, atol=1e-5)
     ours.save_pretrained(tmp_path / "again")
@@ -211,7 +211,7 @@ def test_embeddings_that_are_only_read_get_no_training_in_peft(tmp_path: Path) -
 def test_factors_of_embeddings_that_are_only_read_are_refused_with_the_reason(tmp_path: Path) -> None:
     base = Tables()
     _trained(base, peft.LoraConfig(r=2, target_modules=["inner", "head", "places"]), tmp_path)
-    with pytest.raises(PeftfxError, match=r"head \(2 tensors\): the model's code reads its weight for a linear") as told:
+    with pytest.raises(PeftfxError, match=r"head \(2 tensors\): the model's code reads its weight") as told:
         px.load(base, tmp_path, inputs={"x": ROWS})
     assert "places (2 tensors): the model runs it, but not as a layer" in str(told.value)
 

@@ -26,7 +26,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.override import Override
 from peftfx.contract.placed import Placed, Placements
-from peftfx.contract.placement import Placement, WeightPlacement
+from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
 from peftfx.rules.parameters import picks
@@ -214,8 +214,7 @@ def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
 
 def _other_kinds(possible: Sequence[Placement]) -> Iterator[Placement]:
     """Yield placements as at sites of other kinds, whose tensors have other names: this call may run none of them."""
-    first = next((p for p in possible if isinstance(p, WeightPlacement)), None)
-    if first is not None:
+    for first in Placements(possible).weights[:1]:
         for kind in sorted(first.method.kinds & set(WEIGHT_KINDS)):
             yield dataclasses.replace(first, site=dataclasses.replace(first.site, kind=kind))
 

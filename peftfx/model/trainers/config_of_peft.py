@@ -58,7 +58,7 @@ class PeftConfig(SimpleNamespace):
 
 
 class NoPeftConfig(PeftfxError, AttributeError):
-    """The error for an adapter that has no config of HF PEFT. Code that asks by `hasattr` for the active one goes on."""
+    """The error for an adapter without a config of HF PEFT. Code that asks for the active one by `hasattr` goes on."""
 
 
 class PeftConfigs(dict[str, PeftConfig]):

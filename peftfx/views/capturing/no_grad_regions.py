@@ -6,8 +6,6 @@ the weights and adapters in the region.
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 import torch
 from torch import fx, nn
 
@@ -65,14 +63,17 @@ def _itself(node: fx.Node) -> fx.Node:
 
     Code outside the region that reads `x` afterwards reads the region's node, and is no part of the region.
     """
-    while op_name(node) in ("to", "type_as", "contiguous") and _is_alike(node, given := node.args[0]):
+    while op_name(node) in ("to", "type_as", "contiguous"):
+        given = node.args[0]
+        if not (isinstance(given, fx.Node) and _is_alike(node, given)):
+            break
         node = given
     return node
 
 
-def _is_alike(node: fx.Node, given: object) -> TypeGuard[fx.Node]:
+def _is_alike(node: fx.Node, given: fx.Node) -> bool:
     names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
-    if not isinstance(given, fx.Node) or {**dict(zip(names, node.args)), **node.kwargs}.get("copy"):
+    if {**dict(zip(names, node.args)), **node.kwargs}.get("copy"):
         return False
     made, own = ((v.dtype, v.device, *map(str, v.stride())) for v in (node.meta["val"], given.meta["val"]))
     return made == own
