@@ -16,7 +16,7 @@ _OTHER = "a state of HF PEFT is loaded by peftfx.set_peft_model_state_dict(model
 def refuse_other_state(
     own: Mapping[str, Tensor], given: Mapping[str, Tensor], adapters: Mapping[str, Adapter], strict: bool
 ) -> None:
-    """Refuse a state whose tensors are not those of these adapters. Warn of one that has none, if that is allowed.
+    """Refuse a state whose tensors are not those of these adapters. Warn of what is left out, if that is allowed.
 
     Args:
         own: all tensors of the model, by name.
@@ -40,6 +40,10 @@ def refuse_other_state(
     if foreign and not lines and not given.keys() & own.keys():
         first = _listed(sorted(map(str, given)), 1)
         warn(f"nothing is loaded: the state has no tensor of these adapters, but {first}; {_OTHER}")
+    ours = {str(n).split(".")[1] for n in given if str(n).startswith(f"{ADAPTERS}.")}
+    if (gone := ours - adapters.keys()) and not lines:
+        has = f"the model has the adapters {_listed(sorted(adapters))}" if adapters else "the model has no adapter"
+        warn(f"tensors of {_listed(sorted(gone))} are not loaded: {has}. Give the adapter the name that it had")
     if lines:
         hint = _OTHER if foreign else "make the adapters as they were when it was saved"
         raise PeftfxError("this state is not of these adapters:\n  " + "\n  ".join(lines), "", hint)

@@ -311,8 +311,9 @@ class LoRA(LoraForms):
         changes_base = self.use_dora or self.kasa_config is not None
         if changes_base or self.init_lora_weights not in (True, False, "gaussian"):
             return False
-        ups = [tensor for name, tensor in saved.items() if name.startswith(("lora_B.", "lora_embedding_B"))]
-        return bool(ups) and not any(bool(tensor.any()) for tensor in ups)
+        pairs = [(saved[name], saved.get(name.replace("_A", "_B"))) for name in saved if "_A" in name]
+        own = not any(bool(tensor.any()) for name, tensor in saved.items() if name.endswith(".bias"))
+        return bool(pairs) and own and not any(b is None or bool(a.any() and b.any()) for a, b in pairs)
 
     def apart_from_peft(self, site: Site, module: nn.Module) -> str:
         if site.kind != "conv":

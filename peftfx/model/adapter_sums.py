@@ -23,6 +23,8 @@ class AdapterSums(AdaptersByName):
         *,
         svd_rank: int | None = None,
         svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
@@ -37,6 +39,7 @@ class AdapterSums(AdaptersByName):
                 the A and the B, each times the root of its adapter's weight, which is an approximation. `ties`,
                 `dare_linear`, `dare_ties` and `magnitude_prune` prune A and B before that sum; with the ending `_svd`
                 they prune the effects. For IA3 there is only `linear`.
+            svd_full_matrices, svd_driver: ignored: they change how HF PEFT computes the same.
             svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
 
         Example:

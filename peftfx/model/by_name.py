@@ -96,25 +96,39 @@ class AdaptersByName(SeenByTrainers):
                 self._sites = self.graph(adapted=False).sites
         return self._sites
 
-    def add_adapter(self, name: str, rules: Rules, *, seed: int | None = None) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        rules: Rules = None,
+        *,
+        seed: int | None = None,
+        peft_config: Rules = None,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Add an adapter and make it the active one. Two adapters may act at one site; their effects add up in order.
 
         Args:
-            name: any valid name of a directory, without dots; not the name of another adapter.
+            adapter_name: any valid name of a directory, without dots; not the name of another adapter.
             rules: see `transform`.
             seed: the seed of the random initial values; by default they come from torch's global generator.
+            peft_config: the rules, by HF PEFT's name.
+            low_cpu_mem_usage: ignored: no memory is taken twice.
+            autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
 
         Example:
             >>> adapted.add_adapter("second", "ia3@mlp")
             >>> adapted.active_adapters
             ['second']
         """
-        self.named.refuse(name)
+        _refuse_half(autocast_adapter_dtype)
+        rules = peft_config if rules is None else rules
+        self.named.refuse(adapter_name)
         self.named.apart("an adapter is added")
         adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)))
         adapter.ran = self.sites.called.union(site.path for site in self.sites)
         self._start(adapter, seed)
-        self._install(name, adapter)
+        self._install(adapter_name, adapter)
 
     def shares_with(self, model: nn.Module) -> None:
         """Refuse merges into the base as long as another library's model uses the same tensors."""
@@ -211,12 +225,27 @@ class AdaptersByName(SeenByTrainers):
         """The reason why calls do not take the modules road; empty if they do."""
         return 'road="graph" was asked for' if self.wanted == "graph" else self.modules_road.obstacle(self.named.called)
 
-    def load_adapter(self, path: str | Path, name: str) -> None:
+    def load_adapter(
+        self,
+        path: str | Path,
+        adapter_name: str,
+        is_trainable: bool = True,
+        *,
+        torch_device: object = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+    ) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one.
 
         Args:
             path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
-            name: the adapter's name in this model.
+            adapter_name: the adapter's name in this model.
+            is_trainable: whether the adapter is trained, until the next `set_adapter`.
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: ignored: the adapter goes where its modules are.
+            autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
+            key_mapping: refused.
 
         Raises:
             PeftfxError: the adapter does not fit this base, or the base has no values (fake tensors, the meta device).
@@ -226,9 +255,14 @@ class AdaptersByName(SeenByTrainers):
         """
         from peftfx.adapters.files.reader import read_adapter
 
-        self.named.refuse(name)
+        _refuse_half(autocast_adapter_dtype)
+        if key_mapping:
+            raise PeftfxError("tensors of a file keep their names", "key_mapping", "rename them in the file")
+        self.named.refuse(adapter_name)
         self.named.apart("an adapter is added")
-        self._install(name, read_adapter(Path(path), self.source, self.sites))
+        self._install(adapter_name, read_adapter(Path(path), self.source, self.sites))
+        if not is_trainable:
+            self.adapter(adapter_name).requires_grad_(False)
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -331,3 +365,9 @@ class AdaptersByName(SeenByTrainers):
         self._twin.plain.restore()
         self._twin = Twin(self.base)
         self.graphs.base = self.source
+
+
+def _refuse_half(autocast_adapter_dtype: bool) -> None:
+    if not autocast_adapter_dtype:
+        what = "an adapter of a base in half precision is made in float32, and has its own dtype"
+        raise PeftfxError(what, "autocast_adapter_dtype=False", "leave it out, and cast the adapted model: .to(dtype)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from peftfx.graph.contexts import evaluating
 from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
-from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, wrapped
+from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, refuse_function_of_peft, wrapped
 from peftfx.model.trainers.reference import ReferenceModel
 
 
@@ -43,16 +44,17 @@ class PeftSurface(Merging):
     def peft_config(self) -> dict[str, PeftConfig]:
         """The config of each adapter, as `save_pretrained` writes it; `add_adapter` takes one as a rule.
 
-        Raises:
-            NoPeftConfig: an adapter was made from several rules. `hasattr` then says that there is no config.
+        An adapter that was made from several rules has none: its name is not listed, and asking for it raises a
+        `PeftfxError`.
         """
-        trained = set(self.active)
-        try:
-            with self.plain():
-                made = {name: PeftConfig.of(self.source, self.adapter(name), name in trained) for name in self.names()}
-        except PeftfxError as error:
-            raise NoPeftConfig(error.what, error.where, error.hint) from error
-        return PeftConfigs(made)
+        trained, made, without = set(self.active), {}, {}
+        with self.plain():
+            for name in self.names():
+                try:
+                    made[name] = PeftConfig.of(self.source, self.adapter(name), name in trained)
+                except PeftfxError as error:
+                    without[name] = NoPeftConfig(error.what, error.where, error.hint)
+        return PeftConfigs(made, without)
 
     @peft_config.setter
     def peft_config(self, configs: object) -> None:
@@ -75,6 +77,7 @@ class PeftSurface(Merging):
         Raises:
             PeftfxError: it is not one adapter, or it was made from several rules.
         """
+        refuse_function_of_peft(sys._getframe(1))
         if len(self.active) != 1:
             what = f"{len(self.active)} adapters are active, and each has a config of its own"
             raise PeftfxError(what, "active_peft_config", "take it from peft_config, by the adapter's name")

@@ -33,7 +33,7 @@ class SavedAdapters(AdapterSums):
 
     def save_pretrained(
         self,
-        directory: str | Path,
+        save_directory: str | Path,
         adapter_name: str | None = None,
         *,
         selected_adapters: Sequence[str] | None = None,
@@ -42,10 +42,10 @@ class SavedAdapters(AdapterSums):
         state_dict: Mapping[str, Tensor] | None = None,
         save_embedding_layers: str | bool = "auto",
     ) -> None:
-        """Write HF PEFT directories: one adapter in `directory`, others in folders of their names below it.
+        """Write HF PEFT directories: one adapter in `save_directory`, others in folders of their names below it.
 
         Args:
-            directory: the directory to write.
+            save_directory: the directory to write.
             adapter_name: the name of the adapter to write; by default all adapters are written.
             selected_adapters: the names of the adapters to write, as in HF PEFT.
             safe_serialization: must be true: peftfx writes safetensors, and no pickles.
@@ -75,7 +75,7 @@ class SavedAdapters(AdapterSums):
             is_main_process = is_main_process and rank() == 0
         if is_main_process:
             with self.plain():
-                save_adapters(self.source, adapters, Path(directory))
+                save_adapters(self.source, adapters, Path(save_directory))
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of trainable and of all parameters; a trained bias replaces the base's, as in HF PEFT.

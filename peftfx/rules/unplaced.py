@@ -131,6 +131,8 @@ def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str
         return "the model runs it, and uses nothing of what it computes in this call"
     if path in sites.called:
         return "the model runs it, but its code applies no weight of its own that can be adapted"
+    if kind is not None:
+        return f"the model's code reads its weight for a {kind} operation, and makes no call of it"
     return "this call does not run it: pass inputs= of a call that does"
 
 

@@ -36,6 +36,7 @@ from peftfx.graph.lazy_weights import faked
 from peftfx.memory.garbage import rarely_collected
 from peftfx.telling import tell_share
 from peftfx.views.arguments import refuse_hidden_tensors
+from peftfx.views.capturing.attributes_of_tensors import attributes_kept
 from peftfx.views.capturing.errors import capture_error
 from peftfx.views.capturing.fixed_sides import fixed_sides
 from peftfx.views.capturing.longer import with_longer
@@ -134,7 +135,15 @@ def _captured(
     """
     sides.begin()
     model, entry = wrapper.get_submodule(BASE), wrapper.entry
-    with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
+    with (
+        attributes_kept(model),
+        isolated(model),
+        sparing(model),
+        unchanged(model),
+        faked(model),
+        fake_mode_of(model),
+        without_cache(model),
+    ):
         examples = {name: _fresh(model, name, t, axes.get(name), lengths) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]

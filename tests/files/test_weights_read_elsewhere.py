@@ -175,3 +175,56 @@ def test_a_layer_with_a_parametrised_weight_is_refused_with_the_reason() -> None
     base = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))).eval()
     with pytest.raises(PeftfxError, match="computed from others"):
         px.transform(base, px.LoRA(target_modules=["0"]), inputs={"input": torch.randn(2, 8)})
+
+
+class Tables(nn.Module):
+    """Embeddings that are never called: one is the head, and the other one is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head, self.places = nn.Linear(8, 8), nn.Embedding(20, 8), nn.Embedding(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.inner(x) + self.places.weight[: x.shape[1]]), self.head.weight)
+
+
+ROWS = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(5))
+
+
+def test_embeddings_that_are_only_read_get_no_training_in_peft(tmp_path: Path) -> None:
+    """Their factors in the file were "unexpected", because this call has no embedding at all."""
+    base = Tables()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["inner", "head", "places"]))
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        theirs(ROWS).square().sum().backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(PeftfxWarning, match=r"reads weights, and makes no call, of .* head\.lora_embedding_A"):
+        ours = px.load(copy.deepcopy(base), tmp_path / "adapter", inputs={"x": ROWS})
+    torch.testing.assert_close(ours.eval()(ROWS[:1, :3]), theirs.eval()(ROWS[:1, :3]), rtol=1e-5, atol=1e-5)
+    ours.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "again")).eval()
+    torch.testing.assert_close(again(ROWS), theirs(ROWS))
+
+
+def test_factors_of_embeddings_that_are_only_read_are_refused_with_the_reason(tmp_path: Path) -> None:
+    base = Tables()
+    _trained(base, peft.LoraConfig(r=2, target_modules=["inner", "head", "places"]), tmp_path)
+    with pytest.raises(PeftfxError, match=r"head \(2 tensors\): the model's code reads its weight") as told:
+        px.load(base, tmp_path, inputs={"x": ROWS})
+    assert "places (2 tensors): the model runs it, but not as a layer" in str(told.value)
+
+
+@pytest.mark.parametrize("names", [["head"], ["head", "inner"]])
+def test_an_embedding_that_is_the_head_alone_is_saved_as_peft_loads_it(names: list[str], tmp_path: Path) -> None:
+    """As `target_parameters`: `peft` ended with an error if `target_modules` named it too."""
+    base = Tables()
+    with pytest.warns(PeftfxWarning, match="HF PEFT may give other outputs at head"):
+        ours = px.transform(copy.deepcopy(base), px.LoRA(r=2, target_modules=names), inputs={"x": ROWS})
+    with torch.no_grad():
+        for p in ours.adapters.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(len(p)))
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).merge_and_unload()
+    torch.testing.assert_close(ours.eval()(ROWS), theirs.eval()(ROWS), rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file
 from support.adapted import adapt, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -238,17 +239,33 @@ def test_a_card_is_saved_where_there_is_none(tmp_path: Path) -> None:
 
 
 def test_a_state_of_peft_that_fits_nothing_is_told() -> None:
-    """`peft`'s own function loads without `strict`, and says nothing of a state that has no tensor of the model."""
     theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
     randomise(theirs)
     state, ours = peft.get_peft_model_state_dict(theirs), adapt("llama", peftfx.LoRA(r=4, target="attention.query"))
     with pytest.warns(PeftfxWarning, match=r"nothing is loaded(.|\n)*peftfx\.set_peft_model_state_dict"):
-        peft.set_peft_model_state_dict(ours, state)
+        ours.load_state_dict(state, strict=False)
     with pytest.raises(PeftfxError, match=r"peftfx\.set_peft_model_state_dict"):
         ours.load_state_dict(state)
     peftfx.set_peft_model_state_dict(ours, state)
     batch = inputs(ours.base, 2)
     assert torch.allclose(ours.eval()(**batch).logits, theirs.eval()(**batch).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_functions_of_peft_for_states_name_those_of_peftfx(soft: bool, tmp_path: Path) -> None:
+    """They look for layers of `peft`: they gave no tensor, and loaded none."""
+    rule = peftfx.PromptTuning(num_virtual_tokens=3) if soft else peftfx.LoRA(r=4, modules_to_save=["lm_head"])
+    ours = adapt("llama", rule)
+    ours.save_pretrained(tmp_path)
+    state = peftfx.get_peft_model_state_dict(ours)
+    for name, given in (
+        ("get_peft_model_state_dict", ()),
+        ("set_peft_model_state_dict", (state,)),
+        ("hotswap_adapter", (str(tmp_path), "default")),
+    ):
+        with pytest.raises(PeftfxError, match=rf"layers(.|\n)*call peftfx\.{name}:"):
+            (getattr(peft, name, None) or hotswap_adapter)(ours, *given)
+    assert ours.peft_config["default"].peft_type == ours.active_peft_config.peft_type
 
 
 def test_the_hub_is_asked_online_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +277,7 @@ def test_the_hub_is_asked_online_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_has_no_answer_is_refused() -> None:
     model = adapt("llama", [peftfx.LoRA(target="attention"), peftfx.IA3(target="mlp.down")])
     with pytest.raises(PeftfxError, match="an adapter of 2 rules"):
-        model.peft_config  # noqa: B018
+        _ = model.peft_config["default"]
     prompt = adapt("llama", peftfx.PromptTuning(num_virtual_tokens=3)).eval()
     with pytest.raises(PeftfxError, match="before the modules"):
         prompt.get_layer_status()
@@ -269,3 +286,30 @@ def test_what_has_no_answer_is_refused() -> None:
     with pytest.raises(PeftfxError, match="soft prompt"):
         prompt.merge_and_unload()
     assert prompt.active == ("default",)
+
+
+def test_adapters_are_added_loaded_and_saved_by_the_names_of_pefts_arguments(saved: Path, tmp_path: Path) -> None:
+    """Each was a `TypeError`."""
+    ours, theirs = peftfx.load(ZOO["llama"].build(), saved / "one"), ZOO["llama"].build()
+    theirs = peft.PeftModel.from_pretrained(theirs, str(saved / "one"))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for model in (ours, theirs):
+        model.load_adapter(str(saved / "two"), adapter_name="two", is_trainable=False, low_cpu_mem_usage=False)
+        assert not any(p.requires_grad for n, p in model.named_parameters() if ".two." in n)
+        model.add_adapter(adapter_name="three", peft_config=config, low_cpu_mem_usage=True)
+        model.save_pretrained(save_directory=str(tmp_path / type(model).__name__), selected_adapters=["two"])
+        sums = {"adapters": ["default", "two"], "weights": [0.5, 0.4], "combination_type": "svd", "svd_rank": 3}
+        model.add_weighted_adapter(adapter_name="sum", svd_full_matrices=True, svd_driver=None, **sums)
+        model.set_adapter("sum")
+    ours.set_adapter("two")
+    assert all(p.requires_grad for p in ours.adapter("two").parameters())
+    want = load_file(tmp_path / type(theirs).__name__ / "two" / "adapter_model.safetensors")
+    got = load_file(tmp_path / type(ours).__name__ / "adapter_model.safetensors")
+    torch.testing.assert_close(got, want)
+    ours.set_adapter("sum")
+    batch = inputs(ours.base, 2)
+    close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)
+    with pytest.raises(PeftfxError, match=r"made in float32(.|\n)*cast the adapted model"):
+        ours.add_adapter("half", config, autocast_adapter_dtype=False)
+    with pytest.raises(PeftfxError, match="key_mapping"):
+        ours.load_adapter(saved / "two", "mapped", key_mapping={"a": "b"})

@@ -61,6 +61,15 @@ class TestState:
         assert first in str(raised.value)
         assert "adapters.default.odd" in str(raised.value)
 
+    def test_a_state_of_an_adapter_of_another_name_is_told(self) -> None:
+        """A trainer that resumes loads it without `strict`, and went on from the adapter's start."""
+        saved = adapt("llama", LoRA(r=4), "first").state_dict()
+        ours = adapt("llama", LoRA(r=4), "second")
+        with pytest.warns(UserWarning, match="tensors of first are not loaded: the model has the adapters second"):
+            ours.load_state_dict(saved, strict=False)
+        with pytest.raises(PeftfxError, match="missing"):
+            ours.load_state_dict(saved)
+
     def test_inside_another_module_it_leaves_the_others_state_alone(self) -> None:
         outer = nn.ModuleDict({"before": nn.Linear(2, 2), "model": adapt("custom", LoRA()), "after": nn.Linear(2, 2)})
         names = set(outer.state_dict())

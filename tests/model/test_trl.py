@@ -293,11 +293,25 @@ def test_peft_puts_no_prompt_around_an_adapted_model(config: type, rules: object
     assert all(p.requires_grad for p in ours.adapters.parameters())
 
 
-def test_peft_adapts_nothing_beside_two_rules() -> None:
-    """A model whose adapter has two rules has no config by which `peft` knows that there is one."""
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(task_type="CAUSAL_LM"),
+        peft.LoraConfig(target_modules=["o_proj"]),
+        peft.LoraConfig(target_modules="all-linear"),
+        peft.IA3Config(task_type="CAUSAL_LM"),
+        peft.LNTuningConfig(task_type="CAUSAL_LM"),
+        peft.TrainableTokensConfig(token_indices=[1, 2]),
+    ],
+    ids=range(6),
+)
+def test_peft_adapts_nothing_beside_two_rules(config: object) -> None:
+    """`peft` put layers into the base and froze the adapters, or ended in words of its own."""
     ours = adapt("llama", [peftfx.LoRA(r=4, target="attention.query"), peftfx.IA3(target="mlp.down")])
     with pytest.raises(PeftfxError, match=r"adapted by peftfx(.|\n)*add_adapter"):
-        peft.get_peft_model(ours, peft.LoraConfig(target_modules=["o_proj"]))
+        peft.get_peft_model(ours, copy.deepcopy(config))
+    assert all(p.requires_grad for p in ours.adapters.parameters())
+    assert not any("peft." in type(module).__module__ for module in ours.modules())
 
 
 def test_dpo_switches_the_dropout_of_an_adapter_off(tmp_path: Path) -> None:

@@ -134,10 +134,15 @@ def test_tensors_given_for_one_call_leave_the_adapter_as_it_is() -> None:
 def test_an_adapter_of_two_rules_has_no_config_to_ask_for() -> None:
     rules = [peftfx.LoRA(r=2, target_modules=["q_proj"]), peftfx.IA3(target_modules=["down_proj"])]
     ours = peftfx.transform(llama(), rules)
-    assert not hasattr(ours, "peft_config")
-    with pytest.raises(PeftfxError, match="an adapter of 2 rules has a config for each"):
-        _ = ours.peft_config
-    assert hasattr(peftfx.transform(llama(), peftfx.LoRA(r=2)), "peft_config")
+    assert dict(ours.peft_config) == {}
+    assert not hasattr(ours, "active_peft_config")
+    for ask in (lambda: ours.peft_config["default"], lambda: ours.active_peft_config):
+        with pytest.raises(PeftfxError, match="an adapter of 2 rules has a config for each"):
+            ask()
+    with pytest.raises(KeyError):
+        _ = ours.peft_config["other"]
+    ours.add_adapter("one", peftfx.LoRA(r=2))
+    assert list(ours.peft_config) == ["one"]
 
 
 def test_no_adapter_is_called_by_the_name_for_none() -> None:

@@ -147,7 +147,8 @@ class Idle:
         zero = frozenset(path for path, tensors in own if method.changes_nothing(tensors))
         idle = unread | never | zero | outside
         by_module = {name: path for path in sorted(idle) for name in suffixes[path].values()}
-        return cls(by_module, never, unread, zero - sites.reads.keys(), zero & sites.reads.keys(), outside)
+        read = zero & {*sites.reads, *(site.path for site in sites)}
+        return cls(by_module, never, unread, zero - read, read, outside)
 
     @property
     def of_this_call(self) -> frozenset[str]:

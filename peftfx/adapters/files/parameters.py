@@ -22,6 +22,7 @@ from peftfx.contract.placement import Placement, owner_of
 from peftfx.graph.places import has_module
 from peftfx.rules.parameters import TARGET_PARAMETERS, picks
 from peftfx.rules.peft_files import Weights
+from peftfx.sites.expression import ALL_LINEAR
 from peftfx.sites.site import EXPERTS, Site
 
 
@@ -44,11 +45,20 @@ def as_parameters(base: nn.Module, rule: Placed) -> dict[str, str]:
     return {path: site.parameter for path, site in sites.items() if is_bare(base, rule.method, site)}
 
 
-def naming_parameters(method: Method, names: Mapping[str, str]) -> Method:
-    """Return a rule whose `target_parameters` are these names, or the rule itself if it names them already."""
+def naming_parameters(base: nn.Module, method: Method, names: Mapping[str, str]) -> Method:
+    """Return a rule whose `target_parameters` are these names, or the rule itself if it names them already.
+
+    Args:
+        base: the base.
+        method: the rule. Modules that it names itself are named anew if these parameters are theirs: HF PEFT would put
+            a layer there first.
+        names: the names of the parameters, by the paths of their sites.
+    """
     if not names or (method.target is None and method.target_parameters):
         return method
-    return dataclasses.replace(method, **{TARGET_PARAMETERS: tuple(sorted(names.values()))})  # type: ignore[arg-type]
+    own = method.target_modules not in (None, ALL_LINEAR) and any(has_module(base, path) for path in names)
+    others = {"target_modules": ()} if own else {}
+    return dataclasses.replace(method, **{TARGET_PARAMETERS: tuple(sorted(names.values()))}, **others)  # type: ignore[arg-type]
 
 
 def exchange_read(base: nn.Module, weights: Weights, placements: Iterable[Placement]) -> None:

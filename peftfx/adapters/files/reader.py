@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.torch_attention import wrapper_of
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
-from peftfx.sites.site import EXPERTS
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS
 from peftfx.sites.sites import Sites
 
 
@@ -115,7 +116,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     refuse_unasked(base, method)
     able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
-    marks = {suffix.partition(".")[0] for p in possible for suffix in p.file_suffixes().values()}
+    marks = {end.partition(".")[0] for p in (*possible, *_other_kinds(possible)) for end in p.file_suffixes().values()}
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     targeted = _targeted(base, method, sites)
     left_out = _left_out(placements, targeted, method, base)
@@ -209,6 +210,13 @@ def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
     """Return a placement's names in the file, each with the adapter's key for its value."""
     path = path_in_file(base, placement.method, placement.site.path, placement.known_as)
     return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.file_suffixes().items()}
+
+
+def _other_kinds(possible: Sequence[Placement]) -> Iterator[Placement]:
+    """Yield placements as at sites of other kinds, whose tensors have other names: this call may run none of them."""
+    for first in Placements(possible).weights[:1]:
+        for kind in sorted(first.method.kinds & set(WEIGHT_KINDS)):
+            yield dataclasses.replace(first, site=dataclasses.replace(first.site, kind=kind))
 
 
 def _wanted(

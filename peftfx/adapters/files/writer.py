@@ -132,7 +132,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     if rule.placements.prompts:
         return written_prompt(base, adapter, rule)
     parameters = as_parameters(base, rule)
-    named_by = naming_parameters(rule.method, parameters)
+    named_by = naming_parameters(base, rule.method, parameters)
     tensors: dict[str, Tensor] = {}
     methods: dict[str, Method] = {}
     for path, group in _by_site(rule.placements).items():

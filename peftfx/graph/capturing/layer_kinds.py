@@ -22,6 +22,7 @@ from peftfx.graph.capturing.described_values import HOOKS, PARTS_OF_MODULES, Des
 from peftfx.graph.capturing.layer_numbers import NUMBERS, ModulesOf, is_place
 
 _TRIALS = 4  #: the most layers of a kind that are run to find two that leave the same
+NOTES = "_notes_of_the_model"  #: attribute of a tensor that stands for one of the model's: what is set on the model's
 _FEWEST = 3  #: the fewest layers of one class for which copies can save time
 
 
@@ -237,13 +238,14 @@ def _module(call: LayerCall, path: str, module: nn.Module, find: Find) -> object
     if any(own.get(name) for name in HOOKS if path) or "forward" in own:
         raise Unknown
     tensors = [(name, tensor) for part in ("_parameters", "_buffers") for name, tensor in own[part].items()]
+    noted = tuple(call.value(getattr(tensor, NOTES, None)) for _, tensor in tensors)
     weights = [(name, None if tensor is None else call.enter((path, name), tensor, find)) for name, tensor in tensors]
     rest = tuple(
         (name, "number" if name in NUMBERS and type(value) is int else call.value(value))
         for name, value in own.items()
         if name not in PARTS_OF_MODULES
     )
-    return path, type(module), tuple(weights), rest, call.values.class_of(module)
+    return path, type(module), tuple(weights), noted, rest, call.values.class_of(module)
 
 
 def _cache(call: LayerCall, label: str, cache: Cache, number: int | None, find: Find) -> object:

@@ -54,7 +54,8 @@ def refuse_missed(adapter: Adapter, graph: Graph) -> None:
             torch.autocast.
     """
     paths, found = {p.site.path for p in adapter.placements.weights}, {site.path for site in graph.sites}
-    missed = {path: graph.sites.reads[path] for path in paths - found if path in graph.sites.reads}
+    reads = graph.sites.reads  # a parametrisation reads in a module of its own, inside
+    missed = {path: reads[p] for path in sorted(paths - found) for p in reads if f"{p}.".startswith(f"{path}.")}
     missed |= {path: why for path, why in region_reads(graph).items() if path in paths}
     for path in sorted(missed):
         what = f"the adapter would not act at each call of this module: {missed[path]}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from collections.abc import Mapping
+from types import FrameType, SimpleNamespace
 
 from torch import nn
 
@@ -19,6 +21,21 @@ def wrapped() -> PeftfxError:
         "model.add_adapter(NAME, config) adds one, and model.remove() returns the base"
     )
     return PeftfxError(what, "peft_config", hint)
+
+
+def refuse_function_of_peft(frame: FrameType) -> None:
+    """Refuse a config to `peft`'s functions for states: they look for layers of `peft`, and would find no tensor.
+
+    Args:
+        frame: where the config is asked for.
+
+    Raises:
+        PeftfxError: that is a function of `peft.utils`.
+    """
+    if str(frame.f_globals.get("__name__")).startswith("peft.utils."):
+        name = frame.f_code.co_name
+        what = "this function of peft works on peft's own layers, and the model is adapted by peftfx"
+        raise PeftfxError(what, f"peft.{name}", f"call peftfx.{name}: it does the same for adapted models")
 
 
 class PeftConfig(SimpleNamespace):
@@ -41,11 +58,27 @@ class PeftConfig(SimpleNamespace):
 
 
 class NoPeftConfig(PeftfxError, AttributeError):
-    """The error for an adapter that has no config of HF PEFT. Code that asks by `hasattr` first goes on without."""
+    """The error for an adapter without a config of HF PEFT. Code that asks for the active one by `hasattr` goes on."""
 
 
 class PeftConfigs(dict[str, PeftConfig]):
-    """The configs of adapters, by name. They are read: `peft` writes there, if it is asked to adapt the model again."""
+    """The configs of adapters, by name. They are read: `peft` writes there, if it is asked to adapt the model again.
+
+    Args:
+        made: the configs.
+        without: the errors of adapters that have no config, by name.
+    """
+
+    def __init__(self, made: Mapping[str, PeftConfig], without: Mapping[str, NoPeftConfig]) -> None:
+        super().__init__(made)
+        self._without = dict(without)
+
+    def __missing__(self, name: str) -> PeftConfig:
+        raise self._without.get(name) or KeyError(name)
+
+    def __getitem__(self, name: str) -> PeftConfig:
+        refuse_function_of_peft(sys._getframe(1))
+        return super().__getitem__(name)
 
     def update(self, *args: object, **kwargs: object) -> None:
         """Refuse a config of another adapter.

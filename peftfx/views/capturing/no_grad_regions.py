@@ -40,10 +40,14 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
         copies[node] = rewriter.before(region, node).copy(node, copies)
         if node.op == "get_attr":
             copies[node].target = _moved(module, inner, str(node.target), str(program.target))
-    results = [copies[n] for n in next(n for n in inner.graph.nodes if n.op == "output").args[0]]
+    returned = next(n for n in inner.graph.nodes if n.op == "output").args[0]
+    detach, results = torch.ops.aten.detach.default, [copies[n] for n in returned]
     if not enabled:
-        detach = torch.ops.aten.detach.default
-        results = [rewriter.before(region, r).call(detach, r) if _is_tensor(r) else r for r in results]
+        for i, own in enumerate(map(_itself, returned)):
+            if own in places:
+                results[i] = copies[own]
+            elif _is_tensor(results[i]):
+                results[i] = rewriter.before(region, results[i]).call(detach, results[i])
     for user in list(region.users):
         assert op_name(user) == "getitem"
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
@@ -52,6 +56,27 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
     if not program.users:
         module.graph.erase_node(program)
     return [copies[n] for n in inner.graph.nodes if n in copies and n.op == "call_function"]
+
+
+def _itself(node: fx.Node) -> fx.Node:
+    """Return the node whose very tensor a node gives back: `x.to(dtype)` is `x` where it has that dtype.
+
+    Code outside the region that reads `x` afterwards reads the region's node, and is no part of the region.
+    """
+    while op_name(node) in ("to", "type_as", "contiguous"):
+        given = node.args[0]
+        if not (isinstance(given, fx.Node) and _is_alike(node, given)):
+            break
+        node = given
+    return node
+
+
+def _is_alike(node: fx.Node, given: fx.Node) -> bool:
+    names = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    if {**dict(zip(names, node.args)), **node.kwargs}.get("copy"):
+        return False
+    made, own = ((v.dtype, v.device, *map(str, v.stride())) for v in (node.meta["val"], given.meta["val"]))
+    return made == own
 
 
 def _is_tensor(node: fx.Node) -> bool:
