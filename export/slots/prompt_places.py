@@ -23,7 +23,7 @@ from peftfx.views.entry import VirtualTokens, forward
 from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.prefix import Prefix
 from peftfx.views.prompt_inputs import Place, through
-from peftfx.views.view import without_cache
+from peftfx.views.view import as_captured
 
 EXAMPLE = 3  #: the number of virtual tokens in an example
 
@@ -85,7 +85,7 @@ def hold_forward(
     """
     rows = {place.what: case[place.what] for place in places}
     try:
-        with without_cache(base):
+        with as_captured(base):
             want = through(places, forward)(base, {**call, **rows})
     except Exception as error:  # a model's code raises various errors for a size that it does not take
         raise_if_memory_is_out(error)

@@ -14,7 +14,7 @@ from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capturing.settling import close
 from peftfx.views.entry import Entry, forward
-from peftfx.views.view import View, without_cache
+from peftfx.views.view import View, as_captured
 
 
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
@@ -67,7 +67,7 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
     seen, entry = adapted.under_prompt(view)
     captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
     try:
-        with without_cache(adapted.base):
+        with as_captured(adapted.base):
             want = eager_view(seen, entry, adapted.base, case)
     except Exception as error:
         raise_if_memory_is_out(error)

@@ -43,7 +43,7 @@ from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.sizes import free_images
-from peftfx.views.view import Axes, keep_ones, without_cache
+from peftfx.views.view import Axes, as_captured, keep_ones
 
 
 def capture(
@@ -132,7 +132,7 @@ def _captured(
     """
     sides.begin()
     model, entry = wrapper.get_submodule(BASE), wrapper.entry
-    with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), without_cache(model):
+    with isolated(model), sparing(model), unchanged(model), faked(model), fake_mode_of(model), as_captured(model):
         examples = {name: _fresh(model, name, t, axes.get(name), lengths) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())
         named = [axes.get(name) or (None,) * t.ndim for name, t in examples.items()]

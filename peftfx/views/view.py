@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -190,6 +191,32 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     """
     with _turned_off(model, lambda config: ("use_cache",)):
         yield
+
+
+@contextlib.contextmanager
+def as_captured(model: nn.Module) -> Iterator[None]:
+    """Run a model inside the context as graphs have it: without a cache, and with attention that a graph can hold.
+
+    The kernels of flash and flex attention compute what torch's own attention does, and no graph has them.
+    """
+    seen: dict[int, object] = {}
+    for module in model.modules():
+        collect_configs(getattr(module, "config", None), seen)
+    kernels = [c for c in seen.values() if _KERNELS.search(str(getattr(c, _ATTENTION, None)))]
+    before = [getattr(config, _ATTENTION) for config in kernels]
+    for config in kernels:
+        owners = [m for m in model.modules() if hasattr(m, "_supports_sdpa") and m.config is config]
+        setattr(config, _ATTENTION, "sdpa" if all(m._supports_sdpa for m in owners) else "eager")
+    try:
+        with without_cache(model):
+            yield
+    finally:
+        for config, name in zip(kernels, before, strict=True):
+            setattr(config, _ATTENTION, name)
+
+
+_ATTENTION = "_attn_implementation_internal"  #: the field itself: the public one sets those of parts, too
+_KERNELS = re.compile("flash|flex")  #: in the names of transformers' attention, also of kernels from a hub
 
 
 def called_with_cache(model: nn.Module, **given: Any) -> Any:

@@ -20,7 +20,7 @@ from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.decisions import has_values, opposed
 from peftfx.graph.graph import Graph
-from peftfx.views.view import without_cache
+from peftfx.views.view import as_captured
 
 _TOLERANCE = 1e-4  #: relative to the largest output
 _ROUNDINGS = 8  #: of a model's coarsest dtype, where these are more
@@ -62,7 +62,7 @@ def _runs(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 def _alike(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a graph gives what the model's own code gives for these inputs."""
-    with unchanged(model), without_cache(model), torch.no_grad():
+    with unchanged(model), as_captured(model), torch.no_grad():
         want = model(*(tensor.clone() for tensor in tensors.values()))
         try:
             got = graph.run(*tensors.values())
