@@ -18,11 +18,12 @@ from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.sites.site import SequenceSite
 from peftfx.sites.sites import Sites
 from peftfx.views.capture import capture
+from peftfx.views.capturing.settling import close
 from peftfx.views.entry import VirtualTokens, forward
 from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.prefix import Prefix
 from peftfx.views.prompt_inputs import Place, through
-from peftfx.views.view import without_cache
+from peftfx.views.view import as_captured
 
 EXAMPLE = 3  #: the number of virtual tokens in an example
 
@@ -84,7 +85,7 @@ def hold_forward(
     """
     rows = {place.what: case[place.what] for place in places}
     try:
-        with without_cache(base):
+        with as_captured(base):
             want = through(places, forward)(base, {**call, **rows})
     except Exception as error:  # a model's code raises various errors for a size that it does not take
         raise_if_memory_is_out(error)
@@ -92,5 +93,5 @@ def hold_forward(
     got = graph.run(*(case[spec.name] for spec in graph.inputs))
     leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
     for name, a, b in zip(graph.outputs, leaves, got, strict=True):
-        hold(name, a, b, same=a.shape == b.shape)
+        hold(name, a, b, close(base), same=a.shape == b.shape)
     return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -13,11 +12,9 @@ from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.kept_state import state_kept
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
+from peftfx.views.capturing.settling import close
 from peftfx.views.entry import Entry, forward
-from peftfx.views.view import View, without_cache
-
-_TOLERANCE = 1e-4  #: of the captured base compared with the eager base, relative to the largest output
-_ROUNDINGS = 8  #: of an output's dtype, where these are more
+from peftfx.views.view import View, as_captured
 
 
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
@@ -57,7 +54,7 @@ def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None
     got = captured.run(*(case[spec.name] for spec in captured.inputs))
     tensors = [(name, b) for name, b in zip(captured.outputs, got, strict=True) if isinstance(b, Tensor)]
     for (name, b), a in zip(tensors, tensors_in(want), strict=True):
-        hold(name, a, b, same=a.shape == b.shape)
+        hold(name, a, b, close(captured.base), same=a.shape == b.shape)
 
 
 def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> None:
@@ -70,22 +67,22 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
     seen, entry = adapted.under_prompt(view)
     captured = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
     try:
-        with without_cache(adapted.base):
+        with as_captured(adapted.base):
             want = eager_view(seen, entry, adapted.base, case)
     except Exception as error:
         raise_if_memory_is_out(error)
         raise refused(adapted, view, error) from error
     got = captured.run(*(case[spec.name] for spec in captured.inputs))
     for (name, a), b in zip(want.items(), got, strict=True):
-        hold(name, view.shown(name, case, a), view.shown(name, case, b), same=a.shape == b.shape)
+        shown = view.shown(name, case, a), view.shown(name, case, b)
+        hold(name, *shown, close(captured.base), same=a.shape == b.shape)
 
 
-def hold(name: str, want: Tensor, got: Tensor, *, same: bool) -> None:
+def hold(name: str, want: Tensor, got: Tensor, close: float, *, same: bool) -> None:
     """Compare an output of the captured model with the model's own output, and refuse a difference.
 
-    Two correct programs in half precision differ by some roundings of their dtype.
+    `close` says how far they may be apart, relative to the largest magnitude.
     """
-    close = max(_TOLERANCE, _ROUNDINGS * torch.finfo(want.dtype).eps) if want.is_floating_point() else _TOLERANCE
     error = float((want.float() - got.float()).abs().max()) if same and want.numel() else 0.0
     if not same or error > close * max(1.0, float(want.float().abs().max()) if want.numel() else 0.0):
         raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")

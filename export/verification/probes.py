@@ -28,7 +28,7 @@ from peftfx.graph.graph import TensorSpec
 from peftfx.model.adapted import AdaptedModel
 from peftfx.telling import tell_share
 from peftfx.views.arguments import named_tensors, nested
-from peftfx.views.view import Axes, LastRun, RunView, View, without_cache
+from peftfx.views.view import Axes, LastRun, RunView, View, as_captured
 
 Accepts = Callable[[dict[str, Tensor]], object]
 """A function that runs the model on the inputs of a call, and returns what it gives.
@@ -89,7 +89,7 @@ def probes(
             if accepts is not None:
                 answer = accepts(case)
             else:
-                with without_cache(adapted.base):
+                with as_captured(adapted.base):
                     answer = want = eager_forward(adapted, nested(case, example))
         except (VerificationError, StateError):
             raise

@@ -21,17 +21,18 @@ _FLATTENS = frozenset({aten.view.default, aten.reshape.default, aten.flatten.usi
 def by_rows(site: Site, node: fx.Node, names: tuple[str, ...], low: bool, listed: bool) -> Callable[..., Tensor]:
     """Return a layer with an adapter for each row, as a function of (x, weight, bias, index, *names, *factors).
 
-    The tensors after `index` are those of `names`, then the factors. If the layer reads the tokens of all rows as one
-    list (`listed`), the tokens are reshaped to [batch, tokens, in].
+    The tensors after `index` are those of `names`, then the factors. If the layer reads the tokens of all rows on one
+    axis (`listed`), the tokens are reshaped to [batch, tokens, in].
     """
     op = operation(node, site)
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, *given: Tensor) -> Tensor:
+        shape = x.shape[:-1]
         x = x.reshape(index.shape[0], -1, x.shape[-1]) if listed else x
         own = dict(zip(names, given, strict=False))
         added = low_by_rows(site, op, x, index, *given[len(names) :]) if low else None
         y = acted(site, op, x, weight, bias, Effect(own.get(INNER), own.get(OUTER), added, own.get(BIAS_STACK)))
-        return y.reshape(-1, y.shape[-1]) if listed else y
+        return y.reshape(*shape, y.shape[-1]) if listed else y
 
     return forward
 
@@ -51,15 +52,20 @@ def low_by_rows(site: Site, op: Op, x: Tensor, index: Tensor, a: Tensor, b: Tens
 
 
 def lists_rows(value: fx.Node, batch: fx.Node) -> bool:
-    """Say whether a value is a list of tokens [batch * tokens, in], flattened earlier from [batch, tokens, ...]."""
+    """Say whether a value has the tokens of all rows on its first axis, one row's behind the other's.
+
+    It was flattened earlier from [batch, ...], as a list of tokens [batch * tokens, in], or the windows of images
+    [batch * windows, tokens, in]. In between, each operation keeps the first axis.
+    """
     length = str(value.meta["val"].shape[0])
     if length == str(batch.meta["val"].shape[0]):
         return False
-    while value.target not in _FLATTENS:
+    while True:
         before = value.args[0] if value.args else None
-        if not isinstance(before, fx.Node) or str(before.meta["val"].shape[:1]) != f"torch.Size([{length}])":
+        if not isinstance(before, fx.Node) or not isinstance(before.meta.get("val"), Tensor):
             return False
+        shape = before.meta["val"].shape
+        if str(shape[:1]) != f"torch.Size([{length}])":
+            break
         value = before
-    (source, *_) = value.all_input_nodes
-    whole = source.meta["val"].shape
-    return len(whole) > 2 and str(whole[0]) == str(batch.meta["val"].shape[0])
+    return value.target in _FLATTENS and len(shape) > 2 and str(shape[0]) == str(batch.meta["val"].shape[0])

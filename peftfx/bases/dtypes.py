@@ -43,3 +43,9 @@ def dtype_plan(model: nn.Module, wanted: torch.dtype) -> Callable[[str], torch.d
     """Return a function from a parameter's name to its dtype: `wanted`, or fp32 for some modules."""
     plan = model._get_dtype_plan(wanted)  # type: ignore[operator]
     return lambda name: next((plan[key] for key in plan if key in name.split(".")), wanted)
+
+
+def coarsest(model: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's floating-point parameters that rounds most: what its numbers are good for."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)

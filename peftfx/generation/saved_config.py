@@ -14,18 +14,28 @@ from peftfx.files import is_file, read_json
 def saved_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
     """Read the `generation_config.json` in a directory; without the file, what the model's config says of generation.
 
-    A kind of cache in the file is ignored, with a warning: the cache of a served model is that of its graphs.
+    A kind of cache in the file is ignored, with a warning: the cache of a served model is that of its graphs. So are
+    outputs that graphs do not give: hidden states and attentions, which a config may ask for in every call.
 
     Raises:
         PeftfxError: the file is no JSON, or transformers cannot read it.
     """
     path = directory / "generation_config.json"
     if not is_file(path):
-        return GenerationConfig.from_model_config(config)
+        return _of_graphs(GenerationConfig.from_model_config(config), path)
     read_json(path, "copy the base model's again")
     with understanding(path, "cannot read how the model generates"):
         made = GenerationConfig.from_pretrained(directory, local_files_only=True)
     if made.cache_implementation not in (None, "dynamic", "hybrid"):  # transformers itself ignores "hybrid"
         kind, made.cache_implementation = made.cache_implementation, None
         warn(f"{path.name} asks for a cache of the kind {kind!r}: it is ignored, as the graphs have their own")
+    return _of_graphs(made, path)
+
+
+def _of_graphs(made: GenerationConfig, path: Path) -> GenerationConfig:
+    """Take out of a config the outputs that graphs do not give."""
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(made, name):
+            setattr(made, name, False)
+            warn(f"{path.name} asks for {name}: it is ignored, as the graphs give logits alone")
     return made

@@ -95,7 +95,8 @@ class _Serves(Served, GenerationMixin):
         given = {name: value.contiguous() for name, value in self.with_ids(inputs).items()}
         batch, length = given["input_ids"].shape
         vocabulary = int(self.model.axes["logits"][-1])
-        outputs = {"logits": torch.empty(batch, length, vocabulary, dtype=self.dtype)}
+        kind = ONNX_DTYPES[self.model.types["logits"]]  # some code gives float32 in every dtype
+        outputs = {"logits": torch.empty(batch, length, vocabulary, dtype=kind)}
         for present in (name for name in self.model.outputs if name.startswith(f"{PRESENT}.")):
             past = PAST + present.removeprefix(PRESENT)
             axes, before = self.model.axes[past], given[past]

@@ -45,7 +45,7 @@ from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.sizes import free_images
-from peftfx.views.view import Axes, keep_ones, without_cache
+from peftfx.views.view import Axes, as_captured, keep_ones
 
 
 @rarely_collected()
@@ -142,7 +142,7 @@ def _captured(
         unchanged(model),
         faked(model),
         fake_mode_of(model),
-        without_cache(model),
+        as_captured(model),
     ):
         examples = {name: _fresh(model, name, t, axes.get(name), lengths) for name, t in tensors.items()}
         free = tuple(_dims(t, axes.get(name)) for name, t in examples.items())

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import cache_of, empty_cache, held
 from peftfx.caches.held import Held, cache_names, kept_by
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes, RunView, called_with_cache
 
 PAST, PRESENT = "past_key_values", "present"
 _SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
@@ -191,7 +191,7 @@ class Decode:
             assert isinstance(mask, Tensor)
             assert isinstance(text, Tensor)
             given = {**given, "attention_mask": mask[:, mask.shape[1] - text.shape[1] :]}
-        output = base(**given, cache=cache, use_cache=True)
+        output = called_with_cache(base, **given, cache=cache)
         return {"logits": output.logits, **dict(zip(self.present_names, held(cache), strict=True))}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.graph.contexts import evaluating, fake_mode_to_run, quietly, unchanged
 from peftfx.graph.lazy_weights import faked
 from peftfx.views.capturing.equal_layers import equal_layers_run_twice
-from peftfx.views.view import without_cache
+from peftfx.views.view import as_captured
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def fake_run(base: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
         unchanged(base),
         faked(base),
         evaluating(base),
-        without_cache(base),
+        as_captured(base),
         recurrences(base),  # a loop over the tokens is one operator, as in captures
         _batched_experts(base),
         casting_in_graph(),

@@ -30,7 +30,7 @@ from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import Held, cache_names, kept_by
 from peftfx.graph.slots import SLOT_PROMPT
 from peftfx.views.decode import PAST, PRESENT
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes, RunView, called_with_cache
 
 _SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"
@@ -211,12 +211,12 @@ class Decoder:
             shape = (first.shape[0], mask["attention_mask"].shape[1])
         # Only the shape of the encoded source is used: its keys and values are in the cache.
         encoded = first.new_zeros((*shape, self.layers.width), dtype=self.layers.own[0].dtype)
-        output = base(
+        output = called_with_cache(
+            base,
             **mask,
             decoder_input_ids=given["input_ids"],
             encoder_outputs=layers.output(last_hidden_state=encoded),  # type: ignore[call-arg]
             cache=EncoderDecoderCache(own, cross),
-            use_cache=True,
         )
         names = cache_names(PRESENT, layers.own, DECODED)
         return {"logits": output.logits, **dict(zip(names, held(own), strict=True))}
@@ -245,11 +245,11 @@ def _encoded_for(base: nn.Module, inputs: Mapping[str, object], encoded: Any) ->
     mask = {name: given[name] for name in ("attention_mask",) if name in given}
     seen = encoded.last_hidden_state
     tokens = given.get(TEXT_INPUT, seen.new_zeros((seen.shape[0], 1), dtype=torch.long))
-    base(
+    called_with_cache(
+        base,
         **mask,
         decoder_input_ids=tokens[:, :1],  # any token: outputs that depend on it are not used
         encoder_outputs=encoded,
         cache=cache,
-        use_cache=True,
     )
     return encoded.last_hidden_state, held(cache.cross_attention_cache)

@@ -151,8 +151,13 @@ def _positions(decodes: bool) -> str:
     return f"decoder_{POSITIONS}" if decodes else POSITIONS
 
 
+_OF_TEXT = ("input_ids", "inputs_embeds", "attention_mask")  #: arguments with a row for each text
+
+
 def _batch(arguments: Mapping[str, object]) -> int | torch.SymInt:
-    first = next((v for v in arguments.values() if isinstance(v, Tensor) and v.ndim > 1), None)
+    # A text sets the number of rows, before images that may come first and may be of another number.
+    ranked = [arguments.get(name) for name in _OF_TEXT] + list(arguments.values())
+    first = next((v for v in ranked if isinstance(v, Tensor) and v.ndim > 1), None)
     if first is None:
         raise PeftfxError("no tensor of the call tells the number of rows", ", ".join(arguments), "pass input_ids")
     return first.shape[0]

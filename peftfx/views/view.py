@@ -1,11 +1,12 @@
-"""View: the protocol of a view of a model, the names of its inputs' axes, and a context without a cache."""
+"""View: the protocol of a view of a model, the names of its inputs' axes, calls with a cache, and a context without."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -188,14 +189,57 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     A forward view has no cache. The argument `use_cache` would not work for all models: some take it through
     `**kwargs`, some not at all, and each part of a composed model reads its own config.
     """
+    with _turned_off(model, lambda config: ("use_cache",)):
+        yield
+
+
+@contextlib.contextmanager
+def as_captured(model: nn.Module) -> Iterator[None]:
+    """Run a model inside the context as graphs have it: without a cache, and with attention that a graph can hold.
+
+    The kernels of flash and flex attention compute what torch's own attention does, and no graph has them.
+    """
     seen: dict[int, object] = {}
     for module in model.modules():
         collect_configs(getattr(module, "config", None), seen)
-    active = [config for config in seen.values() if getattr(config, "use_cache", None) is True]
-    for config in active:
-        config.use_cache = False  # type: ignore[attr-defined]
+    kernels = [c for c in seen.values() if _KERNELS.search(str(getattr(c, _ATTENTION, None)))]
+    before = [getattr(config, _ATTENTION) for config in kernels]
+    for config in kernels:
+        owners = [m for m in model.modules() if hasattr(m, "_supports_sdpa") and m.config is config]
+        setattr(config, _ATTENTION, "sdpa" if all(m._supports_sdpa for m in owners) else "eager")
+    try:
+        with without_cache(model):
+            yield
+    finally:
+        for config, name in zip(kernels, before, strict=True):
+            setattr(config, _ATTENTION, name)
+
+
+_ATTENTION = "_attn_implementation_internal"  #: the field itself: the public one sets those of parts, too
+_KERNELS = re.compile("flash|flex")  #: in the names of transformers' attention, also of kernels from a hub
+
+
+def called_with_cache(model: nn.Module, **given: Any) -> Any:
+    """Call a model for its logits and its cache, and return its output.
+
+    What its configs ask for beside these is off: hidden states, or the logits of experts' routers, from which some code
+    computes a loss in every call, and raises where the tokens of the cache are not in the call.
+    """
+    with _turned_off(model, lambda config: (n for n in getattr(config, "__dict__", ()) if n.startswith("output_"))):
+        return model(**given, use_cache=True)
+
+
+@contextlib.contextmanager
+def _turned_off(model: nn.Module, names: Callable[[object], Iterable[str]]) -> Iterator[None]:
+    """Set the fields of these names that are true, in all configs of the model, to false inside the context."""
+    seen: dict[int, object] = {}
+    for module in model.modules():
+        collect_configs(getattr(module, "config", None), seen)
+    active = [(c, name) for c in seen.values() for name in names(c) if getattr(c, name, None) is True]
+    for config, name in active:
+        setattr(config, name, False)
     try:
         yield
     finally:
-        for config in active:
-            config.use_cache = True  # type: ignore[attr-defined]
+        for config, name in active:
+            setattr(config, name, True)

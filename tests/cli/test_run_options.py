@@ -186,6 +186,16 @@ class TestGenerationConfigs:
         usual = configured(llama[1], tmp_path / "usual", cache_implementation="hybrid")
         assert "cache" not in peftfx("run", usual, "--prompt", "w5 w6", "--max-new-tokens", 5).err
 
+    @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "return_dict_in_generate"])
+    def test_outputs_that_graphs_do_not_give_are_ignored_and_told(
+        self, asked: str, llama: tuple[hf.PreTrainedModel, Path, Path], tmp_path: Path, peftfx: Run
+    ) -> None:
+        """A config with `output_hidden_states` puts both into what is saved: each call was refused."""
+        out = configured(llama[1], tmp_path / "out", **{asked: True, "return_dict_in_generate": True})
+        result = peftfx("run", out, "--prompt", "w5 w6", "--max-new-tokens", 5)
+        assert (result.code, result.out.strip()) == (0, said(llama[0], "w5 w6", max_new_tokens=5)), result.err
+        assert (f"asks for {asked}: it is ignored" in result.err) == asked.startswith("output_")
+
     def test_its_limits_hold_if_no_number_is_given(
         self, llama: tuple[hf.PreTrainedModel, Path, Path], tmp_path: Path, peftfx: Run
     ) -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 from support.adapted import randomise
+from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx as px
@@ -115,6 +116,19 @@ def test_a_tied_bias_that_a_file_has_twice_is_trained_on(road: str, saved: list[
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(_masked(), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(back(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_biases_inside_a_trained_head_of_several_layers_are_repeats(task: str | None, tmp_path: Path) -> None:
+    """HF PEFT's `bias="all"` saves each bias in a trained copy three times: a file with RoBERTa's head was refused."""
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=["classifier"], task_type=task)
+    theirs = peft.get_peft_model(ZOO["roberta"].build(), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.classifier.modules_to_save.default.dense.bias" in names
+    ours, given = px.load(ZOO["roberta"].build(), tmp_path), ZOO["roberta"].inputs(3, 5)
+    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections import OrderedDict
@@ -250,6 +251,21 @@ def test_rows_of_a_forward_view_name_their_adapters(tmp_path: Path) -> None:
         adapted.set_adapter(name)
         torch.testing.assert_close(got[row], adapted(x).detach()[row], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got[0], base(x).detach()[0], atol=1e-5, rtol=1e-5)
+
+
+def test_windows_of_images_are_their_rows(tmp_path: Path) -> None:
+    """Swin's attentions have the windows of all images on one axis, one image's behind the other's."""
+    low = LoRA(r=2, target="all-linear", init_lora_weights=False)
+    adapted = adapted_by("swin", {"low": low, "scales": IA3(), "other": low})
+    adapted.export(tmp_path / "out", batched=["low", "scales", "other"])
+    rows = ["other", None, "low", "scales", "low"]
+    given = ZOO["swin"].inputs(len(rows), seed=5)
+    got = runtime.load(tmp_path / "out")(**given, adapter_ids=rows)["logits"]
+    for row, name in enumerate(rows):
+        adapted.set_adapter(name or "low")
+        with torch.no_grad(), adapted.disable_adapter() if name is None else contextlib.nullcontext():
+            want = adapted(**{key: value[row : row + 1] for key, value in given.items()}).logits[0]
+        torch.testing.assert_close(got[row], want, atol=1e-4, rtol=1e-4)
 
 
 def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> None:

@@ -65,3 +65,24 @@ def test_a_size_of_one_is_tried_where_the_usual_sizes_are_too_large_and_the_leas
     inputs = {"sounds": torch.randn(2, 400, 1), "tokens": torch.randint(9, (2, 5))}
     with pytest.raises(PeftfxError, match=r"right only where tokens.1 != 1 \[squeeze, in the model\]"):
         peftfx.export_onnx(Joined().eval(), tmp_path / "out", inputs=inputs)
+
+
+class Halved(nn.Module):
+    """A layer in half precision whose numbers are given in float32. One place is scaled behind the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 32, bias=False, dtype=torch.float16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            return (self.layer(x) * 0.3).float()
+        return self.layer(x * 0.3).float()
+
+
+def test_float32_of_a_model_in_half_precision_is_as_good_as_half_precision(tmp_path: Path) -> None:
+    """It was held to float32's rounding, and the branch was taken for one that computes something else."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 64, dtype=torch.float16)
+    report = peftfx.export_onnx(Halved().eval(), tmp_path / "out", inputs={"x": x})
+    assert not report.sizes

@@ -351,3 +351,19 @@ def test_a_classifier_over_a_decoder_without_a_padding_token_is_told_to_name_it(
         peftfx.transform(model, peftfx.LoRA())
     model.config.pad_token_id = 0
     assert peftfx.transform(model, peftfx.LoRA()).names() == ("default",)
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2", "kernels-community/flash-attn2"])
+def test_attention_of_other_kernels_is_captured_as_torchs_own(attention: str, tmp_path: Path) -> None:
+    """No graph has these kernels, some run on no CPU, and what they compute is the same."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = hf.MistralForCausalLM(hf.MistralConfig(vocab_size=99, **size, num_key_value_heads=2, sliding_window=4))
+    plain = {"input_ids": torch.randint(5, 90, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    plain["attention_mask"][1, :3] = 0
+    want = model.eval()(**plain).logits
+    model.config._attn_implementation_internal = attention
+    peftfx.transform(model, peftfx.LoRA(r=2)).export(tmp_path / "out", view="decode")
+    assert model.config._attn_implementation == attention
+    shown = plain["attention_mask"].bool()
+    got = peftfx.runtime.load(tmp_path / "out")(**plain).logits
+    torch.testing.assert_close(got[shown], want[shown], atol=1e-5, rtol=1e-4)

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.further
 
 _SIZES = {**TOKENS, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 _MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
+_SCANS = {"mamba_d_state": 8, "mamba_dt_rank": 4, "num_experts_per_tok": 1}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24}
 _INDEX = {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 64}  # with fewer, ties decide
@@ -47,12 +48,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_hidden_layers": 2, "num_key_value_heads": 4, **_LATENT, **_EXPERTS, **_INDEX},
     ),
 }
+#: States of float32 in a model of half precision; behind attentions, and alone with logits of float32, too.
+HALVED: dict[str, dict[str, Any]] = {
+    "jamba": {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, **_SCANS},
+    "mamba": {"num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4},
+}
 _SMALL_STATES = {"mamba2": {"state_size": 8, "chunk_size": 4}}
 QUICK = "convolutions between attentions"
 
 
 def build(name: str) -> nn.Module:
-    kind, fields = MODELS[name]
+    kind, fields = MODELS[name] if name in MODELS else (name, HALVED[name])
     sizes = {**_SIZES, **fields, **_SMALL_STATES.get(kind, {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -215,3 +221,20 @@ def test_a_layer_of_states_is_transformers_own(lengths: tuple[int, ...]) -> None
     ours.reorder_cache(torch.tensor([1, 1]))
     theirs.reorder_cache(torch.tensor([1, 1]))
     assert torch.equal(ours.conv_states[0], theirs.conv_states[0])
+
+
+@pytest.mark.parametrize("name", HALVED)
+def test_a_model_in_float16_keeps_and_gives_float32_where_its_code_does(name: str, tmp_path: Path) -> None:
+    """A cache of float16 was refused by the graph, and logits of float32 were in each step of `generate`."""
+    model, rounding = build(name).half(), torch.finfo(torch.float16).eps
+    peftfx.export_onnx(model, tmp_path / "out", view="decode")
+    served = runtime.load(tmp_path / "out")
+    kinds = {served.model.types[n] for n in served.model.inputs if n.endswith("recurrent_state")}
+    assert kinds == {"tensor(float)"}
+    ids = torch.randint(5, 90, (2, 6), generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    how = {"max_new_tokens": 5, "min_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    found, want = (m.generate(**given, **how, do_sample=False) for m in (served, model))
+    torch.testing.assert_close(found.sequences, want.sequences)
+    for a, b in zip(found.logits, want.logits, strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=8 * rounding * float(b.abs().max()))

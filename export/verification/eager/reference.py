@@ -28,7 +28,7 @@ from peftfx.views.arguments import nested
 from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry, forward
-from peftfx.views.view import View, without_cache
+from peftfx.views.view import View, as_captured
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class EagerReference:
                 next call.
         """
         base, adapters = self.adapted.base, self.adapted.named.acting()
-        with torch.no_grad(), evaluating(base), without_cache(base), state_kept(base) as kept:
+        with torch.no_grad(), evaluating(base), as_captured(base), state_kept(base) as kept:
             output = self._run(base, adapters, feed)
             kind, paths = kept.changed()
             if paths:

@@ -24,7 +24,7 @@ from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
-from peftfx.views.view import View, name_axes, without_cache
+from peftfx.views.view import View, as_captured, name_axes
 
 #: Sizes of the tried calls. One row is not padded, and of several rows the last is, if the text is long enough.
 _TRIED: tuple[Sized, ...] = (
@@ -87,7 +87,7 @@ def _of_forward(adapted: AdaptedModel, example: Mapping[str, object]) -> Trial:
     graph = adapted.graphs.captured(example, adapted.entry())
 
     def eager(case: dict[str, Tensor]) -> list[Tensor]:
-        with unchanged(adapted.base), without_cache(adapted.base), torch.no_grad():
+        with unchanged(adapted.base), as_captured(adapted.base), torch.no_grad():
             return tensors_in(eager_forward(adapted, nested(case, example)))
 
     def make(sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ def _of_view(adapted: AdaptedModel, view: View) -> Trial:
     graph = adapted.graphs.captured(seen.inputs(adapted.base), entry, seen)
 
     def eager(case: dict[str, Tensor]) -> list[Tensor]:
-        with unchanged(adapted.base), without_cache(adapted.base), torch.no_grad():
+        with unchanged(adapted.base), as_captured(adapted.base), torch.no_grad():
             return list(eager_view(seen, entry, adapted.base, case).values())
 
     def make(sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftfx.bases.dtypes import coarsest
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.verification.float64 import MOST_EXACT, float64
 from peftfx.export.verification.sizes.declared import has_declared_sizes
@@ -142,11 +143,16 @@ class Trial:
         except Exception as error:  # an operator of the graph has a fixed size
             raise_if_memory_is_out(error)
             return BRANCHES
-        if not self._agree(case, want, got):
+        if not self._agree(case, want, got, self._usual):
             return BRANCHES
         if not self._agree(case, want, got, _ROUNDING) and not self._same_in_float64(case):
             return BRANCHES
         return SAME if condition is None or condition.code or self._has_declared_sizes(case) else DECLARES
+
+    @functools.cached_property
+    def _usual(self) -> float:
+        """How far the model and the graph may be apart in the model's own dtype, where float64 decides the rest."""
+        return 2e-2 if coarsest(self.graph.base) in (torch.float16, torch.bfloat16) else 1e-4
 
     def _run(self, case: Fed) -> Sequence[object]:
         return self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
@@ -160,7 +166,7 @@ class Trial:
         with torch.no_grad():
             return has_declared_sizes(self.graph.module, *(case[spec.name] for spec in self.graph.inputs))
 
-    def _agree(self, case: Fed, want: Sequence[Tensor], got: Sequence[object], bound: float | None = None) -> bool:
+    def _agree(self, case: Fed, want: Sequence[Tensor], got: Sequence[object], bound: float) -> bool:
         named = [(name, b) for name, b in zip(self.graph.outputs, got, strict=True) if isinstance(b, Tensor)]
         pairs = zip(want, named, strict=True)
         return all(_same(a, b, functools.partial(self.shown, name, case), bound) for a, (name, b) in pairs)
@@ -181,7 +187,5 @@ class Trial:
         return self._agree(case, want, got, _ROUNDING)
 
 
-def _same(want: Tensor, got: Tensor, shown: Callable[[Tensor], Tensor], bound: float | None = None) -> bool:
-    half = want.dtype in (torch.float16, torch.bfloat16)
-    usual = 2e-2 if half else 1e-4
-    return want.shape == got.shape and near(shown(want), shown(got), usual if bound is None else bound)
+def _same(want: Tensor, got: Tensor, shown: Callable[[Tensor], Tensor], bound: float) -> bool:
+    return want.shape == got.shape and near(shown(want), shown(got), bound)

@@ -8,6 +8,7 @@ nothing in HF PEFT either. Unused tensors are kept, and saved again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,14 @@ from peftfx.rules.unplaced import never_runs
 from peftfx.sites.sites import Sites
 
 _ORIGINAL = ".original_module."
-_WRAPPERS = (".modules_to_save.", _ORIGINAL)
+#: What HF PEFT puts into the names of a trained module's tensors; of the module's parts, the adapter's name too.
+_SAVED = (re.compile(r"\.(?:modules_to_save|original_module)(?=\.)"), re.compile(r"\.modules_to_save\.[^.]+(?=\.)"))
 
 
 def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[str]:
     """Return the names of tensors that are not taken and only repeat a tensor of the base or of the file.
 
-    HF PEFT repeats these tensors: the frozen weight of an adapted embedding; with `bias="all"` the bias of a saved
+    HF PEFT repeats these tensors: the frozen weight of an adapted embedding; with `bias="all"` each bias in a saved
     module, three times; the rows of trained tokens, once for each module that has the tensor; and RandLoRA's bases,
     once for each module, although all modules share them. What a saved module was before its training
     (`original_module`) may have other values than the base: the trained copy acts in its place.
@@ -53,13 +55,9 @@ def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Mod
     yield from (weights[n] for n in taken if n == f"base_model.{leaf}" and n in weights.names)
     if name.endswith((".base_layer.weight", ".base_layer.bias")):
         yield from _tensor(base, name.replace(".base_layer.", "."))
-    for wrapper in _WRAPPERS:
-        head, found, tail = name.partition(wrapper)
-        if found:
-            leaf = tail.rpartition(".")[2]  # the adapter's name comes after `modules_to_save.`
-            plain = f"{head}.{leaf}"
-            yield from [weights[plain]] if plain in weights.names else []
-            yield from _tensor(base, plain)
+    for plain in {wrapped.sub("", name, count=1) for wrapped in _SAVED} - {name}:
+        yield from [weights[plain]] if plain in weights.names else []
+        yield from _tensor(base, plain)
 
 
 def _owner(name: str) -> str:

@@ -146,7 +146,7 @@ class Transcriber:
         return made.to(self.served.dtype)
 
     def _said(self, features: Tensor, **more: object) -> dict[str, Any]:
-        found: Any = self.served.generate(features, **{**self.options, **more})
+        found: Any = self.served.generate(features, **{**self.options, **more, "return_dict_in_generate": False})
         if not isinstance(found, dict):
             return {"text": self._text(found[0])}
         pieces = [

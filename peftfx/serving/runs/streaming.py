@@ -65,7 +65,7 @@ class Writer:
         return self.out is not None and not several
 
     def generate(self, *args: Any, **options: Any) -> Tensor:
-        """Generate the tokens of a text by the model's `generate`.
+        """Generate the tokens of a text by the model's `generate`, alone also where the config asks for more.
 
         Raises:
             PeftfxError: transformers cannot generate as the model's generation config tells.
@@ -75,7 +75,7 @@ class Writer:
         if self.model.generation_config.stop_strings is not None or self.model.generation_config.token_healing:
             options["tokenizer"] = self.tokenizer
         try:
-            made: Tensor = self.model.generate(*args, **options)
+            made: Tensor = self.model.generate(*args, **options, return_dict_in_generate=False)
         except ValueError as error:  # what transformers' own checks raise
             what = f"transformers cannot generate with this generation config: {first_line(error)}"
             where = str(self.model.directory / "generation_config.json")

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from peftfx.bases.dtypes import coarsest
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.decisions import has_values, opposed
 from peftfx.graph.graph import Graph
-from peftfx.views.view import without_cache
+from peftfx.views.view import as_captured
 
 _TOLERANCE = 1e-4  #: relative to the largest output
+_ROUNDINGS = 8  #: of a model's coarsest dtype, where these are more
 
 
 def on_general_sides(captured: Callable[[Sides], Graph], model: nn.Module, tensors: Mapping[str, Tensor]) -> Graph:
@@ -60,7 +62,7 @@ def _runs(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 def _alike(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     """Return whether a graph gives what the model's own code gives for these inputs."""
-    with unchanged(model), without_cache(model), torch.no_grad():
+    with unchanged(model), as_captured(model), torch.no_grad():
         want = model(*(tensor.clone() for tensor in tensors.values()))
         try:
             got = graph.run(*tensors.values())
@@ -68,14 +70,22 @@ def _alike(graph: Graph, model: nn.Module, tensors: Mapping[str, Tensor]) -> boo
             raise_if_memory_is_out(error)
             return False
     pairs = zip((t for t in pytree.tree_leaves(want) if isinstance(t, Tensor)), _tensors(got), strict=True)
-    return all(near(one, other) for one, other in pairs)
+    return all(near(one, other, close(model)) for one, other in pairs)
 
 
 def _tensors(values: list[Tensor]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def near(one: Tensor, other: Tensor, tolerance: float = _TOLERANCE) -> bool:
+def close(model: nn.Module) -> float:
+    """Return how far two correct programs of a model may be apart, relative to the largest output.
+
+    In half precision that is some roundings, also of an output in float32: it is made of rounded numbers.
+    """
+    return max(_TOLERANCE, _ROUNDINGS * torch.finfo(coarsest(model)).eps)
+
+
+def near(one: Tensor, other: Tensor, tolerance: float) -> bool:
     """Return whether the numbers of two tensors differ by at most `tolerance` of the largest, or of 1."""
     if one.shape != other.shape:
         return False

@@ -28,7 +28,7 @@ from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.images.encoded import VISION, Images
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes, RunView, called_with_cache
 
 _TEXT = ("input_ids", "attention_mask")
 _FORWARD = "use the forward view"
@@ -79,7 +79,7 @@ class CrossEncoder:
         some = next(value for value in inputs.values() if isinstance(value, Tensor))
         tokens = torch.zeros(1, 1, dtype=torch.long, device=some.device)  # any: what depends on them is not used
         cache = empty_cache(base)
-        base(input_ids=tokens, **inputs, cache=cache, use_cache=True)
+        called_with_cache(base, input_ids=tokens, **inputs, cache=cache)
         kept: list[Any] = [layer for layer, own in zip(cache.layers, self.cross.layers, strict=True) if own.kept]
         found = [value for layer in kept for value in (layer.keys, layer.values)]
         return dict(zip(cache_names(PRESENT, self.cross.layers), found, strict=True))
@@ -173,7 +173,7 @@ class DecodeOverImages(Decode):
         return cache_names(kind, self.cross.layers)
 
     def _run(self, base: nn.Module, given: Mapping[str, object], cache: DynamicCache) -> dict[str, Tensor]:
-        output = base(**given, cache=cache, use_cache=True)
+        output = called_with_cache(base, **given, cache=cache)
         layers = self._text if CROSS_MASK not in given else self.layers
         return {"logits": output.logits, **dict(zip(cache_names(PRESENT, layers), held(cache), strict=True))}
 
@@ -212,7 +212,7 @@ def find_cross_images(base: nn.Module) -> CrossImages:
         for given in ({name: made[name] for name in _TEXT}, made):
             cache = empty_cache(base)
             try:
-                base(**{name: fake(value) for name, value in given.items()}, cache=cache, use_cache=True)
+                called_with_cache(base, **{name: fake(value) for name, value in given.items()}, cache=cache)
             except Exception as error:
                 raise_if_memory_is_out(error)
                 said = f"the model does not run with an image and a plain key/value cache: {first_line(error)}"

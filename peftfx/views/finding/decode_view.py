@@ -22,6 +22,7 @@ from peftfx.views.capturing.raised import line_of, said_by
 from peftfx.views.decode import Decode, positions
 from peftfx.views.dry_run import fake_run
 from peftfx.views.images.encoded import Images
+from peftfx.views.view import called_with_cache
 
 _FORWARD = "use the forward view"
 
@@ -61,7 +62,7 @@ def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
             given |= images.encoded(base, torch.zeros(0, images.width, dtype=images.dtype))
         try:
             with noting_windows(base) as windows:
-                output = base(**given, cache=cache, use_cache=True)
+                output = called_with_cache(base, **given, cache=cache)
         except Exception as error:
             raise_if_memory_is_out(error)
             line = "" if said_by(error, "raise") else line_of(error, base)
@@ -102,7 +103,7 @@ def _runs(base: nn.Module, given: Mapping[str, Tensor], cache: DynamicCache, pas
     """Return whether the model continues after `past` tokens with a mask that includes these tokens."""
     mask = torch.cat([given["attention_mask"][:, :past], given["attention_mask"]], dim=1)
     try:
-        base(**{**given, "attention_mask": mask}, cache=cache, use_cache=True)
+        called_with_cache(base, **{**given, "attention_mask": mask}, cache=cache)
     except Exception as error:  # whatever the model's code raises where two sizes differ
         raise_if_memory_is_out(error)
         return False

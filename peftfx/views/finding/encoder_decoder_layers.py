@@ -15,7 +15,7 @@ from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
 from peftfx.views.encoder_decoder import TEXT_INPUT, EncoderDecoderLayers
 from peftfx.views.images.sizes import free_images
-from peftfx.views.view import name_axes
+from peftfx.views.view import called_with_cache, name_axes
 
 
 def find_layers(base: nn.Module) -> EncoderDecoderLayers:
@@ -45,7 +45,7 @@ def find_layers(base: nn.Module) -> EncoderDecoderLayers:
         mask = {name: given[name] for name in ("attention_mask",) if name in given}
         try:
             encoded = base.get_encoder()(**given, return_dict=True)  # type: ignore[operator]
-            base(**mask, decoder_input_ids=tokens, encoder_outputs=encoded, cache=cache, use_cache=True)
+            called_with_cache(base, **mask, decoder_input_ids=tokens, encoder_outputs=encoded, cache=cache)
             for part in (cache.self_attention_cache, cache.cross_attention_cache):
                 held(part)  # this refuses unknown kinds of layers
             own, cross = layers_in(cache.self_attention_cache), layers_in(cache.cross_attention_cache)

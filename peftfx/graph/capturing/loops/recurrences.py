@@ -70,6 +70,7 @@ def _selective_scan(
     """Compute `selective_scan_fn` of mamba_ssm.
 
     hidden_states, dt and z are [batch, channels, tokens], A is [channels, states], B and C are [batch, states, tokens].
+    The state stays in float32 in every dtype, as in the kernel.
     """
     dtype = hidden_states.dtype
     dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[..., None]
@@ -86,7 +87,7 @@ def _selective_scan(
     out = read[..., 0].transpose(1, 2).to(dtype)
     out = out if D is None else out + hidden_states * D[None, :, None]
     out = out if z is None else out * F.silu(z)
-    return (out, state[..., 0].to(dtype)) if return_last_state else out
+    return (out, state[..., 0]) if return_last_state else out
 
 
 def _channel_scan(
