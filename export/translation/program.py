@@ -22,6 +22,7 @@ from peftfx.export.translation.operators.recurrences import RECURRENCES
 from peftfx.export.translation.operators.recurrent_layers import RECURRENT_LAYERS
 from peftfx.export.translation.operators.resizing import RESIZING
 from peftfx.export.translation.operators.torchlib import collected_once
+from peftfx.graph.contexts import quietly
 from peftfx.graph.graph import DERIVED, Graph, TensorSpec
 from peftfx.graph.lazy_weights import identity
 from peftfx.graph.rewriter import Cursor, Rewriter
@@ -66,7 +67,7 @@ def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
     table = {**_translations(), **EXACT, **RECURRENCES, **RECURRENT_LAYERS, **RESIZING, **LACKING, **PLACED_ROWS}
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
-    with collected_once(), promoted_by_reading(), forgetting_sizes(values):
+    with quietly(), collected_once(), promoted_by_reading(), forgetting_sizes(values):
         result = torch.onnx.export(
             program, optimize=False, verbose=False, opset_version=opset, custom_translation_table=table
         )

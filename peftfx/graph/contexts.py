@@ -214,4 +214,5 @@ _TALKATIVE = (
     "torch._export.non_strict_utils",
     "torch.onnx._internal.exporter._core",
     "torch.onnx._internal.exporter._registration",
+    "onnx_ir._convenience",
 )

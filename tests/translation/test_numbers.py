@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,25 @@ def test_a_quantile_is_a_number(tmp_path: Path) -> None:
 def test_a_quantile_of_what_is_given_is_refused(tmp_path: Path) -> None:
     with pytest.raises(peftfx.PeftfxError, match="translation"):
         peftfx.export_onnx(Cut(given=True).eval(), tmp_path / "out", inputs={"x": torch.randn(3, 4)})
+
+
+class Puts(nn.Module):
+    """Writes at places that are numbers; its code names no other axis."""
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        y = x.clone()
+        y[at] = 2.0
+        return y
+
+
+def test_a_translation_says_nothing_of_its_own_choices(tmp_path: Path) -> None:
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("onnx_ir")
+    logger.addHandler(handler)
+    try:
+        peftfx.export_onnx(Puts(), tmp_path / "out", inputs={"x": torch.randn(6), "at": torch.tensor([1, 4])})
+    finally:
+        logger.removeHandler(handler)
+    assert heard == []
