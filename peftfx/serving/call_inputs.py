@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftfx.errors import PeftfxError, first_line, shown
+from peftfx.errors import PeftfxError, first_line, shown, warn
 from peftfx.views.row_adapters import IDS
 
 ONNX_DTYPES = {
@@ -75,6 +75,16 @@ def taken(name: str, value: Any, axes: Mapping[str, Sequence[int | str]] = _ROWS
     return value
 
 
+def tell_padding(ids: Tensor, config: object) -> None:
+    """Warn of a text that begins or ends with padding tokens, and comes without a mask, as transformers does.
+
+    A graph that is given no mask reads all tokens. Some models' own code would find the padding by its token.
+    """
+    pad, ends = getattr(config, "pad_token_id", None), [getattr(config, f"{name}_token_id", None) for name in _ENDS]
+    if isinstance(pad, int) and pad not in ends and bool((ids[..., :1] == pad).any() or (ids[..., -1:] == pad).any()):
+        warn(f"the text has padding (token {pad}), and the call no attention_mask: padding is read as text")
+
+
 def is_default(name: str, value: Tensor, where: object) -> bool:
     """Say whether an argument that a graph does not take says what holds without it.
 
@@ -95,6 +105,7 @@ def _counted(value: Tensor) -> Tensor:
     return torch.arange(value.shape[-1], device=value.device).expand(value.shape)
 
 
+_ENDS = ("bos", "eos", "sep", "cls")
 #: Arguments that every text has, with the values that they have if a call does not give them, and what to do.
 _DEFAULTS: Mapping[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "attention_mask": (torch.ones_like, "give rows of one length, or one row in a call, without padding"),

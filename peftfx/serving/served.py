@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
 from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
-from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, is_default, taken, taken_apart
+from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, is_default, taken, taken_apart, tell_padding
 from peftfx.serving.call_rows import KeptRows, RowAdapters
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
@@ -133,6 +133,8 @@ class Served(RowAdapters):
         given = {n: v for n, v in given.items() if n in self.model.inputs or not is_default(n, v, self.directory)}
         given = {n: fitted(v, self.model.types.get(n, "")) for n, v in given.items()}
         first = given.get("input_ids")
+        if first is not None and "attention_mask" in self.model.inputs and "attention_mask" not in given:
+            tell_padding(first, self.config)
         for name in ("attention_mask", "token_type_ids"):
             if name in self.model.inputs and name not in given and first is not None:
                 given[name] = torch.ones_like(first) if name == "attention_mask" else torch.zeros_like(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ from support.zoo import ZOO
 from torch import nn
 
 from peftfx import PeftfxError, export_onnx, runtime
+from peftfx.errors import PeftfxWarning
 from peftfx.export import OnnxModel
 from peftfx.serving.call_inputs import is_default, unfit_size
 
@@ -62,6 +64,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pair, Path]:
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     model = ZOO["bert"].build()
     return model, exported(model, tmp_path_factory.mktemp("bert") / "out")
+
+
+def test_padding_without_a_mask_is_told(classifier: tuple[nn.Module, Path]) -> None:
+    model, directory = classifier
+    served = runtime.load(directory)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, model.config.pad_token_id, model.config.pad_token_id]])
+    with pytest.warns(PeftfxWarning, match="the text has padding .* and the call no attention_mask"):
+        served(ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        served(ids[:1])
+        served(ids, attention_mask=(ids != model.config.pad_token_id).long())
 
 
 def test_a_size_that_a_graph_does_not_take_is_told() -> None:
