@@ -166,15 +166,14 @@ def _repeat(rewriter: Rewriter, node: fx.Node) -> None:
     at, read = rewriter.before(node), cast("list[fx.Node]", list(node.args[:3]))
     for axis in range(_rank(node) - 2):
         sizes = [x.meta["val"].shape[axis] for x in read]
-        several = next((x for x, size in zip(read, sizes, strict=True) if not statically_known_true(size == 1)), None)
-        if several is None:
+        alone = [statically_known_true(size == 1) for size in sizes]
+        repeated = [i for i, one in enumerate(alone) if one and (axis == 0 or i == 0)]
+        if all(alone) or not repeated:
             continue
-        count = at.call(aten.sym_size.int, several, axis)
-        for i, size in enumerate(sizes):
-            if statically_known_true(size == 1) and (axis == 0 or i == 0):
-                wanted = [-1] * _rank(node)
-                wanted[axis] = count  # type: ignore[call-overload]
-                read[i] = at.call(aten.expand.default, read[i], wanted)
+        count = at.call(aten.sym_size.int, read[alone.index(False)], axis)
+        wanted = [count if i == axis else -1 for i in range(_rank(node))]
+        for i in repeated:
+            read[i] = at.call(aten.expand.default, read[i], wanted)
     node.args = (*read, *node.args[3:])
 
 

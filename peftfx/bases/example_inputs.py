@@ -147,11 +147,11 @@ class _Maker:
         if "input_ids" in self.accepted and getattr(self.model, "input_modalities", None) == "text":
             return None
         found = picture_inputs(self.model, self.accepted, self._resolution())
-        if found is None and "pixel_values" not in self.accepted:
-            tried = sounds_in_text(self.model, self.accepted)
-            return next((sound for sound in tried if tokens_of(self.model, sound)), None)
         if found is not None:
             return found
+        if "pixel_values" not in self.accepted:
+            tried = sounds_in_text(self.model, self.accepted)
+            return next((sound for sound in tried if tokens_of(self.model, sound)), None)
         plain = {"pixel_values": torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)}
         if has_image_axis(self.model, self.accepted):
             return {name: value[:, None] for name, value in plain.items()}

@@ -22,20 +22,20 @@ def saved_config(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
     """
     path = directory / "generation_config.json"
     if not is_file(path):
-        return _of_graphs(GenerationConfig.from_model_config(config), path)
+        return _of_graphs(GenerationConfig.from_model_config(config), "config.json")
     read_json(path, "copy the base model's again")
     with understanding(path, "cannot read how the model generates"):
         made = GenerationConfig.from_pretrained(directory, local_files_only=True)
     if made.cache_implementation not in (None, "dynamic", "hybrid"):  # transformers itself ignores "hybrid"
         kind, made.cache_implementation = made.cache_implementation, None
         warn(f"{path.name} asks for a cache of the kind {kind!r}: it is ignored, as the graphs have their own")
-    return _of_graphs(made, path)
+    return _of_graphs(made, path.name)
 
 
-def _of_graphs(made: GenerationConfig, path: Path) -> GenerationConfig:
-    """Take out of a config the outputs that graphs do not give."""
+def _of_graphs(made: GenerationConfig, file: str) -> GenerationConfig:
+    """Take out of a config, read from this file, the outputs that graphs do not give."""
     for name in ("output_hidden_states", "output_attentions"):
         if getattr(made, name):
             setattr(made, name, False)
-            warn(f"{path.name} asks for {name}: it is ignored, as the graphs give logits alone")
+            warn(f"{file} asks for {name}: it is ignored, as the graphs give logits alone")
     return made

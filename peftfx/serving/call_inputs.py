@@ -82,7 +82,7 @@ def tell_padding(ids: Tensor, config: object) -> None:
     """
     pad, ends = getattr(config, "pad_token_id", None), [getattr(config, f"{name}_token_id", None) for name in _ENDS]
     if isinstance(pad, int) and pad not in ends and bool((ids[..., :1] == pad).any() or (ids[..., -1:] == pad).any()):
-        warn(f"the text has padding (token {pad}), and the call no attention_mask: padding is read as text")
+        warn(f"the text has padding (token {pad}), and the call has no attention_mask: the padding is read as text")
 
 
 def is_default(name: str, value: Tensor, where: object) -> bool:

@@ -70,7 +70,7 @@ def test_padding_without_a_mask_is_told(classifier: tuple[nn.Module, Path]) -> N
     model, directory = classifier
     served = runtime.load(directory)
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, model.config.pad_token_id, model.config.pad_token_id]])
-    with pytest.warns(PeftfxWarning, match="the text has padding .* and the call no attention_mask"):
+    with pytest.warns(PeftfxWarning, match="the text has padding .* and the call has no attention_mask"):
         served(ids)
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftfxWarning)

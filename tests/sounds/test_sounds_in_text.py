@@ -40,23 +40,19 @@ _HEARD = {
 }
 
 
+def configured(kind: type[hf.PreTrainedConfig], text: str, heard: str) -> hf.PreTrainedConfig:
+    parts = {"text_config": {"model_type": text, **_TEXT}, "audio_config": {"model_type": heard, **_HEARD}}
+    return kind(**parts, audio_token_id=SOUND)
+
+
 def voxtral() -> nn.Module:
     """Sounds of one length, without masks."""
-    config = hf.VoxtralConfig(
-        text_config={"model_type": "llama", **_TEXT},
-        audio_config={"model_type": "voxtral_encoder", **_HEARD},
-        audio_token_id=SOUND,
-    )
-    return hf.VoxtralForConditionalGeneration(config).eval()
+    return hf.VoxtralForConditionalGeneration(configured(hf.VoxtralConfig, "llama", "voxtral_encoder")).eval()
 
 
 def flamingo() -> nn.Module:
     """Sounds of one length, whose masks say how long each is."""
-    config = hf.AudioFlamingo3Config(
-        text_config={"model_type": "qwen2", **_TEXT},
-        audio_config={"model_type": "audioflamingo3_encoder", **_HEARD},
-        audio_token_id=SOUND,
-    )
+    config = configured(hf.AudioFlamingo3Config, "qwen2", "audioflamingo3_encoder")
     return hf.AudioFlamingo3ForConditionalGeneration(config).eval()
 
 

@@ -59,6 +59,14 @@ def asked_if_empty() -> Iterator[list[Question]]:
         finally:
             asks = False
 
+    def record(symbols: Sequence[sympy.Basic], where: str) -> None:
+        if where.startswith(_CACHES):  # a cache without tokens has no keys yet: its code makes them
+            return
+        for question in (Question(symbol, where) for symbol in symbols):
+            if question not in found:
+                found[question] = None
+                yielded.append(question)
+
     def asking(name: str) -> object:
         def ask(size: SymInt, other: object) -> Any:
             if asks or threading.get_ident() != own:
@@ -66,13 +74,9 @@ def asked_if_empty() -> Iterator[list[Question]]:
             left, right = _expression(size), _expression(other)
             usual, symbols = _decide(name, left, right)
             frame = sys._getframe(1)
-            # A cache without tokens has no keys yet: its code makes them.
-            if symbols and model_asks(frame) and not (where := asked_at(frame)).startswith(_CACHES):
-                for question in (Question(symbol, where) for symbol in symbols):
-                    if question not in found:
-                        found[question] = None
-                        yielded.append(question)
             if usual is not None:
+                if symbols and model_asks(frame):
+                    record(symbols, asked_at(frame))
                 return usual
             if left is None or right is None or model_asks(frame):  # `noted` listens to torch's answers to the model
                 return torchs(name, size, other)
