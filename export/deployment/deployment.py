@@ -22,7 +22,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
 from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_forward import ForwardWithImages
-from peftfx.views.images.views import DecodeWithImages
+from peftfx.views.written_features import DecodeWithFeatures
 
 Inputs = Mapping[str, object]
 
@@ -70,8 +70,8 @@ class Deployment(ABC):
         for part in parts:
             if isinstance(part.seen, InvokedDecode):
                 why[GENAI_CONFIG] = "rows say where they invoke an adapter, and GenAI has no such input"
-            elif isinstance(part.seen, DecodeWithImages | DecodeOverImages):
-                why[GENAI_CONFIG] = "the decoder takes features of images, which GenAI knows by architecture"
+            elif isinstance(part.seen, DecodeWithFeatures | DecodeOverImages):
+                why[GENAI_CONFIG] = "the decoder takes features of images or sounds, which GenAI knows by architecture"
             elif isinstance(part.seen, Decode):
                 _, entry = adapted.under_prompt(part.seen)
                 ahead = 0 if entry is None else entry.shape[0]

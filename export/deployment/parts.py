@@ -23,15 +23,20 @@ from peftfx.options import AUTO, DECODE, FORWARD, check_view
 from peftfx.views.finding.cross_images import crosses, why_not_crossed
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_views import find_images
+from peftfx.views.finding.sound_views import hears
 from peftfx.views.images.encoded import IMAGE_TOKENS, VISION
 from peftfx.views.images.sizes import IMAGES
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
+from peftfx.views.sounds.encoded import AUDIO, AUDIO_TOKENS, SOUNDS
 from peftfx.views.view import View, name_axes
 
 #: Axes that must be free if the user gave no size.
 FREE = frozenset(
-    {IMAGE_TOKENS, "batch", "sequence", "decoder_sequence", "encoder_sequence", "encoder_total", "past", "total"}
+    {
+        *(IMAGE_TOKENS, AUDIO_TOKENS, SOUNDS, "batch", "sequence", "decoder_sequence"),
+        *("encoder_sequence", "encoder_total", "past", "total"),
+    }
 )
 
 PATCHES = ("flattened_patches", "image_patches", "pixel_values_images")  #: other names of a forward's images
@@ -145,7 +150,9 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
         why = why_not_crossed(base)
     if why and sees:
         warn(f"images are left out, and text alone is served: {why}")
-    return files if why else {"vision_encoder.onnx": VISION, **files}
+    if not why:
+        return {"vision_encoder.onnx": VISION, **files}
+    return files if both or not hears(base) else {"audio_encoder.onnx": AUDIO, **files}
 
 
 def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:
@@ -159,7 +166,7 @@ def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:
     check_view(view)
     if view == FORWARD or encodes_and_decodes(base) or (view == AUTO and not generates(base)):
         return FORWARD
-    if crosses(base) and not why_not_crossed(base):
+    if (crosses(base) and not why_not_crossed(base)) or hears(base):
         return FORWARD
     return FORWARD if reads_images(base) and _finds(partial(find_images, of_any_size=sized), base) else DECODE
 

@@ -21,6 +21,7 @@ from peftfx.generation.step_cross_images import GeneratesOverImages
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
+from peftfx.generation.step_sounds import GeneratesWithSounds
 from peftfx.graph.conditions import unmet
 from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import Graph
@@ -29,6 +30,8 @@ from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.images.encoded import VISION
 from peftfx.views.images.views import DecodeWithImages
+from peftfx.views.sounds.encoded import AUDIO
+from peftfx.views.sounds.views import DecodeWithSounds
 from peftfx.views.view import View
 
 GraphOf = Callable[[View, "dict[str, Tensor] | None"], Graph]
@@ -54,6 +57,9 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
         if isinstance(decode, DecodeOverImages):
             encode = _runner(view_named(VISION), graph_of)
             return over_graphs(base, GeneratesOverImages, view=decode, step=_runner(decode, graph_of), encode=encode)
+        if isinstance(decode, DecodeWithSounds):
+            encode = _runner(view_named(AUDIO), graph_of)
+            return over_graphs(base, GeneratesWithSounds, view=decode, step=_runner(decode, graph_of), encode=encode)
         if not isinstance(decode, DecodeWithImages):
             return over_graphs(base, Generates, view=decode, step=_runner(decode, graph_of))
         writer = writer_of(base)

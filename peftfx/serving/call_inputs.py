@@ -166,9 +166,10 @@ def unfit_size(limits: str, axes: Mapping[str, Sequence[int | str]], given: Mapp
                 return f"axis {place} of {name} is {size}, and the graph takes {axis}"
             if isinstance(axis, str) and sizes.setdefault(axis, size) != size:
                 return f"{axis} is {sizes[axis]} in one input, and {size} in {name}"
-    for axis, sign, number in _LIMITS.findall(limits):
-        if axis in sizes and not _SIGNS[sign](sizes[axis], int(number)):
-            return f"{axis} is {sizes[axis]}, and the graph takes {axis} {sign} {number}"
+    for axis, parts, sign, number in _LIMITS.findall(limits):
+        if axis in sizes and not _SIGNS[sign](sizes[axis] % int(parts) if parts else sizes[axis], int(number)):
+            side = f"{axis} % {parts}" if parts else axis
+            return f"{axis} is {sizes[axis]}, and the graph takes {side} {sign} {number}"
     return ""
 
 
@@ -178,7 +179,7 @@ _SIGNS: Mapping[str, Callable[[int, int], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_LIMITS = re.compile(r"(?:^|; )(\w+) (<=|<|>=|>) (\d+) \(")
+_LIMITS = re.compile(r"(?:^|; )(\w+)(?: % (\d+))? (<=|<|>=|>) (\d+) \(")
 
 
 def fitted(value: Tensor, kind: str) -> Tensor:

@@ -128,7 +128,7 @@ class ServedGenerator(Buffered, Generates, _Serves):  # type: ignore[misc]
     def _own(self) -> OwnPreparation | None:
         assert self.config is not None
         try:
-            return OwnPreparation(_maker(self), self.config)
+            return OwnPreparation(class_of(self), self.config)
         except PeftfxError:  # a class of the model's own code, which the directory does not have
             return None
 
@@ -222,13 +222,14 @@ def skeleton(served: Served) -> Any:
     where, config = str(served.directory / "config.json"), served.config
     assert config is not None
     with understanding(where, "the model's class cannot be built"), torch.device("meta"), no_init_weights():
-        made = _maker(served)(config).eval()
+        made = class_of(served)(config).eval()
     if not made.can_generate():
         raise PeftfxError("this model's class cannot generate", where, "export the model in the forward view")
     return made
 
 
-def _maker(served: Served) -> type:
+def class_of(served: Served) -> type:
+    """Return the model's own class, which its config names."""
     assert served.config is not None
     return maker_of(served.config, task_of_directory(served.directory), served.directory)
 

@@ -21,9 +21,10 @@ from peftfx.serving.providers import Provider
 from peftfx.serving.served import Served, ServedForward
 from peftfx.views.decode import PAST
 from peftfx.views.images.encoded import IMAGE_FEATURES
+from peftfx.views.sounds.encoded import AUDIO_FEATURES
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
-VISION_ENCODER = "vision_encoder.onnx"
+VISION_ENCODER, AUDIO_ENCODER = "vision_encoder.onnx", "audio_encoder.onnx"
 
 
 def load(
@@ -53,8 +54,9 @@ def load(
     Raises:
         PeftfxError: there is no such model, or ONNX Runtime cannot open it or lacks a provider.
     """
+    from peftfx.serving.beside_text.images import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
+    from peftfx.serving.beside_text.sounds import ServedWithSounds
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
-    from peftfx.serving.image_generators import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
     from peftfx.serving.sentences import ServedSentences
 
     directory = Path(directory)
@@ -83,6 +85,9 @@ def load(
         elif is_file(directory / VISION_ENCODER) and CROSS_MASK in model.inputs:
             encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
             made = ServedOverImages(directory, model, encoder)
+        elif is_file(directory / AUDIO_ENCODER) and AUDIO_FEATURES in model.inputs:
+            encoder = OnnxModel(directory / AUDIO_ENCODER, threads=threads, options=options, providers=providers)
+            made = ServedWithSounds(directory, model, encoder)
         elif any(name.startswith(f"{PAST}.") for name in model.inputs):
             made = ServedGenerator(directory, model)
         else:

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | decode | their keys and values in the cache, before the past | before the past |
 | encoder | before the text | nothing |
-| vision | nothing | nothing |
+| vision, audio | nothing | nothing |
 | decoder | the encoded text includes them, its mask does not | before the past |
 """
 
@@ -20,6 +20,7 @@ from peftfx.views.encoder_decoder import DECODED, Decoder, Encoder
 from peftfx.views.entry import Entry, VirtualTokens
 from peftfx.views.images.views import ImageEncoder
 from peftfx.views.prefix import Prefix
+from peftfx.views.sounds.views import SoundEncoder
 from peftfx.views.view import View
 
 
@@ -33,7 +34,7 @@ def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
     Raises:
         PeftfxError: the soft prompt has no place in this view.
     """
-    if isinstance(view, ImageEncoder):
+    if isinstance(view, ImageEncoder | SoundEncoder):
         return view, None
     if isinstance(entry, VirtualTokens):
         count = entry.shape[0]

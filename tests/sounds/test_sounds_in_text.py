@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as hf
-from support.adapted import randomise
+from support.sounds import MODELS, SOUND, adapted_by_peft, loaded, voxtral
 from torch import Tensor, nn
 
 import peftfx
@@ -19,75 +17,6 @@ from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.export import OnnxModel
 
 Inputs = dict[str, Tensor]
-
-SOUND = 96  # the token of a sound's piece
-_TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-_HEARD = {
-    "hidden_size": 16,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_mel_bins": 8,
-    "max_source_positions": 16,
-}
-
-
-def configured(kind: type[hf.PreTrainedConfig], text: str, heard: str) -> hf.PreTrainedConfig:
-    parts = {"text_config": {"model_type": text, **_TEXT}, "audio_config": {"model_type": heard, **_HEARD}}
-    return kind(**parts, audio_token_id=SOUND)
-
-
-def voxtral() -> nn.Module:
-    """Sounds of one length, without masks."""
-    return hf.VoxtralForConditionalGeneration(configured(hf.VoxtralConfig, "llama", "voxtral_encoder")).eval()
-
-
-def flamingo() -> nn.Module:
-    """Sounds of one length, whose masks say how long each is."""
-    config = configured(hf.AudioFlamingo3Config, "qwen2", "audioflamingo3_encoder")
-    return hf.AudioFlamingo3ForConditionalGeneration(config).eval()
-
-
-def granite() -> nn.Module:
-    """Sounds read by a Q-Former, whose queries are those of all sounds."""
-    config = hf.GraniteSpeechConfig(
-        text_config={"model_type": "granite", **{k: v for k, v in _TEXT.items() if k != "head_dim"}},
-        encoder_config={
-            "model_type": "granite_speech_encoder",
-            "input_dim": 12,
-            "num_layers": 2,
-            "hidden_dim": 16,
-            "num_heads": 2,
-            "dim_head": 8,
-            "context_size": 20,
-            "max_pos_emb": 32,
-        },
-        projector_config={
-            "model_type": "blip_2_qformer",
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "encoder_hidden_size": 16,
-            "vocab_size": 99,
-        },
-        audio_token_index=SOUND,
-        window_size=6,
-        downsample_rate=3,
-        has_lora_adapter=False,
-    )
-    return hf.GraniteSpeechForConditionalGeneration(config).eval()
-
-
-MODELS = {"voxtral": voxtral, "flamingo": flamingo, "granite": granite}
 
 
 def call(base: nn.Module, texts: int, sounds: int, length: int = 11) -> Inputs:
@@ -99,20 +28,6 @@ def hold(want: nn.Module, served: OnnxModel, inputs: Inputs) -> None:
         expected = want(**inputs).logits
     shown = inputs["attention_mask"].bool()
     torch.testing.assert_close(served(**inputs)["logits"][shown], expected[shown], atol=3e-5, rtol=3e-4)
-
-
-def adapted_by_peft(kind: str, directory: Path, alpha: int = 8) -> peft.PeftModel:
-    """A model with adapters in its sound encoder too."""
-    torch.manual_seed(0)
-    made = peft.get_peft_model(MODELS[kind](), peft.LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear"))
-    randomise(made.eval())
-    made.save_pretrained(str(directory))
-    return made
-
-
-def loaded(kind: str, directory: Path) -> peftfx.AdaptedModel:
-    torch.manual_seed(0)
-    return peftfx.load(MODELS[kind](), directory)
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))

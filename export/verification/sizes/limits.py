@@ -81,7 +81,8 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     """Try every condition of a graph on its other side: does the model take such sizes, and is the graph right there?
 
     A condition that makes no difference is dropped. A condition that divides the sizes that the model takes is refused;
-    if it is on the sizes of images, or holds for all texts that the model is made for, it is only reported.
+    if it is on the sizes of images, or holds for all texts that the model is made for, or for most lengths of
+    recordings, it is only reported.
 
     Raises:
         OneSidedError: the graph is right on one side of a branch in the model's code, and the model takes the other;
@@ -112,7 +113,8 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         why = _verdict(answers)
         if why == BRANCHES and trial.is_of_long_texts(condition):
             why = LONGER
-        if why == BRANCHES and not allow_fixed and not trial.is_of_images(condition):
+        told = trial.is_of_images(condition) or trial.is_of_most_sounds(condition)
+        if why == BRANCHES and not allow_fixed and not told:
             raise _refused(condition, condition in trial.graph.filled)
         limits += [Limit(condition, why)] if why else []
         if not condition.edge:  # a size of 1 is always verified

@@ -17,6 +17,7 @@ from peftfx.export.verification.sizes.declared import has_declared_sizes
 from peftfx.graph.conditions import Condition, completed
 from peftfx.graph.graph import Graph
 from peftfx.views.capturing.settling import near
+from peftfx.views.sounds.encoded import SOUND_LENGTH
 
 Sized = Mapping[str, int]
 Fed = dict[str, Tensor]
@@ -30,6 +31,7 @@ _TOKENS = frozenset({"sequence", "decoder_sequence", "encoder_sequence", "encode
 #: The most tokens (rows, pixels) of a tried call; the most tokens times parameters; and the fewest tokens, for a large
 #: model.
 MOST_ROWS, MOST_WORK, LEAST_ROWS = 4096, 2 << 30, 8
+_LENGTHS = 2048  #: how many lengths of recordings are asked for
 _ROUNDING = 2e-6  #: a difference of float32 results that is rounding alone, relative to the largest magnitude
 
 
@@ -62,6 +64,14 @@ class Trial:
         """Say whether a condition is only on the sizes of images. A model is made for one size of images."""
         images = [spec.shape[2:] for spec in self.graph.inputs if len(spec.shape) > 3 and spec.dtype.is_floating_point]
         return bool(condition.axes) and set(condition.axes) <= {axis for shape in images for axis in shape} - _TOKENS
+
+    def is_of_most_sounds(self, condition: Condition) -> bool:
+        """Say whether a condition is only on the length of recordings beside a text, and most lengths meet it."""
+        if condition.axes != (SOUND_LENGTH,):
+            return False
+        least = self.usual.get(SOUND_LENGTH, 1)
+        lengths = range(least, least + _LENGTHS)
+        return 2 * sum(condition.met({SOUND_LENGTH: length}) for length in lengths) > len(lengths)
 
     def is_of_long_texts(self, condition: Condition) -> bool:
         """Say whether a condition holds for all texts that the model is made for, with their past."""

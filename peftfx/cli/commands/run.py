@@ -34,7 +34,7 @@ def run(
     image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; repeat it for more.")] = None,
     audio: Annotated[
         list[Path] | None,
-        typer.Option(help="WAV file to transcribe or classify, of any sampling rate; repeat it for more."),
+        typer.Option(help="WAV file to transcribe, classify or ask about, of any sampling rate; repeat it for more."),
     ] = None,
     task: Annotated[str | None, task_choice("what the model was made for")] = None,
     max_new_tokens: Annotated[

@@ -22,8 +22,8 @@ class Asked:
         directory: the directory that `peftfx export` wrote.
         prompt: the text to continue.
         texts: the texts for the model's task.
-        images: the image files for the model's task.
-        sounds: the WAV files for the model's task.
+        images: the image files for the model's task, or for the prompt.
+        sounds: the WAV files for the model's task, or for the prompt.
         task: the name of a pipeline; None means the task that the model was made for.
         top: the number of labels to show, by default 5.
         adapter: an `.onnx_adapter` file to load into the model, or the name of an adapter of a batched export.
@@ -75,10 +75,10 @@ class Asked:
             check_task(self.task)
         if self.query is not None and not self.texts:
             raise PeftfxError("there are no texts to compare with the query", "run", "pass --text or --texts too")
-        described = self.prompt is not None and bool(self.images) and not self.texts
-        given = (self.prompt is not None, bool(self.texts or self.images) and not described, bool(self.sounds))
-        if sum(given) != 1:
-            hint = "pass --prompt, or --text, or --image, or --audio; a prompt may have images"
+        described = self.prompt is not None and bool(self.images) != bool(self.sounds) and not self.texts
+        given = (self.prompt is not None, bool(self.texts or self.images), bool(self.sounds))
+        if sum(given) != 1 and not described:
+            hint = "pass --prompt, or --text, or --image, or --audio; a prompt may have images, or recordings"
             raise PeftfxError("run takes exactly one of a prompt, texts, images and recordings", "run", hint)
         for kind, paths in (("image", self.images), ("recording", self.sounds)):
             missing = next((path for path in paths if not os.path.isfile(path)), None)
@@ -117,7 +117,7 @@ class Asked:
     def kind(self) -> str:
         """The name of the module in `runs` that does this kind of run."""
         if self.sounds:
-            return "sounds"
+            return "sounds" if self.prompt is None else "sound_prompts"
         if self.texts and self.task in (None, SENTENCES):
             from peftfx.bases.sentences.modules import SentenceModules
 

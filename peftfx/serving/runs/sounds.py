@@ -11,6 +11,7 @@ from torch import Tensor
 from peftfx.bases.tasks import HEARING, resolve_task
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
+from peftfx.serving.beside_text.sounds import ServedWithSounds
 from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
@@ -34,6 +35,9 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
             asked language or timestamps; or a file is not a WAV file.
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    if isinstance(served, ServedWithSounds):
+        what = "this model writes about sounds that are in a prompt"
+        raise PeftfxError(what, str(served.directory), 'pass --prompt too, such as --prompt "What is said?"')
     task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
     if task not in HEARING:
         raise PeftfxError("this model does not take sound", task, "pass --text, --prompt or --image")

@@ -56,7 +56,9 @@ class EncoderWithImages(Encoder):
         count = wanted.pop(IMAGE_TOKENS, 0)
         made = super().inputs(base, sizes=wanted, seed=seed)
         with unset_fake_temporarily():
-            made[TEXT_INPUT], made[IMAGE_FEATURES] = self.images.in_text(made[TEXT_INPUT], slice(-3), count, seed)
+            made[TEXT_INPUT], made[IMAGE_FEATURES] = self.images.written.in_text(
+                made[TEXT_INPUT], slice(-3), count, seed
+            )
         return made
 
     def encode(self, base: nn.Module, inputs: Mapping[str, object]) -> Any:

@@ -1,4 +1,4 @@
-"""Finds the views of a model by their names: forward, decode, encoder, decoder, vision."""
+"""Finds the views of a model by their names: forward, decode, encoder, decoder, vision, audio."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.finding.image_text import IMAGE_TEXT, ImageText
 from peftfx.views.finding.image_views import find_images
+from peftfx.views.finding.sound_views import find_sounds
 from peftfx.views.images.encoded import VISION
 from peftfx.views.images.views import DecodeWithImages, ImageEncoder
+from peftfx.views.sounds.encoded import AUDIO
+from peftfx.views.sounds.views import DecodeWithSounds, SoundEncoder
 from peftfx.views.view import View
 
-_NAMES = ("forward", "decode", "encoder", "decoder", VISION)
+_NAMES = ("forward", "decode", "encoder", "decoder", VISION, AUDIO)
 
 
 def find_view(base: nn.Module, name: str) -> View | None:
@@ -43,6 +46,8 @@ def find_view(base: nn.Module, name: str) -> View | None:
         return CrossEncoder(find_cross_images(base))
     if name == VISION:
         return ImageEncoder(find_images(base))
+    if name == AUDIO:
+        return SoundEncoder(find_sounds(base))
     if name == IMAGE_TEXT:
         return ImageText(find_images(base, of_any_size=True))
     if name in ("encoder", "decoder"):
@@ -76,12 +81,17 @@ def _encoder(base: nn.Module, layers: EncoderDecoderLayers) -> Encoder:
 
 
 def _decode(base: nn.Module) -> Decode:
-    """Return the decode view, with an input for images if the model reads images and their form can be found."""
+    """Return the decode view, with an input for images or sounds if the model reads them and their form can be found.
+
+    Otherwise the view takes only text, and the export warns of this.
+    """
     images = None
     if reads_images(base):
-        with suppress(PeftfxError):  # the view then takes only text; the export warns of this
+        with suppress(PeftfxError):
             images = find_images(base)
     view = decode_view(base, images)
     if images is None:
+        with suppress(PeftfxError):
+            return DecodeWithSounds(view.layers, view.positions, find_sounds(base), new_mask=view.new_mask)
         return view
     return DecodeWithImages(view.layers, view.positions, images, new_mask=view.new_mask)

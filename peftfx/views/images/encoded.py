@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.graph.capturing.known_values import known_values
+from peftfx.views.written_features import Written
 
 IMAGE_FEATURES, IMAGE_TOKENS = "image_features", "image_tokens"
 VISION = "vision"
@@ -82,23 +83,10 @@ class Images:
             setattr(output, name, [v if n is None else (n, v) for n, v in zip(layers, values, strict=True)])
         return output
 
-    def in_text(self, ids: Tensor, columns: slice, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return a text with image tokens at the start of some columns, and random features of as many pieces.
-
-        Args:
-            ids: the text, [batch, length].
-            columns: where image tokens may stand.
-            count: the most image tokens; there are only as many as fit into the columns, of whole images.
-            seed: the seed of the features.
-        """
-        ids, each = ids.clone(), self.each or 1
-        start, stop, _ = columns.indices(ids.shape[1])
-        room = max(stop - start, 0) // each * each
-        count = min(count // each * each, len(ids) * room)
-        for row in range(len(ids)):
-            ids[row, start : start + max(min(room, count - room * row), 0)] = self.token
-        random = torch.Generator().manual_seed(seed)
-        return ids, torch.randn(count, self.width, generator=random).to(self.dtype)
+    @property
+    def written(self) -> Written:
+        """What a graph of the text takes in place of images."""
+        return Written(IMAGE_FEATURES, IMAGE_TOKENS, self.token, self.width, self.dtype, self.each)
 
     def encoded(self, base: nn.Module, features: Tensor) -> dict[str, Any]:
         """Return the arguments of a forward that is given encoded images in place of images."""

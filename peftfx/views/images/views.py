@@ -18,10 +18,10 @@ from peftfx.bases.processors.token_types import TYPES, typed_call
 from peftfx.bases.processors.writers import writer_of
 from peftfx.errors import PeftfxError
 from peftfx.views.capturing.written_tokens import no_places_without_features
-from peftfx.views.decode import Decode
 from peftfx.views.entry import POSITIONS
-from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, IMAGE_TOKENS, VISION, Images, encode_images
+from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, VISION, Images, encode_images
 from peftfx.views.view import Axes, RunView
+from peftfx.views.written_features import DecodeWithFeatures, Written
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ImageEncoder:
 
 
 @dataclass(frozen=True)
-class DecodeWithImages(Decode):
+class DecodeWithImages(DecodeWithFeatures):
     """The decode view of a model that reads images in its text.
 
     Attributes:
@@ -75,60 +75,44 @@ class DecodeWithImages(Decode):
     images: Images
 
     @property
+    def written(self) -> Written:
+        """The features of images."""
+        return self.images.written
+
+    @property
     def axes(self) -> Axes:
         """The names of each input's axes."""
         types = {TYPES: ("batch", "total")} if self.images.typed else {}
-        found = {**super().axes, **types, IMAGE_FEATURES: (IMAGE_TOKENS, None)}
+        found = {**super().axes, **types}
+        found[IMAGE_FEATURES] = found.pop(IMAGE_FEATURES)
         return {**found, POSITIONS: (None, *found[POSITIONS])} if self.images.sections else found
 
-    @property
-    def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Sizes for texts without images and with images."""
-        few = self.images.each or 3
-        return (
-            *({**sizes, IMAGE_TOKENS: 0} for sizes in super().trials[:3]),
-            {"batch": 1, "sequence": few + 4, "past": 0, IMAGE_TOKENS: few},
-            {"batch": 3, "sequence": few + 2, "past": 2, IMAGE_TOKENS: 2 * few},
-        )
-
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Return valid inputs: a text with image tokens after the first token of each row, and random features.
+        """Return valid inputs, with types of tokens and several positions for each if the model takes them.
 
-        If `sizes` are given, there are only as many image tokens as `image_tokens` says and as fit: whole images, after
-        the first token of a row. A text without images that goes on from a past ends with an image token, if the model
-        can write one.
+        A token of an image that the model wrote has the type of a text's token.
         """
-        few = self.images.each or 3
-        wanted: dict[str, int] = (
-            {"batch": 2, "sequence": few + 4, IMAGE_TOKENS: 2 * few} if sizes is None else {**sizes}
-        )
-        count = wanted.pop(IMAGE_TOKENS, 0)
-        made = super().inputs(base, sizes=wanted, seed=seed)
+        made = super().inputs(base, sizes=sizes, seed=seed)
+        ids, features = made["input_ids"], made.pop(IMAGE_FEATURES)
         with unset_fake_temporarily():
-            ids, features = self.images.in_text(made["input_ids"], slice(1, None), count, seed)
-            made["input_ids"] = ids
             if self.images.sections:  # rows of an image's tokens have positions of their own
                 rows = [made[POSITIONS], *(made[POSITIONS] // (n + 1) for n in range(self.images.sections - 1))]
                 made[POSITIONS] = torch.stack(rows)
             if self.images.typed:
                 made[TYPES] = torch.zeros_like(made["attention_mask"])
-                made[TYPES][:, -ids.shape[1] :] = (ids == self.images.token).long()
-            if not count and wanted.get("past") and self.images.token < _embedded(base):
-                ids[0, -1] = self.images.token  # the model wrote it, so it has the type of a text's token
-            made[IMAGE_FEATURES] = features
-        return made
+                if len(features):
+                    made[TYPES][:, -ids.shape[1] :] = (ids == self.images.token).long()
+        return {**made, IMAGE_FEATURES: features}
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
         """Return the inputs with the past that the model computes for a random text."""
-        own = {name: inputs[name] for name in (IMAGE_FEATURES, TYPES) if name in inputs}
-        plain = {**inputs, IMAGE_FEATURES: inputs[IMAGE_FEATURES][:0]}
+        own = {name: inputs[name] for name in (TYPES, *([POSITIONS] if self.images.sections else ())) if name in inputs}
+        plain = dict(inputs)
         if self.images.typed:
             past = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1]
             plain[TYPES] = inputs[TYPES][:, :past]
-        if self.images.sections:
-            own[POSITIONS] = inputs[POSITIONS]
         return {**super().with_past(base, plain, run, seed), **own}
 
     @property
@@ -165,8 +149,3 @@ class DecodeWithImages(Decode):
         if self.images.typed:
             given = typed_call(base, given, cache)
         return super()._run(base, given, cache)
-
-
-def _embedded(base: nn.Module) -> int:
-    """Return how many tokens a model embeds."""
-    return int(getattr(base.get_input_embeddings(), "num_embeddings", 0))  # type: ignore[operator]

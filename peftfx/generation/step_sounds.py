@@ -1,0 +1,93 @@
+"""Steps of models that read sounds in their text. Sounds are encoded once, before the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from peftfx.errors import PeftfxError
+from peftfx.generation.step import Generates, Step
+from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds
+from peftfx.views.sounds.views import DecodeWithSounds
+
+
+class GeneratesWithSounds(Generates):
+    """A mixin for a class that generates with the views of a model of text and sounds.
+
+    Attributes:
+        encode: the function that runs the view of sounds.
+    """
+
+    view: DecodeWithSounds
+    encode: Step
+    _features: Tensor | None = None
+
+    @property
+    def sounds(self) -> Sounds:
+        """How the model reads sounds."""
+        return self.view.sounds
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: DynamicCache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the logits, and the cache with these tokens and their sounds added."""
+        heard = {name: others.pop(name, None) for name in self.sounds.names}
+        features = self.encoded({name: value for name, value in heard.items() if value is not None})
+        if input_ids is not None:
+            before = 0 if cache is None else cache.get_seq_length()
+            wanted = int((input_ids == self.sounds.token).sum())
+            if wanted != len(features) and (len(features) or not before):  # later, such a token is text
+                what = f"the text has {wanted} tokens of sounds, and its sounds {len(features)} pieces"
+                where = ", ".join(("input_ids", *self.sounds.names))
+                raise PeftfxError(what, where, "make all of them by the model's processor")
+        self._features = features
+        try:
+            return super().forward(input_ids, attention_mask, position_ids, cache, logits_to_keep, **others)
+        finally:
+            self._features = None
+
+    def encoded(self, heard: dict[str, Tensor]) -> Tensor:
+        """Return the features of all sounds of a call, [pieces, width]; none for a call without sounds.
+
+        Args:
+            heard: the recordings and their masks, by the names of the forward's arguments.
+        """
+        sounds = self.sounds
+        if sounds.recording not in heard:
+            if heard:
+                raise PeftfxError("there are masks of sounds, and no sounds", ", ".join(heard), "pass the sounds too")
+            return torch.zeros(0, sounds.width, dtype=sounds.dtype)
+        recordings = heard[sounds.recording]
+        inputs = {sounds.recording: recordings, **{name: heard[name] for name in sounds.masks if name in heard}}
+        missing = [name for name in sounds.masks if name not in inputs]
+        if missing:
+            what = "the graph of sounds needs to know how long each sound is"
+            raise PeftfxError(what, ", ".join(missing), "pass what the model's processor makes")
+        found = self.encode(inputs, None)[AUDIO_FEATURES]
+        return (
+            found if sounds.picks not in heard else _picked(found, heard[sounds.picks], len(recordings), sounds.picks)
+        )
+
+    def beside(self) -> dict[str, Tensor]:
+        """Return the features of this call's sounds."""
+        assert self._features is not None
+        return {AUDIO_FEATURES: self._features.to(self.sounds.dtype)}
+
+
+def _picked(features: Tensor, counts: Tensor, sounds: int, name: str) -> Tensor:
+    """Return those pieces of each sound that count."""
+    each = len(features) // sounds
+    if counts.shape != (sounds, each):
+        what = f"each of the {sounds} sounds has {each} pieces, and this says of {list(counts.shape)} which ones count"
+        raise PeftfxError(what, name, "pass what the model's processor makes")
+    return features[counts.flatten().bool()]

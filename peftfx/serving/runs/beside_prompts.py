@@ -1,0 +1,118 @@
+"""What prompts with images and prompts with sounds have in common: the processor, and what it makes of both."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peftfx.bases.chats import filled_template
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError
+from peftfx.serving.runs.asked import Asked
+
+TEXT = ("input_ids", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a prompt has beside it.
+
+    Attributes:
+        word: its name in the messages of chat templates and among the arguments of the processors' calls.
+        plural: its name in messages.
+        argument: the argument of a processor's call.
+        parts: names that a processor has for the part that reads it.
+        written: the attribute of a processor with the token that stands for one in a prompt.
+    """
+
+    word: str
+    plural: str
+    argument: str
+    parts: tuple[str, ...]
+    written: str
+
+
+IMAGES = Kind("image", "images", "images", ("image_processor",), "image_token")
+SOUNDS = Kind("audio", "sounds", "audio", ("feature_extractor", "audio_processor"), "audio_token")
+
+
+def processor_of(directory: Path, kind: Kind) -> Any:
+    """Load the processor of text and images, or of text and sounds, in a directory.
+
+    Raises:
+        PeftfxError: the directory has no such processor.
+    """
+    from transformers import AutoProcessor
+
+    hint = "put the base model's processor files there"
+    with understanding(directory, "no processor can be loaded", hint):
+        found = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not any(hasattr(found, part) for part in kind.parts) or not hasattr(found, "tokenizer"):
+        raise PeftfxError(f"the directory has no processor of text and {kind.plural}", str(directory), hint)
+    return found
+
+
+def processed(processor: Any, asked: Asked, kind: Kind, given: Sequence[Any], token: int, **options: object) -> Any:
+    """Return what a processor makes of the prompt and of what is beside it.
+
+    Some processors put tokens for images before a prompt themselves, and others want them in it. With a chat template,
+    they go where the template puts them.
+
+    Args:
+        processor: the processor.
+        asked: what the user asks for.
+        kind: what is beside the prompt.
+        given: the images or sounds.
+        token: the token that stands for a piece of one.
+        options: more arguments of the processor's call.
+    """
+    assert asked.prompt is not None
+    beside = {kind.argument: given, **options, "return_tensors": "pt"}
+    if asked.chat:
+        return dict(processor(text=_templated(processor, asked, kind, len(given)), **beside))
+    with suppress(Exception):  # whatever a processor raises for a prompt without these tokens
+        made = dict(processor(text=asked.prompt, **beside))
+        if bool((made["input_ids"] == token).any()):
+            return made
+    return dict(processor(text=_with_tokens(processor, asked.prompt, kind, len(given)), **beside))
+
+
+def _with_tokens(processor: Any, prompt: str, kind: Kind, count: int) -> str:
+    """Return the prompt with a token before it for each image or sound, unless it has such tokens already."""
+    token = getattr(processor, kind.written, None)
+    if not isinstance(token, str) or token in prompt:
+        return prompt
+    return token * count + prompt
+
+
+def _templated(processor: Any, asked: Asked, kind: Kind, count: int) -> str:
+    content = [*({"type": kind.word} for _ in range(count)), {"type": "text", "text": asked.prompt}]
+    said = [{"role": "user", "content": content}]
+    options = {"add_generation_prompt": True, "tokenize": False}
+    return str(filled_template(processor, said, str(asked.directory), "leave --chat out", **options))
+
+
+def taken(made: dict[str, Any], known: Collection[str], directory: Path, idle: Collection[str]) -> dict[str, Tensor]:
+    """Return those outputs of a processor that the graphs take.
+
+    Args:
+        made: the outputs.
+        known: the names of those that the graphs take.
+        directory: the directory, for the error.
+        idle: the names of outputs that no model would take.
+
+    Raises:
+        PeftfxError: the processor makes other outputs, which the graphs would not see, or lacks one.
+    """
+    lost = [name for name in made if name not in known and name not in idle]
+    missing = [name for name in known if name not in made]
+    if lost or missing:
+        name = (lost or missing)[0]
+        what = f"the processor makes {name}, which the graphs do not take" if lost else f"the processor makes no {name}"
+        raise PeftfxError(what, str(directory), "run the model by transformers, or export its forward view")
+    return {name: made[name] for name in known}

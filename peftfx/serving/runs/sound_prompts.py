@@ -1,0 +1,58 @@
+"""Run prompts with sounds: a model of text and sounds streams a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from peftfx.bases.transformers_config import understanding
+from peftfx.errors import PeftfxError
+from peftfx.serving.beside_text.sounds import ServedWithSounds
+from peftfx.serving.load import load
+from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.beside_prompts import SOUNDS, TEXT, processed, processor_of, taken
+from peftfx.serving.runs.fitting import WRITING, refuse_idle
+from peftfx.serving.runs.streaming import Writer, generation_options, room
+from peftfx.serving.sound import read_wav, resample
+
+
+def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
+    """Continue the prompt with its sounds, writing each word to `out` as it is generated.
+
+    Sounds go where the prompt has the processor's token of sounds (`<|audio|>`), or else before the prompt. With a chat
+    template, they go where the template puts them.
+
+    Raises:
+        PeftfxError: the model reads no sounds in a text, its directory has no processor or chat template, or the
+            processor's outputs do not fit the inputs of the graphs.
+    """
+    refuse_idle(asked, "writes a text about sounds", *WRITING, "chat")
+    model = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
+    if not isinstance(model, ServedWithSounds):
+        what = "this export has no graph of sounds that a prompt could have"
+        hint = "leave --prompt or --audio out; or export a model of text and sounds with --view decode"
+        raise PeftfxError(what, str(asked.directory), hint)
+    processor = processor_of(asked.directory, SOUNDS)
+    part = next(found for name in SOUNDS.parts if (found := getattr(processor, name, None)) is not None)
+    rate = int(getattr(part, "sampling_rate", 16_000))
+    heard = [resample(*read_wav(path), rate).numpy() for path in asked.sounds]
+    hint = "give as many sounds as the prompt has tokens of sounds, or pass --verbose to see the cause"
+    with understanding(asked.directory, "the processor does not take these sounds", hint):
+        made = processed(processor, asked, SOUNDS, heard, model.sounds.token)
+    idle = {"labels", *getattr(processor, "unused_input_names", ())}
+    inputs = taken(made, _known(model, made), asked.directory, idle)
+    tokenizer = processor.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    before = inputs["input_ids"].shape[1]
+    options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
+    writer = Writer(model, tokenizer, out)
+    tokens = writer.generate(**inputs, **options)
+    text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
+    told = {"prompt": asked.prompt, "audio": [str(path) for path in asked.sounds], "text": text}
+    yield Found(told, writer.words(text))
+
+
+def _known(model: ServedWithSounds, made: dict[str, Any]) -> tuple[str, ...]:
+    """Return the outputs of a processor that the graphs take; which pieces count, only if it says so."""
+    picks = model.sounds.picks
+    return (*TEXT, *(name for name in model.sounds.names if name != picks or name in made))

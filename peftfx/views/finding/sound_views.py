@@ -1,0 +1,120 @@
+"""Finds how a model of text and sounds reads sounds, by runs of its sound encoder on fake tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.bases.config_fields import first_of
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.readers import reads_images
+from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND, SOUND_TOKENS
+from peftfx.bases.processors.sounds.recordings import RECORDINGS
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
+from peftfx.views.dry_run import fake_run
+from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, picking
+
+#: How many times as long as an example's a recording is in a capture: code that cuts recordings into blocks then has
+#: several blocks. One frame more leaves a rest in the last block, as most recordings do.
+_LONGER = 7
+_HINT = "export its forward view (--view forward)"
+
+
+def why_not_heard(base: nn.Module) -> str:
+    """Return why a model's sounds cannot be encoded apart from its text, or nothing if they can."""
+    if not hasattr(getattr(base, "base_model", None), ENCODE_SOUND):
+        return f"the model's class has no sound encoder that runs by itself (`{ENCODE_SOUND}`)"
+    if reads_images(base):
+        return "the views with a cache take images beside a text, or sounds, not both"
+    accepted = inspect.signature(base.forward).parameters
+    if "cache" not in accepted:
+        return "the model's forward takes no cache"
+    made = example_inputs(base, sizes={"batch": 1})
+    if not any(name in made for name in RECORDINGS):
+        return "peftfx makes no example of them beside a text"
+    return ""
+
+
+def hears(base: nn.Module) -> bool:
+    """Return whether a model reads sounds in its text, which can be encoded apart."""
+    try:
+        find_sounds(base)
+    except PeftfxError:
+        return False
+    return True
+
+
+def find_sounds(base: nn.Module) -> Sounds:
+    """Return how a model reads sounds.
+
+    Raises:
+        PeftfxError: it reads none in its text, or its forward does not take encoded sounds in place of recordings.
+    """
+    if why := why_not_heard(base):
+        raise PeftfxError(why, type(base).__name__, _HINT)
+    made = example_inputs(base, sizes={"batch": 1})
+    taken = inspect.signature(getattr(base.base_model, ENCODE_SOUND)).parameters
+    given = {name: value for name, value in made.items() if name in taken}
+    recording = next(name for name in RECORDINGS if name in given)
+    masks = tuple(name for name in given if name != recording)
+    features = _encoded(base, given)
+    if isinstance(features, str):
+        what = f"the model's sound encoder does not run by itself: {features}"
+        raise PeftfxError(what, type(base).__name__, _HINT)
+    shape: list[int | None] = list(given[recording].shape[1:])
+    axis = next((i for i in range(len(shape)) if _takes(base, given, recording, i, 2 * (shape[i] or 0))), None)
+    length = given[masks[0]].shape[1] if masks else int(given[recording].shape[1:][-1 if axis is None else axis])
+    lengths: tuple[int, ...] = (length,)
+    if axis is not None:
+        longer = (_LONGER * length + 1, _LONGER * length)
+        lengths = next((n, length) for n in (*longer, 2 * length) if _takes(base, given, recording, axis, n))
+        shape[axis] = None
+    token = first_of(base.config, *SOUND_TOKENS)
+    assert isinstance(token, int)  # there is an example
+    width, heard = int(features.shape[-1]), given[recording].dtype
+    sounds = Sounds(token, width, features.dtype, heard, recording, tuple(shape), masks, lengths)
+    if why := _why_not_already(base, made, sounds):
+        raise PeftfxError(f"the model's forward takes no encoded sounds: {why}", type(base).__name__, _HINT)
+    return dataclasses.replace(sounds, picks=picking(inspect.signature(base.forward).parameters, taken, recording))
+
+
+def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> Tensor | str:
+    """Return the features of sounds, encoded on fake tensors; or why the model's code does not run."""
+    with fake_run(base) as fake:
+        try:
+            return encode_sounds(base, {name: fake(value) for name, value in given.items()})
+        except Exception as error:  # whatever the model's code raises
+            raise_if_memory_is_out(error)
+            return first_line(error)
+
+
+def _takes(base: nn.Module, given: Mapping[str, Tensor], recording: str, axis: int, length: int) -> bool:
+    """Return whether the encoder takes recordings of another length along an axis of theirs, with masks as long."""
+    sound, masks = given[recording], {name: value for name, value in given.items() if name != recording}
+    if any(mask.shape[1] != sound.shape[axis + 1] for mask in masks.values()):
+        return False
+    shape = list(sound.shape)
+    shape[axis + 1] = length
+    longer = {name: torch.ones(1, length, dtype=mask.dtype) for name, mask in masks.items()}
+    return not isinstance(_encoded(base, {recording: sound.new_zeros(shape), **longer}), str)
+
+
+def _why_not_already(base: nn.Module, made: Mapping[str, Tensor], sounds: Sounds) -> str:
+    """Return why the features of sounds cannot be given to a forward in place of recordings, or nothing.
+
+    The forward must call the encoder once, and run with features alone.
+    """
+    pieces = int((made["input_ids"] == sounds.token).sum())
+    with fake_run(base) as fake:
+        given = {name: fake(value) for name, value in made.items()}
+        with encoded_already(base, fake(torch.zeros(pieces, sounds.width, dtype=sounds.dtype))) as calls:
+            try:
+                base(**given)
+            except Exception as error:  # whatever the model's code raises
+                raise_if_memory_is_out(error)
+                return first_line(error)
+    return "" if len(calls) == 1 else f"it calls `{ENCODE_SOUND}` {len(calls)} times, not once"

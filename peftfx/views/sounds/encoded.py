@@ -1,0 +1,105 @@
+"""Encoded sounds: what the views know of a model's sounds, and how its own code encodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND
+from peftfx.views.written_features import Written
+
+AUDIO_FEATURES, AUDIO_TOKENS = "audio_features", "audio_tokens"
+AUDIO = "audio"
+SOUNDS, SOUND_LENGTH = "sounds", "sound_length"  #: the axes of recordings and their masks
+
+
+@dataclass(frozen=True)
+class Sounds:
+    """What both views know of the model's sounds.
+
+    Attributes:
+        token: the id that stands for a piece of a sound in the text.
+        width: the features of a piece.
+        dtype: the dtype of the features.
+        heard: the dtype of recordings.
+        recording: the argument that takes recordings.
+        shape: the shape of one recording; None along it, if it may have any length.
+        masks: the arguments of the encoder that say how long each recording is: [sounds, length].
+        lengths: lengths of an example's recordings; several only if they may have any.
+        picks: the argument of the forward alone that says which pieces of each sound count, [sounds, pieces]; empty if
+            there is none.
+    """
+
+    token: int
+    width: int
+    dtype: torch.dtype
+    heard: torch.dtype
+    recording: str
+    shape: tuple[int | None, ...]
+    masks: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    picks: str = ""
+
+    @property
+    def written(self) -> Written:
+        """What a graph of the text takes in place of sounds."""
+        return Written(AUDIO_FEATURES, AUDIO_TOKENS, self.token, self.width, self.dtype)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all arguments of a forward that are of sounds."""
+        return (self.recording, *self.masks, *([self.picks] if self.picks else ()))
+
+    @property
+    def along(self) -> int:
+        """The axis of a call's recordings along which they may have any length; 0 if they have one length."""
+        return 1 + self.shape.index(None) if None in self.shape else 0
+
+
+def picking(accepted: Collection[str], taken: Collection[str], recording: str) -> str:
+    """Return the argument of a forward that says which pieces of encoded sounds count; nothing without one.
+
+    A mask of recordings that only the forward takes is of their pieces.
+
+    Args:
+        accepted: the names of the arguments of the forward.
+        taken: the names of the arguments of the function that encodes sounds.
+        heard: the dtype of recordings.
+        recording: the argument that takes recordings.
+    """
+    name = f"{recording}_mask"
+    return name if name in accepted and name not in taken else ""
+
+
+def encode_sounds(base: nn.Module, inputs: Mapping[str, object]) -> Tensor:
+    """Return the features of all sounds of a call, [pieces, width], computed by the model's own code."""
+    encode = getattr(base.base_model, ENCODE_SOUND)
+    features: Tensor = encode(**inputs, return_dict=True).pooler_output
+    return features.flatten(0, -2)
+
+
+@contextmanager
+def encoded_already(base: nn.Module, features: Tensor) -> Iterator[list[None]]:
+    """Give the model's code these features, [pieces, width], where it encodes sounds inside the context.
+
+    Yields:
+        A list that gets an entry for each time that the code encodes sounds.
+    """
+    own, calls = vars(base.base_model), list[None]()
+    before = {ENCODE_SOUND: own[ENCODE_SOUND]} if ENCODE_SOUND in own else {}
+
+    def encoded(*_: object, **__: object) -> BaseModelOutputWithPooling:
+        calls.append(None)
+        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+
+    own[ENCODE_SOUND] = encoded
+    try:
+        yield calls
+    finally:
+        del own[ENCODE_SOUND]
+        own.update(before)
