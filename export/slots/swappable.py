@@ -18,7 +18,7 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
-from peftfx.export.deployment.parts import GraphPart, refuse_fixed, views_of, without_images
+from peftfx.export.deployment.parts import GraphPart, refuse_fixed, views_of
 from peftfx.export.slots.initializers import neutral_of, open_initializers
 from peftfx.export.slots.prompt_places import find_forward, hold_forward, prompt_places_of
 from peftfx.export.verification.captured import hold_view
@@ -79,7 +79,7 @@ class Swappable(Deployment):
                 "a graph for swappable adapters is made from the base only", ", ".join(adapted.active), hint
             )
         base = adapted.base
-        views = without_images(views_of(base, view, inputs), "export it merged, or with --view forward")
+        views = views_of(base, view, inputs)
         places = tuple(prompt_places_of(base, adapted.sites)) if self.slots.prefix else ()
         parts = [
             forward_part(adapted, inputs, places)
@@ -190,8 +190,9 @@ def generating_part(
 ) -> GraphPart:
     """Capture a view that a model generates in; with places for soft prompts, if there are `prompts`."""
     found = adapted.view(name)
-    assert isinstance(found, Decode | Encoder | Decoder)
-    view = WithPromptInputs.of(found, places) if prompts else found
+    assert found is not None
+    takes = prompts and isinstance(found, Decode | Encoder | Decoder)  # encoders of images and sounds see no prompts
+    view = WithPromptInputs.of(found, places) if takes else found
     graph = adapted.graph(view=view)
     refuse_fixed(graph, view.axes)
     return GraphPart(

@@ -17,6 +17,7 @@ from peftfx.graph.graph import Graph
 
 _COUNTING = names("arange cumsum bucketize searchsorted")
 _CREATION = names("zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like full_like")
+_NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)
 _POSITION, _TYPE, _TOKEN = "embedding.position", "embedding.type", "embedding.token"
 
 
@@ -103,6 +104,16 @@ def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow], kept: Collection
         elif node in reached and _keeps(node, flows):
             reached.update(data_of(node, flows))
     return reached
+
+
+def reaches_any(graph: Graph, ops: Collection[fx.Node]) -> set[fx.Node]:
+    """Return the nodes from whose values some of these operators compute, in any way. Sizes do not count."""
+    reaching: set[fx.Node] = set()
+    for node in reversed(list(graph.nodes())):
+        number = isinstance(node.meta.get("val"), _NUMBERS)
+        if not number and any(user in ops or user in reaching for user in node.users):
+            reaching.add(node)
+    return reaching
 
 
 def _keeps(node: fx.Node, flows: Mapping[fx.Node, Flow]) -> bool:

@@ -19,7 +19,7 @@ from torch import fx
 from peftfx.analysis.attention_heads import read_heads
 from peftfx.analysis.attentions import Attention, find_attentions
 from peftfx.analysis.dataflow import MATMULS, NORMED, SPLIT, SUMS, op_name, trace_flow
-from peftfx.analysis.embeddings_and_heads import embedding_role, reaches_output
+from peftfx.analysis.embeddings_and_heads import embedding_role, reaches_any, reaches_output
 from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.analysis.links import find_links
 from peftfx.analysis.mlps_and_routers import assign_mlps, find_output_gates, find_routers
@@ -219,10 +219,15 @@ def _attention_parts(analysis: Analysis, weight: WeightFacts, uses: Mapping[str,
 
 
 def _assign_heads(analysis: Analysis, kept: Collection[str]) -> None:
+    """Assign the role of a head to layers that give an output, and that no other layer reads.
+
+    A model of text and images may give the features of its images, which its text has read, as an output too.
+    """
     reached = reaches_output(analysis.graph, analysis.flows, kept)
+    read = reaches_any(analysis.graph, {found.op for found in analysis.occurrences()})
     for found in analysis.occurrences():
         weight = analysis.owner[found.op]
-        if found.op in reached and not weight.role and found.kind != "embedding":
+        if found.op in reached - read and not weight.role and found.kind != "embedding":
             weight.role = HEAD
 
 
