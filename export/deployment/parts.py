@@ -171,18 +171,6 @@ def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:
     return FORWARD if reads_images(base) and _finds(partial(find_images, of_any_size=sized), base) else DECODE
 
 
-def without_images(views: dict[str, str], hint: str) -> dict[str, str]:
-    """Return the given views, and refuse a view that reads images. The `hint` says what can be exported instead.
-
-    Raises:
-        PeftfxError: a view reads images; with images, adapters cannot be swapped or chosen by row.
-    """
-    if VISION in views.values():
-        what = "in a decode view, adapters are swapped and chosen by row in models of text alone; this one reads images"
-        raise PeftfxError(what, VISION, hint)
-    return views
-
-
 def refuse_fixed(
     graph: Graph,
     axes: Mapping[str, tuple[str | None, ...]],

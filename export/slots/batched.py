@@ -21,7 +21,7 @@ from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
-from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of, without_images
+from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
@@ -40,10 +40,12 @@ from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
 from peftfx.views.forward_axes import WRITTEN
+from peftfx.views.images.encoded import VISION
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
+from peftfx.views.sounds.encoded import AUDIO
 from peftfx.views.view import name_axes
 
-_ELSE = "export it merged, or with --swappable --view forward"
+_ELSE = "export it merged, or with --swappable"
 _SOFT = (("", PREFIX), ("", SLOT_PROMPT))  #: the places of soft prompts
 
 
@@ -63,7 +65,12 @@ class Batched(Deployment):
             PeftfxError: an adapter does something that cannot differ between rows.
         """
         base = adapted.base
-        views = without_images(views_of(base, view, inputs), _ELSE)
+        views = views_of(base, view, inputs)
+        if {VISION, AUDIO} & set(views.values()):
+            what = (
+                "in a decode view, adapters are chosen by row in models of text alone; this one reads images or sounds"
+            )
+            raise PeftfxError(what, type(base).__name__, _ELSE)
         each = [told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
         lengths = (0, *(len(next((own[p] for p in _SOFT if p in own), ())) for own in each))
         if DECODE not in views.values() and any(("", PREFIX) in own for own in each):

@@ -12,7 +12,11 @@ from peftfx.graph.slots import Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
 from peftfx.views.forward_axes import ALONG_IMAGES
+from peftfx.views.images.encoded import VISION
+from peftfx.views.sounds.encoded import AUDIO
 from peftfx.views.view import View
+
+_APART = (VISION, AUDIO)  #: views of what is encoded before its text
 
 
 def served_as(adapted: AdaptedModel, directory: Path, name: str, kind: str) -> tuple[View | None, Graph]:
@@ -25,10 +29,14 @@ def served_as(adapted: AdaptedModel, directory: Path, name: str, kind: str) -> t
 
 
 def idle_in(adapted: AdaptedModel, directory: Path, manifest: Manifest) -> frozenset[str]:
-    """Return the layers of a forward that a graph for any number of images leaves out: no logits need them."""
-    names = [name for name, kind in manifest.views.items() if kind == FORWARD and _takes_any_images(directory, name)]
-    run = {site.path for name in names for site in served_as(adapted, directory, name, FORWARD)[1].sites.weights}
-    return frozenset(site.path for site in adapted.sites.weights if site.path not in run) if names else frozenset()
+    """Return the layers of a forward that graphs leave out where they take images or sounds: no logits need them."""
+    kinds = manifest.views
+    apart = any(kind in _APART or (kind == FORWARD and _takes_any_images(directory, n)) for n, kind in kinds.items())
+    if not apart:
+        return frozenset()
+    graphs = [served_as(adapted, directory, name, kind)[1] for name, kind in kinds.items()]
+    run = {site.path for graph in graphs for site in graph.sites.weights}
+    return frozenset(site.path for site in adapted.sites.weights if site.path not in run)
 
 
 def _takes_any_images(directory: Path, name: str) -> bool:

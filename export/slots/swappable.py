@@ -38,6 +38,7 @@ from peftfx.sites.target import select
 from peftfx.views.arguments import nested
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
+from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.view import View
 
@@ -188,11 +189,14 @@ def forward_part(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[
 def generating_part(
     adapted: AdaptedModel, file: str, name: str, places: Sequence[Place], *, prompts: bool
 ) -> GraphPart:
-    """Capture a view that a model generates in; with places for soft prompts, if there are `prompts`."""
-    found = adapted.view(name)
-    assert found is not None
-    takes = prompts and isinstance(found, Decode | Encoder | Decoder)  # encoders of images and sounds see no prompts
-    view = WithPromptInputs.of(found, places) if takes else found
+    """Capture a view that a model generates in; with places for soft prompts, if there are `prompts`.
+
+    Encoders of images and sounds see no prompts, and the place of one before keys and values of images is not known.
+    """
+    view = adapted.view(name)
+    assert view is not None
+    if prompts and isinstance(view, Decode | Encoder | Decoder) and not isinstance(view, DecodeOverImages):
+        view = WithPromptInputs.of(view, places)
     graph = adapted.graph(view=view)
     refuse_fixed(graph, view.axes)
     return GraphPart(

@@ -20,7 +20,7 @@ from peftfx.views.view import Axes, RunView
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenFeatures:
     """What a graph takes in place of images or sounds: a tensor [pieces, width].
 
     Attributes:
@@ -68,7 +68,7 @@ class DecodeWithFeatures(Decode):
     """A decode view with features of images or sounds, which its text has tokens for."""
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFeatures:
         """What the view takes beside a text."""
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import peft
@@ -53,9 +54,42 @@ def test_what_is_refused_tells_of_an_export_that_there_is(view: str, tmp_path: P
     ours = peftfx.transform(build(TASK, "llava"), peftfx.LoRA(r=2, target="attention.query"), "low")
     with pytest.raises(PeftfxError, match="images") as refused:
         ours.export(tmp_path / "out", view=view, batched=["low"])
-    assert refused.value.hint == "export it merged, or with --swappable --view forward"
+    assert refused.value.hint == "export it merged, or with --swappable"
     assert not list(tmp_path.iterdir())
-    if view == "decode":
-        with pytest.raises(PeftfxError, match="reads images") as refused:
-            export_onnx(build(TASK, "llava"), tmp_path / "out", view=view, slots="all-linear")
-        assert refused.value.hint == "export it merged, or with --view forward"
+
+
+def _held(kind: str, root: Path, image: str) -> None:
+    """Two adapters of `peft` in all parts of a model, swapped in an export with a cache: tokens are those of `peft`."""
+    theirs = {}
+    for name, alpha in (("a", 8), ("b", 3)):
+        options = peft.LoraConfig(r=3, lora_alpha=alpha, target_modules="all-linear")
+        theirs[name] = peft.get_peft_model(build(TASK, kind), options).eval()
+        randomise(theirs[name])
+        theirs[name].save_pretrained(str(root / name))
+    base = build(TASK, kind)
+    export_onnx(base, root / "out", slots="all-linear", view="decode")
+    served = runtime.load(root / "out")
+    assert set(served.graphs) == {"vision_encoder", "model"}
+    for name in theirs:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the graph does not run these modules", PeftfxWarning)
+            path = peftfx.export_adapter(peftfx.load(build(TASK, kind), root / name), root / "out", root / f"{name}_")
+        served.load_adapter(path, name)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for texts in (1, 2):
+        given = example_inputs(base, sizes={"batch": texts, "sequence": 9}, seed=texts)
+        given["attention_mask"] = torch.ones_like(given["attention_mask"])
+        said = []
+        for name, model in (*theirs.items(), (None, base)):
+            served.set_adapter(name)
+            said.append(served.generate(**given, **options))
+            assert torch.equal(said[-1], model.generate(**given, **options)), name
+            other = served.generate(**{**given, image: given[image].flip(-1)}, **options)
+            with torch.no_grad():
+                assert torch.equal(other, model.generate(**{**given, image: given[image].flip(-1)}, **options)), name
+        assert not torch.equal(said[0], said[1])
+
+
+@pytest.mark.parametrize("kind", but_for({"gemma3", "mllama"}, ["llava", "gemma3", "mllama", "paligemma"]))
+def test_adapters_are_swapped_in_views_with_a_cache(kind: str, tmp_path: Path) -> None:
+    _held(kind, tmp_path, "pixel_values")

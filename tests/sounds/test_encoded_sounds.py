@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from support.sounds import MODELS, SOUND, adapted_by_peft, loaded, voxtral
+from sounds.hearing import MODELS, SOUND, adapted_by_peft, loaded, voxtral
 from torch import Tensor, nn
 
 import peftfx

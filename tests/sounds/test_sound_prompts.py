@@ -16,9 +16,9 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
+from sounds.hearing import configured
 from support.adapted import randomise
 from support.command import Result, assert_refused
-from support.sounds import configured
 
 from peftfx.export.command import export_directory
 from peftfx.serving.sound import read_wav, resample

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.sounds import MODELS, SOUND, adapted_by_peft, loaded, voxtral
+from sounds.hearing import MODELS, SOUND, adapted_by_peft, loaded, voxtral
 from torch import Tensor, nn
 
 import peftfx

@@ -19,7 +19,7 @@ TEXT = ("input_ids", "attention_mask")
 
 
 @dataclass(frozen=True)
-class Kind:
+class Beside:
     """What a prompt has beside it.
 
     Attributes:
@@ -37,11 +37,11 @@ class Kind:
     written: str
 
 
-IMAGES = Kind("image", "images", "images", ("image_processor",), "image_token")
-SOUNDS = Kind("audio", "sounds", "audio", ("feature_extractor", "audio_processor"), "audio_token")
+WITH_IMAGES = Beside("image", "images", "images", ("image_processor",), "image_token")
+WITH_SOUNDS = Beside("audio", "sounds", "audio", ("feature_extractor", "audio_processor"), "audio_token")
 
 
-def processor_of(directory: Path, kind: Kind) -> Any:
+def processor_of(directory: Path, kind: Beside) -> Any:
     """Load the processor of text and images, or of text and sounds, in a directory.
 
     Raises:
@@ -57,7 +57,7 @@ def processor_of(directory: Path, kind: Kind) -> Any:
     return found
 
 
-def processed(processor: Any, asked: Asked, kind: Kind, given: Sequence[Any], token: int, **options: object) -> Any:
+def processed(processor: Any, asked: Asked, kind: Beside, given: Sequence[Any], token: int, **options: object) -> Any:
     """Return what a processor makes of the prompt and of what is beside it.
 
     Some processors put tokens for images before a prompt themselves, and others want them in it. With a chat template,
@@ -82,7 +82,7 @@ def processed(processor: Any, asked: Asked, kind: Kind, given: Sequence[Any], to
     return dict(processor(text=_with_tokens(processor, asked.prompt, kind, len(given)), **beside))
 
 
-def _with_tokens(processor: Any, prompt: str, kind: Kind, count: int) -> str:
+def _with_tokens(processor: Any, prompt: str, kind: Beside, count: int) -> str:
     """Return the prompt with a token before it for each image or sound, unless it has such tokens already."""
     token = getattr(processor, kind.written, None)
     if not isinstance(token, str) or token in prompt:
@@ -90,14 +90,16 @@ def _with_tokens(processor: Any, prompt: str, kind: Kind, count: int) -> str:
     return token * count + prompt
 
 
-def _templated(processor: Any, asked: Asked, kind: Kind, count: int) -> str:
+def _templated(processor: Any, asked: Asked, kind: Beside, count: int) -> str:
     content = [*({"type": kind.word} for _ in range(count)), {"type": "text", "text": asked.prompt}]
     said = [{"role": "user", "content": content}]
     options = {"add_generation_prompt": True, "tokenize": False}
     return str(filled_template(processor, said, str(asked.directory), "leave --chat out", **options))
 
 
-def taken(made: dict[str, Any], known: Collection[str], directory: Path, idle: Collection[str]) -> dict[str, Tensor]:
+def taken_by_graphs(
+    made: dict[str, Any], known: Collection[str], directory: Path, idle: Collection[str]
+) -> dict[str, Tensor]:
     """Return those outputs of a processor that the graphs take.
 
     Args:

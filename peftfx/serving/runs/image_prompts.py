@@ -18,7 +18,7 @@ from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.pipelines import image_processor
 from peftfx.serving.runs.asked import Asked, Found
-from peftfx.serving.runs.beside_prompts import IMAGES, TEXT, processed, processor_of, taken
+from peftfx.serving.runs.beside_prompts import TEXT, WITH_IMAGES, processed, processor_of, taken_by_graphs
 from peftfx.serving.runs.fitting import WRITING, refuse_idle, refuse_task_of_prompt
 from peftfx.serving.runs.streaming import Writer, generation_options, room
 from peftfx.views.images.encoded import Images
@@ -47,16 +47,16 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         what = "this export has no graph of images that a prompt could have"
         hint = "leave --image out; or export a model of text and images with --view decode, and read its warnings"
         raise PeftfxError(what, str(asked.directory), hint)
-    processor = processor_of(asked.directory, IMAGES)
+    processor = processor_of(asked.directory, WITH_IMAGES)
     tokenizer = processor.tokenizer
     assert asked.prompt is not None
     images = [_sized(read_image(path), model.images.picture) for path in asked.images]
     hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these images", hint):
-        made = processed(processor, asked, IMAGES, images, model.images.token)
+        made = processed(processor, asked, WITH_IMAGES, images, model.images.token)
     masks = (CROSS_MASK,) if isinstance(model, ServedOverImages) else ()
     idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {"labels"}
-    inputs = taken(made, _known(model.images, made, masks), asked.directory, idle)
+    inputs = taken_by_graphs(made, _known(model.images, made, masks), asked.directory, idle)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
     options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}

@@ -10,7 +10,7 @@ from peftfx.errors import PeftfxError
 from peftfx.serving.beside_text.sounds import ServedWithSounds
 from peftfx.serving.load import load
 from peftfx.serving.runs.asked import Asked, Found
-from peftfx.serving.runs.beside_prompts import SOUNDS, TEXT, processed, processor_of, taken
+from peftfx.serving.runs.beside_prompts import TEXT, WITH_SOUNDS, processed, processor_of, taken_by_graphs
 from peftfx.serving.runs.fitting import WRITING, refuse_idle
 from peftfx.serving.runs.streaming import Writer, generation_options, room
 from peftfx.serving.sound import read_wav, resample
@@ -32,15 +32,15 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         what = "this export has no graph of sounds that a prompt could have"
         hint = "leave --prompt or --audio out; or export a model of text and sounds with --view decode"
         raise PeftfxError(what, str(asked.directory), hint)
-    processor = processor_of(asked.directory, SOUNDS)
-    part = next(found for name in SOUNDS.parts if (found := getattr(processor, name, None)) is not None)
+    processor = processor_of(asked.directory, WITH_SOUNDS)
+    part = next(found for name in WITH_SOUNDS.parts if (found := getattr(processor, name, None)) is not None)
     rate = int(getattr(part, "sampling_rate", 16_000))
     heard = [resample(*read_wav(path), rate).numpy() for path in asked.sounds]
     hint = "give as many sounds as the prompt has tokens of sounds, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these sounds", hint):
-        made = processed(processor, asked, SOUNDS, heard, model.sounds.token)
+        made = processed(processor, asked, WITH_SOUNDS, heard, model.sounds.token)
     idle = {"labels", *getattr(processor, "unused_input_names", ())}
-    inputs = taken(made, _known(model, made), asked.directory, idle)
+    inputs = taken_by_graphs(made, _known(model, made), asked.directory, idle)
     tokenizer = processor.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     before = inputs["input_ids"].shape[1]

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.graph.capturing.known_values import known_values
-from peftfx.views.written_features import Written
+from peftfx.views.written_features import WrittenFeatures
 
 IMAGE_FEATURES, IMAGE_TOKENS = "image_features", "image_tokens"
 VISION = "vision"
@@ -84,9 +84,9 @@ class Images:
         return output
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFeatures:
         """What a graph of the text takes in place of images."""
-        return Written(IMAGE_FEATURES, IMAGE_TOKENS, self.token, self.width, self.dtype, self.each)
+        return WrittenFeatures(IMAGE_FEATURES, IMAGE_TOKENS, self.token, self.width, self.dtype, self.each)
 
     def encoded(self, base: nn.Module, features: Tensor) -> dict[str, Any]:
         """Return the arguments of a forward that is given encoded images in place of images."""

@@ -21,7 +21,7 @@ from peftfx.views.capturing.written_tokens import no_places_without_features
 from peftfx.views.entry import POSITIONS
 from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, VISION, Images, encode_images
 from peftfx.views.view import Axes, RunView
-from peftfx.views.written_features import DecodeWithFeatures, Written
+from peftfx.views.written_features import DecodeWithFeatures, WrittenFeatures
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DecodeWithImages(DecodeWithFeatures):
     images: Images
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFeatures:
         """The features of images."""
         return self.images.written
 

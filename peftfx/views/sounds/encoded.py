@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND
-from peftfx.views.written_features import Written
+from peftfx.views.written_features import WrittenFeatures
 
 AUDIO_FEATURES, AUDIO_TOKENS = "audio_features", "audio_tokens"
 AUDIO = "audio"
@@ -46,9 +46,9 @@ class Sounds:
     picks: str = ""
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFeatures:
         """What a graph of the text takes in place of sounds."""
-        return Written(AUDIO_FEATURES, AUDIO_TOKENS, self.token, self.width, self.dtype)
+        return WrittenFeatures(AUDIO_FEATURES, AUDIO_TOKENS, self.token, self.width, self.dtype)
 
     @property
     def names(self) -> tuple[str, ...]:

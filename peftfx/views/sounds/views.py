@@ -21,7 +21,7 @@ from peftfx.views.sounds.encoded import (
     encoded_already,
 )
 from peftfx.views.view import Axes, RunView
-from peftfx.views.written_features import DecodeWithFeatures, Written
+from peftfx.views.written_features import DecodeWithFeatures, WrittenFeatures
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DecodeWithSounds(DecodeWithFeatures):
     sounds: Sounds
 
     @property
-    def written(self) -> Written:
+    def written(self) -> WrittenFeatures:
         """The features of sounds."""
         return self.sounds.written
 

@@ -1,0 +1,84 @@
+"""Adapters are swapped in exports of models of text and sounds, in a forward view and in views with a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from sounds.hearing import MODELS, adapted_by_peft, loaded
+from support.adapted import randomise
+
+import peftfx
+from peftfx import PeftfxError, runtime
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.serving.served import Served
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def swapped(kind: str, view: str, root: Path) -> tuple[Served, dict[str | None, torch.nn.Module]]:
+    """An export with slots, into which two adapters were put; and the models that `peft` adapted, by name."""
+    torch.manual_seed(0)
+    base = MODELS[kind]()
+    peftfx.export_onnx(base, root / "out", slots="all-linear", view=view)
+    served, wants = runtime.load(root / "out"), dict[str | None, torch.nn.Module]({None: base})
+    for name, alpha in (("a", 8), ("b", 3)):
+        wants[name] = adapted_by_peft(kind, root / name, alpha)
+        served.load_adapter(peftfx.export_adapter(loaded(kind, root / name), root / "out", root / f"{name}_"), name)
+    return served, wants
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_text_is_generated_under_each_adapter(kind: str, tmp_path: Path) -> None:
+    served, wants = swapped(kind, "decode", tmp_path)
+    for texts, sounds in ((1, 1), (2, 3)):
+        inputs = example_inputs(MODELS[kind](), sizes={"batch": texts, "sequence": 9, "sounds": sounds}, seed=texts)
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        for name, want in wants.items():
+            served.set_adapter(name)
+            assert torch.equal(served.generate(**inputs, **GREEDY), want.generate(**inputs, **GREEDY)), name
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_a_forward_takes_any_number_of_sounds(kind: str, tmp_path: Path) -> None:
+    served, wants = swapped(kind, "forward", tmp_path)
+    for texts, sounds in ((1, 1), (3, 2), (2, 5)):
+        inputs = example_inputs(MODELS[kind](), sizes={"batch": texts, "sequence": 9, "sounds": sounds}, seed=texts)
+        shown = inputs["attention_mask"].bool()
+        for name, want in wants.items():
+            served.set_adapter(name)
+            with torch.no_grad():
+                expected = want(**inputs).logits
+            torch.testing.assert_close(served(**inputs)["logits"][shown], expected[shown], atol=3e-5, rtol=3e-4)
+
+
+def test_a_prefix_is_put_into_a_graph_of_a_text_with_sounds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = MODELS["voxtral"]()
+    peftfx.export_onnx(base, tmp_path / "out", slots="all-linear", view="decode")
+    torch.manual_seed(0)
+    options = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", num_layers=2, token_dim=16)
+    options.num_attention_heads = 2
+    want = peft.get_peft_model(MODELS["voxtral"](), options).eval()
+    randomise(want)
+    want.save_pretrained(str(tmp_path / "a"))
+    served = runtime.load(tmp_path / "out")
+    ours = loaded("voxtral", tmp_path / "a")
+    served.load_adapter(peftfx.export_adapter(ours, tmp_path / "out", tmp_path / "a_"), "a")
+    inputs = example_inputs(base, sizes={"batch": 1, "sequence": 9}, seed=4)
+    tokens = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(3):
+            given = {**inputs, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            tokens = torch.cat([tokens, want(**given).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(served.generate(**inputs, **{**GREEDY, "max_new_tokens": 3}), tokens)
+
+
+def test_adapters_are_not_chosen_by_row_in_views_with_a_cache(tmp_path: Path) -> None:
+    ours = peftfx.transform(MODELS["voxtral"](), peftfx.LoRA(r=2, target="attention.query"), "low")
+    with pytest.raises(PeftfxError, match="images or sounds") as refused:
+        ours.export(tmp_path / "out", view="decode", batched=["low"])
+    assert refused.value.hint == "export it merged, or with --swappable"
+    assert not list(tmp_path.iterdir())
