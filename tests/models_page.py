@@ -27,7 +27,7 @@ of `peft` on all that is linear: exported, and ONNX Runtime held against `peft`'
 output, at two sizes that nothing was captured at. Where torch's own float32 is further than half of that from float64,
 the bound is twice its distance. A graph that takes the positions of images' tokens gets those that the model's class
 makes. The decode view is held against `peft`'s `generate`, logits step by step: of two prompts, one padded on the left,
-and of one alone; with images, of two prompts with one image each. Of diffusers there are the denoisers that pipelines
+and of one alone; with images or sounds, of prompts with one each. Of diffusers there are the denoisers that pipelines
 for images have. `python tests/models_page.py` writes this page, `pytest -m zoo` runs every check as a test.
 
 **equal** it is. **refused**: an error says why, and nothing is written. **differs**, **crashed**: a fault. Not built:

@@ -36,6 +36,7 @@ from peftfx.bases.processors.readers import reads_images
 from peftfx.errors import PeftfxWarning
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import path_name
+from peftfx.serving.beside_text.sounds import ServedWithSounds
 
 SEEING = "image-text-to-text"
 PICTURE = (64, 64)  #: the size of pictures in decode views
@@ -343,8 +344,10 @@ def _far(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
 def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) -> float:
     """How far the logits of generated tokens are from `peft`'s: of a prompt, padded on the left, or of a source."""
     got = peftfx.runtime.load(directory)
+    if isinstance(got, ServedWithSounds):
+        return _generated(want, got, [_heard(model, 2), _heard(model, 1)])
     inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
-    sources = _SOURCES[:2] if "input_ids" in inputs else _SOURCES  # sounds beside a text are in forward views alone
+    sources = _SOURCES[:2] if "input_ids" in inputs else _SOURCES
     inputs = {name: value for name, value in inputs.items() if name in sources}
     for name in inputs.keys() & {"input_ids", "attention_mask"}:  # without the tokens of an image, which is not given
         inputs[name] = inputs[name][:, -6:]
@@ -352,6 +355,16 @@ def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :2] = 0
     return _generated(want, got, [inputs, {name: value[:1] for name, value in inputs.items()}])
+
+
+def _heard(model: nn.Module, texts: int) -> dict[str, Tensor]:
+    """Prompts with a sound each; the last of several is padded on the left."""
+    made = example_inputs(model, sizes={"batch": texts, "sequence": 6, "sounds": texts}, seed=3)
+    mask = torch.ones_like(made["attention_mask"])
+    if texts > 1:
+        mask[1, :2] = 0
+        made["input_ids"][1] = made["input_ids"][1].roll(2)  # its first two tokens are text
+    return {**made, "attention_mask": mask}
 
 
 def _generated(want: nn.Module, got: Any, cases: list[dict[str, Tensor]]) -> float:
