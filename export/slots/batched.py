@@ -68,7 +68,7 @@ class Batched(Deployment):
         views = views_of(base, view, inputs)
         if {VISION, AUDIO} & set(views.values()):
             what = (
-                "in a decode view, adapters are chosen by row in models of text alone; this one reads images or sounds"
+                "in views with a cache, adapters are chosen by row for texts alone; this model reads images or sounds"
             )
             raise PeftfxError(what, type(base).__name__, _ELSE)
         each = [told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
