@@ -168,4 +168,4 @@ def test_what_does_not_go_together_is_refused(seeing: Seeing, peftfx: Run, tmp_p
     where = ("--base", seeing.root / "base", "--output", tmp_path / "o", "--view", "decode")
     by_row = peftfx("export", *where, "--batched", f"a={seeing.root / 'adapter'}")
     print(by_row.err)
-    assert_refused(by_row, "for texts alone", "merged")
+    assert_refused(by_row, "an adapter acts where images or sounds are encoded", "merged")

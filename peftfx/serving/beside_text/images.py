@@ -40,7 +40,8 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
 
     @under_one_adapter
     def generate(self, *args: object, **options: object) -> Any:
-        """Generate by the `generate` of the model's own class."""
+        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
+        options.pop(IDS, None)  # kept while this method runs
         return self._own.generate(*args, **options)
 
     @cached_property
@@ -67,7 +68,8 @@ class ServedOverImages(GeneratesOverImages, ServedGenerator):  # type: ignore[mi
 
     @under_one_adapter
     def generate(self, *args: object, **options: object) -> Any:
-        """Generate by the `generate` of the model's own class."""
+        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
+        options.pop(IDS, None)  # kept while this method runs
         return self._own.generate(*args, **options)
 
     @cached_property
