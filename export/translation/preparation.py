@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from peftfx.export.translation.between_casts import is_narrow, put_between_casts
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
+from peftfx.export.translation.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.export.translation.operators.composed import compose
 from peftfx.export.translation.pooled import pool_any_size
@@ -82,6 +83,7 @@ def prepare(graph: Graph) -> Graph:
             continue
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)
+    zero_hidden_rows(rewriter, result)
     sweep(rewriter, random=True)  # layers that a model's code makes, and starts, in its own call
     rewriter.close(result)
     return result
