@@ -11,9 +11,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from peftfx.export.translation.between_casts import is_narrow, put_between_casts
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
-from peftfx.export.translation.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.export.translation.operators.composed import compose
+from peftfx.export.translation.operators.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.pooled import pool_any_size
 from peftfx.graph.capturing.squeezed import SQUEEZES, squeeze_ones
 from peftfx.graph.graph import Graph
