@@ -240,3 +240,12 @@ def test_a_prefix_beside_which_a_model_computes_something_else_has_no_place(tmp_
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         torch.testing.assert_close(served(**given).logits, model(**given).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_virtual_tokens_count_in_the_length_at_which_a_model_branches(tmp_path: Path) -> None:
+    """Doge's code chooses keys where a text, with what is before it, is longer than the window."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = hf.DogeConfig(**TOKENS, **sizes, keep_window_size=32, max_position_embeddings=32)
+    report = export_onnx(hf.DogeForCausalLM(config).eval(), tmp_path / "graph", view="forward", slots="all-linear")
+    told = [line.partition(" (")[0] for line in report.sizes]
+    assert told == ["sequence <= 32", "prefix + prompt + sequence <= 32"]

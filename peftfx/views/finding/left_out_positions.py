@@ -26,6 +26,7 @@ from peftfx.views.dry_run import fake_run
 from peftfx.views.view import called_with_cache
 
 _PADDING = (0, -1, 1)  #: what code takes for the positions of padding
+_ATTENTIONS = ("scaled_dot_product", "softmax")
 _LARGEST = 1 << 16  #: numbers of a tensor that is computed
 
 
@@ -55,7 +56,7 @@ def left_out_positions(base: nn.Module) -> str:
 
 
 def _read(base: nn.Module, given: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """Return the whole numbers that floating-point operators read in a call: positions, tokens, and others.
+    """Return the whole numbers that floating-point operators read before the first attention: positions, tokens.
 
     Return None if the code does not run so.
     """
@@ -64,6 +65,8 @@ def _read(base: nn.Module, given: Mapping[str, Tensor]) -> list[Tensor] | None:
         try:
             text = {name: numbers.known(fake(value), value) for name, value in given.items()}
             called_with_cache(base, **text, cache=cache)
+        except _Attends:
+            return numbers.read
         except Exception as error:  # whatever the model's code raises, for a text alone or for such positions
             raise_if_memory_is_out(error)
             return None
@@ -80,6 +83,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return torch.equal(*torch.broadcast_tensors(one, other))
     except RuntimeError:
         return False
+
+
+class _Attends(Exception):
+    """Ends a run at its first attention, before which all positions are read."""
 
 
 class _WholeNumbers(TorchDispatchMode):
@@ -101,6 +108,8 @@ class _WholeNumbers(TorchDispatchMode):
         return fake
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in _ATTENTIONS):
+            raise _Attends
         made = func(*args, **(kwargs or {}))
         given, results = _tensors((args, kwargs)), _tensors(made)
         whole = [t for t in given if not t.is_floating_point() and not t.is_complex()]
