@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,9 +81,18 @@ class _Serves(Served, GenerationMixin):
 
         What the graphs take may be arrays and lists, too.
         """
-        inputs = {name for graph in self.graphs.values() for name in graph.inputs}
-        given = {name: taken(name, value) if name in inputs else value for name, value in options.items()}
-        return super().generate(*(taken(self.main_input_name, one) for one in args), **given)
+        args, options = self.as_tensors(args, options)
+        return super().generate(*args, **options)
+
+    def as_tensors(self, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments of `generate`, with tensors in place of the arrays and lists that graphs take."""
+        made = {name: taken(name, value) if name in self.tensors else value for name, value in options.items()}
+        return [taken(self.main_input_name, one) for one in args], made
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The names of the arguments that are tensors."""
+        return frozenset(name for graph in self.graphs.values() for name in graph.inputs)
 
     def _fitted(self, graph: OnnxModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs of a graph in its dtypes, with the adapters' numbers."""
