@@ -171,8 +171,9 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @under_one_adapter
-    def _by_own_class(self, name: str, *args: object, **options: object) -> object:
+    def _by_own_class(self, name: str, *args: Any, **options: Any) -> object:
         """Call a method of the stand-in; rows have the adapters of `adapter_ids`."""
+        args, options = self.as_tensors(args, options)
         ids: Any = options.pop(IDS, None)
         stand_in = self._stand_in if ids is None else self._numbered_stand_in(ids)
         return getattr(stand_in, name)(*args, **options)
