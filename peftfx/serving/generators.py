@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,10 @@ class _Serves(Served, GenerationMixin):
         args, options = self.as_tensors(args, options)
         return super().generate(*args, **options)
 
-    def as_tensors(self, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def as_tensors(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of `generate`, with tensors in place of the arrays and lists that graphs take."""
         made = {name: taken(name, value) if name in self.tensors else value for name, value in options.items()}
-        return [taken(self.main_input_name, one) for one in args], made
+        return tuple(taken(self.main_input_name, one) for one in args), made
 
     @property
     def tensors(self) -> frozenset[str]:
