@@ -2,6 +2,7 @@
 
     python benchmarks/before_and_after.py REV             # that revision against the working tree
     python benchmarks/before_and_after.py REV --pairs 9 --only export decode
+    python benchmarks/before_and_after.py REV --only "export, decode" decode --experts 64 --steps 1500 --layers 4
 
 Each piece of work is a process of its own, so that its CPU time and its peak of anonymous memory are told apart from
 all else; the revisions take turns, and a ratio is the median over pairs: 1.0 within noise is the same speed.
@@ -43,7 +44,9 @@ torch.set_num_threads(1)
 import peftfx.runtime
 model = peftfx.runtime.load(sys.argv[1], threads=1)
 ids = torch.randint(100, (2, 64), generator=torch.Generator().manual_seed(0))
-model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=96, do_sample=False)
+steps = int(sys.argv[2])
+options = {"min_new_tokens": steps, "max_new_tokens": steps, "do_sample": False}
+model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 """
 TRAIN = """
 import torch, transformers
@@ -61,7 +64,7 @@ for _ in range(60):
 """
 
 
-def work(checkpoint: Path, made: Path) -> Iterator[tuple[str, str, Sequence[object]]]:
+def work(checkpoint: Path, made: Path, steps: int) -> Iterator[tuple[str, str, Sequence[object]]]:
     """Each piece of work: its name, its code, its arguments."""
     base, adapter = checkpoint / "base", checkpoint / "adapter"
     merged = ("export", "--base", base, "--adapter", adapter, "--merge", "--force", "--output", made / "merged")
@@ -71,7 +74,7 @@ def work(checkpoint: Path, made: Path) -> Iterator[tuple[str, str, Sequence[obje
     yield "swappable", COMMAND, swappable
     rows = ("export", "--base", base, "--batched", f"one={adapter}", "--force", "--output", made / "rows")
     yield "batched", COMMAND, rows
-    yield "decode, 96 steps", DECODE, (made / "decode",)
+    yield f"decode, {steps} steps", DECODE, (made / "decode", steps)
     yield "train, 60 steps", TRAIN, ()
 
 
@@ -81,6 +84,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("revision", help="of this repository")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only", nargs="+", default=[""], help="words with which the names of rows begin")
+    parser.add_argument("--steps", type=int, default=96, help="of decoding, of two texts")
     add_size_options(parser, SMALL)
     args = parser.parse_args(words)
     with tempfile.TemporaryDirectory() as directory:
@@ -88,7 +92,7 @@ def main(words: Sequence[str] | None = None) -> None:
         write_checkpoint(place / "checkpoint", size_of(args))
         trees = {"before": _tree(args.revision, place / "before"), "after": _tree(None, place / "after")}
         print("| | CPU, after / before | peak memory, after / before | CPU s before |\n| --- | --- | --- | --- |")
-        for name, code, given in work(place / "checkpoint", place / "made"):
+        for name, code, given in work(place / "checkpoint", place / "made", args.steps):
             if name.startswith(tuple(args.only)):
                 print(_row(name, [_pair(trees, code, given) for _ in range(args.pairs)]), flush=True)
     print(", ".join(f"{package} {number}" for package, number in versions().items()))

@@ -1,4 +1,4 @@
-"""A random LLaMA on disk, of any size, and a LoRA for it: what the other benchmarks work on.
+"""A random LLaMA (or Mixtral) on disk, of any size, and a LoRA for it: what the other benchmarks work on.
 
     python benchmarks/checkpoint.py /tmp/7b --layers 32 --hidden 4096 --intermediate 11008 --dtype bf16
 
@@ -25,7 +25,7 @@ DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16"
 
 @dataclass(frozen=True)
 class Size:
-    """Of a LLaMA; the defaults are the 1.1B of the tables."""
+    """Of a LLaMA, or of a Mixtral if there are experts; the defaults are the 1.1B of the tables."""
 
     layers: int = 22
     hidden: int = 2048
@@ -33,12 +33,16 @@ class Size:
     heads: int = 32
     kv_heads: int = 4
     vocabulary: int = 32000
+    experts: int = 0
 
     def config(self, dtype: str = "fp32") -> dict[str, object]:
         """As in `config.json`."""
+        kind, name = ("mixtral", "Mixtral") if self.experts else ("llama", "Llama")
+        experts = {"num_local_experts": self.experts, "num_experts_per_tok": 2} if self.experts else {}
         return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
+            "model_type": kind,
+            "architectures": [f"{name}ForCausalLM"],
+            **experts,
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,

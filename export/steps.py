@@ -197,6 +197,7 @@ class ExportSteps:
                 told = [*part.sizes.told, *facts.computed_anew(part.seen, self.adapted.base)]
                 facts.add_sizes(report, program, told, part.graph, prefix)
                 facts.add_images(report, program, part.seen, prefix)
+                facts.add_positions(program, part.seen, self.adapted.base)
         return [part for part, _ in finished], programs
 
     def round(self, parts: Sequence[GraphPart], programs: Programs, space: Path) -> None:

@@ -18,6 +18,8 @@ SLOTS, BATCHED, REPORT = "peftfx_slots.json", "peftfx_adapters.json", "peftfx_re
 LABELS = "peftfx_labels.json"  #: in an adapter's directory: the names of its head's classes
 RULES = "peftfx_rules.json"  #: in an adapter's directory: the folders of its rules, if several rules made the adapter
 SIZES_KEY = "peftfx.sizes"  #: metadata key: the conditions on a call's sizes under which the model is right
+POSITIONS_KEY = "peftfx.positions"  #: metadata key: how the model's code counts positions that a call leaves out
+FROM_MASK, FROM_ONE, OWN_WAY = "mask", "one", "own"  #: its values: tokens that the mask shows; places from 1; otherwise
 ADAPTER = ".onnx_adapter"  #: the ending of a file's name; the format is ONNX Runtime's, the version that of peftfx
 
 #: The versions that this peftfx writes, and the newest that it reads. A change that breaks an older reader adds 1.

@@ -17,7 +17,7 @@ from peftfx.export.reports.report import TWIN, Report
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes.limits import Limit
-from peftfx.formats import SIZES_KEY
+from peftfx.formats import POSITIONS_KEY, SIZES_KEY
 from peftfx.generation.anew import computed_anew_beyond
 from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import DERIVED, Graph
@@ -28,6 +28,7 @@ from peftfx.passes.base import attributes_of
 from peftfx.passes.optimization.fuse import FUSED
 from peftfx.views.decode import Decode
 from peftfx.views.finding.image_forward import ForwardWithImages
+from peftfx.views.finding.left_out_positions import left_out_positions
 from peftfx.views.images.sizes import fixed_images
 from peftfx.views.images.views import ImageEncoder
 
@@ -84,6 +85,17 @@ def computed_anew(view: object, base: nn.Module) -> list[str]:
         return []
     anew = f"where a text grows beyond {beyond} tokens, the model's generate computes its cache anew"
     return [f"{anew}: peftfx.runtime does, and other programs must run the whole text without a past"]
+
+
+def add_positions(program: ir.Model, view: object, base: nn.Module) -> None:
+    """Add to a decode view's metadata how the model's code counts positions that a call leaves out."""
+    if (
+        isinstance(view, Decode)
+        and view.positions
+        and not view.rows_of_positions
+        and (told := left_out_positions(base))
+    ):
+        program.metadata_props[POSITIONS_KEY] = told
 
 
 def add_images(report: Report, program: ir.Model, view: object, prefix: str = "") -> None:

@@ -82,7 +82,8 @@ def export_adapter(
 ) -> Path:
     """Write the active adapters as one `.onnx_adapter` for the exported graph in a directory.
 
-    The result is a file. For the two graphs of an encoder-decoder it is a directory with a file for each graph.
+    The result is a file. For several graphs, as those of an encoder-decoder or of a model of text and images, it is a
+    directory with a file for each graph.
 
     Before the result appears, the graph is run with it in ONNX Runtime and compared with torch, at sizes that no
     capture saw.

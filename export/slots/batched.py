@@ -22,6 +22,7 @@ from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
+from peftfx.export.slots.plain_encoders import ENCODED_APART, plain_encoder
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
@@ -40,9 +41,7 @@ from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
 from peftfx.views.forward_axes import WRITTEN
-from peftfx.views.images.encoded import VISION
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
-from peftfx.views.sounds.encoded import AUDIO
 from peftfx.views.view import name_axes
 
 _ELSE = "export it merged, or with --swappable"
@@ -66,11 +65,6 @@ class Batched(Deployment):
         """
         base = adapted.base
         views = views_of(base, view, inputs)
-        if {VISION, AUDIO} & set(views.values()):
-            what = (
-                "in a decode view, adapters are chosen by row in models of text alone; this one reads images or sounds"
-            )
-            raise PeftfxError(what, type(base).__name__, _ELSE)
         each = [told(adapted, name, decodes=DECODE in views.values()) for name in self.adapters]
         lengths = (0, *(len(next((own[p] for p in _SOFT if p in own), ())) for own in each))
         if DECODE not in views.values() and any(("", PREFIX) in own for own in each):
@@ -85,6 +79,9 @@ class Batched(Deployment):
                 shown = adapted.view(name)
                 if shown is None:
                     part = _forward(adapted, inputs, prompts)
+                elif name in ENCODED_APART:
+                    parts.append(plain_encoder(adapted, file, shown, {path for path, _ in by_row.stacks}, _ELSE))
+                    continue
                 else:
                     assert isinstance(shown, Decode | Encoder | Decoder)
                     rowwise = WithRowAdapters.of(shown, lengths, prompts)
@@ -102,7 +99,8 @@ class Batched(Deployment):
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Make the oracle: each row equals the model with only that row's adapter. Some rows have no adapter."""
-        acting = [*((name,) for name in self.adapters), ()]
+        by_row = any(spec.name == IDS for spec in part.graph.inputs)  # encoders of images and sounds are not
+        acting = [*((name,) for name in self.adapters if by_row), ()]
         alone = [Remembered(_alone(adapted, part, names, example)) for names in acting]
         with adapted.disable_adapter():
             if part.view is not None and part.seen is not None:
@@ -117,6 +115,8 @@ class Batched(Deployment):
         if not cases:
             what = "the model's own code takes no call under each of the adapters, of any size that was tried"
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
+        if not by_row:
+            return Oracle(alone[-1], cases, measured_of(adapted, cases), "the model's own code, without adapters")
         cases = with_ids(part.graph, cases, len(self.adapters))
         told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
         for name in self.adapters:

@@ -10,17 +10,14 @@ import onnx_ir as ir
 from peftfx.bases.processors.image_size import Size
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.image_size import chosen_picture, example_of_size
+from peftfx.export.slots.plain_encoders import ENCODED_APART
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
 from peftfx.views.forward_axes import ALONG_IMAGES
-from peftfx.views.images.encoded import VISION
-from peftfx.views.sounds.encoded import AUDIO
 from peftfx.views.view import View
-
-_APART = (VISION, AUDIO)  #: views of what is encoded before its text
 
 
 def pictured(adapted: AdaptedModel, manifest: Manifest) -> tuple[Size | None, Mapping[str, object] | None]:
@@ -50,7 +47,9 @@ def served_as(
 def idle_in(adapted: AdaptedModel, directory: Path, manifest: Manifest) -> frozenset[str]:
     """Return the layers of a forward that graphs leave out where they take images or sounds: no logits need them."""
     kinds = manifest.views
-    apart = any(kind in _APART or (kind == FORWARD and _takes_any_images(directory, n)) for n, kind in kinds.items())
+    apart = any(
+        kind in ENCODED_APART or (kind == FORWARD and _takes_any_images(directory, n)) for n, kind in kinds.items()
+    )
     if not apart:
         return frozenset()
     graphs = [served_as(adapted, directory, name, kind, None)[1] for name, kind in kinds.items()]

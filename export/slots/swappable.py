@@ -28,6 +28,7 @@ from peftfx.export.verification.comparison import VerificationError, reference_o
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import probes, view_cases
+from peftfx.export.verification.sizes.limits import Limit, Sizes
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.slots import INNER, OUTER, SLOT_OWN, Manifest, Slot
@@ -98,6 +99,20 @@ class Swappable(Deployment):
         slots = open_initializers(program, part.slots, adapted.base, part.graph.sites)
         return dataclasses.replace(part, slots=slots), program
 
+    def sizes(
+        self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool, *, brief: bool = False
+    ) -> Sizes:
+        """Return the sizes at which the part is right: virtual tokens and those of a text count as one text."""
+        found = super().sizes(adapted, part, example, allow_fixed, brief=brief)
+        places = {place.what for place in part.places}
+        counted = [
+            Limit(condition, limit.why)
+            for limit in found.limits
+            for condition in part.graph.conditions
+            if limit.condition.where == condition.where and not places.isdisjoint(condition.axes)
+        ]
+        return dataclasses.replace(found, limits=(*found.limits, *dict.fromkeys(counted)))
+
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Make the oracle: the graph with random tensors in its slots. With empty slots, the model's own code."""
         cases = self._cases(adapted, part, example)
@@ -118,6 +133,8 @@ class Swappable(Deployment):
         for call, case in zip(given, cases, strict=True):
             rows = {place.what: case[place.what] for place in part.places}
             inputs = {**neutral, **call, **rows}
+            if not part.sizes.allow(part.graph.sizes_of(inputs)):
+                continue
             if hold_forward(adapted.base, part.graph, part.places, inputs, nested(call, example)):
                 held.append(case)
         if not held:

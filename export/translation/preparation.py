@@ -13,6 +13,8 @@ from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers
 from peftfx.export.translation.operators.composed import compose
+from peftfx.export.translation.operators.hidden_rows import zero_hidden_rows
+from peftfx.export.translation.operators.rounded_logs import widen_rounded_logs
 from peftfx.export.translation.pooled import pool_any_size
 from peftfx.graph.capturing.squeezed import SQUEEZES, squeeze_ones
 from peftfx.graph.graph import Graph
@@ -82,6 +84,8 @@ def prepare(graph: Graph) -> Graph:
             continue
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)
+    zero_hidden_rows(rewriter, result)
+    widen_rounded_logs(rewriter, result)
     sweep(rewriter, random=True)  # layers that a model's code makes, and starts, in its own call
     rewriter.close(result)
     return result

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.operators.exact_functions import EXACT
+from peftfx.export.translation.operators.grouped_products import GROUPED_PRODUCTS
 from peftfx.export.translation.operators.lacking import LACKING
 from peftfx.export.translation.operators.placed_rows import PLACED_ROWS
 from peftfx.export.translation.operators.promotion import promoted_by_reading
@@ -65,7 +66,8 @@ def _sorted_sum(text: str) -> str:
 
 def run_exporter(program: ExportedProgram, opset: int | None) -> ir.Model:
     """Translate a program by torch's exporter without its optimiser, which copies and renames weights."""
-    table = {**_translations(), **EXACT, **RECURRENCES, **RECURRENT_LAYERS, **RESIZING, **LACKING, **PLACED_ROWS}
+    own = (EXACT, GROUPED_PRODUCTS, RECURRENCES, RECURRENT_LAYERS, RESIZING, LACKING, PLACED_ROWS)
+    table = {**_translations(), **{target: made for found in own for target, made in found.items()}}
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     with quietly(), collected_once(), promoted_by_reading(), forgetting_sizes(values):
         result = torch.onnx.export(

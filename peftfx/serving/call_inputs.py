@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError, first_line, shown, warn
+from peftfx.formats import FROM_MASK, FROM_ONE
+from peftfx.views.decode import positions
 from peftfx.views.row_adapters import IDS
 
 ONNX_DTYPES = {
@@ -99,6 +101,30 @@ def is_default(name: str, value: Tensor, where: object) -> bool:
     if not bool((value == told(value)).all()):
         raise PeftfxError(f"the graph takes no {name}, and would answer as without it", str(where), hint)
     return True
+
+
+def counted_positions(told: str, tokens: Tensor, mask: Tensor | None, before: int, where: object) -> Tensor:
+    """Return the positions of a call that gives none, where a model's code does not count a row's places from 0.
+
+    Args:
+        told: how the code counts them, as the metadata of the export tells it.
+        tokens: the tokens of the call, int64[batch, sequence].
+        mask: the mask of the tokens of the past and of the call; None shows all.
+        before: the number of tokens of the past.
+        where: the export, for a message.
+
+    Raises:
+        PeftfxError: the code counts in a way of its own.
+    """
+    batch, length = tokens.shape
+    if told == FROM_MASK:
+        mask = torch.ones(batch, before + length) if mask is None else mask
+        return positions(mask)[:, -length:]
+    if told != FROM_ONE:
+        what = "the model's code counts positions in a way of its own, and the call gives none"
+        hint = "use generate, or pass position_ids: generate counts from 0 the tokens that the mask shows"
+        raise PeftfxError(what, str(where), hint)
+    return torch.arange(before + 1, before + 1 + length, device=tokens.device).expand(batch, length)
 
 
 def _counted(value: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import understanding
 from peftfx.caches.held import Held, KeptTensor
 from peftfx.errors import PeftfxError
+from peftfx.formats import POSITIONS_KEY
 from peftfx.generation.anew import OwnPreparation
 from peftfx.generation.invocation import INVOCATION_KEY, OFFSETS, under_invocations
 from peftfx.generation.over_graphs import over_graphs
@@ -25,7 +26,7 @@ from peftfx.generation.saved_config import saved_config
 from peftfx.generation.step import Generates
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.serving.cache_buffers import BufferedCache, Buffers
-from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, taken
+from peftfx.serving.call_inputs import ONNX_DTYPES, counted_positions, fitted, taken
 from peftfx.serving.call_rows import CallRows
 from peftfx.serving.made_for import task_of_directory
 from peftfx.serving.onnx_model import OnnxModel
@@ -125,6 +126,23 @@ class ServedGenerator(Buffered, Generates, _Serves):  # type: ignore[misc]
         view = Decode(_layers_of(model), "position_ids" in model.inputs)
         tokens = tuple(map(int, model.metadata.get(INVOCATION_KEY, "").split()))
         self.view = under_invocations(view, (tokens,) if tokens and OFFSETS in model.inputs else ())
+
+    @functools.wraps(Generates.forward)
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        cache: Any = None,
+        *rest: Any,
+        **given: Any,
+    ) -> Any:
+        """Run the graph. Positions that a call leaves out are counted as the model's own code counts them."""
+        told = self.model.metadata.get(POSITIONS_KEY) if position_ids is None else None
+        if told is not None and isinstance(input_ids, Tensor):
+            before = 0 if cache is None else cache.get_seq_length()
+            position_ids = counted_positions(told, input_ids, attention_mask, before, self.directory)
+        return super().forward(input_ids, attention_mask, position_ids, cache, *rest, **given)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, cache: Cache | None = None, **kwargs: Any) -> Any:
         """Prepare a step as transformers does. The cache is computed anew where the model's own class does so."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from peftfx.sites.site import Site
 
 INPUT, JOIN, OUTPUT = "input", "join", "output"
 
@@ -42,3 +45,9 @@ class Dataflow:
 
     junctions: tuple[Junction, ...] = ()
     links: tuple[Link, ...] = ()
+
+
+def keys_of(sites: Sequence[Site]) -> list[str]:
+    """Return a name for each site: its path. An attention whose path is also that of a weight gets another name."""
+    weighted = {site.path for site in sites if site.kind != "attention"}
+    return [f"{s.path}:attention" if s.kind == "attention" and s.path in weighted else s.path for s in sites]

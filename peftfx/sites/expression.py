@@ -184,7 +184,8 @@ def _joined(combine: Callable[..., Units], readings: Sequence[Reading]) -> Readi
 
 def _relation(name: str, readings: Sequence[Reading]) -> Reading:
     def read(sites: Iterable[Site]) -> Picker:
-        from peftfx.sites.network import keys_of, picked_by
+        from peftfx.sites.dataflow import keys_of
+        from peftfx.sites.network import picked_by
 
         network = getattr(sites, "network", None)
         if network is None:

@@ -18,16 +18,10 @@ from typing import Any
 import networkx as nx
 
 from peftfx.files import writing
-from peftfx.sites.dataflow import INPUT, OUTPUT, Dataflow
+from peftfx.sites.dataflow import INPUT, OUTPUT, Dataflow, keys_of
 from peftfx.sites.site import Site, layer_of
 
 _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")
-
-
-def keys_of(sites: Sequence[Site]) -> list[str]:
-    """Return a name for each site: its path. An attention whose path is also that of a weight gets another name."""
-    weighted = {site.path for site in sites if site.kind != "attention"}
-    return [f"{s.path}:attention" if s.kind == "attention" and s.path in weighted else s.path for s in sites]
 
 
 def make_network(sites: Sequence[Site], flow: Dataflow) -> nx.DiGraph:

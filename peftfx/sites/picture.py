@@ -9,7 +9,8 @@ import networkx as nx
 
 from peftfx.pages.drawing import Adapted, Box, Card, Column, draw
 from peftfx.pages.page import Page
-from peftfx.sites.network import cut_layers, equal_layers, inner_layer, keys_of, layer_path
+from peftfx.sites.dataflow import keys_of
+from peftfx.sites.network import cut_layers, equal_layers, inner_layer, layer_path
 from peftfx.sites.site import PATTERN, Site
 
 Marks = Mapping[str, Sequence[Adapted]]

@@ -22,6 +22,7 @@ import transformers as hf
 from every_model.diffusion_models import MODELS, build_denoiser
 from every_model.pictures import has_pictures, home_of
 from every_model.tiny_configs import tiny_config
+from sounds.hearing import prompts_with_sounds
 from support.adapted import randomise
 from support.parity import outputs
 from torch import Tensor, nn
@@ -345,7 +346,7 @@ def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
     """How far the logits of generated tokens are from `peft`'s: of a prompt, padded on the left, or of a source."""
     got = peftfx.runtime.load(directory)
     if isinstance(got, ServedWithSounds):
-        return _generated(want, got, [_heard(model, 2), _heard(model, 1)])
+        return _generated(want, got, [prompts_with_sounds(model, texts) for texts in (2, 1)])
     inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
     sources = _SOURCES[:2] if "input_ids" in inputs else _SOURCES
     inputs = {name: value for name, value in inputs.items() if name in sources}
@@ -355,16 +356,6 @@ def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :2] = 0
     return _generated(want, got, [inputs, {name: value[:1] for name, value in inputs.items()}])
-
-
-def _heard(model: nn.Module, texts: int) -> dict[str, Tensor]:
-    """Prompts with a sound each; the last of several is padded on the left."""
-    made = example_inputs(model, sizes={"batch": texts, "sequence": 6, "sounds": texts}, seed=3)
-    mask = torch.ones_like(made["attention_mask"])
-    if texts > 1:
-        mask[1, :2] = 0
-        made["input_ids"][1] = made["input_ids"][1].roll(2)  # its first two tokens are text
-    return {**made, "attention_mask": mask}
 
 
 def _generated(want: nn.Module, got: Any, cases: list[dict[str, Tensor]]) -> float:

@@ -221,6 +221,33 @@ def test_a_bfloat16_export_has_operators_of_its_dtype(level: str, tmp_path: Path
             onnxruntime.InferenceSession(path)
 
 
+class AddsUp(torch.nn.Module):
+    """Rows and numbers that are added up at places, as by the code of some mixtures of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.linear(x)
+        rows = torch.zeros_like(y).index_add(0, places, y)
+        return rows, torch.zeros_like(y).scatter_add(0, places[:, None].expand(y.shape), y)
+
+
+@torch.no_grad()
+def test_what_is_added_up_at_places_in_half_precision_runs(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider has no kernels for it in float16."""
+    torch.manual_seed(0)
+    model, places = AddsUp().eval().half(), torch.tensor([1, 0, 1, 3, 1])
+    x = torch.randn(5, 8).half()
+    export_onnx(model, tmp_path / "out", inputs={"x": x, "places": places})
+    places = torch.tensor([4, 4, 0, 2, 4])
+    got = runtime.load(tmp_path / "out")(x=x, places=places)
+    for a, b in zip(got.values(), model(x, places), strict=True):
+        assert a.dtype == torch.float16
+        torch.testing.assert_close(a, b, atol=4e-3, rtol=4e-3)
+
+
 class InBfloat16(torch.nn.Module):
     """A float32 model whose own code computes in bfloat16: element by element, in a product, and what it returns."""
 

@@ -223,3 +223,29 @@ def test_other_models_go_the_same_way(name: str, view: str, tmp_path: Path) -> N
         adapted = stirred(transform(model, RULES[kind], "x", seed=0), "x")
         export_adapter(adapted, tmp_path / "graph", tmp_path / kind)  # held against torch
         adapted.remove()
+
+
+def test_a_prefix_beside_which_a_model_computes_something_else_has_no_place(tmp_path: Path) -> None:
+    """T5Gemma's decoder hides padding by its token, but not beside a cache, in which a prefix comes."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    part = hf.T5GemmaModuleConfig(**TOKENS, **sizes, head_dim=8, intermediate_size=16)
+    config = hf.T5GemmaConfig(encoder=part, decoder=part, vocab_size=99, pad_token_id=TOKENS["pad_token_id"])
+    model = hf.T5GemmaForSequenceClassification(config).eval()
+    export_onnx(model, tmp_path / "graph", view="forward", slots="all-linear")
+    served = runtime.load(tmp_path / "graph")
+    assert "prefix" not in served.model.slots
+    assert "prompt" in served.model.slots
+    ids = torch.randint(5, 90, (3, 9), generator=torch.Generator().manual_seed(0))
+    ids[0, 3], ids[1, 0] = TOKENS["pad_token_id"], TOKENS["pad_token_id"]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        torch.testing.assert_close(served(**given).logits, model(**given).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_virtual_tokens_count_in_the_length_at_which_a_model_branches(tmp_path: Path) -> None:
+    """Doge's code chooses keys where a text, with what is before it, is longer than the window."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = hf.DogeConfig(**TOKENS, **sizes, keep_window_size=32, max_position_embeddings=32)
+    report = export_onnx(hf.DogeForCausalLM(config).eval(), tmp_path / "graph", view="forward", slots="all-linear")
+    told = [line.partition(" (")[0] for line in report.sizes]
+    assert told == ["sequence <= 32", "prefix + prompt + sequence <= 32"]

@@ -8,9 +8,10 @@ import peft
 import torch
 import transformers as hf
 from support.adapted import randomise
-from torch import nn
+from torch import Tensor, nn
 
 import peftfx
+from peftfx.bases.example_inputs import example_inputs
 
 SOUND = 96  # the token of a sound's piece
 _TEXT = {
@@ -94,3 +95,13 @@ def adapted_by_peft(kind: str, directory: Path, alpha: int = 8) -> peft.PeftMode
 def loaded(kind: str, directory: Path) -> peftfx.AdaptedModel:
     torch.manual_seed(0)
     return peftfx.load(MODELS[kind](), directory)
+
+
+def prompts_with_sounds(model: nn.Module, texts: int) -> dict[str, Tensor]:
+    """Prompts with a sound each; the last of several is padded on the left."""
+    made = example_inputs(model, sizes={"batch": texts, "sequence": 6, "sounds": texts}, seed=3)
+    mask = torch.ones_like(made["attention_mask"])
+    if texts > 1:
+        mask[1, :2] = 0
+        made["input_ids"][1] = made["input_ids"][1].roll(2)  # its first two tokens are text
+    return {**made, "attention_mask": mask}

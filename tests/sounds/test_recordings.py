@@ -18,6 +18,7 @@ from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_sh
         ("input_features", {"num_mel_bins": 8, "max_source_positions": 16}, (8, 32)),
         ("input_features", {"encoder_config": SimpleNamespace(num_mel_bins=8)}, (56, 8)),
         ("input_features", {"input_feat_per_channel": 80, "max_source_positions": 16}, (56, 80)),
+        ("input_features", {"num_mel_bins": 8, "input_size": 56}, (56, 56)),  # seven frames of mel bins together
         ("input_values", {"conv_stride": [5, 2]}, (160,)),
         ("input_values", {"encoder": SimpleNamespace(conv_stride=[5, 2])}, (160,)),
         ("input_values", {}, (6400,)),

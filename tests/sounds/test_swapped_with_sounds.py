@@ -96,9 +96,34 @@ def test_a_prefix_is_put_into_a_graph_of_a_text_with_sounds(tmp_path: Path) -> N
     assert torch.equal(served.generate(**inputs, **{**GREEDY, "max_new_tokens": 3}), tokens)
 
 
-def test_adapters_are_not_chosen_by_row_in_views_with_a_cache(tmp_path: Path) -> None:
+def test_each_row_has_its_adapter_beside_sounds(tmp_path: Path) -> None:
+    wants: dict[str | None, torch.nn.Module] = {}
+    for name, alpha in (("a", 8), ("b", 3)):
+        torch.manual_seed(0)
+        options = peft.LoraConfig(r=3, lora_alpha=alpha, target_modules=r".*language_model.*(q_proj|v_proj|down_proj)")
+        wants[name] = peft.get_peft_model(MODELS["voxtral"](), options).eval()
+        randomise(wants[name])
+        wants[name].save_pretrained(str(tmp_path / name))
+    model = loaded("voxtral", tmp_path / "a")
+    wants[None] = model.get_base_model()
+    model.load_adapter(tmp_path / "b", "b")
+    model.export(tmp_path / "out", view="decode", batched=["default", "b"])
+    served, names = runtime.load(tmp_path / "out"), ["b", None, "default"]
+    inputs = example_inputs(MODELS["voxtral"](), sizes={"batch": 3, "sequence": 9, "sounds": 4}, seed=3)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    for beams in (1, 2):
+        said = served.generate(**inputs, **GREEDY, num_beams=beams, adapter_ids=names)
+        logits = served(**inputs, adapter_ids=names)["logits"]
+        for row, name in enumerate(("b", None, "a")):
+            assert torch.equal(said[row], wants[name].generate(**inputs, **GREEDY, num_beams=beams)[row])
+            with torch.no_grad():
+                expected = wants[name](**inputs).logits
+            torch.testing.assert_close(logits[row], expected[row], atol=3e-5, rtol=3e-4)
+
+
+def test_an_adapter_in_the_sound_encoder_cannot_be_of_a_row(tmp_path: Path) -> None:
     ours = peftfx.transform(MODELS["voxtral"](), peftfx.LoRA(r=2, target="attention.query"), "low")
-    with pytest.raises(PeftfxError, match="images or sounds") as refused:
+    with pytest.raises(PeftfxError, match="an adapter acts where images or sounds are encoded") as refused:
         ours.export(tmp_path / "out", view="decode", batched=["low"])
-    assert refused.value.hint == "export it merged, or with --swappable"
+    assert refused.value.where == "model.audio_tower.layers.0.self_attn.q_proj"
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 import peftfx
@@ -59,3 +60,19 @@ def test_a_translation_says_nothing_of_its_own_choices(tmp_path: Path) -> None:
     finally:
         logger.removeHandler(handler)
     assert heard == []
+
+
+@torch.no_grad()
+def test_a_logarithm_that_is_rounded_to_a_whole_number_is_torchs(tmp_path: Path) -> None:
+    """DeBERTa's last bucket of positions: the logarithms of its ends are divided, and the last bit decides."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    near = {"relative_attention": True, "position_buckets": 4, "max_relative_positions": 8, "pos_att_type": ["p2c"]}
+    config = hf.DebertaV2Config(**sizes, **near, vocab_size=99, type_vocab_size=0, pad_token_id=0)
+    torch.manual_seed(0)
+    model = hf.DebertaV2ForSequenceClassification(config)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    peftfx.export_onnx(model.eval(), tmp_path / "out", view="forward")
+    ids = torch.randint(5, 90, (2, 17))
+    got = peftfx.runtime.load(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(got, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)

@@ -194,3 +194,38 @@ def test_a_mask_that_slides_needs_no_window() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = hf.MistralForCausalLM(hf.MistralConfig(**sizes, intermediate_size=16, vocab_size=99, sliding_window=4))
     assert [layer.window for layer in decode_view(model).layers] == [None]
+
+
+@torch.no_grad()
+def test_positions_that_a_call_leaves_out_are_counted_as_by_the_model(tmp_path: Path) -> None:
+    """OPT counts the tokens that the mask shows, GPT-2 a row's places. A step goes on from either padding."""
+    ids, mask = text(3, 7)
+    mask[0, 4:] = 0
+    for name in ("opt", "gpt2"):
+        model = ZOO[name].build()
+        peftfx.export_onnx(model, tmp_path / name, view="decode")
+        served = peftfx.runtime.load(tmp_path / name)
+        want = model(input_ids=ids, attention_mask=mask, use_cache=True)
+        got = served(input_ids=ids, attention_mask=mask)
+        torch.testing.assert_close(got.logits[mask.bool()], want.logits[mask.bool()], atol=1e-4, rtol=1e-4)
+        step = {"input_ids": ids[:, :2], "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :2])], 1)}
+        want = model(**step, cache=want.cache)
+        torch.testing.assert_close(served(**step, cache=got.cache).logits, want.logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_that_counts_in_its_own_way_needs_its_positions(tmp_path: Path) -> None:
+    """CamemBERT's code counts from the padding's token on, and `generate` gives it positions that count from 0."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = hf.CamembertConfig(**TOKENS, **sizes, max_position_embeddings=64, type_vocab_size=1, is_decoder=True)
+    model = hf.CamembertForCausalLM(config).eval()
+    peftfx.export_onnx(model, tmp_path / "out", view="decode")
+    served, (ids, mask) = peftfx.runtime.load(tmp_path / "out"), text(2, 6)
+    with pytest.raises(peftfx.PeftfxError, match="counts positions in a way of its own") as raised:
+        served(input_ids=ids, attention_mask=mask)
+    assert "position_ids" in raised.value.hint
+    given = {"input_ids": ids, "attention_mask": mask}
+    assert torch.equal(served.generate(**given, **GREEDY), model.generate(**given, **GREEDY))
+    want = model(**given, position_ids=positions(mask) + 3).logits
+    got = served(**given, position_ids=positions(mask) + 3).logits
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)

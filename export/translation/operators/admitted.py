@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import onnx
 import onnx_ir as ir
 
-_NARROW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+_NARROW, _HALF, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT
+_SCATTERS = ("ScatterElements", "ScatterND")
 _NAMED = "tensor(bfloat16)"
 
 
@@ -15,26 +16,45 @@ def cast_where_not_admitted(model: ir.Model) -> None:
     """Let operators compute in float32 if their version takes no bfloat16, and round what they give.
 
     torch, too, computes in float32 there. A runtime refuses a model with bfloat16 at such an operator. Its provider
-    cannot be asked: the CPU's has no kernels in bfloat16 at all.
+    cannot be asked: the CPU's has no kernels in bfloat16 at all. In float16 it has none that add up what is scattered.
     """
     version = model.graph.opset_imports.get("")
-    if version is None or not any(value.dtype == _NARROW for value in _values(model.graph)):
+    kinds = {value.dtype for value in _values(model.graph)}
+    if version is None or not kinds & {_NARROW, _HALF}:
         return
     for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
         schema = _schema(node, version)
         if schema is None or node.graph is None:
             continue
         _tell_dtypes(node, schema)
-        for place in _places(node.inputs, schema.inputs):
-            value = node.inputs[place]
-            assert value is not None
-            cast = ir.node("Cast", [value], {"to": int(_WIDE)}, metadata_props=dict(node.metadata_props))
-            cast.outputs[0].name, cast.outputs[0].type = f"{value.name}.wide", ir.TensorType(_WIDE)
-            cast.outputs[0].shape = value.shape
-            node.graph.insert_before(node, cast)
-            node.replace_input_with(place, cast.outputs[0])
-        for place in _places(node.outputs, schema.outputs):
-            _round(node, node.outputs[place])
+        if _adds_up(node):
+            inputs, outputs = (_of(values, _HALF) for values in (node.inputs, node.outputs))
+            _widen(node, inputs, outputs, _HALF)
+        _widen(node, _places(node.inputs, schema.inputs), _places(node.outputs, schema.outputs), _NARROW)
+
+
+def _adds_up(node: ir.Node) -> bool:
+    reduction = node.attributes.get("reduction")
+    return node.op_type in _SCATTERS and reduction is not None and reduction.as_string() != "none"
+
+
+def _of(values: Sequence[ir.Value | None], kind: ir.DataType) -> list[int]:
+    return [i for i, value in enumerate(values) if value is not None and value.dtype == kind]
+
+
+def _widen(node: ir.Node, inputs: Iterable[int], outputs: Iterable[int], narrow: ir.DataType) -> None:
+    """Let a node read these inputs in float32, and round these outputs."""
+    assert node.graph is not None
+    for place in list(inputs):
+        value = node.inputs[place]
+        assert value is not None
+        cast = ir.node("Cast", [value], {"to": int(_WIDE)}, metadata_props=dict(node.metadata_props))
+        cast.outputs[0].name, cast.outputs[0].type = f"{value.name}.wide", ir.TensorType(_WIDE)
+        cast.outputs[0].shape = value.shape
+        node.graph.insert_before(node, cast)
+        node.replace_input_with(place, cast.outputs[0])
+    for place in list(outputs):
+        _round(node, node.outputs[place], narrow)
 
 
 def _values(graph: ir.Graph) -> Iterator[ir.Value]:
@@ -57,14 +77,14 @@ def _tell_dtypes(node: ir.Node, schema: onnx.defs.OpSchema) -> None:
             value.dtype = own
 
 
-def _round(node: ir.Node, value: ir.Value) -> None:
-    """Give the readers of a node's result its value in bfloat16."""
+def _round(node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
+    """Give the readers of a node's result its rounded value."""
     graph = node.graph
     assert isinstance(graph, ir.Graph)
-    rounded = ir.Value(name=value.name, type=ir.TensorType(_NARROW), shape=value.shape)
+    rounded = ir.Value(name=value.name, type=ir.TensorType(narrow), shape=value.shape)
     ir.convenience.replace_all_uses_with(value, rounded, replace_graph_outputs=True)
     value.name, value.type = f"{value.name}.wide", ir.TensorType(_WIDE)
-    cast = ir.node("Cast", [value], {"to": int(_NARROW)}, outputs=[rounded], metadata_props=dict(node.metadata_props))
+    cast = ir.node("Cast", [value], {"to": int(narrow)}, outputs=[rounded], metadata_props=dict(node.metadata_props))
     graph.insert_after(node, cast)
 
 

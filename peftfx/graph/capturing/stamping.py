@@ -23,7 +23,7 @@ from torch.fx.experimental import proxy_tensor
 
 from peftfx.graph.capturing.layer_kinds import Kind, Unknown, described, layers_of
 from peftfx.graph.capturing.layer_numbers import ModulesOf
-from peftfx.graph.capturing.traced_layers import TracedLayer, copied_layer, node_of, traced_layer
+from peftfx.graph.capturing.traced_layers import TracedLayer, copied_layer, node_of, qualified_name, traced_layer
 from peftfx.telling import tell_share
 
 Forward = Callable[..., object]
@@ -107,9 +107,11 @@ class _Stamper:
         if layer is None or mode is None or not getattr(mode.tracer, "module_stack", None):
             return original(module, *args, **kwargs)
         tracer: Any = mode.tracer
-        key, (path, _) = next(reversed(tracer.module_stack.items()))
+        key, (path, kind_of_top) = next(reversed(tracer.module_stack.items()))
         try:
             if key != path:  # the layer runs again
+                raise Unknown
+            if kind_of_top not in (type(layer), qualified_name(type(layer))):  # its `forward` is called, not the layer
                 raise Unknown
             call = described(layer, args, kwargs, lambda tensor: node_of(tracer, tensor), self.held, self.modules)
             kind = self.kinds.setdefault(call.key, Kind())

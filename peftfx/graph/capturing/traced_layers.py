@@ -172,7 +172,8 @@ def copied_layer(tracer: Any, traced: TracedLayer, call: LayerCall, path: str) -
         copy.meta = dict(node.meta)
         inner = list(node.meta["nn_module_stack"].items())[len(outer) :]
         stack = {
-            key: (name, str(kind) if isinstance(kind, str) else _name(kind)) for key, (name, kind) in outer.items()
+            key: (name, str(kind) if isinstance(kind, str) else qualified_name(kind))
+            for key, (name, kind) in outer.items()
         }
         stack |= {moved(key): (moved(name), kind) for key, (name, kind) in inner}
         copy.meta["nn_module_stack"] = stack
@@ -195,7 +196,7 @@ def copied_layer(tracer: Any, traced: TracedLayer, call: LayerCall, path: str) -
     return result
 
 
-def _name(kind: type) -> str:
+def qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 

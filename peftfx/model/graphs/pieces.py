@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from peftfx.graph.graph import Graph
 from peftfx.graph.linking import link
 from peftfx.graph.rewriter import program_of
-from peftfx.sites.network import keys_of
+from peftfx.sites.dataflow import keys_of
 
 
 @dataclass(frozen=True)

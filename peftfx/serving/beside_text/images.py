@@ -40,7 +40,8 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
 
     @under_one_adapter
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate by the `generate` of the model's own class."""
+        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
+        options.pop(IDS, None)  # kept while this method runs
         args, options = self.as_tensors(args, options)
         return self._own.generate(*args, **options)
 
@@ -73,7 +74,8 @@ class ServedOverImages(GeneratesOverImages, ServedGenerator):  # type: ignore[mi
 
     @under_one_adapter
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate by the `generate` of the model's own class."""
+        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
+        options.pop(IDS, None)  # kept while this method runs
         args, options = self.as_tensors(args, options)
         return self._own.generate(*args, **options)
 

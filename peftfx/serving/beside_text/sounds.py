@@ -49,7 +49,8 @@ class ServedWithSounds(GeneratesWithSounds, ServedGenerator):  # type: ignore[mi
 
     @under_one_adapter
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate by the `generate` of the model's own class."""
+        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
+        options.pop(IDS, None)  # kept while this method runs
         args, options = self.as_tensors(args, options)
         return self._own.generate(*args, **options)
 
