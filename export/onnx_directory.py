@@ -175,5 +175,5 @@ def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[s
 
 def _deployment(asked: ExportOptions, source: str, *, merges: bool) -> Deployment:
     if asked.places is not None:
-        return Swappable(asked.places, source, *tolerances(asked), asked.rounds)
+        return Swappable(asked.places, source, *tolerances(asked), asked.rounds, asked.images)
     return Batched(tuple(asked.batched)) if asked.batched else InGraph(merges)

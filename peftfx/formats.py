@@ -23,7 +23,7 @@ FROM_MASK, FROM_ONE, OWN_WAY = "mask", "one", "own"  #: its values: tokens that 
 ADAPTER = ".onnx_adapter"  #: the ending of a file's name; the format is ONNX Runtime's, the version that of peftfx
 
 #: The versions that this peftfx writes, and the newest that it reads. A change that breaks an older reader adds 1.
-VERSIONS: Mapping[str, int] = {SLOTS: 2, BATCHED: 1, REPORT: 1, RULES: 1, LABELS: 1, ADAPTER: 1}
+VERSIONS: Mapping[str, int] = {SLOTS: 3, BATCHED: 1, REPORT: 1, RULES: 1, LABELS: 1, ADAPTER: 1}
 
 
 def with_version(name: str, values: Mapping[str, object]) -> dict[str, object]:

@@ -16,12 +16,13 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from peftfx.bases.processors.pictures import pictures_of
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.slots.initializers import untied_heads
 from peftfx.export.slots.reopened import reopened
-from peftfx.export.slots.served_as import idle_in, served_as
+from peftfx.export.slots.served_as import idle_in, pictured, served_as
 from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.sizes.search import sizes_of
@@ -113,16 +114,18 @@ def export_adapter(
     if fingerprint(adapted.base, manifest.fingerprint_version) != manifest.fingerprint:
         what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
         raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
-    with in_eval(adapted):
-        tensors = slot_tensors(adapted, manifest, idle_in(adapted, directory, manifest))
-    write = functools.partial(_write_checked, adapted, directory, manifest, tensors, asked.check)
-    if len(manifest.views) > 1:
-        with publish(output, asked.force, holds_adapter) as temporary:
-            write(temporary)
-        return output
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_file(output, write, replace=asked.force)
+    picture, example = pictured(adapted, manifest)
+    with pictures_of(picture):
+        with in_eval(adapted):
+            tensors = slot_tensors(adapted, manifest, idle_in(adapted, directory, manifest))
+        write = functools.partial(_write_checked, adapted, directory, manifest, tensors, asked.check, example)
+        if len(manifest.views) > 1:
+            with publish(output, asked.force, holds_adapter) as temporary:
+                write(temporary)
+            return output
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_file(output, write, replace=asked.force)
     return output
 
 
@@ -152,18 +155,20 @@ def _write_checked(
     manifest: Manifest,
     tensors: Mapping[str, Mapping[str, Tensor]],
     check: bool,
+    example: Mapping[str, object] | None,
     path: Path,
 ) -> None:
     for name in manifest.views:
         write_adapter_file(tensors[name], manifest.version, file_of(path, name, tuple(manifest.views)))
     for name, kind in manifest.views.items() if check else ():
         with in_eval(adapted):
-            view, graph = served_as(adapted, directory, name, kind)
-            sizes = sizes_of(adapted, view, adapted.example, allow_fixed=True)
-            oracle = eager_oracle(adapted, graph, view, adapted.example, sizes)
+            view, graph = served_as(adapted, directory, name, kind, example)
+            given = adapted.example if example is None else example
+            sizes = sizes_of(adapted, view, given, allow_fixed=True)
+            oracle = eager_oracle(adapted, graph, view, given, sizes)
             put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
             lost, rtol = manifest.lost, manifest.rtol
-            plain = None if lost is None else reopened(adapted, manifest, name, tensors[name])
+            plain = None if lost is None else reopened(adapted, manifest, name, tensors[name], example)
             if lost is not None and plain is None and rtol is not None:
                 rtol = min(rtol, MORE * lost)
             found = verify(

@@ -48,7 +48,13 @@ class Reopened:
             return reference_of(self.graph)({**empty, **feed, **self.put})
 
 
-def reopened(adapted: AdaptedModel, manifest: Manifest, name: str, put: Mapping[str, Tensor]) -> Reopened | None:
+def reopened(
+    adapted: AdaptedModel,
+    manifest: Manifest,
+    name: str,
+    put: Mapping[str, Tensor],
+    example: Mapping[str, object] | None = None,
+) -> Reopened | None:
     """Capture the graph of a file with slots again; None if its slots are not those of the file.
 
     Args:
@@ -56,6 +62,7 @@ def reopened(adapted: AdaptedModel, manifest: Manifest, name: str, put: Mapping[
         manifest: the slots of the exported graphs.
         name: the stem of the graph's file.
         put: the tensors for its slots, by name.
+        example: the arguments of a forward call, if they are not the model's own example.
     """
     slots = manifest.of(name)
     at = {what: tuple(s.at for s in slots.values() if s.what == what) for what in (OUTER, INNER, KEYS)}
@@ -64,7 +71,7 @@ def reopened(adapted: AdaptedModel, manifest: Manifest, name: str, put: Mapping[
         places = tuple(prompt_places_of(adapted.base, adapted.sites)) if prompts else ()
         kind = manifest.views[name]
         if kind == FORWARD:
-            part = forward_part(adapted, None, places)
+            part = forward_part(adapted, example, places)
         else:
             part = generating_part(adapted, name, kind, places, prompts=prompts)
         beside = tuple(site for site in adapted.sites.headed if site.path in at[KEYS])

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 import torch
@@ -57,6 +58,7 @@ class Swappable(Deployment):
         source: where the base was read from; may be empty.
         atol, rtol: the tolerances of the verification, also for adapters later; None means measured.
         rounds: whether weights are rounded.
+        image_size: the height and width of images, or `any`, if they were chosen.
     """
 
     slots: Slots = field(default_factory=Slots)
@@ -64,6 +66,7 @@ class Swappable(Deployment):
     atol: float | None = None
     rtol: float | None = None
     rounds: bool = False
+    image_size: tuple[int, int] | Literal["any"] | None = None
 
     def capture(self, adapted: AdaptedModel, view: str, inputs: Inputs | None) -> list[GraphPart]:
         """Capture the base and open its slots.
@@ -156,6 +159,7 @@ class Swappable(Deployment):
             atol=self.atol,
             rtol=self.rtol,
             lost=max(c.max_rel for part in parts for c in part.found) if self.rounds else None,
+            image_size=self.image_size,
             slots=tuple(dataclasses.replace(slot, graph=part.stem) for part in parts for slot in part.slots),
         ).write(directory)
         return why

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of, number_of
+from peftfx.bases.dtypes import floating_dtype
 
 _IMAGE = ("sample", "hidden_states")  #: names of the noisy latents: of U-Nets, and of transformers
 _PACKED = (4, 6)  #: height and width, in tokens, of latents that a model takes as a sequence of tokens
@@ -63,7 +64,7 @@ class _Maker:
     def __post_init__(self) -> None:
         self.accepted = inspect.signature(self.model.forward).parameters
         self.config: Any = self.model.config
-        self.dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        self.dtype = floating_dtype(self.model)
 
     def sample(self) -> Tensor:
         return self._latents()

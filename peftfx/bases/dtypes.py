@@ -45,6 +45,11 @@ def dtype_plan(model: nn.Module, wanted: torch.dtype) -> Callable[[str], torch.d
     return lambda name: next((plan[key] for key in plan if key in name.split(".")), wanted)
 
 
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype in which a model takes pixels, samples and other numbers: that of its first such parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def coarsest(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's floating-point parameters that rounds most: what its numbers are good for."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of, number_of, special_tokens
 from peftfx.bases.diffusion_inputs import denoiser_inputs, denoises
+from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.labels import class_labels
 from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
 from peftfx.bases.processors.codebooks import codes_shape
@@ -259,8 +260,7 @@ class _Maker:
         return torch.randint(below, tuple(shape), generator=self.random)
 
     def _floats(self, *shape: int) -> Tensor:
-        kinds = (p.dtype for p in self.model.parameters() if p.is_floating_point())
-        return torch.randn(shape, generator=self.random).to(next(kinds, torch.float32))
+        return torch.randn(shape, generator=self.random).to(floating_dtype(self.model))
 
     def _visible(self, labels: Tensor, made: Mapping[str, Tensor]) -> Tensor:
         """Mask labels at padding and at pieces of an image or sound."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -94,6 +94,7 @@ class Manifest:
         slots: the slots of all graphs.
         fingerprint_version: the version of the fingerprint; see `peftfx.graph.fingerprint`.
         lost: the largest relative error of the graphs with random adapters, if their weights were rounded.
+        image_size: the height and width of images, or `any`, if they were chosen.
     """
 
     base: str
@@ -106,6 +107,7 @@ class Manifest:
     slots: tuple[Slot, ...]
     fingerprint_version: int = 1
     lost: float | None = None
+    image_size: tuple[int, int] | Literal["any"] | None = None
 
     def write(self, directory: Path) -> None:
         """Write `SLOTS_FILE` into the directory."""
@@ -127,7 +129,8 @@ class Manifest:
         raw: Any = read_stamped(path, "export the base again")
         try:
             slots = tuple(Slot(**{**s, "shape": tuple(s["shape"]), "perm": tuple(s["perm"])}) for s in raw.pop("slots"))
-            found = Manifest(**raw, slots=slots)
+            size = raw.pop("image_size", None)
+            found = Manifest(**raw, slots=slots, image_size=tuple(size) if isinstance(size, list) else size)
         except (KeyError, TypeError, AttributeError) as error:
             what = f"cannot be read: {first_line(error)}"
             raise PeftfxError(what, str(path), "export the base again") from error

@@ -82,9 +82,18 @@ class _Serves(Served, GenerationMixin):
 
         What the graphs take may be arrays and lists, too.
         """
-        inputs = {name for graph in self.graphs.values() for name in graph.inputs}
-        given = {name: taken(name, value) if name in inputs else value for name, value in options.items()}
-        return super().generate(*(taken(self.main_input_name, one) for one in args), **given)
+        args, options = self.as_tensors(args, options)
+        return super().generate(*args, **options)
+
+    def as_tensors(self, args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of `generate`, with tensors in place of the arrays and lists that graphs take."""
+        made = {name: taken(name, value) if name in self.tensors else value for name, value in options.items()}
+        return tuple(taken(self.main_input_name, one) for one in args), made
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The names of the arguments that are tensors."""
+        return frozenset(name for graph in self.graphs.values() for name in graph.inputs)
 
     def _fitted(self, graph: OnnxModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs of a graph in its dtypes, with the adapters' numbers."""
@@ -180,8 +189,9 @@ class ServedSeq2Seq(Buffered, GeneratesFromSource, _Serves):  # type: ignore[mis
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
 
     @under_one_adapter
-    def _by_own_class(self, name: str, *args: object, **options: object) -> object:
+    def _by_own_class(self, name: str, *args: Any, **options: Any) -> object:
         """Call a method of the stand-in; rows have the adapters of `adapter_ids`."""
+        args, options = self.as_tensors(args, options)
         ids: Any = options.pop(IDS, None)
         stand_in = self._stand_in if ids is None else self._numbered_stand_in(ids)
         return getattr(stand_in, name)(*args, **options)

@@ -25,6 +25,26 @@ from peftfx.serving.call_rows import KeptRows, RowAdapters
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.row_adapters import IDS
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def under_one_adapter(method: _Method) -> _Method:
+    """Wrap a method of a served model that calls its graphs often: an adapter that another thread makes active in the
+    meantime does not act in it. The cache would have keys and values of two adapters.
+    """
+
+    @functools.wraps(method)
+    def whole(self: Served, *args: Any, **options: Any) -> Any:
+        given = self.numbered(options)
+        with ExitStack() as kept:
+            with self.switching:
+                for graph in self.graphs.values():
+                    kept.enter_context(graph.keeping())
+                kept.enter_context(self._numbering(given.get(IDS)))
+            return method(self, *args, **given)
+
+    return cast("_Method", whole)
+
 
 class Served(RowAdapters):
     """A model in ONNX Runtime on the CPU, called as the torch model is.
@@ -149,6 +169,7 @@ class Served(RowAdapters):
         tokens, logits = (self.model.axes.get(name, ()) for name in ("input_ids", _LOGITS))
         return len(logits) == 3 and logits[:2] == tokens and isinstance(tokens[1], str)
 
+    @under_one_adapter
     def __call__(self, main: Any = None, /, **inputs: Any) -> Any:
         """Run `forward` on the `inputs`: tensors, NumPy arrays or lists. The main one, `input_ids` say, needs no name.
 
@@ -183,27 +204,6 @@ class Served(RowAdapters):
         if found.pad_token is None:
             found.pad_token = found.eos_token
         return found
-
-
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def under_one_adapter(method: _Method) -> _Method:
-    """Wrap a method of a served model that calls its graphs often: an adapter that another thread makes active in the
-    meantime does not act in it. The cache would have keys and values of two adapters.
-    """
-
-    @functools.wraps(method)
-    def whole(self: Served, *args: Any, **options: Any) -> Any:
-        given = self.numbered(options)
-        with ExitStack() as kept:
-            with self.switching:
-                for graph in self.graphs.values():
-                    kept.enter_context(graph.keeping())
-                kept.enter_context(self._numbering(given.get(IDS)))
-            return method(self, *args, **given)
-
-    return cast("_Method", whole)
 
 
 class ServedForward(Served):

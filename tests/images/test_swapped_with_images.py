@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from every_model.checks import build
 from support.adapted import randomise
 from support.few import but_for
@@ -15,6 +16,7 @@ from support.few import but_for
 import peftfx
 from peftfx import PeftfxError, export_onnx, runtime
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.pictures import pictures_of
 from peftfx.errors import PeftfxWarning
 
 pytestmark = pytest.mark.further
@@ -58,7 +60,7 @@ def test_what_is_refused_tells_of_an_export_that_there_is(view: str, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-def _held(kind: str, root: Path, image: str) -> None:
+def _held(kind: str, root: Path, image: str, size: tuple[int, int] | None = None) -> None:
     """Two adapters of `peft` in all parts of a model, swapped in an export with a cache: tokens are those of `peft`."""
     theirs = {}
     for name, alpha in (("a", 8), ("b", 3)):
@@ -67,7 +69,7 @@ def _held(kind: str, root: Path, image: str) -> None:
         randomise(theirs[name])
         theirs[name].save_pretrained(str(root / name))
     base = build(TASK, kind)
-    export_onnx(base, root / "out", slots="all-linear", view="decode")
+    export_onnx(base, root / "out", slots="all-linear", view="decode", image_size=size)
     served = runtime.load(root / "out")
     assert set(served.graphs) == {"vision_encoder", "model"}
     for name in theirs:
@@ -77,13 +79,15 @@ def _held(kind: str, root: Path, image: str) -> None:
         served.load_adapter(path, name)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     for texts in (1, 2):
-        given = example_inputs(base, sizes={"batch": texts, "sequence": 9}, seed=texts)
+        with pictures_of(size):
+            given = example_inputs(base, sizes={"batch": texts, "sequence": 9}, seed=texts)
         given["attention_mask"] = torch.ones_like(given["attention_mask"])
         said = []
         for name, model in (*theirs.items(), (None, base)):
             served.set_adapter(name)
             said.append(served.generate(**given, **options))
             assert torch.equal(said[-1], model.generate(**given, **options)), name
+            assert torch.equal(served.generate(**{n: v.numpy() for n, v in given.items()}, **options), said[-1])
             other = served.generate(**{**given, image: given[image].flip(-1)}, **options)
             with torch.no_grad():
                 assert torch.equal(other, model.generate(**{**given, image: given[image].flip(-1)}, **options)), name
@@ -93,6 +97,27 @@ def _held(kind: str, root: Path, image: str) -> None:
 @pytest.mark.parametrize("kind", but_for({"gemma3", "mllama"}, ["llava", "gemma3", "mllama", "paligemma"]))
 def test_adapters_are_swapped_in_views_with_a_cache(kind: str, tmp_path: Path) -> None:
     _held(kind, tmp_path, "pixel_values")
+
+
+@pytest.mark.parametrize("kind", but_for({"qwen2_vl"}, ["smolvlm", "qwen2_vl", "idefics3", "llava_next"]))
+def test_adapters_are_swapped_where_the_size_of_a_picture_is_chosen(kind: str, tmp_path: Path) -> None:
+    _held(kind, tmp_path, "pixel_values", (64, 64))
+
+
+@pytest.mark.parametrize("size", [(48, 40), "any", None])
+def test_an_adapter_is_held_to_the_size_that_images_have_in_its_graph(size: object, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hf.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
+    base = hf.ViTForImageClassification(config).eval()
+    export_onnx(base, tmp_path / "out", slots="all-linear", view="forward", image_size=size)
+    ours = peftfx.transform(base, peftfx.LoRA(r=2, init_lora_weights=False))
+    served = runtime.load(tmp_path / "out")
+    served.load_adapter(peftfx.export_adapter(ours, tmp_path / "out", tmp_path / "a"), "a")
+    served.set_adapter("a")
+    x = torch.randn(3, 3, *((32, 32) if size is None else (48, 40)))
+    with torch.no_grad():
+        want = ours(pixel_values=x, interpolate_pos_encoding=size is not None).logits
+    torch.testing.assert_close(served(pixel_values=x).logits, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", but_for({"llava"}, ["llava", "gemma3", "florence2"]))

@@ -66,6 +66,23 @@ def test_tokens_are_those_of_peft(served: tuple[peft.PeftModel, ServedWithSounds
     assert torch.equal(model.generate(**inputs, **beams), want.generate(**inputs, **beams))
 
 
+def test_what_graphs_take_may_be_arrays_and_lists(served: tuple[peft.PeftModel, ServedWithSounds]) -> None:
+    want, model = served
+    inputs = call(want.get_base_model(), 2, 2)
+    expected = want.generate(**inputs, **GREEDY)
+    forms: list[Callable[[Tensor], object]] = [
+        Tensor.numpy,
+        Tensor.tolist,
+        lambda v: v if v.is_floating_point() else v.int(),
+    ]
+    for form in forms:
+        given = {name: form(value) for name, value in inputs.items()}
+        assert torch.equal(model.generate(**given, **GREEDY), expected)
+    text = torch.tensor([[5, -3, 6]])
+    with pytest.raises(PeftfxError, match="a token is negative: -3"):
+        model.generate(input_ids=text, attention_mask=torch.ones_like(text), **GREEDY)
+
+
 def test_a_sound_is_heard_and_a_text_needs_none(served: tuple[peft.PeftModel, ServedWithSounds]) -> None:
     want, model = served
     inputs = call(want.get_base_model(), 1, 1)

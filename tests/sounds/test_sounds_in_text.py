@@ -15,6 +15,7 @@ from peftfx import PeftfxError
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.export import OnnxModel
+from peftfx.views.finding.sound_views import find_sounds
 
 Inputs = dict[str, Tensor]
 
@@ -65,6 +66,20 @@ def test_masks_say_how_long_sounds_are(tmp_path: Path) -> None:
     places = (ids[1] == SOUND).nonzero().flatten()
     ids[1, places[5:]] = torch.arange(20, 20 + len(places) - 5)
     hold(want, OnnxModel(tmp_path / "onnx"), inputs)
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_a_model_in_half_precision_hears_too(kind: str, tmp_path: Path) -> None:
+    """Its layers take no float32 recording, not even one of an example."""
+    want = adapted_by_peft(kind, tmp_path / "adapter").half()
+    torch.manual_seed(0)
+    ours = peftfx.load(MODELS[kind]().half(), tmp_path / "adapter")
+    inputs = call(want.get_base_model(), 2, 3)
+    assert next(inputs[name] for name in RECORDINGS if name in inputs).dtype == torch.float16
+    with torch.no_grad():
+        got, expected = ours(**inputs).logits, want(**inputs).logits
+    assert (got - expected).abs().max() < 0.02 * expected.abs().max()
+    assert find_sounds(ours.get_base_model()).heard == torch.float16
 
 
 def test_labels_are_masked_at_the_tokens_of_sounds() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import peft
@@ -52,6 +53,25 @@ def test_a_forward_takes_any_number_of_sounds(kind: str, tmp_path: Path) -> None
             with torch.no_grad():
                 expected = want(**inputs).logits
             torch.testing.assert_close(served(**inputs)["logits"][shown], expected[shown], atol=3e-5, rtol=3e-4)
+
+
+def test_a_call_is_one_adapter_s_in_both_graphs(tmp_path: Path) -> None:
+    """Another thread makes an adapter active between the graph of sounds and that of the text."""
+    served, wants = swapped("voxtral", "decode", tmp_path)
+    inputs = example_inputs(MODELS["voxtral"](), sizes={"batch": 1, "sequence": 9}, seed=2)
+    encode = served.encode
+
+    def switching(*given: object) -> object:
+        features = encode(*given)
+        thread = threading.Thread(target=served.set_adapter, args=("b",))
+        thread.start(), thread.join()
+        return features
+
+    served.set_adapter("a")
+    served.encode = switching
+    with torch.no_grad():
+        torch.testing.assert_close(served(**inputs)["logits"], wants["a"](**inputs).logits, atol=3e-5, rtol=3e-4)
+    assert served.active == "b"
 
 
 def test_a_prefix_is_put_into_a_graph_of_a_text_with_sounds(tmp_path: Path) -> None:

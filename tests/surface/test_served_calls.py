@@ -59,6 +59,16 @@ def test_generation_takes_arrays_and_lists(exported: Path) -> None:
         served.generate(IDS[0])
 
 
+def test_a_model_of_sounds_generates_from_arrays_and_lists(tmp_path: Path) -> None:
+    model = ZOO["whisper"].build().eval()
+    peftfx.export_onnx(model, tmp_path / "out", view="decode")
+    served, heard = peftfx.runtime.load(tmp_path / "out"), ZOO["whisper"].inputs(model=model)["input_features"]
+    want = served.generate(heard, max_new_tokens=3, do_sample=False)
+    for kind in (np.asarray, torch.Tensor.tolist):
+        assert torch.equal(served.generate(kind(heard), max_new_tokens=3, do_sample=False), want)
+        assert torch.equal(served.generate(input_features=kind(heard), max_new_tokens=3, do_sample=False), want)
+
+
 def test_pixels_are_cast_to_what_the_graph_takes(tmp_path: Path) -> None:
     model = ZOO["vit"].build().eval()
     peftfx.export_onnx(model, tmp_path / "out", view="forward")

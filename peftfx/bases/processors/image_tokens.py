@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of, number_of
+from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.processors.encoded_images import by_image, main_features
 from peftfx.bases.processors.fake_runs import on_fakes
 from peftfx.bases.processors.readers import ENCODE
@@ -131,6 +132,10 @@ def _readable(value: Tensor) -> bool:
     return not value.is_floating_point() and value.numel() <= _MOST
 
 
+def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
 def split_known(image: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the arguments of an image without those whose values the model's code may read, and those."""
     known = {name: value for name, value in image.items() if _readable(value)}
@@ -146,8 +151,9 @@ def _count(model: nn.Module, encode: Callable[..., Any], given: Mapping[str, Ten
     if is_sound(given):
         known = {name: value for name, value in given.items() if not value.is_floating_point()}
         rest = {name: value for name, value in given.items() if name not in known}
+    dtype = floating_dtype(model)
     with on_fakes(model) as mode:
-        fed = {name: mode.from_tensor(value) for name, value in rest.items()}
+        fed = {name: mode.from_tensor(_cast(value, dtype)) for name, value in rest.items()}
         try:
             if is_sound(given):
                 encode(**fed, **{name: mode.from_tensor(value) for name, value in known.items()}, return_dict=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
+from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.processors.fake_runs import on_fakes
 
 PAST_VALUES = "past_values"  #: the argument that takes a time series, [batch, time, channels]
@@ -52,7 +53,7 @@ def as_video(model: nn.Module, accepted: Collection[str], pixels: Tensor) -> Ten
 
 
 def _runs(model: nn.Module, shape: tuple[int, ...]) -> bool:
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = floating_dtype(model)
     with on_fakes(model):
         try:
             model(pixel_values=torch.zeros(shape, dtype=dtype))

@@ -9,7 +9,7 @@ from typing import Any
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
-from peftfx.bases.processors.token_types import TYPES
+from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.processors.writers import writer_of
 from peftfx.caches.held import Held
 from peftfx.errors import PeftfxError
@@ -39,10 +39,16 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
 
     @under_one_adapter
-    def generate(self, *args: object, **options: object) -> Any:
+    def generate(self, *args: Any, **options: Any) -> Any:
         """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
         options.pop(IDS, None)  # kept while this method runs
+        args, options = self.as_tensors(args, options)
         return self._own.generate(*args, **options)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The names of the arguments that are tensors, also of those that no graph takes."""
+        return super().tensors | {*self.images.names, MODALITIES}
 
     @cached_property
     def _own(self) -> Any:
@@ -67,9 +73,10 @@ class ServedOverImages(GeneratesOverImages, ServedGenerator):  # type: ignore[mi
         self.view = DecodeOverImages(self.view.layers, self.view.positions, cross)
 
     @under_one_adapter
-    def generate(self, *args: object, **options: object) -> Any:
+    def generate(self, *args: Any, **options: Any) -> Any:
         """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
         options.pop(IDS, None)  # kept while this method runs
+        args, options = self.as_tensors(args, options)
         return self._own.generate(*args, **options)
 
     @cached_property

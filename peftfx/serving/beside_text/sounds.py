@@ -48,10 +48,16 @@ class ServedWithSounds(GeneratesWithSounds, ServedGenerator):  # type: ignore[mi
         return encoder(**{name: fitted(value, encoder.types[name]) for name, value in inputs.items()})
 
     @under_one_adapter
-    def generate(self, *args: object, **options: object) -> Any:
+    def generate(self, *args: Any, **options: Any) -> Any:
         """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
         options.pop(IDS, None)  # kept while this method runs
+        args, options = self.as_tensors(args, options)
         return self._own.generate(*args, **options)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The names of the arguments that are tensors, also of those that no graph takes."""
+        return super().tensors | {*self.sounds.names}
 
     @cached_property
     def _own(self) -> Any:

@@ -36,7 +36,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     part = next(found for name in WITH_SOUNDS.parts if (found := getattr(processor, name, None)) is not None)
     rate = int(getattr(part, "sampling_rate", 16_000))
     heard = [resample(*read_wav(path), rate).numpy() for path in asked.sounds]
-    hint = "give as many sounds as the prompt has tokens of sounds, or pass --verbose to see the cause"
+    hint = "give as many sounds as the prompt has tokens of sounds, and no more than one if the processor takes no more"
     with understanding(asked.directory, "the processor does not take these sounds", hint):
         made = processed(processor, asked, WITH_SOUNDS, heard, model.sounds.token)
     idle = {"labels", *getattr(processor, "unused_input_names", ())}
