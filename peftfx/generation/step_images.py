@@ -72,6 +72,11 @@ class GeneratesWithImages(EncodesImages, Generates):
         """How the model reads images."""
         return self.view.images
 
+    @property
+    def masking(self) -> Any:
+        """A model of the class that makes masks from the types of tokens."""
+        return self
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -100,7 +105,7 @@ class GeneratesWithImages(EncodesImages, Generates):
             if len(features) or not before:  # later, an image token without an image is text that the model wrote
                 self.check_count(input_ids, len(features))
             if self.view.images.typed:
-                self._types = whole_types(self, others.pop(TYPES, kinds), input_ids, before)  # type: ignore[arg-type]
+                self._types = whole_types(self.masking, others.pop(TYPES, kinds), input_ids, before)
         self._features = features.to(self.view.images.dtype)
         try:
             return super().forward(input_ids, attention_mask, position_ids, cache, logits_to_keep, **others)

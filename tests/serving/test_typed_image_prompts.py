@@ -149,9 +149,12 @@ def test_text_alone_is_generated_if_its_types_are_known(seeing: Seeing) -> None:
     served, text = runtime.load(seeing.directory), {"input_ids": torch.tensor([[20, 21, 22, 23]])}
     if "Gemma3" in type(seeing.peft.base_model.model).__name__:  # a token of type 0 is text
         assert torch.equal(served.generate(**text, max_new_tokens=4), seeing.peft.generate(**text, max_new_tokens=4))
+        with torch.no_grad():
+            torch.testing.assert_close(served(**text).logits, seeing.peft(**text).logits, atol=1e-4, rtol=1e-4)
         return
-    with pytest.raises(PeftfxError, match="needs the types"):  # a token of type 0 is of the prefix
-        served.generate(**text, max_new_tokens=4)
+    for call in (lambda: served.generate(**text, max_new_tokens=4), lambda: served(**text)):
+        with pytest.raises(PeftfxError, match="needs the types"):  # a token of type 0 is of the prefix
+            call()
 
 
 def test_types_are_read_under_another_name_if_the_masks_depend_on_them() -> None:

@@ -50,6 +50,11 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         """The names of the arguments that are tensors, also of those that no graph takes."""
         return super().tensors | {*self.images.names, MODALITIES}
 
+    @property
+    def masking(self) -> Any:
+        """The model's own class, without tensors."""
+        return self._own
+
     @cached_property
     def _own(self) -> Any:
         parts = {"view": self.view, "step": self.step, "encode": self.encode}
