@@ -42,6 +42,7 @@ from peftfx.views.capturing.fixed_sides import fixed_sides
 from peftfx.views.capturing.longer import with_longer
 from peftfx.views.capturing.program_graph import as_graph
 from peftfx.views.capturing.settling import on_general_sides, served
+from peftfx.views.capturing.whole_blocks import with_whole_blocks
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.sizes import free_images
@@ -109,7 +110,7 @@ def capture(
             lambda graph: served(graph, wrapper, tensors),
         )
 
-    graph = on_general_sides(captured, wrapper, tensors)
+    graph = with_whole_blocks(on_general_sides(captured, wrapper, tensors))
     fixed = tuple(fixed_sides(graph, getattr(call, "fixed", ())))
     return dataclasses.replace(graph, decisions=(*graph.decisions, *fixed)) if fixed else graph
 

@@ -131,17 +131,20 @@ def written(base: nn.Module, frames: int, pieces: int) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": recording}
 
 
-@pytest.mark.parametrize("frames", [3, 19, 33, 41, 119])
+@pytest.mark.parametrize("frames", [3, 19, 20, 33, 40, 41, 119])
 def test_sounds_may_have_any_length(granite: tuple[peft.PeftModel, ServedWithSounds], frames: int) -> None:
-    """Frames are read in windows of 6, of which 2 tokens are left."""
+    """Frames are encoded in blocks of 20, the last filled up, and read in windows of 6, of which 2 tokens are left."""
     want, model = granite
     inputs = written(want.get_base_model(), frames, -(-frames // 6) * 2)
     assert torch.equal(model.generate(**inputs, **GREEDY), want.generate(**inputs, **GREEDY))
 
 
-def test_a_length_on_the_other_side_of_a_branch_is_refused(granite: tuple[peft.PeftModel, ServedWithSounds]) -> None:
-    """The model's code pads a last block, if it is not whole; a graph has one of the two programs."""
-    want, model = granite
+def test_a_length_on_the_other_side_of_a_branch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a graph could not have both sides of the branch that fills up a block."""
+    monkeypatch.setattr("peftfx.views.capture.with_whole_blocks", lambda graph: graph)
+    want = adapted_by_peft("granite", tmp_path / "adapter")
+    loaded("granite", tmp_path / "adapter").export(tmp_path / "onnx", view="decode")
+    model = runtime.load(tmp_path / "onnx")
     with pytest.raises(PeftfxError, match=r"sound_length is 40, and the graph takes sound_length % 20 > 0"):
         model.generate(**written(want.get_base_model(), 40, 14), **GREEDY)
 
