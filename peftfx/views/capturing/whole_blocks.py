@@ -3,7 +3,7 @@
 Such code branches on `size % block > 0`, pads by `block - size % block`, and hides what it added. A graph that is
 captured with a rest has this branch. With `(size - 1) % block + 1` in place of the rest, which is equal where there is
 a rest, it adds nothing to a whole block. Whether that is what the code's other branch does, the trials of an export
-find.
+find. Code that computes how much to add, `-size % block`, adds nothing to a whole block as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftfx.graph.rewriter import Rewriter
 
 
 def with_whole_blocks(graph: Graph) -> Graph:
-    """Return a graph in which a rest that its conditions say to be more than 0 is a block's size in place of 0.
+    """Return a graph in which a size's rest that its conditions say to be more than 0 is a block in place of 0.
 
     The graph is changed in place. At the sizes of its conditions it computes the same.
     """
@@ -28,7 +28,7 @@ def with_whole_blocks(graph: Graph) -> Graph:
         rest
         for condition in graph.conditions
         for rest in condition.holds.atoms(Mod, PythonMod)
-        if condition.holds in (sympy.Gt(rest, 0), sympy.Ne(rest, 0))
+        if condition.holds in (sympy.Gt(rest, 0), sympy.Ne(rest, 0)) and _of_size(rest)
     }
     if not rests:
         return graph
@@ -44,6 +44,12 @@ def with_whole_blocks(graph: Graph) -> Graph:
             rewriter.replace(node, at.call(operator.add, rest, 1, value=value))
     rewriter.close(graph)
     return graph
+
+
+def _of_size(rest: sympy.Basic) -> bool:
+    """Return whether a rest is that of a size, and not of a negative number or of what another rest leaves."""
+    size = rest.args[0]
+    return not size.could_extract_minus_sign() and not size.has(Mod, PythonMod)
 
 
 def _axes(graph: Graph) -> dict[sympy.Basic, sympy.Symbol]:
