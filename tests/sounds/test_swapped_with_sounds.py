@@ -16,6 +16,8 @@ from peftfx import PeftfxError, runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.serving.served import Served
 
+pytestmark = pytest.mark.further
+
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
