@@ -147,9 +147,3 @@ def test_a_rounded_export_is_measured_on_a_text_of_its_own(seeing: Seeing) -> No
     base = hf.MllamaForConditionalGeneration.from_pretrained(seeing.root / "base")
     report = compiler.export_onnx(base, seeing.root / "rounded", view="decode", quantize="int8")
     assert "its own greedy text" in {agreed.text for agreed in report.agreement.values()}
-
-
-def test_adapters_are_not_swapped_beside_images(seeing: Seeing) -> None:
-    base = build("image-text-to-text", "mllama")
-    with pytest.raises(PeftfxError, match="models of text alone; this one reads images"):
-        compiler.export_onnx(base, seeing.root / "never", view="decode", slots="all-linear")
