@@ -12,6 +12,7 @@ from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import warn
 from peftfx.export.deployment.parts import PATCHES, GraphPart
 from peftfx.options import FORWARD
+from peftfx.views.finding.sound_views import why_not_heard
 
 #: What people call each kind of input, by transformers' word, and the arguments that hold it.
 _KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
@@ -50,5 +51,6 @@ def _why(base: nn.Module, left: Sequence[str]) -> str:
     """Return why no graph takes these kinds of inputs."""
     made = set(example_inputs(base))
     if all(names & made for word, names in _KINDS.values() if word in left):
-        return "the views with a cache take none beside a text (the forward view does: --view forward)"
+        why = why_not_heard(base) or "their encoder does not run apart from the text"
+        return f"{why} (the forward view takes them: --view forward)"
     return "peftfx makes no example of them beside a text"
