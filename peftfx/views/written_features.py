@@ -8,6 +8,7 @@ of length 0.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -64,13 +65,13 @@ class WrittenFeatures:
 
 
 @dataclass(frozen=True)
-class DecodeWithFeatures(Decode):
+class DecodeWithFeatures(Decode, ABC):
     """A decode view with features of images or sounds, which its text has tokens for."""
 
     @property
+    @abstractmethod
     def written(self) -> WrittenFeatures:
         """What the view takes beside a text."""
-        raise NotImplementedError
 
     @property
     def axes(self) -> Axes:

@@ -18,10 +18,11 @@ from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_cross_images import GeneratesOverImages
 from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
+from peftfx.serving.beside_text.own_class import ByOwnClass
 from peftfx.serving.call_inputs import ONNX_DTYPES
 from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, skeleton
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import Served, under_one_adapter
+from peftfx.serving.served import Served
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.cross_images import CrossImages, DecodeOverImages
 from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, Images
@@ -29,7 +30,7 @@ from peftfx.views.images.views import DecodeWithImages
 from peftfx.views.row_adapters import IDS
 
 
-class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[misc]
+class ServedWithImages(ByOwnClass, GeneratesWithImages, ServedGenerator):  # type: ignore[misc]
     """A model of text and images in ONNX Runtime. A graph of its own encodes the images once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
@@ -37,13 +38,6 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         self.graphs = {"vision_encoder": encoder, "model": model}
         images, self.encode = _images_of(self, model, encoder)
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
-
-    @under_one_adapter
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
-        options.pop(IDS, None)  # kept while this method runs
-        args, options = self.as_tensors(args, options)
-        return self._own.generate(*args, **options)
 
     @property
     def tensors(self) -> frozenset[str]:
@@ -63,7 +57,7 @@ class ServedWithImages(GeneratesWithImages, ServedGenerator):  # type: ignore[mi
         return over_graphs(base, way, **parts, generation_config=self.generation_config)
 
 
-class ServedOverImages(GeneratesOverImages, ServedGenerator):  # type: ignore[misc]
+class ServedOverImages(ByOwnClass, GeneratesOverImages, ServedGenerator):  # type: ignore[misc]
     """A model whose layers attend to an image, in ONNX Runtime. A graph of its own encodes the image once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
@@ -76,13 +70,6 @@ class ServedOverImages(GeneratesOverImages, ServedGenerator):  # type: ignore[mi
         images = Images(_token_of(self), 0, self.dtype, None, False, inputs)
         cross = CrossImages(images, layers, tuple(int(size) for size in model.axes[CROSS_MASK][2:]))
         self.view = DecodeOverImages(self.view.layers, self.view.positions, cross)
-
-    @under_one_adapter
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
-        options.pop(IDS, None)  # kept while this method runs
-        args, options = self.as_tensors(args, options)
-        return self._own.generate(*args, **options)
 
     @cached_property
     def _own(self) -> Any:

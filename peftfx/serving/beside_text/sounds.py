@@ -18,16 +18,16 @@ from peftfx.errors import PeftfxError
 from peftfx.formats import SIZES_KEY
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step_sounds import GeneratesWithSounds
+from peftfx.serving.beside_text.own_class import ByOwnClass
 from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, unfit_size
 from peftfx.serving.generators import Buffered, ServedGenerator, class_of, skeleton
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.serving.served import under_one_adapter
 from peftfx.views.row_adapters import IDS
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds, picking
 from peftfx.views.sounds.views import DecodeWithSounds
 
 
-class ServedWithSounds(GeneratesWithSounds, ServedGenerator):  # type: ignore[misc]
+class ServedWithSounds(ByOwnClass, GeneratesWithSounds, ServedGenerator):  # type: ignore[misc]
     """A model of text and sounds in ONNX Runtime. A graph of its own encodes the sounds once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
@@ -46,13 +46,6 @@ class ServedWithSounds(GeneratesWithSounds, ServedGenerator):  # type: ignore[mi
         if why := unfit_size(encoder.metadata.get(SIZES_KEY, ""), encoder.axes, inputs):
             raise PeftfxError(why, str(encoder.path), "pass what the model's processor makes of other sounds")
         return encoder(**{name: fitted(value, encoder.types[name]) for name, value in inputs.items()})
-
-    @under_one_adapter
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """Generate by the `generate` of the model's own class. Rows have the adapters of `adapter_ids`."""
-        options.pop(IDS, None)  # kept while this method runs
-        args, options = self.as_tensors(args, options)
-        return self._own.generate(*args, **options)
 
     @property
     def tensors(self) -> frozenset[str]:

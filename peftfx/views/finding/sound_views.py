@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
+from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.readers import reads_images
 from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND, SOUND_TOKENS
@@ -21,6 +23,7 @@ from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, 
 #: How many times as long as an example's a recording is in a capture: code that cuts recordings into blocks then has
 #: several blocks. One frame more leaves a rest in the last block, as most recordings do.
 _LONGER = 7
+_known: WeakKeyDictionary[nn.Module, dict[torch.dtype, Sounds]] = WeakKeyDictionary()
 _HINT = "export its forward view (--view forward)"
 
 
@@ -49,11 +52,18 @@ def hears(base: nn.Module) -> bool:
 
 
 def find_sounds(base: nn.Module) -> Sounds:
-    """Return how a model reads sounds.
+    """Return how a model reads sounds. It is found once for a model in a dtype, as it takes several runs.
 
     Raises:
         PeftfxError: it reads none in its text, or its forward does not take encoded sounds in place of recordings.
     """
+    known, dtype = _known.setdefault(base, {}), floating_dtype(base)
+    if dtype not in known:
+        known[dtype] = _find(base)
+    return known[dtype]
+
+
+def _find(base: nn.Module) -> Sounds:
     if why := why_not_heard(base):
         raise PeftfxError(why, type(base).__name__, _HINT)
     made = example_inputs(base, sizes={"batch": 1})
