@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
 from peftfx.bases.chats import filled_template
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
-from peftfx.serving.runs.asked import Asked
+from peftfx.serving.runs.asked import Asked, Found
+from peftfx.serving.runs.streaming import Writer, generation_options, room
 
 TEXT = ("input_ids", "attention_mask")
 
@@ -118,3 +119,31 @@ def taken_by_graphs(
         what = f"the processor makes {name}, which the graphs do not take" if lost else f"the processor makes no {name}"
         raise PeftfxError(what, str(directory), "run the model by transformers, or export its forward view")
     return {name: made[name] for name in known}
+
+
+def written_after(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Tensor],
+    asked: Asked,
+    beside: Mapping[str, Sequence[Path]],
+    out: TextIO | None,
+) -> Found:
+    """Write the text that follows a prompt, each word to `out` as it is generated.
+
+    Args:
+        model: the served model.
+        tokenizer: its tokenizer.
+        inputs: what the processor makes of the prompt and of what is beside it.
+        asked: what the user asks for.
+        beside: the files beside the prompt, by the name that the result has for them.
+        out: the file; None writes nothing.
+    """
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
+    options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
+    writer = Writer(model, tokenizer, out)
+    tokens = writer.generate(**inputs, **options)
+    text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
+    files = {name: [str(path) for path in paths] for name, paths in beside.items()}
+    return Found({"prompt": asked.prompt, **files, "text": text}, writer.words(text))

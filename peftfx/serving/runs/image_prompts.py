@@ -18,9 +18,16 @@ from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.pipelines import image_processor
 from peftfx.serving.runs.asked import Asked, Found
-from peftfx.serving.runs.beside_prompts import TEXT, WITH_IMAGES, processed, processor_of, taken_by_graphs
+from peftfx.serving.runs.beside_prompts import (
+    TEXT,
+    WITH_IMAGES,
+    processed,
+    processor_of,
+    taken_by_graphs,
+    written_after,
+)
 from peftfx.serving.runs.fitting import WRITING, refuse_idle, refuse_task_of_prompt
-from peftfx.serving.runs.streaming import Writer, generation_options, room
+from peftfx.serving.runs.streaming import Writer, generation_options
 from peftfx.views.images.encoded import Images
 
 PIXELS = "pixel_values"
@@ -48,7 +55,6 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         hint = "leave --image out; or export a model of text and images with --view decode, and read its warnings"
         raise PeftfxError(what, str(asked.directory), hint)
     processor = processor_of(asked.directory, WITH_IMAGES)
-    tokenizer = processor.tokenizer
     assert asked.prompt is not None
     images = [_sized(read_image(path), model.images.picture) for path in asked.images]
     hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
@@ -57,14 +63,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     masks = (CROSS_MASK,) if isinstance(model, ServedOverImages) else ()
     idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {"labels"}
     inputs = taken_by_graphs(made, _known(model.images, made, masks), asked.directory, idle)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
-    options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
-    writer = Writer(model, tokenizer, out)
-    tokens = writer.generate(**inputs, **options)
-    text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
-    told = {"prompt": asked.prompt, "images": [str(path) for path in asked.images], "text": text}
-    yield Found(told, writer.words(text))
+    yield written_after(model, processor.tokenizer, inputs, asked, {"images": asked.images}, out)
 
 
 def _described(model: ServedSeq2Seq, asked: Asked, out: TextIO | None) -> Iterator[Found]:

@@ -10,9 +10,15 @@ from peftfx.errors import PeftfxError
 from peftfx.serving.beside_text.sounds import ServedWithSounds
 from peftfx.serving.load import load
 from peftfx.serving.runs.asked import Asked, Found
-from peftfx.serving.runs.beside_prompts import TEXT, WITH_SOUNDS, processed, processor_of, taken_by_graphs
+from peftfx.serving.runs.beside_prompts import (
+    TEXT,
+    WITH_SOUNDS,
+    processed,
+    processor_of,
+    taken_by_graphs,
+    written_after,
+)
 from peftfx.serving.runs.fitting import WRITING, refuse_idle
-from peftfx.serving.runs.streaming import Writer, generation_options, room
 from peftfx.serving.sound import read_wav, resample
 
 
@@ -41,15 +47,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         made = processed(processor, asked, WITH_SOUNDS, heard, model.sounds.token)
     idle = {"labels", *getattr(processor, "unused_input_names", ())}
     inputs = taken_by_graphs(made, _known(model, made), asked.directory, idle)
-    tokenizer = processor.tokenizer
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    before = inputs["input_ids"].shape[1]
-    options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
-    writer = Writer(model, tokenizer, out)
-    tokens = writer.generate(**inputs, **options)
-    text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
-    told = {"prompt": asked.prompt, "audio": [str(path) for path in asked.sounds], "text": text}
-    yield Found(told, writer.words(text))
+    yield written_after(model, processor.tokenizer, inputs, asked, {"audio": asked.sounds}, out)
 
 
 def _known(model: ServedWithSounds, made: dict[str, Any]) -> tuple[str, ...]:
