@@ -40,11 +40,11 @@ def prepare(graph: Graph) -> Graph:
 
     Transposed outputs of SDPA are copied to plain strides: torch's decompositions of SDPA return other strides than
     SDPA itself, so a valid `view` in the model would fail. The copy becomes an Identity and is removed later. SDPA
-    without heads gets one head, because its translation needs four axes, and what it reads of one row for all rows is
-    repeated. Each cast gets one form, each conv without a bias as well, and gathers of rows in order become slices. A
-    `squeeze` names the axes that it took in the capture. Rows that are written at the places of a mask are scattered,
-    and indices have 64 bits. A model whose weights are not in bfloat16 computes what its code computes in bfloat16
-    between casts.
+    without heads gets one head, because its translation needs four axes; axes before the heads become one; and what it
+    reads of one row for all rows is repeated. Each cast gets one form, each conv without a bias as well, and gathers of
+    rows in order become slices. A `squeeze` names the axes that it took in the capture. Rows that are written at the
+    places of a mask are scattered, and indices have 64 bits. A model whose weights are not in bfloat16 computes what
+    its code computes in bfloat16 between casts.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
@@ -61,6 +61,8 @@ def prepare(graph: Graph) -> Graph:
             _repeat(rewriter, node)
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)
+        elif node.target is _SDPA and _rank(node) > 4:
+            _flatten(rewriter, node)
         elif node.target in CASTS and isinstance(node.meta.get("val"), torch.Tensor):
             # One form for all casts, which the translation knows.
             node.target, node.args, node.kwargs = (
@@ -190,3 +192,16 @@ def _widen(rewriter: Rewriter, node: fx.Node) -> None:
         mask = (at.call(aten.unsqueeze.default, mask[0], 1),)
     rewriter.update(node, node.target, *wide, *mask, *node.args[4:], **node.kwargs)
     rewriter.extend(node, rewriter.after(node).call(aten.squeeze.dim, node, 1))
+
+
+def _flatten(rewriter: Rewriter, node: fx.Node) -> None:
+    """Turn SDPA over (..., heads, length, width), with several axes before the heads, into SDPA with one such axis."""
+    at, rank, query = rewriter.before(node), _rank(node), node.args[0]
+    sizes = [at.call(aten.sym_size.int, query, axis) for axis in range(rank - 1)]
+    flat = [at.call(aten.flatten.using_ints, x, 0, rank - 4) for x in node.args[:3]]
+    mask = node.args[3:4]
+    if mask and isinstance(mask[0], fx.Node) and mask[0].meta["val"].ndim > 3:  # fewer axes are the same for all rows
+        whole = at.call(aten.expand.default, mask[0], [*sizes[: rank - 3], -1, -1, -1])
+        mask = (at.call(aten.flatten.using_ints, whole, 0, rank - 4),)
+    rewriter.update(node, node.target, *flat, *mask, *node.args[4:], **node.kwargs)
+    rewriter.extend(node, rewriter.after(node).call(aten.reshape.default, node, [*sizes, -1]))

@@ -45,7 +45,7 @@ from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.capturing.whole_blocks import with_whole_blocks
 from peftfx.views.entry import Entry, EntryCall, forward
 from peftfx.views.forward_axes import axes_of_forward
-from peftfx.views.images.sizes import free_images
+from peftfx.views.images.sizes import free_images, with_fixed_sizes
 from peftfx.views.view import Axes, as_captured, keep_ones
 
 
@@ -90,7 +90,7 @@ def capture(
     refuse_hidden_tensors(leaves)
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
     if axes is None:
-        axes = axes_of_forward(model, inputs)
+        axes = with_fixed_sizes(axes_of_forward(model, inputs), model, inputs)
         freed = free_images(axes, model, inputs)
         if freed is not axes:
             with suppress(PeftfxError):  # then the model's code takes no free size, and the example's is kept

@@ -45,6 +45,22 @@ class Autoencoder(nn.Module):
         return torch.tanh(self.encoder(self.embedding(ids))) @ self.encoder.weight
 
 
+class ComputedBiases(nn.Module):
+    """Layers whose biases the code computes, as in BEiT and EVA of timm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.qkv, self.out = nn.Embedding(20, 8), nn.Linear(8, 24, bias=False), nn.Linear(8, 8)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1, bias=False)
+        self.first, self.last = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        bias = torch.cat([self.first, torch.zeros_like(self.first), self.last])
+        query, key, value = F.linear(self.embedding(ids), self.qkv.weight, bias).chunk(3, -1)
+        mixed = self.out(F.scaled_dot_product_attention(query, key, value))
+        return F.conv1d(mixed.mT, self.conv.weight, 2 * self.first, padding=1).mT
+
+
 class Bare(nn.Module):
     """Parameters without a layer, in a module of the model's own."""
 
@@ -228,3 +244,27 @@ def test_an_embedding_that_is_the_head_alone_is_saved_as_peft_loads_it(names: li
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).merge_and_unload()
     torch.testing.assert_close(ours.eval()(ROWS), theirs.eval()(ROWS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:HF PEFT may give other outputs:peftfx.errors.PeftfxWarning")
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_a_layer_with_a_computed_bias_is_adapted_as_peft_merges_it(use_dora: bool, tmp_path: Path) -> None:
+    """Unmerged, HF PEFT's layer does nothing there. DoRA must not scale such a bias."""
+    torch.manual_seed(0)
+    base = ComputedBiases().eval()
+    targets = ["qkv", "out", "conv"]
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=targets, use_dora=use_dora))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(0.2 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "adapter")
+    merged = theirs.merge_and_unload().eval()
+    ours = px.load(copy.deepcopy(base), tmp_path / "adapter", inputs={"ids": CALLS[0]}).eval()
+    for ids in CALLS:
+        torch.testing.assert_close(ours(ids), merged(ids), rtol=1e-4, atol=1e-4)
+    for merge in (True, False):
+        ours.export(tmp_path / "out", merge=merge, force=True)
+        for ids in CALLS:
+            (got,) = ort.InferenceSession(tmp_path / "out" / "model.onnx").run(None, {"ids": ids.numpy()})
+            np.testing.assert_allclose(got, merged(ids).detach().numpy(), rtol=1e-4, atol=1e-4)

@@ -152,3 +152,38 @@ def test_random_texts_have_no_image_tokens_whatever_the_config_calls_these() -> 
     config = build("image-text-to-text", "molmo2").config
     assert "image_token_id" in config.attribute_map
     assert config.image_patch_id in set(special_tokens(config))
+
+
+class _Windowed(torch.nn.Module):
+    """A model of peftfx's users: attention within windows of 4 by 4, and a table of positions."""
+
+    def __init__(self, *, table: bool) -> None:
+        super().__init__()
+        self.patches = torch.nn.Conv2d(3, 8, 4, 4)
+        self.qkv, self.out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+        self.positions = torch.nn.Parameter(torch.randn(64, 8)) if table else None
+
+    def forward(self, photo: torch.Tensor) -> torch.Tensor:
+        x = self.patches(photo).permute(0, 2, 3, 1)
+        batch, height, width, _ = x.shape
+        if self.positions is not None:
+            x = (x.reshape(batch, height * width, 8) + self.positions).reshape(x.shape)
+        windows = x.reshape(batch, height // 4, 4, width // 4, 4, 8).transpose(2, 3).reshape(batch, -1, 16, 8)
+        q, k, v = self.qkv(windows).chunk(3, -1)
+        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v)).mean((1, 2))
+
+
+@pytest.mark.parametrize(("table", "sides"), [(True, [32, 32]), (False, ["photo.2", "photo.3"])], ids=["one", "many"])
+def test_sides_of_an_unknown_model_are_fixed_only_if_its_code_takes_one_size(
+    table: bool, sides: list[object], tmp_path: Path
+) -> None:
+    """Free sides of a model with a table of positions ended in torch's words when it was exported."""
+    torch.manual_seed(0)
+    photo = torch.randn(2, 3, 32, 32)
+    model = _Windowed(table=table).eval()
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="all-linear"), inputs={"photo": photo})
+    report = adapted.eval().export(tmp_path / "out")
+    assert report.inputs == {"photo": ["batch", 3, *sides]}
+    other = torch.randn(3, 3, 32, 32) if table else torch.randn(3, 3, 48, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(OnnxModel(tmp_path / "out")(photo=other)["output"], adapted(other))

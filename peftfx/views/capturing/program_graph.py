@@ -25,9 +25,10 @@ from peftfx.graph.places import name_places
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
-from peftfx.views.capturing.counted_places import write_counted
-from peftfx.views.capturing.no_grad_regions import inline_no_grad
-from peftfx.views.capturing.strided import choose_by_indices
+from peftfx.views.capturing.programs.computed_biases import add_computed_biases
+from peftfx.views.capturing.programs.counted_places import write_counted
+from peftfx.views.capturing.programs.no_grad_regions import inline_no_grad
+from peftfx.views.capturing.programs.strided import choose_by_indices
 from peftfx.views.decode import PRESENT
 from peftfx.views.view import MAY_BE_EMPTY, Axes
 
@@ -73,6 +74,7 @@ def as_graph(
     write_counted(graph)
     squeezes = [_not_one(node, size) for node, size in keep_free_axes(graph)]
     constants = _move_constants(module, model)
+    add_computed_biases(graph)
     ran = called_modules(module)
     graph.eliminate_dead_code()
     specs, sizes, symbols, lines = _name_inputs(graph, tensors, axes, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from peftfx.views.view import Axes
 IMAGES = ("pixel_values", "pixel_values_videos")
 _SIZED = (None,) * 3  #: the axes of an image behind the batch, if none of them is free
 SIDES = ("height", "width")  #: the names of the free axes of an image
+#: How many times as high and wide other images are: no longer square, with a multiple of each patch; and square ones.
+_LARGER, _DOUBLED, _HALVED = (2, 3), (2, 2), (0.5, 0.5)
+_HIGHER, _WIDER = ((2, 1), (0.5, 1)), ((1, 2), (1, 0.5))
 
 
 def free_images(axes: Axes, model: nn.Module, inputs: Mapping[str, object] | None = None) -> Axes:
@@ -59,21 +63,63 @@ def is_convolutional(model: nn.Module, inputs: Mapping[str, object]) -> bool:
         inputs: the keyword arguments of a call.
     """
     mixing = _Mixing()
+    return _takes(model, inputs, IMAGES, _LARGER, mixing) and not mixing.found
+
+
+def with_fixed_sizes(axes: Axes, model: nn.Module, inputs: Mapping[str, object]) -> Axes:
+    """Return the names, without those of sides of images that the model's code takes in one size alone.
+
+    A free side of such a model is at best fixed by a capture, and what windows or tables of positions make of it can
+    take minutes, or more than torch can solve. So the model is run on fake tensors, with larger images and smaller
+    ones. An input counts as images if peftfx does not know its name, its type is a float's, it has four axes or more,
+    and its sides are larger than 1 and as long as no axis of another input, on which they may depend.
+
+    Args:
+        axes: the names of the axes of a call's tensors.
+        model: the model.
+        inputs: the keyword arguments of the call.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    names = [
+        name
+        for name, value in tensors.items()
+        if value.ndim > 3 and value.is_floating_point()
+        if axes[name][-2:] == tuple(f"{name}.{value.ndim - i}" for i in (2, 1))
+        if not {1, *(n for other, its in tensors.items() if other != name for n in its.shape)} & {*value.shape[-2:]}
+    ]
+    if not names or any(_takes(model, inputs, names, sizes) for sizes in (_LARGER, _DOUBLED, _HALVED)):
+        return axes
+    if not _takes(model, inputs, names, (1, 1)):  # which tells nothing of sizes
+        return axes
+    free = [any(_takes(model, inputs, names, sizes) for sizes in alone) for alone in (_HIGHER, _WIDER)]
+    return {
+        name: (*own[:-2], *(axis if other else None for axis, other in zip(own[-2:], free))) if name in names else own
+        for name, own in axes.items()
+    }
+
+
+def _takes(
+    model: nn.Module,
+    inputs: Mapping[str, object],
+    names: Iterable[str],
+    times: tuple[float, float],
+    mixing: _Mixing | None = None,
+) -> bool:
+    """Return whether a model runs, on fake tensors, on images whose height and width are so many times a call's."""
     try:
         with fake_run(model) as fake:
-            larger = {name: _larger(inputs[name]) for name in IMAGES if isinstance(inputs.get(name), Tensor)}  # type: ignore[arg-type]
-            given = pytree.tree_map_only(Tensor, fake, {**inputs, **larger})
-            with mixing, _compiling_state_context():  # under which transformers' code caches no (fake) tensors
+            images = {name: _sized(value, times) for name in names if isinstance(value := inputs.get(name), Tensor)}
+            given = pytree.tree_map_only(Tensor, fake, {**inputs, **images})
+            with mixing or nullcontext(), _compiling_state_context():  # transformers' code then caches no fake tensors
                 model(**given)
     except Exception:  # whatever the model's code raises for a size that it does not take
         return False
-    return not mixing.found
+    return True
 
 
-def _larger(images: Tensor) -> Tensor:
-    """Return images of twice the height and three times the width: no longer square, with a multiple of each patch."""
+def _sized(images: Tensor, times: tuple[float, float]) -> Tensor:
     *more, height, width = images.shape
-    return torch.zeros(*more, 2 * height, 3 * width, dtype=images.dtype)
+    return torch.zeros(*more, int(times[0] * height), int(times[1] * width), dtype=images.dtype)
 
 
 class _Mixing(TorchDispatchMode):
