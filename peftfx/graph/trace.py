@@ -116,15 +116,24 @@ def _asking_file(guard: ShapeGuard) -> str:
 def _always(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool:
     """Return whether the ranges of the sizes already say that a statement is true."""
     known = {symbol: ranges.get(symbol, ValueRanges.unknown_int()) for symbol in expr.free_symbols}
-    decided = expr.replace(Min, lambda *sizes: Min(*_smallest(sizes, known)))
+    larger = expr.replace(Max, lambda *sizes: Max(*_extreme(sizes, lambda one, other: _covers(other, one, known))))
+    decided = larger.replace(Min, lambda *sizes: Min(*_extreme(sizes, lambda one, other: _covers(one, other, known))))
     return decided is sympy.true or bound_sympy(decided, known).lower is sympy.true
 
 
-def _smallest(sizes: Sequence[sympy.Expr], ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> list[sympy.Expr]:
-    """Return the sizes that may be the smallest: without those that another is never above, as `8 * n` and `32 * n`."""
+def _extreme(sizes: Sequence[sympy.Expr], yields: Callable[[sympy.Expr, sympy.Expr], bool]) -> list[sympy.Expr]:
+    """Return the sizes that may be the extreme one: without those that yield to another."""
     kept = list(sizes)
     for size in sizes:
-        more = (bound_sympy(sympy.expand(size - other), dict(ranges)) for other in kept if other != size)
-        if any(bound.lower >= 0 for bound in more):
+        if any(yields(size, other) for other in kept if other != size):
             kept.remove(size)
     return kept
+
+
+def _covers(one: sympy.Expr, other: sympy.Expr, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool:
+    """Return whether a size is never below another, as `32 * n` and `8 * n`, or `n * m` and `n`."""
+    known = dict(ranges)
+    if bound_sympy(sympy.expand(one - other), known).lower >= 0:
+        return True
+    times, rest = (one / other).as_numer_denom()
+    return rest == 1 and bound_sympy(other, known).lower >= 0 and bound_sympy(times, known).lower >= 1

@@ -39,6 +39,10 @@ def test_a_statement_that_is_true_for_all_sizes_is_no_branch(rows: Tensor) -> No
     assert _always(sympy.Eq(Min(8 * size + 8, 32 * size + 32), 8 * size + 8), ranges)
     assert not _always(sympy.Eq(Min(8 * size + 800, 32 * size), 8 * size + 800), ranges)
     assert not _always(sympy.Eq(size, 6), ranges)
+    windows = FloorDiv(size + 5, 7)
+    assert _always(sympy.Eq(Min(4 * size * Max(1, windows), 4 * Max(1, windows)), 4 * windows), ranges)
+    assert not _always(sympy.Eq(Min(4 * size * windows, 12 * windows), 12 * windows), ranges)
+    assert not _always(sympy.Eq(Max(2, windows), windows), ranges)
 
 
 def test_a_statement_that_is_true_for_large_sizes_splits_nothing(rows: Tensor) -> None:
