@@ -197,7 +197,9 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 def as_captured(model: nn.Module) -> Iterator[None]:
     """Run a model inside the context as graphs have it: without a cache, and with attention that a graph can hold.
 
-    The kernels of flash and flex attention compute what torch's own attention does, and no graph has them.
+    The kernels of flash and flex attention compute what torch's own attention does, and no graph has them. Nor has it
+    the fast path of torch's encoder layers, which leaves out what a mask of padding hides: zeros come out there, in
+    calls without gradients alone.
     """
     seen: dict[int, object] = {}
     for module in model.modules():
@@ -207,10 +209,13 @@ def as_captured(model: nn.Module) -> Iterator[None]:
     for config in kernels:
         owners = [m for m in model.modules() if hasattr(m, "_supports_sdpa") and m.config is config]
         setattr(config, _ATTENTION, "sdpa" if all(m._supports_sdpa for m in owners) else "eager")
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with without_cache(model):
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for config, name in zip(kernels, before, strict=True):
             setattr(config, _ATTENTION, name)
 
