@@ -218,9 +218,9 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest, idle: Collection[str
             found[slot.graph] |= {} if fitting is None else {slot.name: fitting}
     if homeless:
         told: dict[str, dict[str, None]] = {}
-        for what, at in homeless.items():
-            told.setdefault(_WORDS[what], {}).update(dict.fromkeys(at))
-        lines = "; ".join(f"{words} {listed(list(places))}".strip() for words, places in told.items())
+        for what, places in homeless.items():
+            told.setdefault(_WORDS[what], {}).update(dict.fromkeys(places))
+        lines = "; ".join(f"{words} {listed(list(paths))}".strip() for words, paths in told.items())
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
         hint = hint if _may_have_slots(adapted, homeless) else "export the adapter merged"
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)

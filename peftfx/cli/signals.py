@@ -10,7 +10,7 @@ from types import FrameType
 
 #: Sent by `kill` and service managers; by a terminal that is closed; on Windows, by Ctrl+Break and to end a process
 #: group.
-_NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")
+_NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK", "SIGINT")
 
 
 class Terminated(BaseException):
@@ -32,7 +32,8 @@ def orderly_end() -> Iterator[None]:
     Python calls handlers only in the main thread. In another thread, this context changes nothing.
     """
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = [number for number in numbers if before[number] in (signal.SIG_DFL, signal.default_int_handler)]
     if threading.current_thread() is not threading.main_thread():
         ours = []
 
@@ -47,4 +48,4 @@ def orderly_end() -> Iterator[None]:
         yield
     finally:
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
