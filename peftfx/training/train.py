@@ -26,7 +26,14 @@ from peftfx.model.api import transform
 from peftfx.pages.plot import plot
 from peftfx.rules.peft_files import CONFIG, rule_folders
 from peftfx.rules.text import parse_rules
-from peftfx.training.checkpoints import is_at_end, last_checkpoint, rules_in_words, rules_keeper, take_end
+from peftfx.training.checkpoints import (
+    is_at_end,
+    last_checkpoint,
+    room_for,
+    rules_in_words,
+    rules_keeper,
+    take_end,
+)
 from peftfx.training.learners import learner
 from peftfx.training.options import TrainOptions
 from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_rows
@@ -139,7 +146,8 @@ def _train(
         if last is not None and is_at_end(last, asked.steps):
             take_end(trainer, last)
         else:
-            trainer.train(resume_from_checkpoint=last)
+            with room_for(checkpoints, adapted.state_dict()):
+                trainer.train(resume_from_checkpoint=last)
         evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
     _refuse_divergence(adapted, losses)
