@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import numbers
 import sys
 import types
@@ -15,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from peftfx.errors import PeftfxError, nearest, shown
 
 _HINT = "give a value of the type in parentheses"
+_LARGEST = (2 - 2**-23) * 2.0**127  #: of float32
 _VALUES: Mapping[object, tuple[object, ...]] = {bool: (True, False), types.NoneType: (None,)}
 
 
@@ -94,12 +94,12 @@ def fits(value: object, kind: Any) -> bool:
 
 
 def _is_number(value: object, kind: type) -> bool:
-    """Return whether a tensor can hold a value as a number of this kind; JSON has infinite and very long numbers."""
+    """Return whether a tensor can hold a value as a number of this kind; JSON has infinite and very large numbers."""
     if isinstance(value, bool) or not isinstance(value, kind):
         return False
     if isinstance(value, numbers.Integral):
         return abs(int(value)) < 2**63
-    return math.isfinite(value)  # type: ignore[arg-type]
+    return abs(value) <= _LARGEST  # type: ignore[arg-type, no-any-return]
 
 
 @functools.cache

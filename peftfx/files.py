@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from peftfx.errors import PeftfxError
 
@@ -80,7 +83,8 @@ def _is_deep(value: object) -> bool:
 def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's errors in the `with` block into PeftfxErrors about `path`.
 
-    Errors that other code raises there, such as the code of a model that an export runs, pass as they are.
+    Errors that other code raises there, such as the code of a model that an export runs, pass as they are. safetensors
+    has the system's errors in words of its own.
     """
     with contextlib.suppress(OSError):  # there need be nothing yet
         try:
@@ -89,12 +93,21 @@ def writing(path: Path) -> Iterator[None]:
             raise PeftfxError(f"cannot write: {error}", str(path), "choose another path") from error
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # not the system's
+    except (OSError, SafetensorError) as error:
+        number = errno_in(error)
+        if number is None:  # not the system's
             raise
-        reason = error.strerror or str(error)
-        where = path if error.errno == 2 else error.filename or path  # not the temporary file in that folder
-        raise PeftfxError(f"cannot write: {reason}", str(where), _ADVICE.get(error.errno or 0, "")) from error
+        reason = error.strerror if isinstance(error, OSError) else os.strerror(number)
+        named = None if number == 2 else getattr(error, "filename", None)  # not the temporary file in that folder
+        raise PeftfxError(f"cannot write: {reason or error}", str(named or path), _ADVICE.get(number, "")) from error
+
+
+def errno_in(error: BaseException) -> int | None:
+    """Return the number of the system's error that an error tells of, or None."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return None if found is None else int(found[1])
 
 
 def write_file(path: Path, write: Callable[[Path], object], *, replace: bool = True) -> None:

@@ -217,7 +217,10 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest, idle: Collection[str
         for slot, fitting in laid:
             found[slot.graph] |= {} if fitting is None else {slot.name: fitting}
     if homeless:
-        lines = "; ".join(f"{_WORDS[what]} {listed(at)}".strip() for what, at in homeless.items())
+        told: dict[str, dict[str, None]] = {}
+        for what, places in homeless.items():
+            told.setdefault(_WORDS[what], {}).update(dict.fromkeys(places))
+        lines = "; ".join(f"{words} {listed(list(paths))}".strip() for words, paths in told.items())
         hint = "export the base with --slots that pick these sites, or export the adapter merged"
         hint = hint if _may_have_slots(adapted, homeless) else "export the adapter merged"
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)

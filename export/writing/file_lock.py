@@ -59,7 +59,7 @@ def _take(directory: Path, path: Path, target: Path) -> int:
         if not free:
             os.close(file)
             hint = f"wait for it, or choose another output; if none is running, delete {directory}"
-            raise PeftfxError("another export is writing there", str(target), hint)
+            raise PeftfxError("another run is writing there", str(target), hint)
         if _windows() or _is_at(path, file):  # on Windows an open file cannot be removed
             return file
         os.close(file)  # the last holder removed the file before this lock was taken

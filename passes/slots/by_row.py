@@ -152,6 +152,8 @@ class _Rows:
             for spec, node in zip(self.graph.inputs, nodes, strict=False):
                 if spec.shape and spec.name != IDS and str(node.meta["val"].shape[0]) == axis:
                     what = f"this layer has a row for each of {spec.shape[0]}, and adapters are chosen for batch"
+            if isinstance(value.meta["val"].shape[0], int):
+                what = "this layer computes the same for all rows: no row can have an adapter of its own there"
             raise PeftfxError(what, where, "leave it out of the adapters")
 
     def norm(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -61,8 +62,8 @@ def main() -> None:
     """Run the command line.
 
     A PeftfxError is printed as a message on stderr, and gives its class's exit code: 2, or 1 for a failed verification.
-    SIGTERM and SIGHUP end the command like an error: half-written files are removed, and the exit code is 128 plus the
-    signal's number.
+    SIGINT (Ctrl+C), SIGTERM and SIGHUP end the command like an error: half-written files are removed, and the exit code
+    is 128 plus the signal's number.
     """
     VOICE.as_json = VOICE.quiet = VOICE.verbose = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -78,11 +79,9 @@ def main() -> None:
         if not out_of_memory(error):
             raise
         first = str(error).strip().partition("\n")[0] or "no more can be had"
-        print(f"peftfx: error: out of memory: {first}\n  hint: free some; nothing was written", file=sys.stderr)
+        print(f"peftfx: error: out of memory: {first}\n  hint: free some; no output was written", file=sys.stderr)
         sys.exit(PeftfxError.exit_code)
-    except KeyboardInterrupt:
-        print("peftfx: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
     except Terminated as end:
-        print("peftfx: terminated; nothing was written", file=sys.stderr)
+        word = "interrupted" if end.signal == signal.SIGINT else "terminated"
+        print(f"peftfx: {word}; no output was written", file=sys.stderr)
         sys.exit(128 + end.signal)

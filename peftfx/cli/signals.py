@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 #: Sent by `kill` and service managers; by a terminal that is closed; on Windows, by Ctrl+Break and to end a process
 #: group.
-_NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK")
+_NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK", "SIGINT")
+_PAUSE = 1.0  #: seconds
 
 
 class Terminated(BaseException):
@@ -29,17 +31,23 @@ class Terminated(BaseException):
 def orderly_end() -> Iterator[None]:
     """Make signals that end a program raise Terminated in this context. Signals with other handlers are left alone.
 
+    A signal within a second of another is ignored: it would interrupt the clean-up. A later one is raised again: where
+    the first was raised, other code may have caught it. After the context no such signal is heard: the program ends.
+
     Python calls handlers only in the main thread. In another thread, this context changes nothing.
     """
     numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    before = {number: signal.getsignal(number) for number in numbers}
+    ours = [number for number in numbers if before[number] in (signal.SIG_DFL, signal.default_int_handler)]
     if threading.current_thread() is not threading.main_thread():
         ours = []
+    heard: list[float] = []
 
     def end(number: int, _: FrameType | None) -> None:
-        for each in ours:
-            signal.signal(each, signal.SIG_IGN)  # a second signal would interrupt the clean-up
-        raise Terminated(number)
+        now = time.monotonic()
+        if not heard or now - heard[-1] > _PAUSE:
+            heard.append(now)
+            raise Terminated(number)
 
     for number in ours:
         signal.signal(number, end)
@@ -47,4 +55,4 @@ def orderly_end() -> Iterator[None]:
         yield
     finally:
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_IGN if heard else before[number])

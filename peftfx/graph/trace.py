@@ -21,6 +21,8 @@ from peftfx.graph.capturing.loops.recurrent_layers import recurrent_layers
 _TORCH = str(Path(torch.__file__).parent)
 _ASSERTS = str(Path(torch.nn.modules.module.__file__))  #: runs the module with a program's own guards
 
+_OF_STRIDES = ("contiguous", "strides", "dense")  #: words in the names of torch's functions that compare strides
+
 
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
     """Trace a function of fake tensors. A graph that holds only for some sizes is refused."""
@@ -100,9 +102,12 @@ def _binds(guard: ShapeGuard) -> bool:
     """Return whether a guard makes the trace valid only for some sizes.
 
     torch's own operators compare sizes too, to pick a kernel or a memory format. Their inequalities do not limit the
-    trace. Their equalities do (a broadcast against a fixed size), unless they only say that a size is at least 1.
+    trace. Their equalities do (a broadcast against a fixed size), unless they only say that a size is at least 1, or
+    compare strides: those of an image that has become one pixel are equal.
     """
     inside = _asking_file(guard).startswith(_TORCH)
+    if inside and any(word in str(getattr(guard.sloc.framework_loc, "name", "")) for word in _OF_STRIDES):
+        return False
     expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
     return not inside or isinstance(expr, sympy.Eq)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,34 @@ from peftfx.files import is_file
 from peftfx.rules.text import write_rule
 
 _RULES, _WEIGHTS = "rules.txt", "model.safetensors"
+_OTHERS = 1 << 16  #: bytes of a checkpoint beside the adapter and the optimizer's two moments of it
 
 
 def rules_in_words(methods: Sequence[Method]) -> str:
     """Return rules as text, the same for the same rules however they were typed."""
     return "; ".join(map(write_rule, methods))
+
+
+@contextlib.contextmanager
+def room_for(checkpoints: Path, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Tell of a disk that is too full for a checkpoint. torch tells of it as of a broken file.
+
+    Args:
+        checkpoints: the folder of all checkpoints.
+        state: the tensors of the adapter.
+
+    Raises:
+        PeftfxError: the block fails, and the disk has no room.
+    """
+    try:
+        yield
+    except Exception as error:
+        needed = 3 * sum(tensor.nbytes for tensor in state.values()) + _OTHERS
+        free = shutil.disk_usage(next(path for path in (checkpoints, *checkpoints.parents) if path.exists())).free
+        if checkpoints.exists() and free < needed:
+            what = f"a checkpoint cannot be written: {free:,} bytes are free, {needed:,} are needed"
+            raise PeftfxError(what, str(checkpoints), "free space, or pass --save-steps 0") from error
+        raise
 
 
 def last_checkpoint(checkpoints: Path, rules: str, state: Mapping[str, Tensor]) -> str:

@@ -24,13 +24,22 @@ from peftfx.formats import RULES
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import transform
 from peftfx.pages.plot import plot
-from peftfx.rules.peft_files import CONFIG
+from peftfx.rules.peft_files import CONFIG, rule_folders
 from peftfx.rules.text import parse_rules
-from peftfx.training.checkpoints import is_at_end, last_checkpoint, rules_in_words, rules_keeper, take_end
+from peftfx.training.checkpoints import (
+    is_at_end,
+    last_checkpoint,
+    room_for,
+    rules_in_words,
+    rules_keeper,
+    take_end,
+)
 from peftfx.training.learners import learner
 from peftfx.training.options import TrainOptions
 from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_rows
 from peftfx.training.trainer import silent_trainer, trainer_arguments
+
+_STATE = "trainer_state.json"  #: in each checkpoint of `Trainer`
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ def train(
     if held is not None and held.kind != rows.kind:
         raise PeftfxError(f"rows of kind {held.kind}, and {rows.kind} to train on", held.where, "give rows of one kind")
     trainer_class = silent_trainer()
-    with as_directory(base) as directory:
-        return _train(directory, base, rows, held, rules, output, asked, say, trainer_class)
+    with as_directory(base) as directory, publish(output, asked.force, _is_adapter) as made:
+        return _train(directory, base, rows, held, rules, output, made, asked, say, trainer_class)
 
 
 def _train(
@@ -101,6 +110,7 @@ def _train(
     held: TrainingRows | None,
     rules: str,
     output: Path,
+    made: Path,
     asked: TrainOptions,
     say: Callable[[str], object],
     trainer_class: Any,
@@ -136,7 +146,8 @@ def _train(
         if last is not None and is_at_end(last, asked.steps):
             take_end(trainer, last)
         else:
-            trainer.train(resume_from_checkpoint=last)
+            with room_for(checkpoints, adapted.state_dict()):
+                trainer.train(resume_from_checkpoint=last)
         evaluation = {k: v for k, v in (trainer.evaluate() if held else {}).items() if k == "eval_loss"}
     losses = tuple((int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
     _refuse_divergence(adapted, losses)
@@ -147,8 +158,7 @@ def _train(
         evaluation=evaluation,
         losses=losses,
     )
-    with publish(output, asked.force, _is_adapter) as made:
-        _write(made, adapted, tokenizer, told, rows)
+    _write(made, adapted, tokenizer, told, rows)
     return told
 
 
@@ -188,5 +198,8 @@ def _tokenizer(base: Path) -> Any:
 
 
 def _is_adapter(directory: Path) -> bool:
-    """Return whether a directory holds an adapter, and so may be replaced."""
-    return any((directory / name).is_file() for name in (CONFIG, RULES))
+    """Return whether a directory holds an adapter alone, and so may be replaced: no checkpoints, no other adapters."""
+    if not any((directory / name).is_file() for name in (CONFIG, RULES)):
+        return False
+    below = [path for path in directory.iterdir() if any((path / name).is_file() for name in (CONFIG, RULES, _STATE))]
+    return {*below} <= {*rule_folders(directory)}

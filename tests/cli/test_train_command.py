@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from support.command import SIZES, Result, assert_refused
 
 from peftfx import PeftfxError
+from peftfx.export.writing.atomic_directory import publish
 from peftfx.serving.runs.asked import read_texts
 from peftfx.training.rows import IGNORED, Padded, encoded, read_rows
 
@@ -217,3 +218,28 @@ def test_bad_options_are_told(base: Path, completions: Path, peftfx: Command, tm
     other = ("train", "--base", base, "--data", tmp_path / "no", "--output", tmp_path)
     assert_refused(peftfx(*other), "not an earlier output")
     assert_refused(peftfx("train", "--base", tmp_path / "no", *words[3:]), "no such directory")
+
+
+def test_of_two_runs_to_one_place_the_second_is_refused_at_once(
+    base: Path, completions: Path, peftfx: Command, tmp_path: Path
+) -> None:
+    words = ("train", "--base", base, "--data", completions, "--output", tmp_path / "out", "--save-steps", 1)
+    with publish(tmp_path / "out") as made:
+        assert_refused(peftfx(*words), "another run is writing there")
+        (made / "one").write_text("")
+    assert not (tmp_path / "out-checkpoints").exists()
+
+
+@pytest.mark.parametrize("kept", ["checkpoint-2/trainer_state.json", "other/adapter_config.json"])
+def test_an_adapter_beside_checkpoints_or_others_is_not_replaced(
+    kept: str, base: Path, completions: Path, peftfx: Command, tmp_path: Path
+) -> None:
+    words = ("train", "--base", base, "--data", completions, "--steps", 1, "--output", tmp_path / "out", "--force")
+    rules = ("--rules", "lora(r=2)@attention; ia3@mlp")
+    assert peftfx(*words, *rules).code == 0
+    assert peftfx(*words, "--rules", "lora(r=2)@mlp").code == 0  # what a run has written is replaced
+    file = tmp_path / "out" / kept
+    file.parent.mkdir()
+    file.write_text("{}")
+    assert_refused(peftfx(*words), "not an earlier output")
+    assert file.exists()

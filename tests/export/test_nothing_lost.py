@@ -133,10 +133,15 @@ class TestKilled:
 
 
 @pytest.mark.parametrize("stage", ["load", "verify"])
-def test_sigterm_ends_in_order_and_leaves_nothing(stage: str, inputs: Inputs, tmp_path: Path) -> None:
-    done = inputs.server.run(*inputs.words(tmp_path / "out"), setup="terminate", option=stage)
-    assert done.code == 143, done.err
-    assert done.err.endswith("peftfx: terminated; nothing was written\n")
+@pytest.mark.parametrize(
+    ("signal", "code", "word"), [("terminate", 143, "terminated"), ("interrupt", 130, "interrupted")]
+)
+def test_a_signal_ends_in_order_and_leaves_nothing(
+    signal: str, code: int, word: str, stage: str, inputs: Inputs, tmp_path: Path
+) -> None:
+    done = inputs.server.run(*inputs.words(tmp_path / "out"), setup=signal, option=stage)
+    assert done.code == code, done.err
+    assert done.err.endswith(f"peftfx: {word}; no output was written\n")
     assert names(tmp_path) == []
 
 

@@ -53,6 +53,7 @@ FIELDS: Mapping[str, tuple[str, str, object, str]] = {
     "encoder_hidden_size": ("p_tuning", "encoder_hidden_size", [8], "the wrong type: encoder_hidden_size"),
     "adapter_layers": ("adaption", "adapter_layers", 0.5, "the wrong type: adapter_layers"),
     "infinity": ("lora", "lora_alpha", float("inf"), "the wrong type: lora_alpha"),
+    "a scale that float32 lacks": ("lora", "lora_alpha", 1e308, "the wrong type: lora_alpha"),
     "depth": ("lora", "rank_pattern", deep(110), "nested too deeply"),
     "a variant that an empty object turns on": ("lora", "velora_config", {}, "does not support velora_config"),
 }

@@ -323,3 +323,19 @@ def test_dpo_switches_the_dropout_of_an_adapter_off(tmp_path: Path) -> None:
         got = dpo(ours, tmp_path, ours.reference())
     want = dpo(peft_model(tmp_path / "adapter"), tmp_path, copy.deepcopy(ZOO["llama"].build()))
     assert got == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("reference", ["adapter", "base"])
+def test_a_reference_that_is_mixed_with_the_model_is_refused(reference: str, saved: Path, tmp_path: Path) -> None:
+    """With a model of its own as reference, too, of which until then no parameter has changed."""
+    ours = peftfx.load(ZOO["llama"].build(), saved)
+    ours.load_adapter(saved, "ref")
+    ours.set_adapter("default")
+    held = ours.reference("ref") if reference == "adapter" else ZOO["llama"].build()
+    before = {name: tensor.clone() for name, tensor in held.state_dict().items()}
+    with pytest.raises(PeftfxError, match=r"sync_ref_model mixes(.|\n)*set_peft_model_state_dict"):
+        dpo(ours, tmp_path, held, sync_ref_model=True, ref_model_sync_steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in held.state_dict().items())
+    peftfx.set_peft_model_state_dict(ours, peftfx.get_peft_model_state_dict(ours), "ref")
+    own = dict(ours.adapter("default").tensors())
+    assert all(torch.equal(tensor, own[name]) for name, tensor in ours.adapter("ref").tensors())

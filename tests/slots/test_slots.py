@@ -141,6 +141,48 @@ def test_rows_that_a_conv_reads_as_one_are_refused(tmp_path: Path) -> None:
         adapted.export(tmp_path / "out", inputs=inputs, batched=["x"])
 
 
+def test_a_layer_that_reads_no_row_is_refused(tmp_path: Path) -> None:
+    """Swin 2's biases of positions are a table's, the same for all images."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(7, 6))
+            self.bias, self.out = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x + self.bias(self.table).sum(0))
+
+    inputs = {"x": torch.randn(3, 5, 4)}
+    adapted = transform(Biased().eval(), LoRA(r=2, target="linear"), "x", inputs=inputs)
+    with pytest.raises(PeftfxError, match=r"computes the same for all rows(.|\n)*\[bias\]"):
+        adapted.export(tmp_path / "out", inputs=inputs, batched=["x"])
+
+
+def test_images_that_become_one_pixel_have_slots(tmp_path: Path) -> None:
+    """In the example two strides are equal there, and in the calls they are not."""
+
+    class Narrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 8, 3, 2, 1, groups=8)
+            self.third, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 5)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.head(self.third(self.second(self.first(image))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    base, example = Narrowing().eval(), {"image": torch.randn(2, 3, 8, 8)}
+    export_onnx(base, tmp_path / "graph", inputs=example, slots="conv", view="forward")
+    adapted = transform(base, LoRA(r=2, target_modules=["first", "third"], init_lora_weights=False), inputs=example)
+    served = runtime.load(tmp_path / "graph")
+    served.load_adapter(export_adapter(adapted, tmp_path / "graph", tmp_path / "one"))
+    for shape in ((3, 3, 8, 8), (2, 3, 48, 80)):
+        image = torch.randn(shape)
+        got = served(image=image)["output"]
+        torch.testing.assert_close(got, adapted.eval()(image).detach(), atol=1e-5, rtol=1e-5)
+
+
 def test_heads_that_do_not_fit_are_refused(tmp_path: Path, peftfx: Run) -> None:
     model = ZOO["bert"].build()
     options = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query"]}

@@ -129,6 +129,17 @@ def terminate(stage: str) -> None:
     _when(stage, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
 
+def interrupt(stage: str) -> None:
+    """When a stage is announced, the process gets SIGINTs, as from a Ctrl+C that is held."""
+
+    def press() -> None:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    _when(stage, press)
+
+
 def cut_file(option: list[str]) -> None:
     """When a stage is announced, a file loses half of its bytes."""
     stage, path = option

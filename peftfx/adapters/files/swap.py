@@ -21,6 +21,9 @@ from peftfx.sites.sites import Sites
 _STARTS = frozenset({*PLACING, "modules_to_save", "init_lora_weights", "init_ia3_weights", "init_weights"})
 """Options that say where an adapter acts and how it was initialised. Its outputs do not depend on them any more."""
 
+_FOR_FILES = frozenset({"fan_in_fan_out", "total_step"})
+"""Options that files must have and rules may lack: how the base stores its weights, how long a budget of ranks is."""
+
 _SIZES = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
 """Options that say how large a LoRA's factors are, and by what their product is multiplied."""
 
@@ -33,7 +36,7 @@ def swap_state(base: nn.Module, sites: Sites, adapter: Adapter, state: Mapping[s
     """
     config, _ = config_and_tensors(base, adapter)
     with tempfile.TemporaryDirectory() as folder:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}  # tied ones are apart
         write_rule_directory(Path(folder), config, {WEIGHTS: tensors})
         if swap_file(base, sites, adapter, Path(folder)) is not adapter:
             what = "this state is not one of the adapter: its ranks differ, or places are left out"
@@ -86,4 +89,4 @@ def _plain(options: Mapping[str, object]) -> dict[str, object]:
 
 def _options(placement: Placement) -> dict[str, object]:
     method = placement.method
-    return {name: getattr(method, name) for name in method.options() if name not in _STARTS}
+    return {name: getattr(method, name) for name in method.options() if name not in _STARTS | _FOR_FILES}

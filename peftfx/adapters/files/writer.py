@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -49,10 +51,22 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
         warn_unlike_peft(base, adapters[name].placements, str(target))
         for kind in dict.fromkeys(type(p.method).__name__ for p in adapters[name].placements.patterns):
             warn(f"{target}: peft cannot load {kind}: it acts at a pattern, which peftfx alone finds")
-        with writing(target):
-            target.mkdir(parents=True, exist_ok=True)
+        with writing(target), _folder(target):
             _write(target, rules)
             write_card(target, base, adapters[name])
+
+
+@contextlib.contextmanager
+def _folder(directory: Path) -> Iterator[None]:
+    """Make a directory. If the block fails, a new one is removed."""
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def config_and_tensors(base: nn.Module, adapter: Adapter) -> tuple[dict[str, object], dict[str, Tensor]]:

@@ -90,6 +90,8 @@ class LayerCall:
         names: the layer's label for a tensor, by the tensor's identity.
         caches: the caches, by the argument's name.
         places: what the layer's own part of each cache holds now, and what it held before, by the argument's name.
+        filled: for each cache of an encoder-decoder, which layers' cross-attentions are filled, by the layers' numbers;
+            this layer's number; and what was filled before.
         values: what else it can read.
     """
 
@@ -100,6 +102,7 @@ class LayerCall:
     names: dict[int, object] = field(default_factory=dict)
     caches: dict[str, Cache] = field(default_factory=dict)
     places: dict[str, tuple[dict[str, object], dict[str, object]]] = field(default_factory=dict)
+    filled: dict[str, tuple[dict[int, bool], int, dict[int, bool]]] = field(default_factory=dict)
     values: DescribedValues = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,11 +130,14 @@ class LayerCall:
     def has_entry(self, container: object) -> bool:
         """Return whether the entry of a list at the layer's number is described, or is its part of a cache."""
         in_caches = any(container is cache.layers for cache in self.caches.values())
-        return in_caches or self.values.has_entry(container)
+        return in_caches or self._is_filled(container) or self.values.has_entry(container)
 
     def has_place(self, owner: object, method: str) -> bool:
         """Return whether a method takes the layer's number as its place in a cache of the call."""
-        return is_place(owner, method, self.caches.values())
+        return is_place(owner, method, self.caches.values()) or (method == "get" and self._is_filled(owner))
+
+    def _is_filled(self, container: object) -> bool:
+        return any(container is filled for filled, _, _ in self.filled.values())
 
     def enter(self, label: object, tensor: Tensor, find: Find) -> object:
         """Record a tensor, and return its description and the label of an equal tensor of the call."""
@@ -169,11 +175,20 @@ class LayerCall:
             found |= {f"{name}.{k}": v for k, v in own.items() if k not in earlier or earlier[k] is not v}
             if earlier.keys() - own.keys():
                 raise Unknown
+        for name, (filled, number, noted) in self.filled.items():
+            if {**filled, number: True} != {**noted, number: True}:
+                raise Unknown
+            if filled.get(number) != noted.get(number):
+                found[name] = filled.get(number)
         return found
 
     def change(self, changes: Mapping[str, object]) -> None:
         """Write the changes that another call made to its caches into the caches of this call."""
         for name, value in changes.items():
+            if name in self.filled:
+                filled, number, _ = self.filled[name]
+                filled[number] = bool(value)
+                continue
             place, _, attribute = name.rpartition(".")
             self.places[place][0][attribute] = value
 
@@ -251,10 +266,12 @@ def _module(call: LayerCall, path: str, module: nn.Module, find: Find) -> object
 def _cache(call: LayerCall, label: str, cache: Cache, number: int | None, find: Find) -> object:
     """Describe what a cache holds for the layer of this number."""
     if isinstance(cache, EncoderDecoderCache):
-        if cache.is_updated.get(number):  # type: ignore[arg-type]
+        if number is None:
             raise Unknown
+        call.filled[label] = cache.is_updated, number, dict(cache.is_updated)
         inner = (cache.self_attention_cache, cache.cross_attention_cache)
-        return tuple(_cache(call, f"{label}/{i}", part, number, find) for i, part in enumerate(inner))
+        parts = (_cache(call, f"{label}/{i}", part, number, find) for i, part in enumerate(inner))
+        return cache.is_updated.get(number), *parts
     if number is not None and number == len(cache.layers) and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())  # as the cache itself does when a layer first writes
     if number is None or number >= len(cache.layers):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from peftfx.bases.guests import is_guest, own_class
+from peftfx.errors import PeftfxError
 
 _T = TypeVar("_T")
+_MIXER = "_sync_target_model"  #: of TRL's `SyncRefModelCallback`
 
 
 class SeenByTrainers(nn.Module):
@@ -34,6 +37,24 @@ class SeenByTrainers(nn.Module):
             return self.get_parameter(target)
         except AttributeError:
             return self.get_buffer(target)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return the parameters: those of the adapters, and of the base.
+
+        Args:
+            recurse: whether to return the parameters of modules inside, too.
+
+        Raises:
+            PeftfxError: TRL asks for them to mix them into those of a reference model, which has others.
+        """
+        if sys._getframe(1).f_code.co_name == _MIXER:
+            what = "sync_ref_model mixes the parameters of two whole models, and the reference of an adapter has others"
+            hint = (
+                "pass sync_ref_model=False; to renew the reference, copy the adapter's state: "
+                "set_peft_model_state_dict(model, get_peft_model_state_dict(model), 'ref')"
+            )
+            raise PeftfxError(what, "sync_ref_model=True", hint)
+        return super().parameters(recurse)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -171,7 +171,7 @@ class TestTwoAtOnce:
         ends = dict([told.get(timeout=60) for _ in range(3)])
         for one in both:
             one.join(60)
-        assert sorted(ends.values()) == ["another export is writing there", "done"]
+        assert sorted(ends.values()) == ["another run is writing there", "done"]
         assert model(tmp_path / "out") == str(next(n for n, end in ends.items() if end == "done"))
         assert names(tmp_path) == ["out"]
 
@@ -190,7 +190,7 @@ class TestTwoAtOnce:
             thread.start()
             thread.join()
             into(place, "first")
-        assert errors == ["another export is writing there"]
+        assert errors == ["another run is writing there"]
         assert model(tmp_path / "out") == "first"
 
     def test_a_place_that_is_taken_meanwhile_is_not_replaced(
@@ -230,7 +230,7 @@ class TestTwoAtOnce:
         for thread in threads:
             thread.join()
         assert done
-        assert refused <= {"another export is writing there"}
+        assert refused <= {"another run is writing there"}
         assert names(tmp_path) == ["out"]
         assert names(tmp_path / "out") == ["model.onnx", REPORT]
 
@@ -259,7 +259,7 @@ class TestWindows:
     def test_of_two_the_second_is_refused_and_nothing_is_left(self, tmp_path: Path) -> None:
         output = an_export(tmp_path / "out", "old")
         with publish(output, force=True) as place:
-            with pytest.raises(PeftfxError, match="another export is writing there"), publish(output, force=True):
+            with pytest.raises(PeftfxError, match="another run is writing there"), publish(output, force=True):
                 pytest.fail("it began")
             into(place, "new")
             with Stream(place / "weights") as stream:
@@ -292,7 +292,7 @@ class TestLeftovers:
                 os._exit(0)
             os._exit(os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1]))
         os.read(began[0], 1)
-        with pytest.raises(PeftfxError, match="another export is writing"), publish(tmp_path / "out", force=True):
+        with pytest.raises(PeftfxError, match="another run is writing"), publish(tmp_path / "out", force=True):
             pytest.fail("it began")
         os.write(go_on[1], b"x")
         assert os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]) == 0

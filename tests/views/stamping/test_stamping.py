@@ -95,12 +95,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 SHORT = ("llama decode", "gpt2 forward", "gpt_neo decode")
+COPIED = (*SHORT, "t5 decoder", "bart decoder", "whisper decoder")
 CAUSAL = (*list(MODELS)[:15],)
 VIEWS = [
     *(f"{name} forward" for name in MODELS),
     *(f"{name} decode" for name in CAUSAL),
     *(f"{name} train" for name in ("llama", "gpt2", "bert")),
-    *("t5 encoder", "t5 decoder"),
+    *("t5 encoder", "t5 decoder", "bart decoder", "whisper decoder"),
 ]
 
 
@@ -156,8 +157,14 @@ def test_a_graph_is_that_of_a_whole_capture(case: str, copies: list[str]) -> Non
     assert text(one) == text(whole)
     assert one.conditions == whole.conditions
     assert [(s.path, s.role) for s in one.sites] == [(s.path, s.role) for s in whole.sites]
-    if case in SHORT:
+    if case in COPIED:
         assert copies
+
+
+def test_layers_with_two_caches_are_copied(copies: list[str]) -> None:
+    """Their code looks up in the cache, by the layer's number, whether the cross-attention is filled."""
+    captured(MODELS["bart"]().eval(), "decoder", True)
+    assert {path.rpartition("decoder.layers.")[2] for path in copies} == {"2", "3"}
 
 
 class Config:
