@@ -38,9 +38,7 @@ class Attention:
         return iter((("query", self.query), ("key", self.key), ("value", self.value)))
 
 
-def find_attentions(
-    graph: Graph, flows: Mapping[fx.Node, Flow], layers: Collection[fx.Node]
-) -> Iterator[Attention]:
+def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow], layers: Collection[fx.Node]) -> Iterator[Attention]:
     """Yield the attentions of a graph, in order. A softmax of anything but a product of two values is none.
 
     A delta rule is one: each token reads by a query what keys and values have written. A state space is none. Instead
