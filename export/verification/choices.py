@@ -33,7 +33,7 @@ _ARGUMENTS = ("self", "k", "dim", "largest", "sorted")
 
 
 @dataclass(frozen=True)
-class Choices:
+class ShownChoices:
     """A copy of a saved model that gives its scores and its choices, too.
 
     Attributes:
@@ -46,13 +46,13 @@ class Choices:
     names: tuple[tuple[str, str], ...]
     half: bool
 
-    def taken(self, got: Mapping[str, Tensor]) -> list[Choice]:
+    def taken(self, got: Mapping[str, Tensor]) -> list[TakenChoice]:
         """Return the choices of a call, given its outputs."""
-        return [Choice(got[scores], got[places]) for scores, places in self.names]
+        return [TakenChoice(got[scores], got[places]) for scores, places in self.names]
 
 
 @dataclass(frozen=True)
-class Choice:
+class TakenChoice:
     """The scores of a call at one place, and the places of those that were chosen."""
 
     scores: Tensor
@@ -60,7 +60,7 @@ class Choice:
 
 
 @contextmanager
-def shown_choices(path: Path) -> Iterator[Choices | None]:
+def shown_choices(path: Path) -> Iterator[ShownChoices | None]:
     """Yield a copy of a saved model that shows its choices, or None if it makes none, or makes some in a branch.
 
     The copy's file is removed afterwards.
@@ -68,6 +68,9 @@ def shown_choices(path: Path) -> Iterator[Choices | None]:
     proto = onnx.load(path, load_external_data=False)
     types = {value.name: value.type.tensor_type.elem_type for value in proto.graph.value_info}
     nodes = [node for node in proto.graph.node if node.op_type == "TopK" and types.get(node.input[0]) in _FLOATS]
+    for number, node in enumerate(nodes):
+        if len(node.output) < 2 or not node.output[1]:  # nothing in the graph reads the places
+            node.output[:] = [node.output[0], f"choice.{number}.places"]
     inner = (a for node in proto.graph.node for a in node.attribute if a.HasField("g") or a.graphs)
     names = tuple((node.input[0], node.output[1]) for node in nodes)
     if not names or any(inner):
@@ -80,7 +83,7 @@ def shown_choices(path: Path) -> Iterator[Choices | None]:
     copy = path.with_name(_NAME)
     try:
         onnx.save(proto, copy)
-        yield Choices(copy, names, onnx.TensorProto.FLOAT16 in types.values())
+        yield ShownChoices(copy, names, onnx.TensorProto.FLOAT16 in types.values())
     finally:
         copy.unlink(missing_ok=True)
 
@@ -98,7 +101,7 @@ class Following:
     """
 
     reference: Callable[[Tensors], Tensors]
-    choices: Sequence[Choice]
+    choices: Sequence[TakenChoice]
     scores: dict[int, Tensor] = field(default_factory=dict)
     alike: bool = True
     wrong: int = 0
@@ -155,7 +158,7 @@ class Nearness:
     torch: dict[int, float] = field(default_factory=dict)
     comparable: bool = True
 
-    def learn(self, choices: Sequence[Choice], own: Mapping[int, Tensor], exact: Mapping[int, Tensor]) -> None:
+    def learn(self, choices: Sequence[TakenChoice], own: Mapping[int, Tensor], exact: Mapping[int, Tensor]) -> None:
         """Record the scores of a call: of ONNX Runtime, and of the reference in its own dtype and in float64."""
         for number, choice in enumerate(choices):
             best = exact[number].double()
