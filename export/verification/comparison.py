@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.program import onnx_outputs
-from peftfx.export.verification.choices import ShownChoices, Following, Nearness, shown_choices
+from peftfx.export.verification.choices import Following, Nearness, ShownChoices, shown_choices
 from peftfx.export.verification.float32_twin import runnable
 from peftfx.export.verification.in_parts import InParts
 from peftfx.export.verification.tolerance import Tensors, Tolerance
