@@ -61,7 +61,7 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
     """Compare the captured base with the eager base in a view, in one call.
 
     Raises:
-        PeftfxError: the eager model refuses the call.
+        PeftfxError: the eager model refuses the call, or makes a table longer for it, as the captured base cannot.
         VerificationError: the captured base differs from the eager base.
     """
     seen, entry = adapted.under_prompt(view)
@@ -72,7 +72,10 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
     except Exception as error:
         raise_if_memory_is_out(error)
         raise refused(adapted, view, error) from error
-    got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    try:
+        got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    except IndexError as error:
+        raise refused(adapted, view, error) from error
     for (name, a), b in zip(want.items(), got, strict=True):
         shown = view.shown(name, case, a), view.shown(name, case, b)
         hold(name, *shown, close(captured.base), same=a.shape == b.shape)

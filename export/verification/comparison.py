@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.program import onnx_outputs
+from peftfx.export.verification.choices import Following, Nearness, ShownChoices, shown_choices
 from peftfx.export.verification.float32_twin import runnable
 from peftfx.export.verification.in_parts import InParts
 from peftfx.export.verification.tolerance import Tensors, Tolerance
@@ -92,7 +94,9 @@ def verify(
     A model in bfloat16 is run as its float32 twin over the same weights (`runnable`), because ONNX Runtime's CPU
     provider has no bfloat16 kernels. A large model is run in parts: see `peftfx.export.verification.in_parts`. Outputs
     that are not floating-point have to be equal. If the first two axes of an output are those of `attention_mask`, the
-    output is not compared at tokens where the mask is 0: results for padding do not matter.
+    output is not compared at tokens where the mask is 0: results for padding do not matter. A model in half precision
+    that chooses experts is compared under its own choices (`peftfx.export.verification.choices`), and so is another
+    one that would be refused.
 
     Args:
         directory: the directory that `save` wrote, or the model's `.onnx` file.
@@ -114,15 +118,19 @@ def verify(
     own = range(len(inputs)) if measured is None else measured
     tolerance, tight, where = Tolerance(atol, rtol), Tolerance(None, None), str(find(directory))
     measures = tolerance if unrounded is None else tight
-    with runnable(find(directory)) as (path, widened):
+    with runnable(find(directory)) as (path, widened), shown_choices(path) as shows:
         large = _size(path.parent) > MAPPED
         model = OnnxModel(path, mapped=large)
         model.put(put or {})
         choose = shown or functools.partial(_unpadded, model.axes)
         if graph is not None:
             _same_interface(model, graph)
-        found, plain = list[Comparison](), list[Comparison]()
         calls = [_widened(feed, model) if widened else feed for feed in inputs]
+        follows = None if shows is None or large or not tolerance.measures or unrounded is not None else shows
+        chosen = functools.partial(_under_its_choices, follows, inputs, calls, own, reference, choose, put or {}, where)
+        if follows is not None and (widened or follows.half) and (found := chosen()):
+            return found
+        found, plain = list[Comparison](), list[Comparison]()
         cut = InParts(model) if large else None
         answers = (model(**call) for call in calls) if cut is None else cut(calls)
         parts, start = (1, 0.5) if cut is None else (len(cut.parts), 0.75)
@@ -134,7 +142,55 @@ def verify(
             found += told(got, tolerance, parts)
             if unrounded is not None:
                 plain += told(unrounded(feed), tight, 1)
-    _judged(plain, tight, where, "the graph with the adapter's tensors, in torch, disagrees with the reference")
+        _judged(plain, tight, where, "the graph with the adapter's tensors, in torch, disagrees with the reference")
+        try:
+            return _judged(found, tolerance, where)
+        except VerificationError:
+            with contextlib.suppress(VerificationError):
+                if found := chosen():
+                    return found
+            raise
+
+
+def _under_its_choices(
+    shows: ShownChoices | None,
+    inputs: Sequence[Tensors],
+    calls: Sequence[Tensors],
+    measured: Collection[int],
+    reference: Reference,
+    choose: Shown,
+    put: Mapping[str, ort.OrtValue],
+    where: str,
+) -> list[Comparison]:
+    """Compare a model with a reference that chooses what ONNX Runtime chose: `peftfx.export.verification.choices`.
+
+    Return nothing if that cannot be done.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    if shows is None:
+        return []
+    tolerance, near, found = Tolerance(None, None), Nearness(), list[Comparison]()
+    model = OnnxModel(shows.path)
+    model.put(put)
+    for number, (feed, call) in enumerate(zip(inputs, calls, strict=True)):
+        tell_share(f"{number} of {len(inputs)} calls", 0.5 + 0.5 * number / len(inputs))
+        got = model(**call)
+        following = Following(reference, shows.taken(got))
+        want, own, exact = following(feed), following.scores, Tensors()
+        if following.alike and number in measured:
+            exact = tolerance.measure(following, feed)
+            if exact and following.alike:
+                near.learn(following.choices, own, following.scores)
+        if not following.alike or tolerance.failure:
+            return []
+        if following.wrong:
+            what = f"choice {following.wrong} of {len(following.choices)} is not of the largest scores"
+            raise VerificationError(f"ONNX Runtime disagrees with the reference: {what}", where)
+        found += _each(want, exact, feed, choose, got, tolerance, 1, where=where)
+    if far := near.too_far:
+        raise VerificationError(f"ONNX Runtime disagrees with the reference in the scores of a choice: {far}", where)
     return _judged(found, tolerance, where)
 
 

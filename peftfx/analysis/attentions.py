@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -38,12 +38,18 @@ class Attention:
         return iter((("query", self.query), ("key", self.key), ("value", self.value)))
 
 
-def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Attention]:
+def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow], layers: Collection[fx.Node]) -> Iterator[Attention]:
     """Yield the attentions of a graph, in order. A softmax of anything but a product of two values is none.
 
     A delta rule is one: each token reads by a query what keys and values have written. A state space is none. Instead
     of a softmax there may be another function of each score, if queries, keys and values are all computed: a
-    feed-forward of two products with parameters is none.
+    feed-forward of two products with parameters is none. A parameter that is itself the query of values that no layer
+    projects is none either: that is a learned mean of them, such as one of the outputs of the layers before.
+
+    Args:
+        graph: a base graph.
+        flows: the flow of each of its nodes.
+        layers: the operations of layers with weights, without embeddings.
     """
     for node in graph.nodes():
         if node.op != "call_function" or not flows[node].origins:
@@ -59,7 +65,7 @@ def find_attentions(graph: Graph, flows: Mapping[fx.Node, Flow]) -> Iterator[Att
             query, key, value = node.args[:3]
             yield Attention(node, query, key, value, node, normalised=False)  # type: ignore[arg-type]
         elif name in MATMULS and (found := operands(node)):
-            yield from _of_products(node, found, flows)
+            yield from (a for a in _of_products(node, found, flows) if not _is_mean(a, flows, layers))
 
 
 def _of_products(op: fx.Node, found: tuple[fx.Node, fx.Node], flows: Mapping[fx.Node, Flow]) -> Iterator[Attention]:
@@ -74,3 +80,9 @@ def _of_products(op: fx.Node, found: tuple[fx.Node, fx.Node], flows: Mapping[fx.
         yield Attention(op, *scores, value, product, logits)
     elif flows[weights].bent and all(flows[node].origins for node in (*scores, value)):
         yield Attention(op, *scores, value, product, normalised=False)
+
+
+def _is_mean(found: Attention, flows: Mapping[fx.Node, Flow], layers: Collection[fx.Node]) -> bool:
+    """Return whether a query comes from parameters alone, and the values from other things than layers and inputs."""
+    learned = not flows[found.query].origins or not flows[found.key].origins
+    return learned and any(o.op != "placeholder" and o not in layers for o in flows[found.value].origins)

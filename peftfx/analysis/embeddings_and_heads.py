@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.analysis.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, data_of, names, op_name
@@ -104,6 +104,37 @@ def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow], kept: Collection
         elif node in reached and _keeps(node, flows):
             reached.update(data_of(node, flows))
     return reached
+
+
+def is_codebook(graph: Graph, path: str, ops: Collection[fx.Node]) -> bool:
+    """Return whether products with the rows of an embedding only choose a row: no gradient could train these products.
+
+    Args:
+        graph: a base graph.
+        path: the path of the weight's module.
+        ops: the products.
+    """
+    try:
+        owner = graph.base.get_submodule(path)
+    except AttributeError:
+        return False
+    if not isinstance(owner, nn.Embedding):
+        return False
+    seen, todo = set(ops), list(ops)
+    while todo:
+        users = todo.pop().users
+        if any(user.op == "output" for user in users):
+            return False
+        more = {user for user in users if _is_floating(user)} - seen
+        seen |= more
+        todo += more
+    return True
+
+
+def _is_floating(node: fx.Node) -> bool:
+    values = node.meta.get("val")
+    each = values if isinstance(values, (tuple, list)) else (values,)
+    return any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in each)
 
 
 def reaches_any(graph: Graph, ops: Collection[fx.Node]) -> set[fx.Node]:

@@ -19,7 +19,7 @@ from torch import fx
 from peftfx.analysis.attention_heads import read_heads
 from peftfx.analysis.attentions import Attention, find_attentions
 from peftfx.analysis.dataflow import MATMULS, NORMED, SPLIT, SUMS, op_name, trace_flow
-from peftfx.analysis.embeddings_and_heads import embedding_role, reaches_any, reaches_output
+from peftfx.analysis.embeddings_and_heads import embedding_role, is_codebook, reaches_any, reaches_output
 from peftfx.analysis.facts import Analysis, WeightFacts
 from peftfx.analysis.links import find_links
 from peftfx.analysis.mlps_and_routers import assign_mlps, find_output_gates, find_routers
@@ -81,7 +81,7 @@ def find_sites(graph: Graph, kept: Collection[str] = ()) -> Sites:
     for router in find_routers(analysis):
         router.role = router.role or ROUTER
     order = {node: i for i, node in enumerate(graph.nodes())}
-    weighted = (_site(weight) for weight in analysis.weights.values())
+    weighted = (_site(weight) for weight in analysis.weights.values() if not _is_codebook(graph, weight))
     sites = [*weighted, *_attention_sites(analysis), *find_norms(graph, analysis.flows)]
     nodes = {node.name: order[node] for node in order}
     ordered = tuple(sorted(sites, key=lambda site: nodes[site.calls[0].op]))
@@ -101,7 +101,8 @@ def _analyse(graph: Graph) -> Analysis:
     owner = {found.op: weight for weight in weights.values() for found in weight.occurrences}
     sources = {found.op for weight in weights.values() for found in weight.occurrences if found.mixes_features}
     flows = trace_flow(graph.nodes(), sources)
-    analysis = Analysis(graph, weights, owner, flows, list(find_attentions(graph, flows)))
+    layers = {op for op, weight in owner.items() if weight.occurrences[0].kind != "embedding"}
+    analysis = Analysis(graph, weights, owner, flows, list(find_attentions(graph, flows, layers)))
     for found in analysis.occurrences():
         if found.op in sources:
             for origin, marks in flows[found.x].origins.items():
@@ -229,6 +230,11 @@ def _assign_heads(analysis: Analysis, kept: Collection[str]) -> None:
         weight = analysis.owner[found.op]
         if found.op in reached - read and not weight.role and found.kind != "embedding":
             weight.role = HEAD
+
+
+def _is_codebook(graph: Graph, weight: WeightFacts) -> bool:
+    first = weight.occurrences[0]
+    return first.kind == "linear" and is_codebook(graph, first.path, [found.op for found in weight.occurrences])
 
 
 def _site(weight: WeightFacts) -> WeightSite:

@@ -101,6 +101,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2},
     "layoutlmv3": {"coordinate_size": 4, "shape_size": 8, "input_size": 32},
+    "longformer": {"attention_window": [4, 8]},
     "levit": {"image_size": 64, "patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", _FULL]},
     "lilt": {"hidden_size": 48},

@@ -1,4 +1,4 @@
-"""Adapters by row, and swapped, in encoder-decoders of sound or images: token by token what `peft` writes."""
+"""Adapters by row, and swapped, in encoder-decoders, mostly of sound or images: token by token what `peft` writes."""
 
 from __future__ import annotations
 
@@ -128,3 +128,23 @@ def test_pieces_of_recordings_that_end_at_different_places_are_refused() -> None
     assert seen == [[1, 0], [1, 1, 1, 0, 0, 0]]
     with pytest.raises(PeftfxError, match="end at different places"):
         step({"input_features": torch.zeros(4, 8, 32)}, None)
+
+
+def test_a_model_that_makes_its_table_of_positions_longer_is_swapped(tmp_path: Path) -> None:
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes = {**heads, **dict.fromkeys(("encoder_layers", "decoder_layers"), 1), "max_position_embeddings": 16}
+    widths = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "init_std": 0.5}
+    config = hf.FSMTConfig(src_vocab_size=40, tgt_vocab_size=40, **sizes, **widths, langs=["en", "de"])
+    torch.manual_seed(0)
+    base = hf.FSMTForConditionalGeneration(config).eval()
+    export_onnx(base, tmp_path / "graph", view="decode", slots="all-linear")
+    rule = peftfx.LoRA(r=3, target="attention.query | mlp", init_lora_weights=False)
+    adapted = peftfx.transform(base, rule)
+    peftfx.export_adapter(adapted, tmp_path / "graph", tmp_path / "low.onnx_adapter")
+    served = runtime.load(tmp_path / "graph")
+    prompt = {"input_ids": torch.randint(5, 40, (2, 9))}
+    plain = served.generate(**prompt, **GREEDY)
+    served.load_adapter(tmp_path / "low.onnx_adapter")
+    found = served.generate(**prompt, **GREEDY)
+    assert torch.equal(found, adapted.generate(**prompt, **GREEDY))
+    assert not torch.equal(found, plain)

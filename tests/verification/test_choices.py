@@ -1,0 +1,129 @@
+"""Verification of models that choose experts: choices between nearly equal scores are followed, faults are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.export.verification import comparison
+from peftfx.export.verification.comparison import verify
+
+SPOIL = Callable[[onnx.GraphProto], None]
+
+
+class Mixture(nn.Module):
+    """Two layers of four experts each; a token goes to the two with the largest scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(nn.Linear(16, 4) for _ in range(2))
+        self.experts = nn.ParameterList(torch.randn(4, 16, 16) / 4 for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for router, experts in zip(self.routers, self.experts, strict=True):
+            weights, places = router(x).float().softmax(-1).topk(2, -1)
+            found = (experts[places] @ x[..., None, :, None]).squeeze(-1)
+            x = x + (found * weights[..., None].to(x.dtype)).sum(-2)
+        return x
+
+
+@pytest.fixture(scope="module")
+def mixture() -> Mixture:
+    torch.manual_seed(0)
+    return Mixture().half().eval()
+
+
+@pytest.fixture(scope="module")
+def calls() -> list[dict[str, Tensor]]:
+    """Texts of many tokens, so that some scores are nearly equal."""
+    torch.manual_seed(1)
+    return [{"x": torch.randn(2, 150, 16).half()} for _ in range(3)]
+
+
+@pytest.fixture
+def saved(mixture: Mixture, tmp_path: Path) -> Path:
+    peftfx.export_onnx(mixture, tmp_path / "out", inputs={"x": torch.randn(2, 5, 16).half()})
+    return tmp_path / "out"
+
+
+def compared(saved: Path, mixture: Mixture, calls: list[dict[str, Tensor]]) -> list[comparison.Comparison]:
+    def reference(feed: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"output": mixture(feed["x"])}
+
+    return verify(saved, reference, calls, atol=None, rtol=None)
+
+
+def test_choices_between_nearly_equal_scores_are_followed(
+    saved: Path, mixture: Mixture, calls: list[dict[str, Tensor]]
+) -> None:
+    found = compared(saved, mixture, calls)
+    assert len(found) == 3
+    assert max(c.max_rel for c in found) < 5e-3, "the reference went on with the same experts"
+    assert max(c.bound / c.largest for c in found) < 0.05, "and so did float64"
+    assert not list(saved.glob(".*")), "no file is left behind"
+
+
+def test_without_that_another_choice_in_float64_hides_faults(
+    saved: Path, mixture: Mixture, calls: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def none(path: Path) -> Iterator[None]:
+        yield None
+
+    monkeypatch.setattr(comparison, "shown_choices", none)
+    assert max(c.bound / c.largest for c in compared(saved, mixture, calls)) > 0.5
+
+
+def initializer(graph: onnx.GraphProto, name: str) -> onnx.TensorProto:
+    return next(t for t in graph.initializer if name in t.name)
+
+
+def add(name: str, change: float) -> SPOIL:
+    def spoil(graph: onnx.GraphProto) -> None:
+        tensor = initializer(graph, name)
+        values = numpy_helper.to_array(tensor).copy()
+        values.flat[0] += change
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+
+    return spoil
+
+
+def smallest(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        if node.op_type == "TopK":
+            kept = [a for a in node.attribute if a.name != "largest"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("largest", 0)])
+
+
+def exchanged(graph: onnx.GraphProto) -> None:
+    """The second layer is routed by the first one's scores."""
+    first, second = (node for node in graph.node if node.op_type == "TopK")
+    second.input[0] = first.input[0]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [add("routers.1.bias", 0.02), add("routers.0.weight", 0.03), add("experts.1", 0.2), smallest, exchanged],
+    ids=["a bias of scores", "a router", "an expert", "the smallest scores", "another layer's scores"],
+)
+def test_faults_before_at_and_behind_choices_are_refused(
+    spoil: SPOIL, saved: Path, mixture: Mixture, calls: list[dict[str, Tensor]]
+) -> None:
+    path = saved / "model.onnx"
+    proto = onnx.load(path)
+    spoil(proto.graph)
+    onnx.save(proto, path)
+    with pytest.raises(PeftfxError, match="ONNX Runtime disagrees"):
+        compared(saved, mixture, calls)
