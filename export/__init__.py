@@ -7,7 +7,8 @@ from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
 from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.export.translation.to_onnx import to_onnx
-from peftfx.export.verification.comparison import Comparison, VerificationError, verify
+from peftfx.export.verification.comparison import Comparison, VerificationError
+from peftfx.export.verification.verify import verify
 from peftfx.serving.onnx_model import OnnxModel
 
 __all__ = [

@@ -27,7 +27,7 @@ from peftfx.export.verification.cases import PROBE_SIZES
 from peftfx.export.verification.comparison import Reference, VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, named_in
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.quantize import BLOCKS, Scheme
 from peftfx.export_options.values import MaxError

@@ -26,13 +26,14 @@ from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
-from peftfx.export.verification.comparison import Comparison, VerificationError, verify
+from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
 from peftfx.export.verification.sizes.limits import OneSidedError, Sizes
 from peftfx.export.verification.sizes.search import examples_beyond
+from peftfx.export.verification.verify import verify
 from peftfx.export.writing.finite import may_be_infinite
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions

@@ -22,7 +22,7 @@ from peftfx.export.metadata import SOURCE
 from peftfx.export.rounding.calibrated import layer_at
 from peftfx.export.verification.agreement import LOGITS, chooses, divergence
 from peftfx.export.verification.comparison import Reference
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.export.writing.readers import lookups
 from peftfx.export.writing.weights import LARGE, content_of
 from peftfx.export_options.quantize import Scheme

@@ -12,7 +12,7 @@ from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.agreement import decoded
 from peftfx.export.verification.eager.reference import EagerReference
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.export_options.quantize import Scheme
 from peftfx.export_options.values import check_text
 from peftfx.model.adapted import AdaptedModel

@@ -23,9 +23,9 @@ from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.slots.initializers import untied_heads
 from peftfx.export.slots.reopened import reopened
 from peftfx.export.slots.served_as import idle_in, pictured, served_as
-from peftfx.export.verification.comparison import verify
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.sizes.search import sizes_of
+from peftfx.export.verification.verify import verify
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes

@@ -18,7 +18,7 @@ from peftfx.export.slots.initializers import neutral_of
 from peftfx.export.slots.prompt_places import prompt_places_of
 from peftfx.export.slots.swappable import forward_part, generating_part
 from peftfx.export.verification.comparison import reference_of
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import INNER, KEYS, OUTER, PREFIX, SLOT_OWN, SLOT_PROMPT, Manifest, Slot
 from peftfx.model.adapted import AdaptedModel

@@ -21,7 +21,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.verification.cases import is_large
 from peftfx.export.verification.comparison import Reference
 from peftfx.export.verification.eager.reference import EagerReference
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.export_options.values import MaxError
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import PAST, PRESENT, Decode, positions

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftfx.export.verification.tolerance import FLOOR, Tensors
+from peftfx.export.verification.tolerances.tolerance import FLOOR, Tensors
 
 NEAR = 4  #: how many times as far from float64 as torch's scores ONNX Runtime's may be
 _NAME = ".choices.onnx"

@@ -1,33 +1,25 @@
-"""Verify an export: ONNX Runtime computes what the reference computes, or a VerificationError says where not."""
+"""Comparisons of outputs: how far ONNX Runtime's are from the reference's, and how far they may be."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.translation.program import onnx_outputs
-from peftfx.export.verification.choices import Following, Nearness, ShownChoices, shown_choices
-from peftfx.export.verification.float32_twin import runnable
-from peftfx.export.verification.in_parts import InParts
-from peftfx.export.verification.tolerance import Tensors, Tolerance
+from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
-from peftfx.serving.onnx_model import OnnxModel, find
-from peftfx.telling import tell_share
 
 Reference = Callable[[Tensors], Tensors]
 """A function that a model is compared with. It takes inputs by name and returns outputs by name."""
 Shown = Callable[[str, Tensors, Tensor], Tensor]
 """A function that selects what to compare of an output, given its name, the inputs, and its value."""
-MAPPED = 256 << 20  #: bytes of a model from which its weights are mapped, and not copied by ONNX Runtime
+_LOOSE = 0.5  #: of an output's largest magnitude: a tolerance beyond it lets nearly any answer pass
 WORST = 3  #: how many outputs a message names
 
 
@@ -69,6 +61,11 @@ class Comparison:
     unmeasured: str = ""
     parts: int = 1
 
+    @property
+    def says_little(self) -> bool:
+        """Whether the tolerance is measured, and so large that nearly any answer would pass."""
+        return self.noise is not None and self.bound > _LOOSE * self.largest > 0
+
     def __str__(self) -> str:
         if self.wrong:
             return f"{self.output}: {self.wrong}"
@@ -76,125 +73,7 @@ class Comparison:
         return told if self.noise is None else f"{told}; torch itself is {self.noise:.2g} from float64"
 
 
-def verify(
-    directory: Path,
-    reference: Reference,
-    inputs: Sequence[Tensors],
-    *,
-    atol: float | None = 1e-4,
-    rtol: float | None = 1e-4,
-    graph: Graph | None = None,
-    shown: Shown | None = None,
-    put: Mapping[str, ort.OrtValue] | None = None,
-    measured: Collection[int] | None = None,
-    unrounded: Reference | None = None,
-) -> list[Comparison]:
-    """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
-
-    A model in bfloat16 is run as its float32 twin over the same weights (`runnable`), because ONNX Runtime's CPU
-    provider has no bfloat16 kernels. A large model is run in parts: see `peftfx.export.verification.in_parts`. Outputs
-    that are not floating-point have to be equal. If the first two axes of an output are those of `attention_mask`, the
-    output is not compared at tokens where the mask is 0: results for padding do not matter. A model in half precision
-    that chooses experts is compared under its own choices (`peftfx.export.verification.choices`), and so is another
-    one that would be refused.
-
-    Args:
-        directory: the directory that `save` wrote, or the model's `.onnx` file.
-        reference: computes what the model has to give.
-        inputs: the calls to compare. Sizes that the export never saw prove most.
-        atol: the absolute tolerance.
-        rtol: the tolerance relative to the largest magnitude of an output. If both are None, the tolerance is measured:
-            see `peftfx.export.verification.tolerance`.
-        graph: if given, the model also has to have the inputs and axes of this graph.
-        shown: selects what to compare of an output, in place of the rule for `attention_mask` above.
-        put: the tensors to put into the model's slots.
-        measured: the numbers of the calls that are also run in float64 if the tolerance is measured; by default all.
-        unrounded: computes in torch what the model computes, without the rounding of its weights. It is held to the
-            reference by the measured tolerance.
-
-    Raises:
-        VerificationError: an output is missing, has a NaN, or differs by more than the tolerance.
-    """
-    own = range(len(inputs)) if measured is None else measured
-    tolerance, tight, where = Tolerance(atol, rtol), Tolerance(None, None), str(find(directory))
-    measures = tolerance if unrounded is None else tight
-    with runnable(find(directory)) as (path, widened), shown_choices(path) as shows:
-        large = _size(path.parent) > MAPPED
-        model = OnnxModel(path, mapped=large)
-        model.put(put or {})
-        choose = shown or functools.partial(_unpadded, model.axes)
-        if graph is not None:
-            _same_interface(model, graph)
-        calls = [_widened(feed, model) if widened else feed for feed in inputs]
-        follows = None if shows is None or large or not tolerance.measures or unrounded is not None else shows
-        chosen = functools.partial(_under_its_choices, follows, inputs, calls, own, reference, choose, put or {}, where)
-        if follows is not None and (widened or follows.half) and (found := chosen()):
-            return found
-        found, plain = list[Comparison](), list[Comparison]()
-        cut = InParts(model) if large else None
-        answers = (model(**call) for call in calls) if cut is None else cut(calls)
-        parts, start = (1, 0.5) if cut is None else (len(cut.parts), 0.75)
-        for number, (feed, got) in enumerate(zip(inputs, answers, strict=True)):
-            tell_share(f"{number} of {len(inputs)} calls", start + (1 - start) * number / len(inputs))
-            want = reference(feed)
-            exact = measures.measure(reference, feed) if measures.measures and number in own else {}
-            told = functools.partial(_each, want, exact, feed, choose, where=where)
-            found += told(got, tolerance, parts)
-            if unrounded is not None:
-                plain += told(unrounded(feed), tight, 1)
-        _judged(plain, tight, where, "the graph with the adapter's tensors, in torch, disagrees with the reference")
-        try:
-            return _judged(found, tolerance, where)
-        except VerificationError:
-            with contextlib.suppress(VerificationError):
-                if found := chosen():
-                    return found
-            raise
-
-
-def _under_its_choices(
-    shows: ShownChoices | None,
-    inputs: Sequence[Tensors],
-    calls: Sequence[Tensors],
-    measured: Collection[int],
-    reference: Reference,
-    choose: Shown,
-    put: Mapping[str, ort.OrtValue],
-    where: str,
-) -> list[Comparison]:
-    """Compare a model with a reference that chooses what ONNX Runtime chose: `peftfx.export.verification.choices`.
-
-    Return nothing if that cannot be done.
-
-    Raises:
-        VerificationError: they differ.
-    """
-    if shows is None:
-        return []
-    tolerance, near, found = Tolerance(None, None), Nearness(), list[Comparison]()
-    model = OnnxModel(shows.path)
-    model.put(put)
-    for number, (feed, call) in enumerate(zip(inputs, calls, strict=True)):
-        tell_share(f"{number} of {len(inputs)} calls", 0.5 + 0.5 * number / len(inputs))
-        got = model(**call)
-        following = Following(reference, shows.taken(got))
-        want, own, exact = following(feed), following.scores, Tensors()
-        if following.alike and number in measured:
-            exact = tolerance.measure(following, feed)
-            if exact and following.alike:
-                near.learn(following.choices, own, following.scores)
-        if not following.alike or tolerance.failure:
-            return []
-        if following.wrong:
-            what = f"choice {following.wrong} of {len(following.choices)} is not of the largest scores"
-            raise VerificationError(f"ONNX Runtime disagrees with the reference: {what}", where)
-        found += _each(want, exact, feed, choose, got, tolerance, 1, where=where)
-    if far := near.too_far:
-        raise VerificationError(f"ONNX Runtime disagrees with the reference in the scores of a choice: {far}", where)
-    return _judged(found, tolerance, where)
-
-
-def _each(
+def compared(
     want: Tensors,
     exact: Tensors,
     feed: Tensors,
@@ -218,7 +97,7 @@ def _each(
         yield dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype, parts=parts)
 
 
-def _judged(
+def judged(
     found: Sequence[Comparison],
     tolerance: Tolerance,
     where: str,
@@ -263,16 +142,6 @@ def short_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     return found
 
 
-def _widened(feed: Tensors, model: OnnxModel) -> Tensors:
-    """Convert the inputs of a float32 twin from bfloat16 to float32. Slots keep their dtype."""
-    wide = {name: value.float() for name, value in feed.items() if value.dtype == torch.bfloat16}
-    return feed | {name: value for name, value in wide.items() if name in model.inputs}
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
-
-
 def reference_of(graph: Graph) -> Reference:
     """Return the reference that runs a graph, for the export of this graph."""
 
@@ -283,22 +152,6 @@ def reference_of(graph: Graph) -> Reference:
         return {name: value for name, value in named if isinstance(value, Tensor)}
 
     return run
-
-
-def _same_interface(model: OnnxModel, graph: Graph) -> None:
-    axes = model.axes
-    fixed = [spec for spec in graph.inputs if spec.name not in model.slots]
-    wrong = [f"{spec} is {list(axes.get(spec.name, ()))}" for spec in fixed if axes.get(spec.name) != spec.shape]
-    if wrong:
-        raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
-
-
-def _unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: Tensor) -> Tensor:
-    """Return an output at unmasked tokens, or the whole output if its first two axes are not those of the mask."""
-    mask = feed.get("attention_mask")
-    if mask is None or mask.ndim != 2 or bool(mask.all()) or axes[name][:2] != axes["attention_mask"]:
-        return value
-    return value[mask != 0]
 
 
 def _compare(name: str, want: Tensor, got: Tensor, select: Callable[[Tensor], Tensor]) -> Comparison:

@@ -22,7 +22,7 @@ from onnx import ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
 from peftfx.export.verification.graph_parts import WIDENED, ModelPart, cut, stored_weights
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.export.verification.wide_weights import with_wide_weights
 from peftfx.export.writing.direct_read import DirectFile, span_of
 from peftfx.export.writing.weights import LARGE

@@ -11,10 +11,10 @@ from peftfx.export.verification.captured import refused
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager.adapters import unpublished
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
-from peftfx.export.verification.float64 import MOST_EXACT
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes.limits import EVERY, Sizes
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.float64 import MOST_EXACT
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.view import View

@@ -51,7 +51,7 @@ class ExportOptions(Checked):
             `peftfx.export.slots.batched`.
         atol, rtol: the tolerance `atol + rtol * largest magnitude` of an output. By default the tolerance is measured:
             a multiple of the model's own difference in torch between its dtype and float64; see
-            `peftfx.export.verification.tolerance`.
+            `peftfx.export.verification.tolerances.tolerance`.
         max_memory: the most bytes that may be allocated besides the model itself, as a number or as text such as `4GB`.
             An export that needs more (`memory_needed`) is refused.
         allow_fixed: export a model even if its code branches on a size, and the export is right only on the example's

@@ -22,7 +22,8 @@ from peftfx.errors import PeftfxError
 from peftfx.export.metadata import ENGINE
 from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.translation.to_onnx import to_onnx
-from peftfx.export.verification.comparison import VerificationError, reference_of, verify
+from peftfx.export.verification.comparison import VerificationError, reference_of
+from peftfx.export.verification.verify import verify
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.weights import save
 from peftfx.graph.graph import Graph

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from peftfx import IA3, AdaLoRA, LoRA, PeftfxError, PrefixTuning, export_onnx, runtime, transform
 from peftfx.export import OnnxModel
 from peftfx.export.slots.adapter_export import export_adapter
-from peftfx.export.verification.comparison import VerificationError, reference_of, verify
+from peftfx.export.verification.comparison import VerificationError, reference_of
+from peftfx.export.verification.verify import verify
 from peftfx.graph.slots import Manifest
 from peftfx.serving.adapter_file import read_adapter_file
 

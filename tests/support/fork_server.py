@@ -137,6 +137,9 @@ def interrupt(stage: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
         os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # tests that run in the background inherit that it is ignored
     _when(stage, press)
 
 

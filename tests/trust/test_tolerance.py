@@ -25,8 +25,8 @@ from peftfx.export.verification import probes
 from peftfx.export.verification.agreement import MaxError
 from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
-from peftfx.export.verification.float64 import float64
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.float64 import float64
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.views.decode import positions

@@ -20,10 +20,12 @@ from torch import Tensor
 
 import peftfx
 from peftfx import PeftfxError
-from peftfx.export.verification import comparison, graph_parts
-from peftfx.export.verification.comparison import VerificationError, reference_of, verify
+from peftfx.export.verification import graph_parts
+from peftfx.export.verification import verify as verification
+from peftfx.export.verification.comparison import VerificationError, reference_of
 from peftfx.export.verification.graph_parts import ModelPart, Weight
 from peftfx.export.verification.in_parts import InParts
+from peftfx.export.verification.verify import verify
 from peftfx.export.writing.weights import INLINE
 from peftfx.model.api import bare
 from peftfx.serving.adapter_file import read_adapter_file
@@ -177,8 +179,8 @@ def test_a_refused_call_is_named_as_by_the_whole(tmp_path: Path) -> None:
 def test_a_large_export_is_verified_in_parts(
     kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "MAPPED", 0)
-    monkeypatch.setattr(comparison, "InParts", functools.partial(InParts, limit=1, least=0))
+    monkeypatch.setattr(verification, "MAPPED", 0)
+    monkeypatch.setattr(verification, "InParts", functools.partial(InParts, limit=1, least=0))
     report = peftfx.export_onnx(ZOO["llama"].build().to(kind), tmp_path / "out", view="decode")
     assert re.search(r", in \d+ parts$", report.verified)
     assert "parts)" in str(report)
@@ -198,8 +200,8 @@ def test_weights_of_16_bits_are_cast_once_for_all_calls(
     read_wide = Weight.read_wide
     monkeypatch.setattr(Weight, "read_wide", read)
     monkeypatch.setattr(graph_parts, "WIDENED", 1 << 10)  # each weight in pieces
-    monkeypatch.setattr(comparison, "MAPPED", 0)
-    monkeypatch.setattr(comparison, "InParts", functools.partial(InParts, limit=1 << 13, least=0))
+    monkeypatch.setattr(verification, "MAPPED", 0)
+    monkeypatch.setattr(verification, "InParts", functools.partial(InParts, limit=1 << 13, least=0))
     report = peftfx.export_onnx(base, tmp_path / "out", view="decode")
     stored = [m.weight for m in base.modules() if isinstance(m, torch.nn.Linear) and m.weight.nbytes > INLINE]
     tables = [base.get_input_embeddings().weight.shape] if kind == torch.bfloat16 else []  # the twin casts it whole
@@ -211,8 +213,8 @@ def test_a_wrong_byte_of_a_weight_is_found_in_parts(tmp_path: Path, monkeypatch:
     base = ZOO["llama"].build()
     peftfx.export_onnx(base, tmp_path / "out", view="forward")
     graph, cases = bare(base).graph(), [ZOO["llama"].inputs(3, 5, model=base)]
-    monkeypatch.setattr(comparison, "MAPPED", 0)
-    monkeypatch.setattr(comparison, "InParts", functools.partial(InParts, limit=1, least=0))
+    monkeypatch.setattr(verification, "MAPPED", 0)
+    monkeypatch.setattr(verification, "InParts", functools.partial(InParts, limit=1, least=0))
     verify(tmp_path / "out", reference_of(graph), cases)
     data = tmp_path / "out" / "model.onnx.data"
     written = np.fromfile(data, dtype="float32")

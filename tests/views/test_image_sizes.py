@@ -187,3 +187,27 @@ def test_sides_of_an_unknown_model_are_fixed_only_if_its_code_takes_one_size(
     other = torch.randn(3, 3, 32, 32) if table else torch.randn(3, 3, 48, 16)
     with torch.no_grad():
         torch.testing.assert_close(OnnxModel(tmp_path / "out")(photo=other)["output"], adapted(other))
+
+
+class _Captions(hf.PreTrainedModel):
+    """A model of a text and an image, whose config tells no size of images."""
+
+    config_class = hf.PreTrainedConfig
+
+    def __init__(self, *, attends: bool) -> None:
+        super().__init__(hf.PreTrainedConfig())
+        self.words, self.patches, self.attends = torch.nn.Embedding(9, 8), torch.nn.Conv2d(3, 8, 4, 4), attends
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        seen = self.patches(pixel_values).flatten(2).mT
+        if self.attends:
+            seen = torch.nn.functional.scaled_dot_product_attention(seen, seen, seen)
+        return self.words(input_ids) + seen.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("attends", "sides"), [(True, (32, 32)), (False, ("height", "width"))])
+def test_beside_a_text_sides_are_free_in_convolutional_models_alone(attends: bool, sides: tuple[object, ...]) -> None:
+    """What attention over an image made of free sides took Gemma 3n's capture more than 8 minutes."""
+    given = {"input_ids": torch.ones(2, 5, dtype=torch.long), "pixel_values": torch.randn(2, 3, 32, 32)}
+    graph = peftfx.capture(_Captions(attends=attends).eval(), given)
+    assert graph.inputs[1].shape == ("batch", 3, *sides)

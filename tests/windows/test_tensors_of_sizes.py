@@ -10,7 +10,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 from peftfx.export import OnnxModel, export_onnx
-from peftfx.export.verification.float64 import float64
+from peftfx.export.verification.tolerances.float64 import float64
 from peftfx.model.api import bare
 from peftfx.views.capture import capture
 

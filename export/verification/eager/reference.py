@@ -19,7 +19,7 @@ from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.adapters import applied
 from peftfx.export.verification.eager.kept_state import StateError, state_kept
-from peftfx.export.verification.tolerance import Tensors
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
 from peftfx.graph.places import above

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from peftfx.bases.dtypes import coarsest
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.export.verification.float64 import MOST_EXACT, float64
 from peftfx.export.verification.sizes.declared import has_declared_sizes
+from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float64
 from peftfx.graph.conditions import Condition, completed
 from peftfx.graph.graph import Graph
 from peftfx.views.capturing.settling import near

@@ -28,10 +28,13 @@ _HIGHER, _WIDER = ((2, 1), (0.5, 1)), ((1, 2), (1, 0.5))
 def free_images(axes: Axes, model: nn.Module, inputs: Mapping[str, object] | None = None) -> Axes:
     """Return the names, with free heights and widths of images if the model takes images of many sizes.
 
-    It does if its config has no image size; and, given the inputs of a call, if it is a convolutional model.
+    It does if its config has no image size; and, given the inputs of a call, if it is a convolutional model. Beside a
+    text that is needed in any case: what attention over an image makes of a free size can take minutes to capture, and
+    texts have a fixed number of tokens for an image.
     """
     freed = with_free_sizes(axes)
-    if freed is axes or (sized_images(model) and (inputs is None or not is_convolutional(model, inputs))):
+    known = sized_images(model) if inputs is None else "input_ids" in inputs or sized_images(model)
+    if freed is axes or (known and (inputs is None or not is_convolutional(model, inputs))):
         return axes
     return freed
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import first_line
-from peftfx.export.verification.float64 import float64
+from peftfx.export.verification.tolerances.float64 import float64
 
 Tensors = dict[str, Tensor]
 MULTIPLE = 8

@@ -1,0 +1,1 @@
+"""What may differ: the tolerance of an output, measured against float64."""
