@@ -10,8 +10,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from peftfx.errors import PeftfxError
 
 _DEEPEST = 100  #: the most levels of a JSON file: recursive code would run out of stack on a deeper one
@@ -83,8 +81,8 @@ def _is_deep(value: object) -> bool:
 def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's errors in the `with` block into PeftfxErrors about `path`.
 
-    Errors that other code raises there, such as the code of a model that an export runs, pass as they are. safetensors
-    has the system's errors in words of its own.
+    Errors that other code raises there, such as the code of a model that an export runs, pass as they are. Those
+    of libraries in Rust, such as safetensors, tell the system's errors in words of their own.
     """
     with contextlib.suppress(OSError):  # there need be nothing yet
         try:
@@ -93,7 +91,7 @@ def writing(path: Path) -> Iterator[None]:
             raise PeftfxError(f"cannot write: {error}", str(path), "choose another path") from error
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         number = errno_in(error)
         if number is None:  # not the system's
             raise
@@ -106,7 +104,7 @@ def errno_in(error: BaseException) -> int | None:
     """Return the number of the system's error that an error tells of, or None."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    found = re.search(r"\(os error (\d+)\)", str(error))
     return None if found is None else int(found[1])
 
 

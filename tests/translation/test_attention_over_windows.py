@@ -12,6 +12,8 @@ from torch.nn import functional as F
 import peftfx
 from peftfx.export import OnnxModel
 
+pytestmark = pytest.mark.further
+
 HEADS = 2
 
 
