@@ -67,15 +67,18 @@ def verify(
     own = range(len(inputs)) if measured is None else measured
     tolerance, tight, where = Tolerance(atol, rtol), Tolerance(None, None), str(find(directory))
     measures = tolerance if unrounded is None else tight
-    with runnable(find(directory)) as (path, widened), shown_choices(path) as shows:
+    with contextlib.ExitStack() as stack:
+        path, widened = stack.enter_context(runnable(find(directory)))
         large = _size(path.parent) > MAPPED
+        follows = None
+        if tolerance.measures and not large and unrounded is None:
+            follows = stack.enter_context(shown_choices(path))
         model = OnnxModel(path, mapped=large)
         model.put(put or {})
         choose = shown or functools.partial(_unpadded, model.axes)
         if graph is not None:
             _same_interface(model, graph)
         calls = [_widened(feed, model) if widened else feed for feed in inputs]
-        follows = None if shows is None or large or not tolerance.measures or unrounded is not None else shows
         chosen = functools.partial(_under_its_choices, follows, inputs, calls, own, reference, choose, put or {}, where)
         if follows is not None and (widened or follows.half) and (found := chosen()):
             return found

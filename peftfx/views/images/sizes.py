@@ -33,8 +33,8 @@ def free_images(axes: Axes, model: nn.Module, inputs: Mapping[str, object] | Non
     texts have a fixed number of tokens for an image.
     """
     freed = with_free_sizes(axes)
-    known = sized_images(model) if inputs is None else "input_ids" in inputs or sized_images(model)
-    if freed is axes or (known and (inputs is None or not is_convolutional(model, inputs))):
+    fixed = sized_images(model) or (inputs is not None and "input_ids" in inputs)
+    if freed is axes or (fixed and (inputs is None or not is_convolutional(model, inputs))):
         return axes
     return freed
 
@@ -94,11 +94,9 @@ def with_fixed_sizes(axes: Axes, model: nn.Module, inputs: Mapping[str, object])
         return axes
     if not _takes(model, inputs, names, (1, 1)):  # which tells nothing of sizes
         return axes
-    free = [any(_takes(model, inputs, names, sizes) for sizes in alone) for alone in (_HIGHER, _WIDER)]
-    return {
-        name: (*own[:-2], *(axis if other else None for axis, other in zip(own[-2:], free))) if name in names else own
-        for name, own in axes.items()
-    }
+    higher, wider = (any(_takes(model, inputs, names, sizes) for sizes in alone) for alone in (_HIGHER, _WIDER))
+    fixed = {n: (*axes[n][:-2], axes[n][-2] if higher else None, axes[n][-1] if wider else None) for n in names}
+    return {**axes, **fixed}
 
 
 def _takes(
