@@ -111,7 +111,7 @@ def judged(
     judged = []
     for c in found:
         bound = tolerance.bound(c.output, c.largest, c.dtype)
-        why = "" if tolerance.noise else tolerance.failure
+        why = "" if tolerance.measured else tolerance.failure
         judged.append(dataclasses.replace(c, bound=bound, ok=not c.wrong and c.max_abs <= bound, unmeasured=why))
     wrong = sorted((c for c in judged if not c.ok), key=_badness, reverse=True)
     if wrong:

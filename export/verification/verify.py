@@ -16,6 +16,7 @@ from peftfx.export.verification.choices import Following, Nearness, ShownChoices
 from peftfx.export.verification.comparison import Comparison, Reference, Shown, VerificationError, compared, judged
 from peftfx.export.verification.float32_twin import runnable
 from peftfx.export.verification.in_parts import InParts
+from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
 from peftfx.serving.onnx_model import OnnxModel, find
@@ -65,7 +66,9 @@ def verify(
         VerificationError: an output is missing, has a NaN, or differs by more than the tolerance.
     """
     own = range(len(inputs)) if measured is None else measured
-    tolerance, tight, where = Tolerance(atol, rtol), Tolerance(None, None), str(find(directory))
+    sigmoids = frozenset[str]() if graph is None else made_by_sigmoids(graph)
+    tolerance, tight = Tolerance(atol, rtol, sigmoids=sigmoids), Tolerance(None, None)
+    where = str(find(directory))
     measures = tolerance if unrounded is None else tight
     with contextlib.ExitStack() as stack:
         path, widened = stack.enter_context(runnable(find(directory)))
@@ -79,7 +82,9 @@ def verify(
         if graph is not None:
             _same_interface(model, graph)
         calls = [_widened(feed, model) if widened else feed for feed in inputs]
-        chosen = functools.partial(_under_its_choices, follows, inputs, calls, own, reference, choose, put or {}, where)
+        chosen = functools.partial(
+            _under_its_choices, follows, inputs, calls, own, reference, choose, put or {}, sigmoids, where
+        )
         if follows is not None and (widened or follows.half) and (found := chosen()):
             return found
         found, plain = list[Comparison](), list[Comparison]()
@@ -124,6 +129,7 @@ def _under_its_choices(
     reference: Reference,
     choose: Shown,
     put: Mapping[str, ort.OrtValue],
+    sigmoids: frozenset[str],
     where: str,
 ) -> list[Comparison]:
     """Compare a model with a reference that chooses what ONNX Runtime chose: `peftfx.export.verification.choices`.
@@ -135,7 +141,7 @@ def _under_its_choices(
     """
     if shows is None:
         return []
-    tolerance, near, found = Tolerance(None, None), Nearness(), list[Comparison]()
+    tolerance, near, found = Tolerance(None, None, sigmoids=sigmoids), Nearness(), list[Comparison]()
     model = OnnxModel(shows.path)
     model.put(put)
     for number, (feed, call) in enumerate(zip(inputs, calls, strict=True)):

@@ -19,7 +19,7 @@ from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, i
 from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count, tokens_of
 from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
-from peftfx.bases.processors.series import PAST_VALUES, as_video, series_shape
+from peftfx.bases.processors.series import PAST_VALUES, PIXEL_VALUES, series_shape, video_inputs
 from peftfx.bases.processors.sounds.in_text import sounds_in_text
 from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_name, recording_shape
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, makes_masks, prompt_types
@@ -150,16 +150,15 @@ class _Maker:
         found = picture_inputs(self.model, self.accepted, self._resolution())
         if found is not None:
             return found
-        if "pixel_values" not in self.accepted:
+        picture = torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)
+        if (video := video_inputs(self.model, self.accepted, picture)) is not None:
+            return video
+        if PIXEL_VALUES not in self.accepted:
             tried = sounds_in_text(self.model, self.accepted)
             return next((sound for sound in tried if tokens_of(self.model, sound)), None)
-        plain = {"pixel_values": torch.full((1, self._image("num_channels", 3), *self._resolution()), torch.nan)}
         if has_image_axis(self.model, self.accepted):
-            return {name: value[:, None] for name, value in plain.items()}
-        video = as_video(self.model, self.accepted, plain["pixel_values"])
-        if video.ndim > plain["pixel_values"].ndim:
-            return {"pixel_values": video}
-        return in_patches(self.model, plain, self._image("patch_size", 1))
+            return {PIXEL_VALUES: picture[:, None]}
+        return in_patches(self.model, {PIXEL_VALUES: picture}, self._image("patch_size", 1))
 
     def labels(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batch = self.sizes["batch"]
@@ -228,7 +227,7 @@ class _Maker:
 
     def _pools_eos(self) -> bool:
         """Say whether the model reads its text's features at the end token: CLIP, or a classifier with a decoder."""
-        both = {"pixel_values", "input_ids"} <= set(self.accepted) and not self.decodes
+        both = {PIXEL_VALUES, "input_ids"} <= set(self.accepted) and not self.decodes
         two_towers = both and self._image_tokens()[0] is None
         return two_towers or (self.decodes and self.task == "text-classification")
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from every_model.own_detector_sizes import OWN_DETECTOR_SIZES
 from every_model.own_image_sizes import OWN_IMAGE_SIZES
 from every_model.own_sizes import OWN_SIZES as SIZES
 from transformers import PreTrainedConfig
@@ -82,7 +83,7 @@ _TOKENS: Mapping[str, int] = {
     "vision_start_token_id": 95,
     "vision_end_token_id": 94,
 }
-OWN_SIZES: Mapping[str, Mapping[str, Any]] = {**SIZES, **OWN_IMAGE_SIZES}
+OWN_SIZES: Mapping[str, Mapping[str, Any]] = {**SIZES, **OWN_IMAGE_SIZES, **OWN_DETECTOR_SIZES}
 _KINDS = ("layer_types", "layers_block_type", "block_types", "hybrid_override_pattern", "mlp_layer_types")
 
 
@@ -109,7 +110,10 @@ def shrunk(kind: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedCo
         if name in own and not isinstance(value, PreTrainedConfig):
             made[name] = own[name]
         elif isinstance(value, PreTrainedConfig):
-            made[name] = shrunk(type(value), {**OWN_SIZES.get(value.model_type, {}), **own.get(name, {})})
+            part = {**own.get(name, {})}
+            named = part.pop("model_type", value.model_type)  # a backbone of another type than the default
+            part_kind = type(value) if named == value.model_type else CONFIG_MAPPING[named]
+            made[name] = shrunk(part_kind, {**OWN_SIZES.get(named, {}), **part})
         elif (small := _small(name, value, default)) is not None:
             made[name] = small
     made |= {name: value for name, value in own.items() if name not in made and name not in kind.sub_configs}

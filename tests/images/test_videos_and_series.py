@@ -20,6 +20,7 @@ from peftfx.export import OnnxModel
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 FRAMES = {**SIZES, "image_size": 16, "num_frames": 4, "num_labels": 3}
+VIDEO = {**SIZES, "pred_num_hidden_layers": 1, "pred_num_attention_heads": 4, "num_labels": 3}
 SERIES = {"context_length": 16, "patch_length": 4, "patch_stride": 4, "num_input_channels": 3, "d_model": 16}
 Make = Callable[[], nn.Module]
 MODELS: Mapping[str, tuple[Make, tuple[int, ...]]] = {
@@ -29,6 +30,14 @@ MODELS: Mapping[str, tuple[Make, tuple[int, ...]]] = {
     ),
     "timesformer": (
         lambda: hf.TimesformerForVideoClassification(hf.TimesformerConfig(**FRAMES, patch_size=8)),
+        (4, 3, 16, 16),
+    ),
+    "vjepa2": (
+        lambda: hf.VJEPA2ForVideoClassification(
+            hf.VJEPA2Config(
+                **VIDEO, crop_size=16, frames_per_clip=4, patch_size=8, pred_hidden_size=32, num_pooler_layers=1
+            )
+        ),
         (4, 3, 16, 16),
     ),
     "patchtst": (
@@ -52,7 +61,7 @@ def build(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_exported_by_itself_as_peft_computes_it(name: str, tmp_path: Path) -> None:
     base, shape = build(name), MODELS[name][1]
-    targets = [path for path, module in base.named_modules() if type(module) is nn.Linear]
+    targets = [p for p, m in base.named_modules() if type(m) is nn.Linear and "predictor" not in p]  # which is not run
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=targets)).eval()
     randomise(theirs)
     theirs.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
@@ -70,6 +79,19 @@ def test_a_video_has_labels_and_a_task() -> None:
     model = build("videomae")
     assert task_of(model) == "video-classification"
     assert model(**example_inputs(model, labels=True)).loss.isfinite()
+
+
+def test_a_backbone_tells_the_size_of_pictures() -> None:
+    backbone = hf.VitPoseBackboneConfig(**SIZES, image_size=[32, 16], patch_size=[8, 8], out_indices=[2])
+    model = hf.VitPoseForPoseEstimation(hf.VitPoseConfig(backbone_config=backbone)).eval()
+    assert example_inputs(model)["pixel_values"].shape == (2, 3, 32, 16)
+
+
+def test_a_model_of_several_main_inputs_says_what_it_lacks() -> None:
+    with torch.device("meta"):
+        model = hf.OneFormerModel(hf.OneFormerConfig())
+    with pytest.raises(peftfx.PeftfxError, match="cannot make an example of task_inputs"):
+        example_inputs(model)
 
 
 def test_a_model_that_takes_frames_one_by_one_has_pictures() -> None:

@@ -211,3 +211,27 @@ def test_beside_a_text_sides_are_free_in_convolutional_models_alone(attends: boo
     given = {"input_ids": torch.ones(2, 5, dtype=torch.long), "pixel_values": torch.randn(2, 3, 32, 32)}
     graph = peftfx.capture(_Captions(attends=attends).eval(), given)
     assert graph.inputs[1].shape == ("batch", 3, *sides)
+
+
+class Line(torch.nn.Module):
+    """Reads a line of text: its height becomes one, and is squeezed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.look, self.read = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Linear(8, 5)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        found = torch.nn.functional.avg_pool2d(self.look(pixel_values).relu(), (8, 2)).squeeze(2)
+        return torch.nn.functional.pad(found, (1, 0)).transpose(1, 2) @ self.read.weight.T + self.read.bias
+
+
+def test_a_height_that_becomes_one_is_squeezed(tmp_path: Path) -> None:
+    """The graph has an axis less, and says for which heights it holds."""
+    torch.manual_seed(0)
+    base, axes = Line().eval(), {"pixel_values": ("batch", None, "height", "width")}
+    graph = peftfx.capture(base, {"pixel_values": torch.randn(2, 3, 8, 16)}, axes=axes)
+    heights = [h for h in (7, 8, 15, 16) if all(c.met({"height": h, "width": 6}) for c in graph.conditions)]
+    assert heights == [8, 15]
+    for height, width in ((8, 16), (11, 22), (15, 7)):
+        x = torch.randn(1, 3, height, width)
+        torch.testing.assert_close(graph(pixel_values=x), base(x))

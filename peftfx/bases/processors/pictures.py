@@ -77,15 +77,20 @@ def seeing(config: object) -> object:
     return config if part is None else seeing(part)
 
 
+_SIZE_FIELDS = ("image_size", "img_size", "input_size", "crop_size")
+
+
 def told_size(model: nn.Module) -> Size | None:
     """Return the chosen height and width of pictures, or those that the model's config or processor tells, if any."""
     size: object = chosen_size()
     if size is None:
-        size = first_of(seeing(model.config), "image_size", "img_size", "input_size")
+        size = first_of(seeing(model.config), *_SIZE_FIELDS)
     if isinstance(size, dict):
         size = (size.get("height"), size.get("width"))
     if size is None:
         size = image_size_of(model)
+    if size is None:
+        size = first_of(first_of(seeing(model.config), "backbone_config"), *_SIZE_FIELDS)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return (height, width) if height and width else None
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.processors.fake_runs import on_fakes
+from peftfx.bases.processors.pictures import seeing
 
+PIXEL_VALUES, VIDEO_VALUES = "pixel_values", "pixel_values_videos"  #: the arguments that take an image, and a video
 PAST_VALUES = "past_values"  #: the argument that takes a time series, [batch, time, channels]
 
 
@@ -31,25 +33,27 @@ def series_shape(config: object, accepted: Collection[str]) -> tuple[int, int] |
 _reads: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], bool]] = WeakKeyDictionary()
 
 
-def as_video(model: nn.Module, accepted: Collection[str], pixels: Tensor) -> Tensor:
-    """Return the pixels of a video of equal pictures, if the model reads videos and no texts; else those given.
+def video_inputs(model: nn.Module, accepted: Collection[str], picture: Tensor) -> dict[str, Tensor] | None:
+    """Return the argument that holds a video of equal pictures; None if the model reads no videos, or beside a text.
 
     Some models whose config counts frames take the frames one by one, so the model's code is run to see what it takes.
 
     Args:
         model: the model; its weights are not read.
         accepted: the arguments of its forward.
-        pixels: one picture, [1, channels, height, width].
+        picture: one picture, [1, channels, height, width].
     """
-    frames = first_of(model.config, "num_frames")
+    frames = first_of(seeing(model.config), "num_frames", "frames_per_clip")
+    video = picture[:, None].repeat(1, frames if isinstance(frames, int) else 2, 1, 1, 1)
+    if PIXEL_VALUES not in accepted:
+        return {VIDEO_VALUES: video} if VIDEO_VALUES in accepted else None
     if not isinstance(frames, int) or "input_ids" in accepted:
-        return pixels
-    video = pixels[:, None].repeat(1, frames, 1, 1, 1)
+        return None
     known = _reads.setdefault(model, {})
     shape = tuple(video.shape)
     if shape not in known:
         known[shape] = _runs(model, shape)
-    return video if known[shape] else pixels
+    return {PIXEL_VALUES: video} if known[shape] else None
 
 
 def _runs(model: nn.Module, shape: tuple[int, ...]) -> bool:

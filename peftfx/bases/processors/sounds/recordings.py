@@ -28,7 +28,7 @@ def recording_name(model: nn.Module, accepted: Collection[str]) -> str | None:
         accepted: the names of the arguments of its forward.
     """
     name = getattr(model, "main_input_name", None)
-    if name not in accepted or name == "inputs":
+    if not isinstance(name, str) or name not in accepted or name == "inputs":  # some models name several
         name = getattr(getattr(model, "encoder", None), "main_input_name", None)
     return name if name in RECORDINGS and name in accepted else None
 
