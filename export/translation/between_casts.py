@@ -18,9 +18,11 @@ from peftfx.graph.rewriter import Cursor, Rewriter
 from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
+HALVES = (_NARROW, torch.float16)
 #: Operations for which torch rounds a number in the code to bfloat16. It multiplies and divides by the number itself.
 _ROUNDED = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
 _cast = torch.ops.aten._to_copy.default
+_SCALED = names("mul div")
 _REINTERPRETS = torch.ops.aten.view.dtype  #: reads the same bits as numbers of another dtype
 
 
@@ -38,6 +40,22 @@ def put_between_casts(rewriter: Rewriter) -> None:
         if isinstance(value, torch.Tensor) and value.dtype == _NARROW:
             rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=_NARROW))
         _round_parts(rewriter, node)
+
+
+def scale_exactly(rewriter: Rewriter, node: fx.Node) -> None:
+    """Multiply or divide a value in half precision by a number that half precision lacks, in float32 between casts.
+
+    torch computes with the number itself, as with `1 / sqrt(width)` of heads. In ONNX it would be rounded: each result
+    would be off by the same factor.
+    """
+    value, (x, number, *_) = node.meta.get("val"), (*node.args, None, None)
+    if op_name(node) not in _SCALED or not isinstance(number, float) or not isinstance(value, torch.Tensor):
+        return
+    if value.dtype not in HALVES or not isinstance(x, fx.Node) or torch.tensor(number, dtype=value.dtype) == number:
+        return
+    node.replace_input_with(x, rewriter.before(node).call(_cast, x, dtype=_WIDE))
+    rewriter.revalue(node, value.to(_WIDE))
+    rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=value.dtype))
 
 
 def is_narrow(base: nn.Module) -> bool:

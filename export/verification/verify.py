@@ -75,7 +75,7 @@ def verify(
             follows = stack.enter_context(shown_choices(path))
         model = OnnxModel(path, mapped=large)
         model.put(put or {})
-        choose = shown or functools.partial(_unpadded, model.axes)
+        choose = shown or functools.partial(unpadded, model.axes)
         if graph is not None:
             _same_interface(model, graph)
         calls = [_widened(feed, model) if widened else feed for feed in inputs]
@@ -176,7 +176,7 @@ def _same_interface(model: OnnxModel, graph: Graph) -> None:
         raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
 
 
-def _unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: Tensor) -> Tensor:
+def unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: Tensor) -> Tensor:
     """Return an output at unmasked tokens, or the whole output if its first two axes are not those of the mask."""
     mask = feed.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()) or axes[name][:2] != axes["attention_mask"]:
