@@ -19,8 +19,9 @@ from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
 HALVES = (_NARROW, torch.float16)
-#: Operations for which torch rounds a number in the code to bfloat16. It multiplies and divides by the number itself.
-_ROUNDED = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
+#: Operations for which torch rounds a number in the code to the dtype of their result. It multiplies and divides by the
+#: number itself.
+ROUNDED = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
 _cast = torch.ops.aten._to_copy.default
 _SCALED = names("mul div")
 _REINTERPRETS = torch.ops.aten.view.dtype  #: reads the same bits as numbers of another dtype
@@ -34,7 +35,7 @@ def put_between_casts(rewriter: Rewriter) -> None:
             continue
         if not (_is_narrow(node) or any(map(_is_narrow, node.all_input_nodes))):
             continue
-        at, rounds, value = rewriter.before(node), op_name(node) in _ROUNDED, node.meta["val"]
+        at, rounds, value = rewriter.before(node), op_name(node) in ROUNDED, node.meta["val"]
         node.args, node.kwargs = (_widened(given, at, rounds=rounds) for given in (node.args, node.kwargs))
         rewriter.revalue(node, _wide(value))
         if isinstance(value, torch.Tensor) and value.dtype == _NARROW:
@@ -51,7 +52,11 @@ def scale_exactly(rewriter: Rewriter, node: fx.Node) -> None:
     value, (x, number, *_) = node.meta.get("val"), (*node.args, None, None)
     if op_name(node) not in _SCALED or not isinstance(number, float) or not isinstance(value, torch.Tensor):
         return
-    if value.dtype not in HALVES or not isinstance(x, fx.Node) or torch.tensor(number, dtype=value.dtype) == number:
+    if (
+        value.dtype not in HALVES
+        or not isinstance(x, fx.Node)
+        or torch.tensor(number, dtype=value.dtype).item() == number
+    ):
         return
     node.replace_input_with(x, rewriter.before(node).call(_cast, x, dtype=_WIDE))
     rewriter.revalue(node, value.to(_WIDE))
