@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental import _config
 
+from peftfx.export.translation.between_casts import scale_queries
 from peftfx.export.translation.decompositions import Uncovered, lowered_program
 from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
@@ -47,6 +48,7 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
     if fused and (opset or OPSET) >= OPSET:
         found = Fuse()(ready)
         ready, opset = found.graph, opset or (OPSET if found.changed or has_norms(found.graph) else None)
+    scale_queries(Rewriter(ready.module.graph))
     refuse_narrowed(graph, ready)
     outputs = flatten_outputs(ready)
     for write in make_functional(Rewriter(ready.module.graph)):

@@ -84,7 +84,7 @@ def hold_without_rounding(
     with unrounded(path) as twin:
         if twin is None:
             return
-        want, near = _in(float64, run, call), _in(float32, run, call)
+        want, near = (_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
         if want is None or near is None:
             return
         tolerance, model = Tolerance(None, None), OnnxModel(twin)
@@ -128,7 +128,7 @@ def _under_its_choices(
             return False
         got = OnnxModel(shows.path)(**own)
         following = Following(run, shows.taken(got))
-        want, near = _in(float64, following, call), _in(float32, following, call)
+        want, near = (_in(functools.partial(mode, rounded=True), following, call) for mode in (float64, float32))
         if want is None or near is None or not following.alike or following.wrong:
             return False
         hold(want, near, got)
@@ -152,7 +152,7 @@ def _hold_captured(captured: Graph, reference: Reference, call: Tensors, shown: 
     warn(f"{path.name}: {what}")
 
 
-def _in(mode: Callable[[], AbstractContextManager[None]], run: Reference, call: Tensors) -> Tensors | None:
+def _in(mode: Callable[[], AbstractContextManager[object]], run: Reference, call: Tensors) -> Tensors | None:
     """Run a reference in a mode. Return None if it cannot run there, such as an operator without float64."""
     try:
         with torch.no_grad(), mode():

@@ -38,7 +38,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.views.row_adapters import IDS
 
 Run = Callable[..., Result]
-#: A norm that is an operator and one that is `1 + weight`, norms of heads, a packed projection, no cache, a list of tokens.
+#: A norm that is an operator, one that is `1 + weight`, norms of heads, a packed projection, no cache, listed tokens.
 OTHERS = ("gpt2", "gemma2", "qwen3", "bloom", "bert", "opt")
 RULES = {
     "low": LoRA(r=2, lora_alpha=5, target="all-linear"),

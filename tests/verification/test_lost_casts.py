@@ -80,7 +80,7 @@ def test_a_cast_that_is_lost_in_the_translation_is_refused(
 
 @pytest.mark.parametrize("kind", HALVES)
 @pytest.mark.parametrize(
-    "model", ["llama", "gemma2", "bloom", *(pytest.param(n, marks=pytest.mark.further) for n in ("gpt_oss", "mamba"))]
+    "model", ["llama", "gemma2", "bloom", *(pytest.param(n, marks=pytest.mark.further) for n in ("gpt_oss", "helium"))]
 )
 def test_a_captured_graph_rounds_where_the_models_code_does(model: str, kind: torch.dtype) -> None:
     """To the bit: so a capture loses no cast."""

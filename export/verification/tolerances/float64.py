@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
@@ -28,28 +29,36 @@ _FLOAT64: _Dtypes = {
 }
 _FLOAT32: _Dtypes = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 _wider: ContextVar[_Dtypes] = ContextVar("wider", default=_FLOAT64)  #: what dtypes become
+_rounds: ContextVar[bool] = ContextVar("rounds", default=False)  #: whether weights are rounded to the model's dtype
 MOST_EXACT = 1 << 28  #: the most parameters times calls that are run in float64
 _AT_ONCE = 1 << 18  #: how many numbers of a weight are widened at a time
 #: Operators that pick some numbers of a tensor by position. Only their results are widened.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default})
 
 
-@contextlib.contextmanager
-def float64() -> Iterator[None]:
-    """Compute every operator on floating-point numbers in float64 while this context lasts."""
-    with _Checked(), _Wide():
-        yield
+def float64(*, rounded: bool = False) -> AbstractContextManager[None]:
+    """Compute every operator on floating-point numbers in float64 while this context lasts.
+
+    Args:
+        rounded: whether weights have the values that they have in the model's dtype, if their files have others.
+    """
+    return _computing(_FLOAT64, rounded)
+
+
+def float32(*, rounded: bool = False) -> AbstractContextManager[None]:
+    """Compute every operator on numbers in half precision in float32 while this context lasts; see `float64`."""
+    return _computing(_FLOAT32, rounded)
 
 
 @contextlib.contextmanager
-def float32() -> Iterator[None]:
-    """Compute every operator on numbers in half precision in float32 while this context lasts."""
-    token = _wider.set(_FLOAT32)
+def _computing(wider: _Dtypes, rounded: bool) -> Iterator[None]:
+    tokens = _wider.set(wider), _rounds.set(rounded)
     try:
         with _Checked(), _Wide():
             yield
     finally:
-        _wider.reset(token)
+        _wider.reset(tokens[0])
+        _rounds.reset(tokens[1])
 
 
 class _Checked(TorchFunctionMode):
@@ -102,7 +111,12 @@ def _wide(value: object) -> object:
 
 def _widened(value: Tensor) -> Tensor:
     wider = _wider.get()
-    return exact(value).to(wider[value.dtype]) if value.dtype in wider else value
+    return _values(value).to(wider[value.dtype]) if value.dtype in wider else value
+
+
+def _values(value: Tensor) -> Tensor:
+    """Return the values of a tensor that may be a weight in a file."""
+    return exact(value).to(value.dtype) if _rounds.get() else exact(value)
 
 
 def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
@@ -127,7 +141,7 @@ def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
     wider = _wider.get()
     if weight.dtype not in wider or weight.numel() <= _AT_ONCE or x.dtype not in (*wider, wider[weight.dtype]):
         return None
-    wide, weight = _widened(x), exact(weight)
+    wide, weight = _widened(x), _values(weight)
     step = max(1, _AT_ONCE // weight.shape[0])
     parts = [wide @ _widened(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
     found = torch.cat(parts, 1)
