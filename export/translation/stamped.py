@@ -17,11 +17,10 @@ import torch
 from torch import fx
 from torch.fx.experimental import _config
 
-from peftfx.export.translation.between_casts import scale_queries
+from peftfx.export.translation.between_casts import refuse_narrowed, refuse_retyped, scale_queries
 from peftfx.export.translation.decompositions import Uncovered, lowered_program
 from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
-from peftfx.export.translation.rounding import refuse_narrowed, refuse_retyped
 from peftfx.export.translation.scopes import put_scope, scoped
 from peftfx.graph.contexts import isolated
 from peftfx.graph.graph import Graph

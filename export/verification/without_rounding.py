@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from peftfx.analysis.dataflow import names, op_name
 from peftfx.bases.dtypes import coarsest
 from peftfx.errors import raise_if_memory_is_out, warn
-from peftfx.export.translation.between_casts import HALVES, ROUNDED
+from peftfx.export.translation.between_casts import HALF_DTYPES, ROUNDS_NUMBERS
 from peftfx.export.verification.choices import Following, shown_choices
 from peftfx.export.verification.comparison import (
     Comparison,
@@ -46,7 +46,9 @@ _NEAR = 1e-6  #: of the largest magnitude: two programs in float64
 _ALIKE = 0.9  #: the least share of equal numbers of two programs that round at the same places
 _LOST = 1 / 32  #: of the noise: what numbers in the code may lose, which ONNX holds in half precision
 #: Operations whose numbers torch rounds to half precision, and ONNX, too.
-_ROUNDED = ROUNDED | names("full full_like new_full fill scalar_tensor masked_fill where clamp clamp_min clamp_max")
+_ROUNDED = ROUNDS_NUMBERS | names(
+    "full full_like new_full fill scalar_tensor masked_fill where clamp clamp_min clamp_max"
+)
 _TOLD = "without rounding to half precision, ONNX Runtime disagrees with the graph"
 
 
@@ -110,7 +112,7 @@ def _with_rounded_numbers(graph: Graph) -> Graph:
     copy = graph.clone()
     for node in copy.nodes():
         value = node.meta.get("val")
-        if op_name(node) in _ROUNDED and isinstance(value, Tensor) and value.dtype in HALVES:
+        if op_name(node) in _ROUNDED and isinstance(value, Tensor) and value.dtype in HALF_DTYPES:
             node.args = fx.node.map_aggregate(node.args, functools.partial(_rounded, value.dtype))  # type: ignore[assignment]
     return copy
 
