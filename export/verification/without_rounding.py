@@ -65,10 +65,10 @@ def hold_without_rounding(
     call: Tensors,
     compared_as_is: Sequence[Comparison],
     shown: Shown | None,
-) -> None:
+) -> bool:
     """Compare a saved model with its graphs and its reference where nothing is rounded to half precision, in one call.
 
-    Nothing is done for a model in float32, or if the graphs cannot run in float64.
+    Return False for a model in float32, or if the graphs cannot run in float64: then nothing is compared.
 
     Args:
         path: the model's file.
@@ -85,10 +85,10 @@ def hold_without_rounding(
     run, at = reference_of(_with_rounded_numbers(Evaluate()(written).graph)), str(path)
     with unrounded(path) as twin:
         if twin is None:
-            return
+            return False
         want, near = (_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
         if want is None or near is None:
-            return
+            return False
         tolerance, model = Tolerance(None, None), OnnxModel(twin)
         choose = shown or functools.partial(unpadded, model.axes)
         for c in compared_as_is:
@@ -105,6 +105,7 @@ def hold_without_rounding(
             if not _under_its_choices(twin, run, call, own, hold):
                 raise
     _hold_captured(captured, reference, call, choose, path)
+    return True
 
 
 def _with_rounded_numbers(graph: Graph) -> Graph:

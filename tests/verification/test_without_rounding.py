@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from peftfx.errors import PeftfxWarning
 from peftfx.export import steps
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.translation import stamped
-from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.sizes.trial import BRANCHES, SAME, Trial
 from peftfx.export.verification.tolerances.float64 import float32, float64
 from peftfx.graph.graph import Graph
@@ -130,3 +131,15 @@ def test_float64_decides_whether_half_precision_differs_by_rounding_alone(
     )
     with torch.no_grad():
         assert trial.answer(call) == answer
+
+
+def test_what_is_exact_without_rounding_is_not_told_to_say_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Comparison, "says_little", property(lambda self: True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        lora(torch.float16).export(tmp_path / "out", view="forward")
+    monkeypatch.setattr(steps, "runs_without_rounding", lambda base: False)
+    with pytest.warns(PeftfxWarning, match="says little"):
+        lora(torch.float16).export(tmp_path / "other", view="forward")
