@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from peftfx.bases.processors.readers import reads_images
+from peftfx.bases.processors.token_types import plain_type
 from peftfx.contract.sequence import size_of
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.deployment.deployment import Deployment, Inputs
@@ -84,7 +85,7 @@ class Batched(Deployment):
                     continue
                 else:
                     assert isinstance(shown, Decode | Encoder | Decoder)
-                    rowwise = WithRowAdapters.of(shown, lengths, prompts)
+                    rowwise = WithRowAdapters.of(shown, lengths, prompts, plain_type(base))
                     graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
                     refuse_fixed(graph, rowwise.axes)
                     part = GraphPart(file, rowwise, graph, graph)

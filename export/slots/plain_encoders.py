@@ -34,7 +34,7 @@ def plain_encoder(adapted: AdaptedModel, file: str, view: View, changed: Collect
     graph = adapted.graph(view=view)
     refuse_fixed(graph, view.axes)
     for site in graph.sites:
-        tensors = {str(name).removeprefix(f"{BASE}.") for name in (site.weight, site.bias)}
+        tensors = {str(name).removeprefix(f"{BASE}.") for name in (site.weight, site.bias) if name}
         if site.path in changed or not tensors.isdisjoint(changed):
             what = "an adapter acts where images or sounds are encoded, and nothing tells the row that one is in"
             raise PeftfxError(what, site.path, f"use adapters of the text's layers alone; or {hint}")

@@ -2,6 +2,10 @@
 
 ONNX Runtime's CPU provider has no bfloat16 kernels for most operators, but it casts. torch, too, computes one operation
 in bfloat16 with float32's arithmetic and rounds the result.
+
+No translation may lose a cast: a norm, a softmax or a table of angles that is computed in half precision, and in the
+model's code in float32, differs from it by a few roundings. No tolerance of outputs in half precision is as narrow as
+that, but the dtypes of the values show it.
 """
 
 from __future__ import annotations
@@ -9,18 +13,27 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import onnx_ir as ir
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from peftfx.analysis.dataflow import names, op_name
+from peftfx.analysis.weight_ops import module_path
+from peftfx.errors import PeftfxError
+from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Cursor, Rewriter
 from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
-#: Operations for which torch rounds a number in the code to bfloat16. It multiplies and divides by the number itself.
-_ROUNDED = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
+HALF_DTYPES = (_NARROW, torch.float16)
+#: Operations for which torch rounds a number in the code to the dtype of their result. It multiplies and divides by the
+#: number itself.
+ROUNDS_NUMBERS = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
+_HINT = "this is a fault of peftfx: report this model; export it in float32 until then"
 _cast = torch.ops.aten._to_copy.default
+_SCALED = names("mul div")
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _REINTERPRETS = torch.ops.aten.view.dtype  #: reads the same bits as numbers of another dtype
 
 
@@ -32,12 +45,48 @@ def put_between_casts(rewriter: Rewriter) -> None:
             continue
         if not (_is_narrow(node) or any(map(_is_narrow, node.all_input_nodes))):
             continue
-        at, rounds, value = rewriter.before(node), op_name(node) in _ROUNDED, node.meta["val"]
+        at, rounds, value = rewriter.before(node), op_name(node) in ROUNDS_NUMBERS, node.meta["val"]
         node.args, node.kwargs = (_widened(given, at, rounds=rounds) for given in (node.args, node.kwargs))
         rewriter.revalue(node, _wide(value))
         if isinstance(value, torch.Tensor) and value.dtype == _NARROW:
             rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=_NARROW))
         _round_parts(rewriter, node)
+
+
+def scale_exactly(rewriter: Rewriter, node: fx.Node) -> None:
+    """Multiply or divide a value in half precision by a number that half precision lacks, in float32 between casts.
+
+    torch computes with the number itself, as with `1 / sqrt(width)` of heads. In ONNX it would be rounded: each result
+    would be off by the same factor.
+    """
+    value, (x, number, *_) = node.meta.get("val"), (*node.args, None, None)
+    if op_name(node) not in _SCALED or not isinstance(number, float) or not isinstance(value, torch.Tensor):
+        return
+    if (
+        value.dtype not in HALF_DTYPES
+        or not isinstance(x, fx.Node)
+        or torch.tensor(number, dtype=value.dtype).item() == number
+    ):
+        return
+    node.replace_input_with(x, rewriter.before(node).call(_cast, x, dtype=_WIDE))
+    rewriter.revalue(node, value.to(_WIDE))
+    rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=value.dtype))
+
+
+def scale_queries(rewriter: Rewriter) -> None:
+    """Scale the queries of attentions in half precision ahead, exactly, where the attention has no operator of its own.
+
+    Its translation multiplies queries and keys by the square root of the scale, which half precision rounds.
+    """
+    for node in [node for node in rewriter.graph.nodes if node.target is _SDPA]:
+        query, value = node.args[0], node.meta["val"]
+        given = node.kwargs.get("scale")
+        width = query.meta["val"].shape[-1]
+        scale = given if given is not None else width**-0.5 if isinstance(width, int) else None
+        if value.dtype in HALF_DTYPES and isinstance(scale, float):
+            scaled = rewriter.before(node).call(torch.ops.aten.mul.Tensor, query, scale)
+            node.args, node.kwargs = (scaled, *node.args[1:]), {**node.kwargs, "scale": 1.0}
+            scale_exactly(rewriter, scaled)
 
 
 def is_narrow(base: nn.Module) -> bool:
@@ -84,3 +133,44 @@ def _round_parts(rewriter: Rewriter, made: fx.Node) -> None:
         if _is_narrow(part):
             rewriter.revalue(part, made.meta["val"][part.args[1]])
             rewriter.extend(part, rewriter.after(part).call(_cast, part, dtype=_NARROW))
+
+
+def refuse_narrowed(before: Graph, after: Graph) -> None:
+    """Refuse a rewritten graph in which an operation computes in fewer bits than before the rewrite.
+
+    Operations are compared by their names, which a copy of a graph keeps. Those that a rewrite put in the place of
+    others have the dtype of what they replaced, or the operations behind them have not theirs.
+
+    Raises:
+        PeftfxError: an operation computes in fewer bits.
+    """
+    kept = {node.name: node for node in before.nodes() if node.op == "call_function"}
+    for node in after.nodes():
+        old = kept.get(node.name)
+        if old is None or old.target is not node.target:
+            continue
+        was, now = (_float_dtype(one.meta.get("val")) for one in (old, node))
+        if was is not None and now is not None and now.itemsize < was.itemsize:
+            raise _refused(node, f"{was} in the model's code, {now} in the graph")
+
+
+def refuse_retyped(node: fx.Node, value: ir.Value) -> None:
+    """Refuse an operation whose result has another dtype in ONNX than in the graph.
+
+    Raises:
+        PeftfxError: it has another dtype.
+    """
+    wanted = _float_dtype(node.meta.get("val"))
+    if wanted is None or value.dtype is None:
+        return
+    if value.dtype != ir.tensor_adapters.from_torch_dtype(wanted):
+        raise _refused(node, f"{wanted} in the model's code, {value.dtype} in ONNX")
+
+
+def _refused(node: fx.Node, told: str) -> PeftfxError:
+    return PeftfxError(f"an operation lost its dtype ({node.target}): {told}", module_path(node) or node.name, _HINT)
+
+
+def _float_dtype(value: object) -> torch.dtype | None:
+    """Return the dtype of a tensor of floating-point numbers; None for another value."""
+    return value.dtype if isinstance(value, Tensor) and value.dtype.is_floating_point else None

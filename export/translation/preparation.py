@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from peftfx.export.translation.between_casts import is_narrow, put_between_casts
+from peftfx.export.translation.between_casts import is_narrow, put_between_casts, scale_exactly
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers
@@ -43,7 +43,8 @@ def prepare(graph: Graph) -> Graph:
     without heads gets one head, because its translation needs four axes; axes before the heads become one; and what it
     reads of one row for all rows is repeated. Each cast gets one form, each conv without a bias as well, and gathers of
     rows in order become slices. A `squeeze` names the axes that it took in the capture. Rows that are written at the
-    places of a mask are scattered, and indices have 64 bits. A model whose weights are not in bfloat16 computes what
+    places of a mask are scattered, and indices have 64 bits. Numbers by which half precision is multiplied are not
+    rounded. A model whose weights are not in bfloat16 computes what
     its code computes in bfloat16 between casts.
     """
     result = Cleanup()(graph).graph  # a copy
@@ -55,6 +56,7 @@ def prepare(graph: Graph) -> Graph:
         put_between_casts(rewriter)
     for given in list(result.nodes()):
         node = widen_sounds(rewriter, given)
+        scale_exactly(rewriter, node)
         if node.target in _BY_INDICES:
             _widen_indices(rewriter, node)
         if node.target is _SDPA:

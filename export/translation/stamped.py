@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.fx.experimental import _config
 
+from peftfx.export.translation.between_casts import refuse_narrowed, refuse_retyped, scale_queries
 from peftfx.export.translation.decompositions import Uncovered, lowered_program
 from peftfx.export.translation.preparation import prepare
 from peftfx.export.translation.program import Translation, flatten_outputs, run_exporter, symbol_axes, weights_of
@@ -46,6 +47,8 @@ def translate(graph: Graph, opset: int | None, *, fused: bool = False) -> Transl
     if fused and (opset or OPSET) >= OPSET:
         found = Fuse()(ready)
         ready, opset = found.graph, opset or (OPSET if found.changed or has_norms(found.graph) else None)
+    scale_queries(Rewriter(ready.module.graph))
+    refuse_narrowed(graph, ready)
     outputs = flatten_outputs(ready)
     for write in make_functional(Rewriter(ready.module.graph)):
         raise Uncovered(f"a write into a tensor that others see ({write.target})")
@@ -218,7 +221,9 @@ def _stamp(
             put_scope(copy, unit.node)
             values |= zip(original.outputs, copy.outputs, strict=True)
             nodes.append(copy)
-        env |= {r: _operand(v, values, shared) for r, v in zip(unit.results, template.outputs, strict=True)}
+        for made, value in zip(unit.results, template.outputs, strict=True):
+            refuse_retyped(made, value)
+            env[made] = _operand(value, values, shared)
     constants = [value.producer() for value in shared.values()]
     lifted = {str(v.name): v for v in shared.values() if v.producer() is None}
     (output,) = (node for node in graph.nodes() if node.op == "output")

@@ -71,9 +71,8 @@ def shown_choices(path: Path) -> Iterator[ShownChoices | None]:
     for number, node in enumerate(nodes):
         if len(node.output) < 2 or not node.output[1]:  # nothing in the graph reads the places
             node.output[:] = [node.output[0], f"choice.{number}.places"]
-    inner = (a for node in proto.graph.node for a in node.attribute if a.HasField("g") or a.graphs)
     names = tuple((node.input[0], node.output[1]) for node in nodes)
-    if not names or any(inner):
+    if not names or any(map(_chooses, _inner(proto.graph))):
         yield None
         return
     known = {output.name for output in proto.graph.output}
@@ -86,6 +85,17 @@ def shown_choices(path: Path) -> Iterator[ShownChoices | None]:
         yield ShownChoices(copy, names, onnx.TensorProto.FLOAT16 in types.values())
     finally:
         copy.unlink(missing_ok=True)
+
+
+def _inner(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yield the graphs of a graph's branches and loops."""
+    for node in graph.node:
+        for a in node.attribute:
+            yield from (*a.graphs, *([a.g] if a.HasField("g") else ()))
+
+
+def _chooses(graph: onnx.GraphProto) -> bool:
+    return any(node.op_type == "TopK" for node in graph.node) or any(map(_chooses, _inner(graph)))
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -37,6 +37,7 @@ def verify(
     put: Mapping[str, ort.OrtValue] | None = None,
     measured: Collection[int] | None = None,
     unrounded: Reference | None = None,
+    on_loose: Callable[[str], object] = warn,
 ) -> list[Comparison]:
     """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
 
@@ -61,6 +62,7 @@ def verify(
         measured: the numbers of the calls that are also run in float64 if the tolerance is measured; by default all.
         unrounded: computes in torch what the model computes, without the rounding of its weights. It is held to the
             reference by the measured tolerance.
+        on_loose: called with a sentence if a measured tolerance lets nearly any answer pass.
 
     Raises:
         VerificationError: an output is missing, has a NaN, or differs by more than the tolerance.
@@ -78,7 +80,7 @@ def verify(
             follows = stack.enter_context(shown_choices(path))
         model = OnnxModel(path, mapped=large)
         model.put(put or {})
-        choose = shown or functools.partial(_unpadded, model.axes)
+        choose = shown or functools.partial(unpadded, model.axes)
         if graph is not None:
             _same_interface(model, graph)
         calls = [_widened(feed, model) if widened else feed for feed in inputs]
@@ -113,7 +115,7 @@ def verify(
         if found := chosen():  # float64 made another choice than float32
             return found
         worst = max(loose, key=lambda c: c.bound / c.largest)
-        warn(
+        on_loose(
             f"{where}: the comparison of {worst.output} says little: it may differ by {worst.bound:.2g}, and its "
             f"largest number is {worst.largest:.2g}, as torch itself is {worst.noise:.2g} from float64; give --atol "
             "and --rtol"
@@ -182,7 +184,7 @@ def _same_interface(model: OnnxModel, graph: Graph) -> None:
         raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
 
 
-def _unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: Tensor) -> Tensor:
+def unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: Tensor) -> Tensor:
     """Return an output at unmasked tokens, or the whole output if its first two axes are not those of the mask."""
     mask = feed.get("attention_mask")
     if mask is None or mask.ndim != 2 or bool(mask.all()) or axes[name][:2] != axes["attention_mask"]:

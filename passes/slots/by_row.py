@@ -25,7 +25,7 @@ from peftfx.passes.base import Pass, PassResult, attributes_of, fake_like
 from peftfx.passes.optimization.dead_code import sweep
 from peftfx.passes.slots.attention import join_beside
 from peftfx.passes.slots.layer import Layers
-from peftfx.passes.slots.layer_by_row import BIAS_STACK, by_rows, lists_rows
+from peftfx.passes.slots.layer_by_row import BIAS_STACK, by_rows, each_token, lists_rows
 from peftfx.passes.slots.norms import replace_by_row
 from peftfx.sites.site import Call, HeadedSite, Site
 from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
@@ -163,6 +163,9 @@ class _Rows:
             return
 
         def row(value: fx.Node, axes: int) -> fx.Node:
+            if lists_rows(value, self.index):
+                own = self.row(name, SLOT_OWN, 2)
+                return self.rewriter.after(value).trace(each_token, value, own, key="each token", where=name)  # type: ignore[no-any-return]
             self.check(value, name)
             return self.row(name, SLOT_OWN, axes)
 

@@ -51,6 +51,20 @@ def low_by_rows(site: Site, op: Op, x: Tensor, index: Tensor, a: Tensor, b: Tens
     return (op(x, a).movedim(1, -1) @ b).movedim(-1, 1)
 
 
+def each_token(x: Tensor, own: Tensor) -> Tensor:
+    """Repeat each row's vector for all of the row's tokens in `x`, which are on one axis: see `lists_rows`.
+
+    Args:
+        x: [batch * tokens, ..., width].
+        own: [batch, width].
+    """
+    count = x.reshape(own.shape[0], -1, *x.shape[1:]).shape[1]
+    repeated = own.unsqueeze(1).expand(-1, count, -1).reshape(x.shape[0], -1)
+    for _ in range(x.ndim - 2):
+        repeated = repeated.unsqueeze(1)
+    return repeated
+
+
 def lists_rows(value: fx.Node, batch: fx.Node) -> bool:
     """Say whether a value has the tokens of all rows on its first axis, one row's behind the other's.
 

@@ -22,8 +22,7 @@ _UNSQUEEZE = aten.unsqueeze.default
 _LAST, _SECOND = names("layer_norm rms_norm"), names("group_norm batch_norm instance_norm")
 
 _Row = Callable[[fx.Node, int], fx.Node]
-"""A function that returns the node of each row's tensor, with this number of axes, for the value that it is combined
-with."""
+"""A function that returns the node of each row's tensor, with this number of axes, for a value that is normed."""
 
 
 def replace_by_row(rewriter: Rewriter, tensor: fx.Node, row: _Row, where: str) -> None:
@@ -41,7 +40,7 @@ def _follow(rewriter: Rewriter, node: fx.Node, through: Sequence[fx.Node], row: 
             _apart(rewriter, user, node, through, row)
         elif len(user.all_input_nodes) > 1:
             axes = user.meta["val"].ndim - sum(step.target is _UNSQUEEZE for step in through)
-            user.replace_input_with(node, _through(rewriter.before(user), row(user, axes), through))
+            user.replace_input_with(node, _through(rewriter.before(user), row(_normed(user, node), axes), through))
         elif op_name(user) in ELEMENTWISE or user.target is _UNSQUEEZE:
             _follow(rewriter, user, (*through, user), row, where)
         elif user.meta["val"].shape == node.meta["val"].shape:  # the whole tensor: `weight[:]`
@@ -70,12 +69,19 @@ def _apart(rewriter: Rewriter, norm: fx.Node, tensor: fx.Node, through: Sequence
         return y + spread(next(found), along) if added else y
 
     users, at = list(norm.users), rewriter.after(norm)
-    own = _through(at, row(norm, norm.meta["val"].ndim - along), through)
+    own = _through(at, row(norm.all_input_nodes[0], norm.meta["val"].ndim - along), through)
     fixed = {name: value for name, value in left.items() if not isinstance(value, fx.Node)}
     key = "norm", norm.target, fixed, scales, along
     total = at.trace(apart, own, *nodes, *added, key=key, where=str(tensor.target))
     rewriter.replace(norm, total, users)
     rewriter.erase(norm)
+
+
+def _normed(user: fx.Node, tensor: fx.Node) -> fx.Node:
+    """Return what a user combines a norm's tensor with: an operand with as many axes as the result has."""
+    axes = user.meta["val"].ndim
+    others = [n for n in user.all_input_nodes if n is not tensor and n.meta["val"].ndim == axes]
+    return others[0] if others else user
 
 
 def spread(vector: Tensor, axes: int) -> Tensor:

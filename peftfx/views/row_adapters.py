@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from peftfx.bases.processors.token_types import TYPES
 from peftfx.caches.held import width_of
 from peftfx.errors import PeftfxError
 from peftfx.views.cache_prefix import CachePrefix
@@ -39,9 +40,11 @@ class CachePrefixByRow(CachePrefix):
 
     Attributes:
         lengths: the lengths of the prefixes, by entry.
+        plain: the type of a token that sees no token behind it, if the model's attention depends on types.
     """
 
     lengths: tuple[int, ...] = ()
+    plain: int = 0
 
     name: ClassVar[str] = PREFIXES
 
@@ -51,6 +54,9 @@ class CachePrefixByRow(CachePrefix):
         assert isinstance(ids, Tensor)
         most, lengths = self.shape[1], _lengths(self.lengths, ids)
         shown = torch.arange(most, device=ids.device)[None] >= most - lengths
+        types = given.get(TYPES)
+        if isinstance(types, Tensor):
+            given[TYPES] = later(types, most - lengths, most, self.plain)
         return self.bind(call, base, hole.index_select(0, entries(ids)), shown, lengths, given)
 
 
@@ -117,6 +123,23 @@ def lay(value: Tensor, lengths: Tensor, most: int, ahead: int, behind: int) -> T
     return torch.cat(parts, dim=1).gather(1, index)
 
 
+def later(value: Tensor, counts: Tensor, most: int, fill: int) -> Tensor:
+    """Return each row moved by as many places as its count says, with a value before and behind it, [batch, all].
+
+    Models read the types of tokens at the places of the cache: a row's text starts behind the padding of its prefix.
+
+    Args:
+        value: [batch, total].
+        counts: [batch, 1].
+        most: the places that are added.
+        fill: the value.
+    """
+    rows, length = value.shape
+    beside = value.new_full((rows, 1), fill)
+    place = torch.arange(most + length, device=value.device)[None] - counts + 1
+    return torch.cat([beside, value, beside], dim=1).gather(1, place.clamp(min=0, max=length + 1))
+
+
 def entries(ids: Tensor) -> Tensor:
     """Return the entry of each row. The first entry is for no adapter; numbers below -1 give an impossible entry.
 
@@ -148,15 +171,26 @@ class WithRowAdapters:
     name = "rowwise"
 
     @staticmethod
-    def of(view: Decode | Encoder | Decoder, lengths: tuple[int, ...], prompts: PromptsByRow | None) -> WithRowAdapters:
-        """Return a view, given the lengths of soft prompts, and the entry that puts them before an embedded text."""
+    def of(
+        view: Decode | Encoder | Decoder, lengths: tuple[int, ...], prompts: PromptsByRow | None, plain: int = 0
+    ) -> WithRowAdapters:
+        """Return a view with adapters by row.
+
+        Args:
+            view: the view.
+            lengths: the lengths of soft prompts.
+            prompts: the entry that puts them before an embedded text.
+            plain: the type of a token of plain text; see `CachePrefixByRow`.
+        """
         if not any(lengths) or isinstance(view, Decoder):
             return WithRowAdapters(view, lengths)
         if isinstance(view, Encoder):
             return WithRowAdapters(view, lengths, prompts)
         held = view.layers
         shape = len(lengths), max(lengths), width_of(held)
-        return WithRowAdapters(view, lengths, CachePrefixByRow(shape, held[0].dtype, held, lengths=lengths))
+        return WithRowAdapters(
+            view, lengths, CachePrefixByRow(shape, held[0].dtype, held, lengths=lengths, plain=plain)
+        )
 
     @property
     def _longer(self) -> Decode | Encoder | Decoder:

@@ -12,6 +12,7 @@ import transformers as hf
 from every_model.checks import build
 from support.adapted import randomise
 from support.few import but_for
+from support.slots import stirred
 
 import peftfx
 from peftfx import PeftfxError, export_onnx, runtime
@@ -140,3 +141,25 @@ def test_each_row_has_its_adapter_beside_images(kind: str, tmp_path: Path) -> No
     said = served.generate(**given, **options, adapter_ids=names)
     for row, name in enumerate(names):
         assert torch.equal(said[row], wants[name].generate(**given, **options)[row]), name
+
+
+@pytest.mark.parametrize("kind", but_for({"paligemma", "gemma3"}, ["llava", "gemma3", "paligemma"]))
+def test_each_row_has_a_prefix_of_its_own_length_beside_images(kind: str, tmp_path: Path) -> None:
+    """Types of tokens are read at the places of the cache, and the places of a row depend on its prefix."""
+    lengths = {"three": 3, "five": 5}
+    for name, length in lengths.items():
+        rule = peftfx.PrefixTuning(num_virtual_tokens=length)
+        if name == "three":
+            model = peftfx.transform(build(TASK, kind), rule, name, seed=0)
+        else:
+            model.add_adapter(name, rule, seed=1)
+    stirred(model, *lengths)
+    model.export(tmp_path / "out", view="decode", batched=list(lengths))
+    served, names = runtime.load(tmp_path / "out"), ["five", None, "three"]
+    given = example_inputs(model.base, sizes={"batch": 3, "sequence": 9}, seed=3)
+    given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    said = served.generate(**given, **options, adapter_ids=names)
+    for row, name in enumerate(names):
+        model.set_adapter(name or ())
+        assert torch.equal(said[row], model.generate(**given, **options)[row]), name

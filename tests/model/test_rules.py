@@ -220,3 +220,10 @@ class TestMixed:
         values = list(seen.values())
         assert all(not torch.allclose(a, b, atol=1e-4) for i, a in enumerate(values) for b in values[:i])
         assert torch.equal(first(copy.deepcopy(ours.remove()), inputs), seen[()])
+
+
+def test_a_layer_that_is_the_model_itself_is_refused() -> None:
+    """An adapter's file names modules by their paths, and this one has none."""
+    for model, rule in ((torch.nn.LayerNorm(4), peftfx.LNTuning()), (torch.nn.Linear(4, 4), LoRA(r=2, target="head"))):
+        with pytest.raises(PeftfxError, match="the model itself is a targeted layer"):
+            peftfx.transform(model, rule, inputs={"input": torch.randn(2, 4)})

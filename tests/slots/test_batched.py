@@ -38,8 +38,8 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.views.row_adapters import IDS
 
 Run = Callable[..., Result]
-#: A norm that is an operator and one that is `1 + weight`, norms of heads, a packed projection, no cache.
-OTHERS = ("gpt2", "gemma2", "qwen3", "bloom", "bert")
+#: A norm that is an operator, one that is `1 + weight`, norms of heads, a packed projection, no cache, listed tokens.
+OTHERS = ("gpt2", "gemma2", "qwen3", "bloom", "bert", "opt")
 RULES = {
     "low": LoRA(r=2, lora_alpha=5, target="all-linear"),
     "scales": IA3(),
@@ -219,6 +219,43 @@ class Written(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * self.weight[:, None, None]
+
+
+class OfTokens(nn.Module):
+    """A norm over features that is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class Listed(nn.Module):
+    """Norms over a list of the tokens of all rows, and a product behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.own, self.out = nn.LayerNorm(8), OfTokens(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.own(self.norm(x.reshape(-1, x.shape[-1])))).reshape(x.shape[0], -1, 3)
+
+
+def test_norms_of_listed_tokens_are_each_rows_own(tmp_path: Path) -> None:
+    """As the last norm in OPT's layers."""
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(3, 5, 8)}
+    adapted = transform(Listed().eval(), LNTuning(), "norms", inputs=inputs)
+    adapted.add_adapter("others", LNTuning())
+    adapted.add_adapter("low", LoRA(r=2, target="out"), seed=0)
+    stirred(adapted, "norms", "others", "low")
+    adapted.export(tmp_path / "out", inputs=inputs, batched=["norms", "others", "low"])  # held against each alone
+    got = runtime.load(tmp_path / "out")(**inputs, adapter_ids=["others", None, "norms"])["output"]
+    for row, name in enumerate(("others", (), "norms")):
+        adapted.set_adapter(name)
+        torch.testing.assert_close(got[row], adapted(**inputs).detach()[row], atol=1e-5, rtol=1e-5)
 
 
 def test_a_norm_of_any_kind_is_each_rows_own(tmp_path: Path) -> None:

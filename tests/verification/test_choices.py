@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.export.verification import choices as choosing
 from peftfx.export.verification import verify as verification
 from peftfx.export.verification.comparison import Comparison
 from peftfx.export.verification.verify import verify
@@ -129,3 +130,21 @@ def test_faults_before_at_and_behind_choices_are_refused(
     onnx.save(proto, path)
     with pytest.raises(PeftfxError, match="ONNX Runtime disagrees"):
         compared(saved, mixture, calls)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_branch_that_makes_no_choice_hides_none(inside: bool, tmp_path: Path) -> None:
+    """A loop over tokens, as of linear attention, beside routers: their choices are followed."""
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    half, number = onnx.TensorProto.FLOAT16, onnx.TensorProto.INT64
+    made = node("TopK", ["x", "k"], ["y", "at"]) if inside else node("Identity", ["x"], ["y"])
+    body = onnx.helper.make_graph([made], "body", [], [value("y", half, None)])
+    nodes = [
+        node("TopK", ["x", "k"], ["values", "places"]),
+        node("If", ["is"], ["z"], then_branch=body, else_branch=body),
+    ]
+    inputs = [value("x", half, [4]), value("k", number, [1]), value("is", onnx.TensorProto.BOOL, [])]
+    graph = onnx.helper.make_graph(nodes, "main", inputs, [value("z", half, None)], value_info=[inputs[0]])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with choosing.shown_choices(tmp_path / "model.onnx") as found:
+        assert (found is None) == inside

@@ -1,7 +1,7 @@
-"""A mode in which torch computes in float64, whatever the dtypes of the weights and of the model's own casts.
+"""Modes in which torch computes in float64 or float32, whatever the dtypes of the weights and of the model's own casts.
 
 Each weight is widened when it is used, and then released; large weights some rows at a time. No second copy of the
-weights is in memory. The difference between the results in this mode and in the model's own dtype shows how far that
+weights is in memory. The difference between the results in float64 and in the model's own dtype shows how far that
 dtype is from exact arithmetic.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,21 +22,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftfx.graph.lazy_weights import exact
 
 aten = torch.ops.aten
-_WIDE: Mapping[torch.dtype, torch.dtype] = {
+_Dtypes = Mapping[torch.dtype, torch.dtype]
+_FLOAT64: _Dtypes = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32), torch.float64),
     **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
 }
+_FLOAT32: _Dtypes = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+_wider: ContextVar[_Dtypes] = ContextVar("wider", default=_FLOAT64)  #: what dtypes become
+_rounds: ContextVar[bool] = ContextVar("rounds", default=False)  #: whether weights are rounded to the model's dtype
 MOST_EXACT = 1 << 28  #: the most parameters times calls that are run in float64
 _AT_ONCE = 1 << 18  #: how many numbers of a weight are widened at a time
 #: Operators that pick some numbers of a tensor by position. Only their results are widened.
 _PICKS = frozenset({aten.embedding.default, aten.index_select.default, aten.index.Tensor, aten.gather.default})
 
 
+def float64(*, rounded: bool = False) -> AbstractContextManager[None]:
+    """Compute every operator on floating-point numbers in float64 while this context lasts.
+
+    Args:
+        rounded: whether weights have the values that they have in the model's dtype, if their files have others.
+    """
+    return _computing(_FLOAT64, rounded)
+
+
+def float32(*, rounded: bool = False) -> AbstractContextManager[None]:
+    """Compute every operator on numbers in half precision in float32 while this context lasts; see `float64`."""
+    return _computing(_FLOAT32, rounded)
+
+
 @contextlib.contextmanager
-def float64() -> Iterator[None]:
-    """Compute every operator on floating-point numbers in float64 while this context lasts."""
-    with _Checked(), _Float64():
-        yield
+def _computing(wider: _Dtypes, rounded: bool) -> Iterator[None]:
+    tokens = _wider.set(wider), _rounds.set(rounded)
+    try:
+        with _Checked(), _Wide():
+            yield
+    finally:
+        _wider.reset(tokens[0])
+        _rounds.reset(tokens[1])
 
 
 class _Checked(TorchFunctionMode):
@@ -57,7 +81,7 @@ _CHECKED = frozenset(
 )
 
 
-class _Float64(TorchDispatchMode):
+class _Wide(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,
@@ -81,14 +105,18 @@ class _Float64(TorchDispatchMode):
 def _wide(value: object) -> object:
     """Widen a floating-point tensor or dtype. Any other value is returned unchanged."""
     if isinstance(value, torch.dtype):
-        return _WIDE.get(value, value)
+        return _wider.get().get(value, value)
     return _widened(value) if isinstance(value, Tensor) else value
 
 
 def _widened(value: Tensor) -> Tensor:
-    if value.dtype not in _WIDE:
-        return value
-    return exact(value).to(_WIDE[value.dtype])
+    wider = _wider.get()
+    return _values(value).to(wider[value.dtype]) if value.dtype in wider else value
+
+
+def _values(value: Tensor) -> Tensor:
+    """Return the values of a tensor that may be a weight in a file."""
+    return exact(value).to(value.dtype) if _rounds.get() else exact(value)
 
 
 def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
@@ -110,9 +138,10 @@ def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
         bias, x, weight = args
     else:
         return None
-    if weight.dtype not in _WIDE or weight.numel() <= _AT_ONCE or x.dtype not in (*_WIDE, torch.float64):
+    wider = _wider.get()
+    if weight.dtype not in wider or weight.numel() <= _AT_ONCE or x.dtype not in (*wider, wider[weight.dtype]):
         return None
-    wide, weight = _widened(x), exact(weight)
+    wide, weight = _widened(x), _values(weight)
     step = max(1, _AT_ONCE // weight.shape[0])
     parts = [wide @ _widened(weight[:, start : start + step]) for start in range(0, weight.shape[1], step)]
     found = torch.cat(parts, 1)
@@ -122,7 +151,7 @@ def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:
 def _grouped_product(
     rows: Tensor, weights: Tensor, ends: Tensor | None = None, bias: object = None, dtype: object = None
 ) -> Tensor | None:
-    """Compute a product of groups of rows with a weight for each group, which torch has not in float64.
+    """Compute a product of groups of rows with a weight for each group, which torch has in half precision alone.
 
     Return None for products of other kinds: torch then says that it cannot compute them.
 
@@ -130,11 +159,11 @@ def _grouped_product(
         rows: [rows, in], sorted by groups.
         weights: [groups, in, out]; one is widened at a time.
         ends: the number of rows up to the end of each group.
-        bias, dtype: torch has none of these here, or they do not matter in float64.
+        bias, dtype: torch has none of these here, or they do not matter.
     """
     if rows.ndim != 2 or weights.ndim != 3 or ends is None or bias is not None:
         return None
-    found = rows.new_zeros(len(rows), weights.shape[2], dtype=torch.float64)
+    found = rows.new_zeros(len(rows), weights.shape[2], dtype=_wider.get().get(rows.dtype, rows.dtype))
     start = 0
     for weight, end in zip(weights, ends.tolist(), strict=True):
         if end > start:

@@ -105,6 +105,11 @@ def whole_types(base: nn.Module, given: Tensor | None, tokens: Tensor, before: i
     return torch.cat([past, given.long()], dim=1)
 
 
+def plain_type(base: nn.Module) -> int:
+    """Return the type of a token that sees no token behind it; 0 if the model's attention depends on no types."""
+    return 0 if not makes_masks(base) or _zeros_are_text(base) else 1
+
+
 def _zeros_are_text(base: nn.Module) -> bool:
     """Return whether a token of type 0 sees no token behind it, as the model's own function of masks says."""
     mask = next(iter(_masks_of(base, 0).values()))

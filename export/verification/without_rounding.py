@@ -1,0 +1,184 @@
+"""A model in half precision, held to its reference without the rounding of its own numbers.
+
+In half precision torch itself is a percent or so from exact arithmetic, and a measured tolerance is a multiple of that:
+an adapter with a small effect could be lost within it. So such a model is also compared where nothing is rounded to
+half precision: torch runs in float64, and ONNX Runtime runs a twin that computes the same graph in float32. These agree
+to about 1e-6 of the largest output. The comparison has two steps, because merged weights are rounded:
+
+1. the captured graph, in float64, is the model's own code with its adapters, in float64;
+2. the twin is the graph that was written, with the weights that were written, in float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from peftfx.analysis.dataflow import names, op_name
+from peftfx.bases.dtypes import coarsest
+from peftfx.errors import raise_if_memory_is_out, warn
+from peftfx.export.translation.between_casts import HALF_DTYPES, ROUNDS_NUMBERS
+from peftfx.export.verification.choices import Following, shown_choices
+from peftfx.export.verification.comparison import (
+    Comparison,
+    Reference,
+    Shown,
+    VerificationError,
+    compared,
+    judged,
+    reference_of,
+)
+from peftfx.export.verification.float32_twin import unrounded
+from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float32, float64
+from peftfx.export.verification.tolerances.tolerance import MULTIPLE, Tensors, Tolerance
+from peftfx.export.verification.verify import unpadded
+from peftfx.graph.graph import Graph
+from peftfx.passes.adaptation.evaluate import Evaluate
+from peftfx.serving.onnx_model import OnnxModel
+
+_NEAR = 1e-6  #: of the largest magnitude: two programs in float64
+_ALIKE = 0.9  #: the least share of equal numbers of two programs that round at the same places
+_LOST = 1 / 32  #: of the noise: what numbers in the code may lose, which ONNX holds in half precision
+#: Operations whose numbers torch rounds to half precision, and ONNX, too.
+_ROUNDED = ROUNDS_NUMBERS | names(
+    "full full_like new_full fill scalar_tensor masked_fill where clamp clamp_min clamp_max"
+)
+_TOLD = "without rounding to half precision, ONNX Runtime disagrees with the graph"
+
+
+def runs_without_rounding(base: nn.Module) -> bool:
+    """Say whether a model is in half precision, and small enough to run in float64."""
+    return torch.finfo(coarsest(base)).bits == 16 and sum(p.numel() for p in base.parameters()) <= MOST_EXACT
+
+
+def hold_without_rounding(
+    path: Path,
+    captured: Graph,
+    written: Graph,
+    reference: Reference,
+    call: Tensors,
+    compared_as_is: Sequence[Comparison],
+    shown: Shown | None,
+) -> bool:
+    """Compare a saved model with its graphs and its reference where nothing is rounded to half precision, in one call.
+
+    Return False for a model in float32, or if the graphs cannot run in float64: then nothing is compared.
+
+    Args:
+        path: the model's file.
+        captured: the graph as captured, with its adapters.
+        written: the graph that was written, merged or not.
+        reference: the model's own code.
+        call: the inputs.
+        compared_as_is: the comparisons of the model with its rounding.
+        shown: selects what to compare of an output; by default that of unmasked tokens.
+
+    Raises:
+        VerificationError: ONNX Runtime differs from the graph that was written.
+    """
+    run, at = reference_of(_with_rounded_numbers(Evaluate()(written).graph)), str(path)
+    with unrounded(path) as twin:
+        if twin is None:
+            return False
+        want, near = (_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
+        if want is None or near is None:
+            return False
+        tolerance, model = Tolerance(None, None), OnnxModel(twin)
+        choose = shown or functools.partial(unpadded, model.axes)
+        for c in compared_as_is:
+            tolerance.learn(c.output, None if c.noise is None else _LOST / MULTIPLE * c.noise, c.largest, torch.float32)
+        own = {name: value if name in model.slots else _widened(value) for name, value in call.items()}
+
+        def hold(want: Tensors, near: Tensors, got: Tensors) -> None:
+            found = compared(_numbers(near), want, call, choose, got, tolerance, 1, where=at)
+            judged(list(found), tolerance, at, _TOLD)
+
+        try:
+            hold(want, near, model(**own))
+        except VerificationError:
+            if not _under_its_choices(twin, run, call, own, hold):
+                raise
+    _hold_captured(captured, reference, call, choose, path)
+    return True
+
+
+def _with_rounded_numbers(graph: Graph) -> Graph:
+    """Return a graph whose code's own numbers are rounded to half precision where torch rounds them."""
+    copy = graph.clone()
+    for node in copy.nodes():
+        value = node.meta.get("val")
+        if op_name(node) in _ROUNDED and isinstance(value, Tensor) and value.dtype in HALF_DTYPES:
+            node.args = fx.node.map_aggregate(node.args, functools.partial(_rounded, value.dtype))  # type: ignore[assignment]
+    return copy
+
+
+def _rounded(dtype: torch.dtype, one: Any) -> Any:
+    return torch.tensor(one, dtype=dtype).item() if isinstance(one, float) else one
+
+
+def _under_its_choices(
+    twin: Path, run: Reference, call: Tensors, own: Tensors, hold: Callable[[Tensors, Tensors, Tensors], None]
+) -> bool:
+    """Compare a twin with its graph that goes on with the twin's choices. Return False if it makes none."""
+    with shown_choices(twin) as shows:
+        if shows is None:
+            return False
+        got = OnnxModel(shows.path)(**own)
+        following = Following(run, shows.taken(got))
+        want, near = (_in(functools.partial(mode, rounded=True), following, call) for mode in (float64, float32))
+        if want is None or near is None or not following.alike or following.wrong:
+            return False
+        hold(want, near, got)
+    return True
+
+
+def _hold_captured(captured: Graph, reference: Reference, call: Tensors, shown: Shown, path: Path) -> None:
+    """Warn if the captured graph is not the model's own code, neither in float64 nor in its own dtype, as rounded."""
+    graph = reference_of(Evaluate()(captured).graph)
+    for mode, same in ((float64, _near), (nullcontext, _alike)):
+        want, got = _in(mode, reference, call), _in(mode, graph, call)
+        if want is None or got is None:
+            return
+        shared = {name: (value, got[name]) for name, value in _numbers(want).items() if name in got}
+        far = [name for name, pair in shared.items() if not same(*(shown(name, call, value) for value in pair))]
+        if not far:
+            return
+    what = (
+        f"the model's own code and its graph differ in {far[0]} by more than rounding does, but less than the tolerance"
+    )
+    warn(f"{path.name}: {what}")
+
+
+def _in(mode: Callable[[], AbstractContextManager[object]], run: Reference, call: Tensors) -> Tensors | None:
+    """Run a reference in a mode. Return None if it cannot run there, such as an operator without float64."""
+    try:
+        with torch.no_grad(), mode():
+            return run(call)
+    except Exception as error:  # a model's code raises various errors
+        raise_if_memory_is_out(error)
+        return None
+
+
+def _near(want: Tensor, got: Tensor) -> bool:
+    finite = want.isfinite() & got.isfinite()
+    if not bool(finite.any()):
+        return True
+    return bool((want - got)[finite].abs().max() <= _NEAR * want[finite].abs().max())
+
+
+def _alike(want: Tensor, got: Tensor) -> bool:
+    return want.shape == got.shape and float((want == got).double().mean()) >= _ALIKE
+
+
+def _numbers(tensors: Tensors) -> Tensors:
+    return {name: value for name, value in tensors.items() if value.is_floating_point()}
+
+
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() else value

@@ -1,0 +1,145 @@
+"""Half precision hides small faults in its own rounding. Without the rounding they are seen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from every_model.checks import build
+from torch import Tensor
+
+import peftfx
+from peftfx.errors import PeftfxWarning
+from peftfx.export import steps
+from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.translation import stamped
+from peftfx.export.verification.comparison import Comparison, VerificationError
+from peftfx.export.verification.sizes.trial import BRANCHES, SAME, Trial
+from peftfx.export.verification.tolerances.float64 import float32, float64
+from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import Rewriter
+from peftfx.views.capture import capture
+
+aten = torch.ops.aten
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def lora(kind: torch.dtype) -> peftfx.AdaptedModel:
+    return peftfx.transform(
+        build("text-generation", "llama").to(kind), peftfx.LoRA(r=4, target="all-linear", init_lora_weights=False)
+    )
+
+
+def one_percent_more(graph: Graph) -> None:
+    """Make the output of one layer larger by one percent."""
+    rewriter = Rewriter(graph.module.graph)
+    layer = [node for node in graph.nodes() if node.target is aten.linear.default][-2]
+    rewriter.extend(layer, rewriter.after(layer).call(aten.mul.Tensor, layer, 1.01))
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("merge", [True, False])
+def test_one_percent_at_one_layer_is_seen(
+    kind: torch.dtype, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = stamped.prepare
+
+    def spoiled(graph: Graph) -> Graph:
+        ready = prepare(graph)
+        one_percent_more(ready)
+        return ready
+
+    monkeypatch.setattr(stamped, "prepare", spoiled)
+    with pytest.raises(VerificationError, match="without rounding to half precision"):
+        lora(kind).export(tmp_path / "out", view="forward", merge=merge)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(steps, "runs_without_rounding", lambda base: False)
+    lora(kind).export(tmp_path / "out", view="forward", merge=merge)  # the measured tolerance alone does not see it
+
+
+def test_a_graph_that_is_not_the_models_own_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = steps.ExportSteps.captured
+
+    def spoiled(self: steps.ExportSteps) -> tuple[steps.ExportSteps, list[GraphPart]]:
+        work, parts = captured(self)
+        for part in parts:
+            one_percent_more(part.graph)
+        return work, parts
+
+    monkeypatch.setattr(steps.ExportSteps, "captured", spoiled)
+    with pytest.warns(PeftfxWarning, match="the model's own code and its graph differ in logits"):
+        lora(torch.float16).export(tmp_path / "out", view="forward", merge=False)
+
+
+class Numbers(torch.nn.Module):
+    """Numbers that half precision rounds, in each kind of operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (self.first(x) + 1.3 - 0.7) * 0.3 / 0.9
+        h = h.clamp(-0.333, 0.777).masked_fill(x > 0.1, 0.123)
+        return torch.where(x < -0.1, 0.0271, h) + torch.full_like(h, 0.457)
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_numbers_in_a_models_code_are_no_faults(kind: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    peftfx.export_onnx(Numbers().eval().to(kind), tmp_path / "out", inputs={"x": torch.randn(64, 8).to(kind)})
+
+
+def test_a_model_in_half_precision_computes_in_float32_or_float64() -> None:
+    """The modes take the place of a copy of the model: a weight is widened where it is read."""
+    base = build("text-generation", "qwen3_moe").half()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        with float32():
+            single = base(ids).logits
+        with float64():
+            double = base(ids).logits
+        want = base.float()(ids).logits
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(single, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(double.float(), want, atol=1e-5, rtol=1e-5)
+
+
+class Weighs(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize(
+    ("own", "answer"),
+    [(lambda y: y + 300 - 300, SAME), (lambda y: y * 1.05, BRANCHES), (lambda y: y * 1.004, BRANCHES)],
+)
+def test_float64_decides_whether_half_precision_differs_by_rounding_alone(
+    own: Callable[[Tensor], Tensor], answer: str
+) -> None:
+    """Code and graph that choose other experts, because they round otherwise, are the same code."""
+    model, call = Weighs(), {"x": torch.randn(4, 8).bfloat16()}
+    trial = Trial(
+        capture(model, call), lambda sizes: call, lambda feed: [own(model(feed["x"]))], lambda name, feed, v: v, {}, 8
+    )
+    with torch.no_grad():
+        assert trial.answer(call) == answer
+
+
+def test_what_is_exact_without_rounding_is_not_told_to_say_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Comparison, "says_little", property(lambda self: True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        lora(torch.float16).export(tmp_path / "out", view="forward")
+    monkeypatch.setattr(steps, "runs_without_rounding", lambda base: False)
+    with pytest.warns(PeftfxWarning, match="says little"):
+        lora(torch.float16).export(tmp_path / "other", view="forward")
