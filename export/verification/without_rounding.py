@@ -36,6 +36,7 @@ from peftfx.export.verification.comparison import (
 )
 from peftfx.export.verification.float32_twin import unrounded
 from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float32, float64
+from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.tolerances.tolerance import MULTIPLE, Tensors, Tolerance
 from peftfx.export.verification.verify import unpadded
 from peftfx.graph.graph import Graph
@@ -89,7 +90,7 @@ def hold_without_rounding(
         want, near = (_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
         if want is None or near is None:
             return False
-        tolerance, model = Tolerance(None, None), OnnxModel(twin)
+        tolerance, model = Tolerance(None, None, sigmoids=made_by_sigmoids(written)), OnnxModel(twin)
         choose = shown or functools.partial(unpadded, model.axes)
         for c in compared_as_is:
             tolerance.learn(c.output, None if c.noise is None else _LOST / MULTIPLE * c.noise, c.largest, torch.float32)
