@@ -129,12 +129,13 @@ def _merged(path: Path, report: Mapping[str, Any]) -> About:
         "largest difference": max((float(d["max_abs"]) for d in report["differences"]), default=0.0),
         "versions": report["versions"],
     }
-    return About("base", _base(path).facts | {name: value for name, value in facts.items() if value})
+    return About("base", {**_base(path).facts, **{name: value for name, value in facts.items() if value}})
 
 
 def _base(path: Path) -> About:
+    facts = _of_config(read_base_config(path))
     files = {p.name: p.stat().st_size for p in sorted(path.glob("*.safetensors"))}
-    return About("base", _of_config(read_base_config(path)) | ({"files": files} if files else {}))
+    return About("base", facts | {"files": files} if files else facts)
 
 
 def _gguf(path: Path) -> About:
