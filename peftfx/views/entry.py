@@ -151,13 +151,17 @@ class VirtualTokens(Entry):
         The embedding does not get the first `left_out` ids of each row. So hooks of others at the embedding, such as
         those that add noise, see what they see in HF PEFT: the text alone.
         """
-        calls, thread = 0, threading.get_ident()
+        calls, thread, text = 0, threading.get_ident(), given.get(self.tokens)
 
         def shorten(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if calls or threading.get_ident() != thread:
                 return None
+            for ids in pytree.tree_leaves((args, kwargs)):
+                if isinstance(ids, Tensor) and isinstance(text, Tensor) and _turned(ids, text):
+                    what = "the model's code turns its text before it embeds it, so virtual tokens have no place there"
+                    raise PeftfxError(what, self.embedding, "use a method that acts on weights")
             return pytree.tree_map_only(Tensor, lambda ids: ids[:, left_out:], (args, kwargs))
 
         def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
@@ -180,6 +184,14 @@ class VirtualTokens(Entry):
             what = "the model's code does not call the module that embeds its text"
             raise PeftfxError(what, self.embedding, "use a method that acts on weights")
         return output
+
+
+def _turned(ids: Tensor, text: Tensor) -> bool:
+    """Return whether ids are not those of a text row by row, but [sequence, batch]."""
+    if ids.shape[:1] != text.shape[:1]:
+        return True
+    known = not isinstance(ids, FakeTensor) and not torch.compiler.is_compiling()
+    return known and ids.shape == text.T.shape and torch.equal(ids, text.T) and not torch.equal(ids, text)
 
 
 def _embedded(hole: Tensor, embeds: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from support.few import but_for
 from support.parity import outputs
 from support.soft_cases import (
@@ -199,3 +200,12 @@ def test_a_damaged_file_is_refused_with_all_that_is_wrong(tmp_path: Path) -> Non
     with pytest.raises(PeftfxError, match=r"\[4, 32\] in the file, \[5, 32\] in this model"):
         peftfx.load(bare(theirs), tmp_path)
     assert heads(theirs) == ["classifier"]
+
+
+@pytest.mark.parametrize("rows", [2, 9])  # with 9 rows the turned ids are as many as these
+def test_virtual_tokens_are_refused_where_the_text_is_embedded_turned(rows: int) -> None:
+    size = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    base = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=40, **size)).eval()
+    adapted = peftfx.transform(base, PromptTuning(num_virtual_tokens=3))
+    with pytest.raises(PeftfxError, match=r"turns its text before it embeds it.*transformer\.word_embedding"):
+        adapted(input_ids=torch.arange(6 * rows).view(rows, 6) % 40)
