@@ -14,6 +14,7 @@ from peftfx.pages.page import Page, bars, make_page, table, text
 
 _MOST = 40  #: the most rows of a table of places
 _DATA = (".onnx", ".onnx.data")  #: the ends of the names of graphs and their weights
+_MERGED = "differences"  #: what the report of a merged model has, and that of an export has not
 _KNOWN = ("model", "adapters", "tensors", "bytes", "seconds", "comparisons", "probes")
 
 
@@ -41,9 +42,30 @@ def read_report(directory: Path) -> Mapping[str, Any]:
     if not is_file(path):
         raise PeftfxError(f"there is no {REPORT}", str(directory), "give the directory that `peftfx export` wrote")
     found = read_stamped(path, "export the model again")
+    if _MERGED in found:
+        hint = "export it with `peftfx export --base`, and give the directory that this writes"
+        raise PeftfxError("this is a merged model, and not an export", str(directory), hint)
     kinds = {"model": str, "adapters": list, "comparisons": list, "probes": list}
     if any(not isinstance(found.get(name), kinds.get(name, dict)) for name in _KNOWN):
         raise PeftfxError("not the report of an export", str(path), "export the model again")
+    return found
+
+
+def merged_report(directory: Path) -> Mapping[str, Any] | None:
+    """Return the report of a merge into `directory`; None where there is no report, or that of an export.
+
+    Raises:
+        PeftfxError: the report is damaged.
+    """
+    path = directory / REPORT
+    if not is_file(path):
+        return None
+    found = read_stamped(path, "merge the model again")
+    if _MERGED not in found:
+        return None
+    kinds = {"model": str, "methods": list, "differences": list, "bytes": dict, "versions": dict}
+    if any(not isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        raise PeftfxError("not the report of a merge", str(path), "merge the model again")
     return found
 
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftfx.bases.gguf import gguf_config
 from peftfx.bases.load import read_base_config
 from peftfx.errors import PeftfxError
-from peftfx.export.reports.report_page import changed_files, read_report
-from peftfx.files import is_file, is_folder
+from peftfx.export.reports.report_page import changed_files, merged_report, read_report
+from peftfx.files import is_file, is_folder, is_gguf
 from peftfx.formats import ADAPTER, BATCHED, REPORT, RULES, SLOTS
 from peftfx.graph.slots import Manifest
 from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
@@ -47,12 +48,16 @@ def about(path: Path) -> About:
     """
     if is_file(path) and path.name.endswith(ADAPTER):
         return _slot_file(path)
+    if is_gguf(path):
+        return _gguf(path)
     if is_file(path):
         kind = next((kind for ending, kind in _FILES.items() if path.name.endswith(ending)), "a file")
         raise PeftfxError(f"this is {kind}, and info takes a directory", str(path), f"give its folder: {path.parent}")
     if not is_folder(path):
-        hint = "give the directory of an adapter, an export or a base, or an .onnx_adapter file"
+        hint = "give the directory of an adapter, an export or a base, or an .onnx_adapter or .gguf file"
         raise PeftfxError("there is no such directory", str(path), hint)
+    if (merged := merged_report(path)) is not None:
+        return _merged(path, merged)
     if is_file(path / REPORT):
         return _export(path)
     if is_file(path / CONFIG) or is_file(path / RULES):
@@ -118,12 +123,29 @@ def _slot_file(path: Path) -> About:
     return About("slots", {"base": f"{number:08x}", "tensors": len(values), "bytes": size, "shapes": shapes})
 
 
+def _merged(path: Path, report: Mapping[str, Any]) -> About:
+    facts: dict[str, Any] = {
+        "merged": report["methods"],
+        "largest difference": max((float(d["max_abs"]) for d in report["differences"]), default=0.0),
+        "versions": report["versions"],
+    }
+    return About("base", {**_base(path).facts, **{name: value for name, value in facts.items() if value}})
+
+
 def _base(path: Path) -> About:
-    config = read_base_config(path)
+    facts = _of_config(read_base_config(path))
     files = {p.name: p.stat().st_size for p in sorted(path.glob("*.safetensors"))}
-    wanted = ("architectures", "_class_name", "model_type", "dtype", "torch_dtype", "vocab_size", "quantization_config")
-    facts: dict[str, Any] = {name: config[name] for name in wanted if config.get(name) is not None}
     return About("base", facts | {"files": files} if files else facts)
+
+
+def _gguf(path: Path) -> About:
+    facts = _of_config(gguf_config(path).to_dict())
+    return About("base", facts | {"files": {path.name: path.stat().st_size}})
+
+
+def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = ("architectures", "_class_name", "model_type", "dtype", "torch_dtype", "vocab_size", "quantization_config")
+    return {name: config[name] for name in wanted if config.get(name) is not None}
 
 
 def _first(items: Sequence[str], between: str) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftfx.bases.gguf_tensors import read_tensors
-from peftfx.bases.quantised import QUANTISED, blank, filled_model
+from peftfx.bases.quantised import QUANTISED, blank, filled_model, outline
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.errors import PeftfxError, first_line
 from peftfx.files import is_gguf
@@ -73,9 +73,9 @@ def load_gguf(
         config.num_labels = num_labels
     language = "text2text-generation" if config.is_encoder_decoder else "text-generation"
     maker: Any = maker_of(config, resolve_task(task or language), file)
-    empty = blank(maker, config, dtype)
     if not weights:
-        return empty.eval()  # type: ignore[return-value]
+        return outline(maker, config, dtype).eval()  # type: ignore[return-value]
+    empty = blank(maker, config, dtype)
     with _reading(file):
         tensors = read_tensors(file, empty, dtype)
         found = _whole(file, maker, config, dtype) if tensors is None else filled_model(maker, config, tensors, dtype)

@@ -12,7 +12,7 @@ from torch import nn
 from peftfx.bases.dtypes import dtype_of, dtype_plan, kinds_of
 from peftfx.bases.gguf import load_gguf, stood_for
 from peftfx.bases.processors.padding import fill_padding, lacks_padding
-from peftfx.bases.quantised import QUANTISED, load_quantised
+from peftfx.bases.quantised import QUANTISED, blank, load_quantised, outline
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config, understanding
 from peftfx.errors import PeftfxError, nearest, shown
@@ -157,7 +157,6 @@ def _load_transformers(
     given: Collection[str],
 ) -> nn.Module:
     from transformers import CONFIG_MAPPING
-    from transformers.initialization import no_init_weights
 
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
@@ -171,15 +170,8 @@ def _load_transformers(
     config = read_config(directory, **extra)
     maker = maker_of(config, resolve_task(task, config=config), directory)
     wanted: torch.dtype = dtype or config.dtype or on_disk or torch.float32  # type: ignore[assignment]
-
-    def blank() -> nn.Module:
-        with no_init_weights():
-            made = maker._from_config(config, dtype=wanted)  # type: ignore[attr-defined]
-        assert isinstance(made, nn.Module)
-        return made
-
     if on_disk is None:
-        return blank()
+        return outline(maker, config, wanted)
     model, info = maker.from_pretrained(  # type: ignore[attr-defined]
         directory,
         config=config,
@@ -192,7 +184,7 @@ def _load_transformers(
     assert isinstance(model, nn.Module)
     _refuse_random(model, info, given, directory)
     if wanted != on_disk:
-        _present(model, blank(), dtype_plan(model, wanted))
+        _present(model, blank(maker, config, wanted), dtype_plan(model, wanted))
         model.config.dtype = wanted  # type: ignore[union-attr]
     return model
 

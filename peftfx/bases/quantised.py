@@ -49,7 +49,7 @@ def load_quantised(
     maker = maker_of(config, resolve_task(task, config=config), directory)
     wanted = dtype or torch.float32
     if not files:
-        return blank(maker, config, wanted), {"missing_keys": (), "mismatched_keys": ()}
+        return outline(maker, config, wanted), {"missing_keys": (), "mismatched_keys": ()}
     said = said if isinstance(said, dict) else said.to_dict()
     return filled_model(maker, config, read_checkpoint(files, said, directory, wanted), wanted)
 
@@ -114,4 +114,11 @@ def blank(maker: Any, config: object, dtype: torch.dtype) -> nn.Module:
     with no_init_weights():
         made = maker._from_config(config, dtype=dtype)
     assert isinstance(made, nn.Module)
+    return made
+
+
+def outline(maker: Any, config: object, dtype: torch.dtype) -> nn.Module:
+    """Make a model with uninitialised parameters, of which those are one that are one in a loaded model."""
+    made = blank(maker, config, dtype)
+    made.tie_weights()  # type: ignore[operator]
     return made

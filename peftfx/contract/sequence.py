@@ -105,7 +105,7 @@ class SequenceMethod(Method):
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
         """Return the entry by which this method gets its virtual tokens into the base."""
 
-    def apart_from_peft(self, base: nn.Module) -> str:
+    def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
         """Return why HF PEFT gives other outputs under this prompt, which is sized; empty if it gives the same."""
         return ""
 
@@ -128,6 +128,13 @@ class PromptMethod(SequenceMethod):
     def entry(self, base: nn.Module, site: SequenceSite) -> Entry:
         return virtual_tokens(self.num_virtual_tokens, base, site)
 
+    def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
+        if not site.beside:
+            return ""
+        more = f" and {len(site.beside) - 1} more" if len(site.beside) > 1 else ""
+        found = f"{site.beside[0]}{more}"
+        return f"it gives the model embedded tokens and no ids: the text has nothing of {found}, or the call is refused"
+
 
 _M = TypeVar("_M", bound=SequenceMethod)
 
@@ -147,7 +154,21 @@ def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
     tokens = "input_ids" if hasattr(base, "main_input_name") else site.calls[0].x
     call = Call(tokens, "", "")
     weight = f"{BASE}.{site.path}.weight"
-    return SequenceSite("", SEQUENCE, SEQUENCE, None, weight, None, site.shape, False, (), (call,))
+    beside = _tables_beside(sites, site)
+    return SequenceSite("", SEQUENCE, SEQUENCE, None, weight, None, site.shape, False, (), (call,), beside=beside)
+
+
+def _tables_beside(sites: Sites, site: Site) -> tuple[str, ...]:
+    """Return the paths of other tables of tokens that read the inputs which `site` reads."""
+    if sites.flow is None:
+        return ()
+    read: dict[int, set[int]] = {}
+    for link in sites.flow.links:
+        if link.source >= len(sites):
+            read.setdefault(link.target, set()).add(link.source)
+    own = read.get(sites.items.index(site), set())
+    tables = [(i, s) for i, s in enumerate(sites) if s.role == site.role and s.weight != site.weight]
+    return tuple(s.path for i, s in tables if own & read.get(i, set()))
 
 
 def size_of(base: nn.Module, *names: str) -> int | None:

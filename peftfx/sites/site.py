@@ -254,7 +254,13 @@ _NOTHING_MORE: dict[str, Any] = {
 
 @dataclass(frozen=True, repr=False)
 class SequenceSite(Site):
-    """The stream of tokens, before which a soft prompt goes. Its weight is the table that embeds the tokens."""
+    """The stream of tokens, before which a soft prompt goes. Its weight is the table that embeds the tokens.
+
+    Attributes:
+        beside: the paths of other tables that embed the same tokens, as one for each layer.
+    """
+
+    beside: tuple[str, ...] = ()
 
     @property
     def embedding(self) -> str:

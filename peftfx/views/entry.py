@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
@@ -148,38 +149,69 @@ class VirtualTokens(Entry):
     ) -> object:
         """Call the base with a replacement of the first output of its embedding, which is the text.
 
+        Code that embeds the text again, to write sounds into it, gets the replacement again.
+
         The embedding does not get the first `left_out` ids of each row. So hooks of others at the embedding, such as
         those that add noise, see what they see in HF PEFT: the text alone.
         """
-        calls, thread = 0, threading.get_ident()
+        thread, text = threading.get_ident(), given.get(self.tokens)
+        first: Tensor | None = None
+        acts = False  #: whether the call of the embedding that runs now embeds the text
 
         def shorten(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if calls or threading.get_ident() != thread:
+            nonlocal first, acts
+            if threading.get_ident() != thread:
+                return None  # another call of the base, in another thread
+            ids = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+            acts = ids is not None and (first is None or _same(ids, first))
+            if not acts or ids is None:
                 return None
+            first = ids
+            if isinstance(left_out, int) and left_out == 0:  # it may be a symbol
+                return None
+            if isinstance(text, Tensor) and _turned(ids, text):
+                what = "the model's code turns its text before it embeds it, so virtual tokens have no place there"
+                raise PeftfxError(what, self.embedding, "use a method that acts on weights")
             return pytree.tree_map_only(Tensor, lambda ids: ids[:, left_out:], (args, kwargs))
 
         def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
-            nonlocal calls
-            if threading.get_ident() != thread:
-                return None  # another call of the base, in another thread
-            calls += 1
-            return replaced(embedded) if calls == 1 else None
+            return replaced(embedded) if acts and threading.get_ident() == thread else None
 
         embedding = base.get_submodule(self.embedding)
-        handles = [embedding.register_forward_hook(replace)]
-        if not (isinstance(left_out, int) and left_out == 0):  # it may be a symbol
-            handles.append(embedding.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True))
+        handles = [
+            embedding.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True),
+            embedding.register_forward_hook(replace),
+        ]
         try:
             output = call(base, given)
         finally:
             for handle in handles:
                 handle.remove()
-        if not calls:
+        if first is None:
             what = "the model's code does not call the module that embeds its text"
             raise PeftfxError(what, self.embedding, "use a method that acts on weights")
         return output
+
+
+def _same(ids: Tensor, first: Tensor) -> bool:
+    """Return whether ids are those of an earlier call; of ids without values, whether they have the same axes."""
+    if ids.ndim != first.ndim or not all(map(_equal, ids.shape, first.shape)):
+        return False
+    return isinstance(ids, FakeTensor) or torch.compiler.is_compiling() or torch.equal(ids, first)
+
+
+def _equal(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    return statically_known_true(size == other)  # without a guard
+
+
+def _turned(ids: Tensor, text: Tensor) -> bool:
+    """Return whether ids are not those of a text row by row, but [sequence, batch]."""
+    if ids.shape[:1] != text.shape[:1]:
+        return True
+    known = not isinstance(ids, FakeTensor) and not torch.compiler.is_compiling()
+    return known and ids.shape == text.T.shape and torch.equal(ids, text.T) and not torch.equal(ids, text)
 
 
 def _embedded(hole: Tensor, embeds: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+import transformers as hf
 import typer
 from safetensors.torch import load_file, save_file
 from support.command import Inputs, Result, assert_refused
@@ -55,6 +56,31 @@ def test_info_of_a_file_tells_what_to_give(inputs: Inputs, peftfx: Command, tmp_
     for name, told in (("model.onnx", "a graph"), ("model.onnx.data", "the weights of a graph"), ("a.txt", "a file")):
         (tmp_path / name).write_bytes(b"x")
         assert_refused(peftfx("info", tmp_path / name), f"this is {told}, and info takes a directory", str(tmp_path))
+
+
+def test_a_merged_model_is_a_base_and_not_an_export(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert peftfx("merge", "--base", inputs.classifier, "--adapter", inputs.lora, "--output", merged, "-q").code == 0
+    told = json.loads(peftfx("info", merged, "--json").out)
+    assert (told["kind"], told["facts"]["architectures"]) == ("base", ["BertForSequenceClassification"])
+    assert (told["facts"]["merged"], list(told["facts"]["files"])) == (["LoRA"], ["model.safetensors"])
+    for words in (("diff", merged, merged), ("report", merged, "--html", tmp_path / "page.html")):
+        assert_refused(peftfx(*words), "this is a merged model, and not an export", str(merged))
+    report = merged / "peftfx_report.json"
+    report.write_text(json.dumps({**json.loads(report.read_text(encoding="utf-8")), "methods": 3}), encoding="utf-8")
+    assert_refused(peftfx("info", merged), "not the report of a merge", str(report), "merge the model again")
+
+
+def test_tied_weights_count_once(peftfx: Command, tmp_path: Path) -> None:
+    size = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(**size))
+    model.save_pretrained(tmp_path / "base")
+    count = sum(p.numel() for p in model.parameters())
+    words = ("export", "--base", tmp_path / "base", "--output", tmp_path / "out", "--dry-run", "--json")
+    told = json.loads(peftfx(*words).out)
+    assert (told["parameters"], told["files"]["model.onnx.data"]) == (count, 4 * count)
+    told = peftfx("inspect", tmp_path / "base", "--rules", "lora(r=1)@attention.output").out
+    assert f"all params: {count + 32:,} ||" in told
 
 
 def test_graphs_that_are_missing_or_cut_are_told(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:

@@ -41,6 +41,19 @@ def test_a_base_is_the_model_that_the_file_stands_for(
     assert load_base(path, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_info_and_a_dry_run_tell_what_the_file_holds(
+    written: tuple[Path, hf.LlamaForCausalLM], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, want = written
+    app(["info", str(path), "--json"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["kind"], told["facts"]["model_type"]) == ("base", "llama")
+    assert told["facts"]["files"] == {path.name: path.stat().st_size}
+    words = ["export", "--base", path, "--output", tmp_path / "out", "--dry-run", "--json"]
+    app([str(word) for word in words], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["parameters"] == sum(p.numel() for p in want.parameters())
+
+
 def test_the_command_line_exports_it_with_an_adapter_and_it_generates(
     written: tuple[Path, hf.LlamaForCausalLM], tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxWarning
+from peftfx.views.entry import VirtualTokens
 
 pytestmark = pytest.mark.further
 
@@ -56,7 +57,7 @@ def test_a_conv_that_peft_computes_otherwise_is_named_on_reading_and_on_writing(
         ours.save_pretrained(tmp_path / "ours")
     with torch.no_grad():
         apart = (ours(x) - theirs(x)).abs().max() / theirs(x).abs().max()
-        assert apart > 1e-3, "peft computes the same: there is nothing to say"
+        assert apart > 1e-3, "there is nothing to say"
         if name != "grouped":  # peft cannot merge it
             torch.testing.assert_close(theirs.merge_and_unload()(x), ours(x), atol=1e-5, rtol=1e-5)
 
@@ -153,7 +154,7 @@ def test_a_prefix_that_peft_lets_the_cross_attention_see_is_told(name: str, tmp_
             want = base(**ids, past_key_values=prefix).last_hidden_state
             got, own = ours(**ids).last_hidden_state, theirs(**ids).last_hidden_state
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-        assert float((got - own).norm() / own.norm()) > 1e-3, "peft computes the same: there is nothing to say"
+        assert float((got - own).norm() / own.norm()) > 1e-3, "there is nothing to say"
     config = peft.PrefixTuningConfig(**options, num_transformer_submodules=2)
     theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
     randomise(theirs)
@@ -199,3 +200,43 @@ def test_keys_without_the_prefix_of_peft_are_told(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(again(x), base(x))
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_tables_that_pefts_prompt_leaves_out_are_told(tmp_path: Path) -> None:
+    """Given embedded tokens, Gemma 3n's code leaves out the rows that each layer has of the tokens."""
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    own = {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_hidden_layers": 2}
+    config = transformers.Gemma3nTextConfig(
+        vocab_size=64, **size, **own, num_kv_shared_layers=0, activation_sparsity_pattern=[0.0, 0.0]
+    )
+    torch.manual_seed(0)
+    base = transformers.Gemma3nForCausalLM(config).eval()
+    randomise(base)  # new, some of its scales are 0
+    rule = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    theirs = peft.get_peft_model(copy.deepcopy(base), rule).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    said = "HF PEFT gives other outputs under PromptTuning: .* has nothing of model.embed_tokens_per_layer,"
+    with pytest.warns(PeftfxWarning, match=said):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs")
+    with pytest.warns(PeftfxWarning, match=said):
+        ours.save_pretrained(tmp_path / "ours")
+    ids = torch.randint(5, 64, (2, 6))
+    entry = ours.entry()
+    assert isinstance(entry, VirtualTokens)
+    with torch.no_grad():
+        embedded = torch.cat([theirs.get_prompt(batch_size=2), base.get_input_embeddings()(ids)], 1)
+        tokens = torch.cat([torch.full((2, 3), entry.filler), ids], 1)
+        rows = base.model.get_per_layer_inputs(tokens)
+        want = base(inputs_embeds=embedded, per_layer_inputs=rows).logits
+        got = ours(input_ids=ids).logits
+        assert (theirs(input_ids=ids).logits - got).abs().max() > 1e-2, (
+            "peft computes the same: there is nothing to say"
+        )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

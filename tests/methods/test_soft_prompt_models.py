@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from support.few import but_for
 from support.parity import outputs
 from support.soft_cases import (
@@ -199,3 +200,39 @@ def test_a_damaged_file_is_refused_with_all_that_is_wrong(tmp_path: Path) -> Non
     with pytest.raises(PeftfxError, match=r"\[4, 32\] in the file, \[5, 32\] in this model"):
         peftfx.load(bare(theirs), tmp_path)
     assert heads(theirs) == ["classifier"]
+
+
+@pytest.mark.parametrize("rows", [2, 9])  # with 9 rows the turned ids are as many as these
+def test_virtual_tokens_are_refused_where_the_text_is_embedded_turned(rows: int) -> None:
+    size = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
+    base = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=40, **size)).eval()
+    adapted = peftfx.transform(base, PromptTuning(num_virtual_tokens=3))
+    with pytest.raises(PeftfxError, match=r"turns its text before it embeds it.*transformer\.word_embedding"):
+        adapted(input_ids=torch.arange(6 * rows).view(rows, 6) % 40)
+
+
+class Twice(hf.LlamaForCausalLM):
+    """Embeds its text a second time, as the code of Granite Speech, which writes sounds into the second."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> object:
+        self.model.embed_tokens(input_ids)
+        embedded = self.model.embed_tokens(input_ids)
+        return super().forward(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False)
+
+
+def test_a_text_that_is_embedded_twice_has_its_virtual_tokens_both_times(tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = Twice(hf.LlamaConfig(vocab_size=40, **size)).eval()
+    adapted = peftfx.transform(base, PromptTuning(num_virtual_tokens=3)).eval()
+    ids = torch.arange(10).view(2, 5)
+    with torch.no_grad():
+        prompt = adapted.adapter("default").get("sequence.prompt_embeddings")
+        embedded = torch.cat([prompt.expand(2, -1, -1), base.model.embed_tokens(ids)], 1)
+        want = hf.LlamaForCausalLM.forward(base, inputs_embeds=embedded).logits
+        torch.testing.assert_close(adapted(input_ids=ids).logits, want, rtol=1e-5, atol=1e-6)
+    report = adapted.export(tmp_path / "out", view="forward")
+    assert report.reference.startswith("the model's own code")
+    served = peftfx.runtime.load(tmp_path / "out")
+    torch.testing.assert_close(
+        served(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, want, atol=1e-5, rtol=0
+    )

@@ -148,3 +148,22 @@ def test_a_model_that_makes_its_table_of_positions_longer_is_swapped(tmp_path: P
     found = served.generate(**prompt, **GREEDY)
     assert torch.equal(found, adapted.generate(**prompt, **GREEDY))
     assert not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_virtual_tokens_count_as_tokens_where_a_table_of_positions_grows(batched: bool, tmp_path: Path) -> None:
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes = {**heads, **dict.fromkeys(("encoder_layers", "decoder_layers"), 1), "max_position_embeddings": 16}
+    config = hf.M2M100Config(vocab_size=40, d_model=16, encoder_ffn_dim=24, decoder_ffn_dim=24, init_std=0.5, **sizes)
+    torch.manual_seed(0)
+    rule = peftfx.PromptTuning(num_virtual_tokens=3)
+    adapted = peftfx.transform(hf.M2M100ForConditionalGeneration(config).eval(), rule, "prompt")
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.normal_()
+    report = adapted.export(tmp_path / "graph", view="decode", **({"batched": ["prompt"]} if batched else {}))
+    told = "encoder_model: encoder_sequence + 5 <= 18 (the model is made for no more tokens)"
+    assert told in report.sizes
+    served = runtime.load(tmp_path / "graph", adapter="prompt" if batched else None)
+    prompt = {"input_ids": torch.randint(5, 40, (2, 13))}  # with the prompt, as long as the model is made for
+    assert torch.equal(served.generate(**prompt, **GREEDY), adapted.generate(**prompt, **GREEDY))

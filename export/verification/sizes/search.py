@@ -24,6 +24,7 @@ from peftfx.graph.decisions import Decision
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
+from peftfx.views.entry import Entry
 from peftfx.views.view import View, as_captured, name_axes
 
 #: Sizes of the tried calls. One row is not padded, and of several rows the last is, if the text is long enough.
@@ -84,7 +85,8 @@ _FREE = 3  #: the least size that a capture takes for one of many
 
 
 def _of_forward(adapted: AdaptedModel, example: Mapping[str, object]) -> Trial:
-    graph = adapted.graphs.captured(example, adapted.entry())
+    entry = adapted.entry()
+    graph = adapted.graphs.captured(example, entry)
 
     def eager(case: dict[str, Tensor]) -> list[Tensor]:
         with unchanged(adapted.base), as_captured(adapted.base), torch.no_grad():
@@ -93,7 +95,7 @@ def _of_forward(adapted: AdaptedModel, example: Mapping[str, object]) -> Trial:
     def make(sizes: Mapping[str, int]) -> dict[str, Tensor]:
         return case_of(adapted, graph.inputs, example, sizes, 0)
 
-    return _trial(adapted, graph, make, eager, lambda name, case, value: value)
+    return _trial(adapted, graph, make, eager, lambda name, case, value: value, entry)
 
 
 def _of_view(adapted: AdaptedModel, view: View) -> Trial:
@@ -107,13 +109,17 @@ def _of_view(adapted: AdaptedModel, view: View) -> Trial:
     def make(sizes: Mapping[str, int]) -> dict[str, Tensor]:
         return seen.inputs(adapted.base, sizes=sizes)
 
-    return _trial(adapted, graph, make, eager, view.shown)
+    return _trial(adapted, graph, make, eager, view.shown, entry)
 
 
-def _trial(adapted: AdaptedModel, graph: Graph, make: Make, eager: Eager, shown: Shown) -> Trial:
+def _trial(adapted: AdaptedModel, graph: Graph, make: Make, eager: Eager, shown: Shown, entry: Entry | None) -> Trial:
     usual = {**graph.sizes, "batch": 1} if is_large(adapted.base) else graph.sizes
-    parameters, config = sum(p.numel() for p in adapted.base.parameters()), getattr(adapted.base, "config", None)
-    return Trial(graph, make, eager, shown, usual, parameters, length_of(config))
+    parameters, whole = (
+        sum(p.numel() for p in adapted.base.parameters()),
+        length_of(getattr(adapted.base, "config", None)),
+    )
+    longest = whole if whole is None or entry is None else whole - entry.shape[0]  # virtual tokens are tokens, too
+    return Trial(graph, make, eager, shown, usual, parameters, longest)
 
 
 def _fixed_sides(trial: Trial, *, allow_fixed: bool = False) -> tuple[Decision, ...]:

@@ -47,7 +47,7 @@ class Trial:
         shown: selects what to compare of an output, given its name, the inputs and its value.
         usual: the sizes of all other axes in a call.
         parameters: the number of the model's parameters.
-        longest: the number of tokens that the model is made for, by its config.
+        longest: the number of tokens that the model is made for, by its config, without those of a soft prompt.
         left: the axes along which the graph is not run at a size of 1, because the export itself is compared there.
     """
 

@@ -30,7 +30,7 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
             why = placement.method.apart_from_peft(placement.site, module)
             found.setdefault(why, []).append(placement.site.path)
     for prompt in placements.prompts:
-        if why := prompt.method.apart_from_peft(base):
+        if why := prompt.method.apart_from_peft(base, prompt.site):
             warn(f"{where}: HF PEFT gives other outputs under {type(prompt.method).__name__}: {why}")
     for why, paths in found.items():
         if why:

@@ -36,7 +36,7 @@ class PrefixMethod(SequenceMethod):
             num_transformer_submodules=self.num_transformer_submodules or submodules_of(base),
         )
 
-    def apart_from_peft(self, base: nn.Module) -> str:
+    def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
         if self.submodules != 1 or not encodes_and_decodes(base):
             return ""
         return (
