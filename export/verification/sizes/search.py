@@ -114,10 +114,8 @@ def _of_view(adapted: AdaptedModel, view: View) -> Trial:
 
 def _trial(adapted: AdaptedModel, graph: Graph, make: Make, eager: Eager, shown: Shown, entry: Entry | None) -> Trial:
     usual = {**graph.sizes, "batch": 1} if is_large(adapted.base) else graph.sizes
-    parameters, whole = (
-        sum(p.numel() for p in adapted.base.parameters()),
-        length_of(getattr(adapted.base, "config", None)),
-    )
+    parameters = sum(p.numel() for p in adapted.base.parameters())
+    whole = length_of(getattr(adapted.base, "config", None))
     longest = whole if whole is None or entry is None else whole - entry.shape[0]  # virtual tokens are tokens, too
     return Trial(graph, make, eager, shown, usual, parameters, longest)
 
