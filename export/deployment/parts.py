@@ -175,7 +175,7 @@ def refuse_fixed(
     graph: Graph,
     axes: Mapping[str, tuple[str | None, ...]],
     free: Collection[str] = FREE,
-    hint: str = "pass inputs=... of the size you will serve: the model will take that one alone",
+    hint: str = "in Python, pass inputs=... of the size you will serve: the model will take that one alone",
 ) -> None:
     """Refuse a graph in which an axis is fixed at the example's size, which the user did not choose.
 

@@ -111,7 +111,9 @@ def probes(
         warn(f"the export is not compared at {nowhere[0]}: the model's own code gives NaN there")
     if not found:
         what = f"the model takes none of the sizes tried: {str(refusal).strip().splitlines()[0]}"
-        raise PeftfxError(what, type(adapted.base).__name__, "pass inputs=... of a call that it takes") from refusal
+        raise PeftfxError(
+            what, type(adapted.base).__name__, "in Python, pass inputs=... of a call that it takes"
+        ) from refusal
     return found
 
 

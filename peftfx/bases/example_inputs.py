@@ -84,7 +84,7 @@ def example_inputs(
 
 _CLASSIFYING = ("text-classification", "image-classification", "video-classification", "audio-classification")
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
-_PASS_INPUTS = "pass `inputs`, the keyword arguments of one call"
+_PASS_INPUTS = "in Python, pass `inputs`, the keyword arguments of one call"
 
 
 @dataclass

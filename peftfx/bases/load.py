@@ -104,6 +104,9 @@ def read_base_config(directory: Path) -> dict[str, object]:
         raise PeftfxError("there is no such directory", str(directory), "download the base model and pass its folder")
     path = directory / "config.json"
     if not is_file(path):
+        if is_file(directory / "adapter_config.json"):
+            hint = "give it with --adapter, and the folder of its base with --base (in Python: load(base, adapter))"
+            raise PeftfxError("this is an adapter, and not a base", str(directory), hint)
         below = (p.parent for depth in ("*", "snapshots/*") for p in directory.glob(f"{depth}/config.json"))
         parts = sorted(p.relative_to(directory).as_posix() for p in below)
         hint = f"pass one of its folders: {', '.join(parts)}" if parts else "pass the folder of a base model"

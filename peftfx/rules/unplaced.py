@@ -60,7 +60,7 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     if reasons:
         more = f"; and {len(reasons) - _MOST} more" if len(reasons) > _MOST else ""
         listed = "; ".join(f"{path}: {why}" for path, why in [*reasons.items()][:_MOST])
-        hint = "narrow target_modules (exclude_modules), or pass inputs= of a call that runs them"
+        hint = "narrow target_modules (exclude_modules), or, in Python, pass inputs= of a call that runs them"
         raise PeftfxError(f"target_modules name modules that cannot be adapted here: {listed}{more}", "rules", hint)
     if idle:
         listed = ", ".join(idle[:_MOST])
@@ -133,7 +133,7 @@ def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str
         return "the model runs it, but its code applies no weight of its own that can be adapted"
     if kind is not None:
         return f"the model's code reads its weight for a {kind} operation, and makes no call of it"
-    return "this call does not run it: pass inputs= of a call that does"
+    return "this call does not run it: in Python, pass inputs= of a call that does"
 
 
 def _inside(reads: Mapping[str, str], path: str) -> Iterator[tuple[str, str]]:

@@ -51,6 +51,10 @@ def of_another_model(adapter: Path) -> None:
 DAMAGES: Mapping[str, tuple[Damage, tuple[str, ...]]] = {
     "missing base": (lambda b, a: shutil.rmtree(b), ("no such directory", "base", "hint: ")),
     "missing adapter": (lambda b, a: shutil.rmtree(a), ("no such directory", "adapter", "adapter_config.json")),
+    "an adapter for a base": (
+        lambda b, a: shutil.copy(a / "adapter_config.json", Path(shutil.move(b / "config.json", b / "c")).parent),
+        ("this is an adapter, and not a base", "--adapter"),
+    ),
     "base without config": (lambda b, a: (b / "config.json").unlink(), ("no config.json", "base")),
     "corrupt base config": (lambda b, a: cut(b / "config.json"), ("not valid JSON", "config.json")),
     "base config is a list": (lambda b, a: (b / "config.json").write_text("[]"), ("not a JSON object", "config.json")),

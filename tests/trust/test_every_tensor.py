@@ -138,7 +138,9 @@ def test_a_layer_that_runs_in_a_way_of_its_own_is_refused_by_name(
 def test_a_layer_that_the_example_call_does_not_run_is_refused_and_inputs_that_run_it_help(tmp_path: Path) -> None:
     base, x = Branches().eval(), torch.randn(3, SIZE)
     theirs = saved(base, tmp_path, "always", "sometimes")
-    with pytest.raises(PeftfxError, match=r"sometimes \(2 tensors\): this call does not run it: pass inputs="):
+    with pytest.raises(
+        PeftfxError, match=r"sometimes \(2 tensors\): this call does not run it: in Python, pass inputs="
+    ):
         peftfx.load(base, tmp_path, inputs={"x": x})
     ours = peftfx.load(base, tmp_path, inputs={"x": x, "twice": True})
     torch.testing.assert_close(ours(x=x, twice=True), theirs(x=x, twice=True))

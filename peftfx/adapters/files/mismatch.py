@@ -61,7 +61,7 @@ def refuse_mismatch(
     lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
     hint = "load it on the model that it was trained on (the same size, the same number of labels)"
     if homeless and not unexpected:
-        hint = "pass inputs= of a call that runs them, or merge the adapter into the base with HF PEFT and load that"
+        hint = "merge the adapter into the base with HF PEFT; or, in Python, pass inputs= of a call that runs them"
     elif unexpected and len(unexpected) < len(weights.names):  # a file of which nothing fits is of another model
         hint = nearest(module_of(unexpected[0]), modules) or hint
     raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
