@@ -17,7 +17,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 _SAMPLES = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 33, 64, 1 << 20)
 _LARGEST, _MOST = 1 << 20, 4096
-_STEPS = 64  #: how far from sizes others are looked for
+_STEPS = 4096  #: how far from sizes others are looked for: a token of a recording is hundreds of samples
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import transformers as hf
 from torch import Tensor, nn
 
+import peftfx
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_shape
+from peftfx.export import OnnxModel
 
 
 @pytest.mark.parametrize(
@@ -19,8 +23,8 @@ from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_sh
         ("input_features", {"encoder_config": SimpleNamespace(num_mel_bins=8)}, (56, 8)),
         ("input_features", {"input_feat_per_channel": 80, "max_source_positions": 16}, (56, 80)),
         ("input_features", {"num_mel_bins": 8, "input_size": 56}, (56, 56)),  # seven frames of mel bins together
-        ("input_values", {"conv_stride": [5, 2]}, (160,)),
-        ("input_values", {"encoder": SimpleNamespace(conv_stride=[5, 2])}, (160,)),
+        ("input_values", {"conv_stride": [5, 2]}, (190,)),
+        ("input_values", {"encoder": SimpleNamespace(conv_stride=[5, 2])}, (190,)),
         ("input_values", {}, (6400,)),
         ("input_features", {}, None),
     ],
@@ -38,9 +42,27 @@ def test_a_joined_model_takes_what_its_encoder_takes() -> None:
     config = hf.SpeechEncoderDecoderConfig.from_encoder_decoder_configs(sound, text, decoder_start_token_id=4)
     made = example_inputs(hf.SpeechEncoderDecoderModel(config))
     assert {name: tuple(value.shape) for name, value in made.items()} == {
-        "input_values": (2, 80),
+        "input_values": (2, 95),
         "decoder_input_ids": (2, 5),
     }
+
+
+@pytest.mark.parametrize("frames", [18, 19])
+def test_frames_that_are_joined_in_pairs_may_leave_one_over(frames: int, tmp_path: Path) -> None:
+    """Whatever the example's length is: its other side is thousands of samples away from the least recordings."""
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    convs = {"conv_dim": [4, 4], "conv_stride": [64, 5], "conv_kernel": [64, 5], "squeeze_factor": 2}
+    config = hf.SEWConfig(**small, **convs, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=12)
+    torch.manual_seed(0)
+    base = hf.SEWForCTC(config).eval()
+    inputs = {"input_values": torch.randn(2, 320 * frames)}
+    peftfx.transform(base, peftfx.LoRA(r=2), inputs=inputs).export(tmp_path / "out")
+    served = OnnxModel(tmp_path / "out")
+    for length in (320 * 7, 320 * 8 + 100, 320 * 31):
+        heard = torch.randn(1, length)
+        with torch.no_grad():
+            want = base(input_values=heard).logits
+        torch.testing.assert_close(served(input_values=heard)["logits"], want, atol=1e-5, rtol=1e-4)
 
 
 class Hears(nn.Module):

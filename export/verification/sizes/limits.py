@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -107,8 +108,9 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         tried = [sizes for sizes in beyond if trial.affords(sizes) and trial.tells(condition, sizes)][:_TRIALS]
         answers = [answer(condition, sizes) for sizes in tried]
         if answers and {*answers} <= {TAKES_NO_OTHER, _UNREACHED}:  # it may take sizes nearer to the example's
-            near = [trial.whole(sizes) for sizes in condition.broken_near(trial.graph.sizes)]
-            tried += [s for s in near if s not in tried and trial.affords(s) and trial.tells(condition, s)][:_NEAR]
+            near = map(trial.whole, condition.broken_near(trial.graph.sizes))
+            new = (s for s in near if s not in tried and trial.affords_near(s) and trial.tells(condition, s))
+            tried += itertools.islice(new, _NEAR)
             answers += [answer(condition, sizes) for sizes in tried[len(answers) :]]
         why = _verdict(answers)
         if why == BRANCHES and trial.is_of_long_texts(condition):

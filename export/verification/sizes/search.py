@@ -71,7 +71,7 @@ def examples_beyond(
     """
     graph = adapted.graphs.captured(example, adapted.entry())
     tried = (sizes for sizes in condition.tried() if min(sizes.values()) >= _FREE and not condition.met(sizes))
-    near = condition.broken_near(graph.sizes)
+    near = itertools.islice(condition.broken_near(graph.sizes), _ASKED)
     with_rests = (sizes for sizes in near if have_rests(graph.conditions, {**graph.sizes, **sizes}))
     for sizes in (*itertools.islice(with_rests, 1), *itertools.islice(tried, _OTHER_SIDES)):  # each is a capture
         with suppress(PeftfxError):
@@ -81,6 +81,7 @@ def examples_beyond(
 
 
 _OTHER_SIDES = 2
+_ASKED = 128  #: how many sizes near the example's are asked for rests
 _FREE = 3  #: the least size that a capture takes for one of many
 
 

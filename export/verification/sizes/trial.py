@@ -90,6 +90,10 @@ class Trial:
         most = max(LEAST_ROWS, min(MOST_ROWS, MOST_WORK // max(1, self.parameters)))
         return self._rows(sizes) <= most
 
+    def affords_near(self, sizes: Sized) -> bool:
+        """Say whether a call of these sizes can be tried: it is small, or not twice as large as the usual call."""
+        return self.affords(sizes) or self._rows(sizes) <= 2 * self._rows(self.usual)
+
     def _rows(self, sizes: Sized) -> int:
         return max((math.prod(sizes.get(axis, 1) for axis in axes) for axes in self._free), default=1)
 

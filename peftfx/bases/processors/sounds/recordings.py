@@ -55,8 +55,8 @@ def recording_shape(config: object, name: str, tokens: int) -> tuple[int, ...] |
     if name == "input_features" and isinstance(features, int):
         return 8 * tokens, features
     strides = field("conv_stride")
-    if isinstance(strides, list | tuple):
-        return (math.prod(strides) * (tokens + 9),)
+    if isinstance(strides, list | tuple):  # heads of speakers' vectors take 14 frames for one
+        return (math.prod(strides) * (tokens + 12),)
     if isinstance(mels, int) and isinstance(frames, int):
         return frames, mels
     return (_SAMPLES * (tokens + 9),) if name == "input_values" else None
