@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.files.names import module_of
 from peftfx.contract.method import Method
-from peftfx.contract.override import TOKENS
+from peftfx.contract.override import TOKENS, OverrideMethod
 from peftfx.errors import warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
@@ -83,6 +83,14 @@ def _equal(value: Tensor, other: Tensor) -> bool:
     return value.shape == other.shape and torch.equal(value.to(other.device, other.dtype), other)
 
 
+def _copies(method: Method, tensors: Mapping[str, Tensor], base: nn.Module, path: str) -> bool:
+    """Return whether a file's tensors of a module, by their suffixes, are copies of this module's own."""
+    if not isinstance(method, OverrideMethod):
+        return False
+    own = {method.suffix(name): value for name, value in base.get_submodule(path).state_dict().items()}
+    return all(suffix in own and _equal(value, own[suffix]) for suffix, value in tensors.items())
+
+
 @dataclass(frozen=True)
 class Idle:
     """The tensors of an adapter's file that change nothing in the call with which the file is loaded.
@@ -142,7 +150,9 @@ class Idle:
             if path not in sites.called and has_module(base, path)
         )
         own = ((path, {end: weights[name] for end, name in suffixes[path].items()}) for path in others)
-        zero = frozenset(path for path, tensors in own if method.changes_nothing(tensors))
+        zero = frozenset(
+            p for p, tensors in own if method.changes_nothing(tensors) or _copies(method, tensors, base, p)
+        )
         idle = unread | never | zero | outside
         by_module = {name: path for path in sorted(idle) for name in suffixes[path].values()}
         read = zero & {*sites.reads, *(site.path for site in sites)}
