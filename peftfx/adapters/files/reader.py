@@ -141,7 +141,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         make_room(adapter)
     within = set(inner_layers(weights.names)) - {_path(p, base) for p in left_out}
     wanted = _wanted(adapter, placements, overrides, base, within) | _shared(adapter, method, weights)
-    again = repeats(weights, wanted, base)
+    again = repeats(weights, wanted, base, method)
     rest = weights.names.keys() - wanted.keys() - again
     idle = Idle.among(rest, weights, method, marks, base, sites, {_path(p, base) for p in left_out})
     _refuse_unknown_share(adapter, method, idle.by_module.keys(), directory)
