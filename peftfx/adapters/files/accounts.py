@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.files.names import module_of
 from peftfx.contract.method import Method
-from peftfx.contract.override import TOKENS, OverrideMethod
+from peftfx.contract.override import TOKENS
 from peftfx.errors import warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
@@ -53,8 +53,8 @@ def _in_copies(method: Method, name: str, taken: Collection[str], base: nn.Modul
 
     HF PEFT leaves its adapter's name in the names of what a module in the copied one has.
     """
-    if isinstance(method, OverrideMethod):
-        path, mark, leaf = name.partition(f".{method.suffix('')}")
+    if method.copy_mark():
+        path, mark, leaf = name.partition(f".{method.copy_mark()}")
         if mark and any(other.startswith(f"{path}{mark}") for other in taken):
             yield from (t for end in (leaf, leaf.partition(".")[2]) for t in _tensor(base, f"{path}.{end}"))
 
@@ -98,10 +98,10 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 
 def _copies(method: Method, tensors: Mapping[str, Tensor], base: nn.Module, path: str) -> bool:
     """Return whether a file's tensors of a module, by their suffixes, are copies of this module's own."""
-    if not isinstance(method, OverrideMethod):
-        return False
-    own = {method.suffix(name): value for name, value in base.get_submodule(path).state_dict().items()}
-    return all(suffix in own and _equal(value, own[suffix]) for suffix, value in tensors.items())
+    own = {f"{method.copy_mark()}{name}": value for name, value in base.get_submodule(path).state_dict().items()}
+    return bool(method.copy_mark()) and all(
+        suffix in own and _equal(value, own[suffix]) for suffix, value in tensors.items()
+    )
 
 
 @dataclass(frozen=True)
