@@ -314,6 +314,10 @@ class Method(ABC):
         """
         return False
 
+    def copy_mark(self) -> str:
+        """Return what is ahead of a tensor's name in a file where the tensor is a copy of the module's own; else ""."""
+        return ""
+
     def adjust(self, places: Sequence[Kept], step: int) -> None:  # noqa: B027
         """Change the parameters of the rule's places between two training steps, while there are gradients."""
 

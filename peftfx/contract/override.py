@@ -73,6 +73,9 @@ class OverrideMethod(Method):
     def suffix(self, name: str) -> str:
         """Return the suffix of a copy in a HF PEFT checkpoint."""
 
+    def copy_mark(self) -> str:
+        return self.suffix("")
+
 
 def copies_of(base: nn.Module, method: OverrideMethod, site: Site) -> tuple[Override, ...]:
     """Return the overrides of a method at a site: of tensors of the site's module, or of the bare parameter.

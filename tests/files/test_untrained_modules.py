@@ -24,6 +24,7 @@ ENCODED = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
 CONFIGS = {
     "LoRA": peft.LoraConfig(target_modules="all-linear", r=4),
     "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+    "LNTuning": peft.LNTuningConfig(target_modules=["self_attn_layer_norm", "encoder_attn_layer_norm"]),
 }
 
 
@@ -67,6 +68,30 @@ def test_they_are_left_out_told_and_saved_again(config: peft.PeftConfig, tmp_pat
     assert any("encoder_attn" in str(value) for value in report.values())
     how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     assert torch.equal(runtime.load(tmp_path / "onnx").generate(IDS, **how), theirs.generate(input_ids=IDS, **how))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_trained_biases_of_layers_whose_results_are_unused_are_taken_from_inside(
+    options: dict[str, object], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    base = hf.BigBirdForCausalLM(hf.BigBirdConfig(vocab_size=99, is_decoder=True, **sizes)).eval()
+    config = peft.LoraConfig(
+        target_modules="all-linear", r=4, bias="all", **options
+    )  # of the pooler too, which is idle
+    theirs = _trained(base, config, tmp_path / "adapter", everywhere=True)
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "adapter")
+    ours.save_pretrained(tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "again"))
+    first, saved = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "again"))
+    name = "base_model.model.bert.pooler.base_layer.bias"
+    assert torch.equal(first[name], saved[name])
+    with torch.no_grad():
+        want = theirs(input_ids=IDS).logits
+        torch.testing.assert_close(ours(input_ids=IDS).logits, want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(input_ids=IDS).logits, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

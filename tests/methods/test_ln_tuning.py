@@ -158,3 +158,35 @@ def test_lora_beside_it_is_merged_into_the_copy() -> None:
     want = outputs(adapted, given)
     adapted.merge()
     assert farthest(outputs(adapted.remove(), given), want, given) <= 1e-5
+
+
+class NormWithParts(nn.LayerNorm):
+    """A norm that holds a module of its own, as I-BERT's hold the ranges of what they quantise."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.range = nn.Identity()
+        self.range.register_buffer("highest", torch.tensor([3.0]))
+
+
+class OfNormsWithParts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = NormWithParts()
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+def test_what_a_copied_norm_holds_may_be_in_the_file(tmp_path: Path) -> None:
+    base, x = OfNormsWithParts().eval(), torch.randn(2, 8)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LNTuningConfig(target_modules=["norm"]))
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs", inputs={"x": x})
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs.eval()(x))
+        torch.testing.assert_close(again(x), theirs(x))

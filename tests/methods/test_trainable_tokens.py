@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.bases.guests import own_parameters
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export import OnnxModel
 from peftfx.model import api
 from peftfx.model.adapted import AdaptedModel
@@ -127,7 +127,13 @@ def test_a_tied_head_keeps_its_bias_which_peft_drops_until_it_is_merged(tmp_path
     base = hf.BertForMaskedLM(hf.BertConfig(vocab_size=64, num_hidden_layers=1, **size)).eval()
     torch.nn.init.normal_(base.cls.predictions.bias)
     theirs = trained(base, beside("query", {"word_embeddings": ROWS}), tmp_path)
-    ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    said = (
+        "HF PEFT gives other outputs at cls.predictions.decoder: its layer for trained rows leaves out the bias there"
+    )
+    with pytest.warns(PeftfxWarning, match=said):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    with pytest.warns(PeftfxWarning, match=said):
+        ours.save_pretrained(tmp_path / "again")
     for batch in (2, 1):
         inputs = call(batch=batch)
         with torch.no_grad():

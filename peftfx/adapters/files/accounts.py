@@ -30,20 +30,33 @@ _ORIGINAL = ".original_module."
 _SAVED = (re.compile(r"\.(?:modules_to_save|original_module)(?=\.)"), re.compile(r"\.modules_to_save\.[^.]+(?=\.)"))
 
 
-def repeats(weights: Weights, taken: Collection[str], base: nn.Module) -> set[str]:
+def repeats(weights: Weights, taken: Collection[str], base: nn.Module, method: Method) -> set[str]:
     """Return the names of tensors that are not taken and only repeat a tensor of the base or of the file.
 
     HF PEFT repeats these tensors: the frozen weight of an adapted embedding; with `bias="all"` each bias in a saved
     module, three times; the rows of trained tokens, once for each module that has the tensor; and RandLoRA's bases,
     once for each module, although all modules share them. What a saved module was before its training
-    (`original_module`) may have other values than the base: the trained copy acts in its place.
+    (`original_module`) may have other values than the base: the trained copy acts in its place. A copy of a norm also
+    has what the modules in the norm have.
     """
     return {
         name
         for name in weights.names.keys() - set(taken)
         if (name.replace(_ORIGINAL, ".") in taken and _ORIGINAL in name)
         or any(_equal(weights[name], t) for t in _originals(weights, name, taken, base))
+        or any(_equal(weights[name], t) for t in _in_copies(method, name, taken, base))
     }
+
+
+def _in_copies(method: Method, name: str, taken: Collection[str], base: nn.Module) -> Iterator[Tensor]:
+    """Yield the base's tensors that this name of a copied module, of which other tensors are taken, may stand for.
+
+    HF PEFT leaves its adapter's name in the names of what a module in the copied one has.
+    """
+    if method.copy_mark():
+        path, mark, leaf = name.partition(f".{method.copy_mark()}")
+        if mark and any(other.startswith(f"{path}{mark}") for other in taken):
+            yield from (t for end in (leaf, leaf.partition(".")[2]) for t in _tensor(base, f"{path}.{end}"))
 
 
 def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Module) -> Iterator[Tensor]:
@@ -81,6 +94,14 @@ def _tensor(base: nn.Module, name: str) -> Iterator[Tensor]:
 
 def _equal(value: Tensor, other: Tensor) -> bool:
     return value.shape == other.shape and torch.equal(value.to(other.device, other.dtype), other)
+
+
+def _copies(method: Method, tensors: Mapping[str, Tensor], base: nn.Module, path: str) -> bool:
+    """Return whether a file's tensors of a module, by their suffixes, are copies of this module's own."""
+    own = {f"{method.copy_mark()}{name}": value for name, value in base.get_submodule(path).state_dict().items()}
+    return bool(method.copy_mark()) and all(
+        suffix in own and _equal(value, own[suffix]) for suffix, value in tensors.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,9 @@ class Idle:
             if path not in sites.called and has_module(base, path)
         )
         own = ((path, {end: weights[name] for end, name in suffixes[path].items()}) for path in others)
-        zero = frozenset(path for path, tensors in own if method.changes_nothing(tensors))
+        zero = frozenset(
+            p for p, tensors in own if method.changes_nothing(tensors) or _copies(method, tensors, base, p)
+        )
         idle = unread | never | zero | outside
         by_module = {name: path for path in sorted(idle) for name in suffixes[path].values()}
         read = zero & {*sites.reads, *(site.path for site in sites)}

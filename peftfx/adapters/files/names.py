@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import nn
 
@@ -23,6 +23,14 @@ def override_name(override: Override, adapted: set[str]) -> str:
     if override.rows:
         return f"{path}.token_adapter.{leaf}"
     return f"{path}.base_layer.{leaf}" if path in adapted else name
+
+
+def inner_layers(names: Iterable[str]) -> Iterator[str]:
+    """Yield the paths of the modules around which the file's names say that HF PEFT has a layer."""
+    for name in names:
+        path, found, _ = name.partition(".base_layer.")
+        if found:
+            yield path
 
 
 def module_of(name: str, marks: Iterable[str]) -> str:

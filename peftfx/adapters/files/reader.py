@@ -16,7 +16,7 @@ from peftfx.adapters.converted import make_room, take_over
 from peftfx.adapters.files.accounts import Idle, repeats
 from peftfx.adapters.files.base_weights import replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
-from peftfx.adapters.files.names import module_of, name_of, named_modules, override_name
+from peftfx.adapters.files.names import inner_layers, module_of, name_of, named_modules, override_name
 from peftfx.adapters.files.parameters import exchange_read, parameter_path
 from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
@@ -70,7 +70,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     refuse_crowding(adapter.placed)
     tell_elsewhere(sites, acted_at(adapter.placed), wrapped_at(adapter.placed))
     check_reads(sites, adapter.placed)
-    warn_unlike_peft(base, adapter.placements, str(directory))
+    warn_unlike_peft(base, adapter, str(directory))
     return adapter
 
 
@@ -139,8 +139,9 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     with without_memory(not fit(rule, weights, base)):  # a rule that does not fit is refused below
         adapter.create(base, None)
         make_room(adapter)
-    wanted = _wanted(adapter, placements, overrides, base) | _shared(adapter, method, weights)
-    again = repeats(weights, wanted, base)
+    within = set(inner_layers(weights.names)) - {_path(p, base) for p in left_out}
+    wanted = _wanted(adapter, placements, overrides, base, within) | _shared(adapter, method, weights)
+    again = repeats(weights, wanted, base, method)
     rest = weights.names.keys() - wanted.keys() - again
     idle = Idle.among(rest, weights, method, marks, base, sites, {_path(p, base) for p in left_out})
     _refuse_unknown_share(adapter, method, idle.by_module.keys(), directory)
@@ -220,14 +221,17 @@ def _other_kinds(possible: Sequence[Placement]) -> Iterator[Placement]:
 
 
 def _wanted(
-    adapter: Adapter, placements: list[Placement], overrides: list[Override], base: nn.Module
+    adapter: Adapter, placements: list[Placement], overrides: list[Override], base: nn.Module, within: set[str]
 ) -> dict[str, str]:
-    """Return each name that the file must have, with the adapter's key; several names may have one shared tensor."""
+    """Return each name that the file must have, with the adapter's key; several names may have one shared tensor.
+
+    HF PEFT has a layer around each module in `within`, also where the call gives the module no placement.
+    """
     wanted: dict[str, str] = {}
     for placement in placements:
         kept = {f"{placement.key}.{name}": key for name, key in adapter.keys(placement).items()}
         wanted |= {name: kept.get(key, key) for name, key in _names(placement, base).items()}
-    adapted = {p.site.path for p in placements}
+    adapted = {p.site.path for p in placements} | within
     return wanted | {override_name(override, adapted): override.key for override in overrides}
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.names import name_of
 from peftfx.adapters.files.parameters import is_bare, without_place
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
@@ -20,9 +21,10 @@ from peftfx.rules.peft_conversion import taken_for_experts
 from peftfx.rules.peft_files import Weights
 
 
-def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> None:
+def warn_unlike_peft(base: nn.Module, adapter: Adapter, where: str) -> None:
     """Warn of the modules where HF PEFT computes other outputs, with the reason."""
-    found: dict[str, list[str]] = {}
+    placements = adapter.placements
+    found = {"its layer for trained rows leaves out the bias there, until it is merged": _without_bias(base, adapter)}
     modules = dict(own_modules(base, remove_duplicate=False))
     for placement in placements.weights:
         module = modules.get(placement.site.path)
@@ -33,7 +35,7 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
         if why := prompt.method.apart_from_peft(base, prompt.site):
             warn(f"{where}: HF PEFT gives other outputs under {type(prompt.method).__name__}: {why}")
     for why, paths in found.items():
-        if why:
+        if why and paths:
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             warn(f"{where}: HF PEFT gives other outputs at {', '.join(paths[:3])}{more}: {why}")
     _tell_taken_for_experts(base, placements, where)
@@ -42,6 +44,17 @@ def warn_unlike_peft(base: nn.Module, placements: Placements, where: str) -> Non
         more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         what = "HF PEFT has no layer there, and loads these files without what they have of it"
         warn(f"{where}: {', '.join(lost[:3])}{more}: {what}")
+
+
+def _without_bias(base: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the paths of the layers with a bias that read trained rows: a tied head, or one that is named."""
+    trained: dict[int, str] = {}
+    for override in (override for override in adapter.overrides if override.rows):
+        holder, _, leaf = name_of(override.module, override.name).rpartition(".")
+        trained[id(getattr(base.get_submodule(holder), leaf))] = override.module
+    heads = ((path, module) for path, module in own_modules(base) if isinstance(module, nn.Linear) and trained)
+    held = ((path, trained.get(id(m.weight))) for path, m in heads if m.bias is not None)
+    return [path for path, within in held if within in ("", path)]
 
 
 def _tell_taken_for_experts(base: nn.Module, placements: Placements, where: str) -> None:

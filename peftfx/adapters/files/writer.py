@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
 from peftfx.adapters.files.model_card import write_card
-from peftfx.adapters.files.names import name_of, name_of_base, override_name
+from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, override_name
 from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
@@ -48,7 +48,7 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
             raise PeftfxError(what, name, "export it merged, or save the others")
     for name, rules in contents.items():
         target = directory if name == "default" or len(adapters) == 1 else directory / name
-        warn_unlike_peft(base, adapters[name].placements, str(target))
+        warn_unlike_peft(base, adapters[name], str(target))
         for kind in dict.fromkeys(type(p.method).__name__ for p in adapters[name].placements.patterns):
             warn(f"{target}: peft cannot load {kind}: it acts at a pattern, which peftfx alone finds")
         with writing(target), _folder(target):
@@ -161,7 +161,9 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
             tensors |= {name_of(file_path, suffix): value for file_path in paths}
         methods[placement.known_as or path] = method
     tensors |= other_projections(base, methods, tensors.values())
-    tensors |= {override_name(override, set(methods)): adapter.get(override.key) for override in rule.overrides}
+    account = adapter.accounts.get(number)
+    adapted = methods.keys() | set(inner_layers(account.taken if account else ()))
+    tensors |= {override_name(override, adapted): adapter.get(override.key) for override in rule.overrides}
     methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}
     gathered = named_by.gather(methods)
     if gathered.unloadable:
@@ -169,7 +171,6 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     config = _config(base, adapter, rule, gathered, sorted(methods))
     prefix = rule.method.prefix
     named = {f"{prefix}{name}": t for name, t in tensors.items()}
-    account = adapter.accounts.get(number)
     named |= {f"{prefix}{name}": t for name, t in (account.unused if account else {}).items()}
     named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys(rule.sites).items()}
     return config, {WEIGHTS: dict(_apart(named))}
