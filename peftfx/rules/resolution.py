@@ -32,7 +32,7 @@ from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, tell_read_past
-from peftfx.sites.site import EXPERTS, NORM, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, select, unknown_words
 
@@ -81,8 +81,8 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     for word, near in unknown_words(sites, where(method)).items():
         warn(f"{word!r} is no role and no module that this model runs: it picks nothing. {near}".strip())
     own = as_modules(base, method, own)
-    if any(not p.site.path and p.site.kind in (*WEIGHT_KINDS, EXPERTS, NORM) for p in own):
-        what = "the model itself is a targeted layer, or holds its weight: no path names it in an adapter's file"
+    if any(isinstance(p, OverridePlacement) and not p.site.path for p in own):
+        what = "the model itself is a targeted layer, and a copy of its tensors has no name: no path leads to it"
         raise PeftfxError(what, type(base).__name__, "put the layer into a module of its own, or target others")
     if not own:
         hint = "leave them out of modules_to_save, or target others"

@@ -222,8 +222,13 @@ class TestMixed:
         assert torch.equal(first(copy.deepcopy(ours.remove()), inputs), seen[()])
 
 
-def test_a_layer_that_is_the_model_itself_is_refused() -> None:
-    """An adapter's file names modules by their paths, and this one has none."""
-    for model, rule in ((torch.nn.LayerNorm(4), peftfx.LNTuning()), (torch.nn.Linear(4, 4), LoRA(r=2, target="head"))):
+def test_a_layer_that_is_the_model_itself_has_no_copies() -> None:
+    """Their only name is the path of the layer, and it has none. LoRA's tensors have names of their own."""
+    inputs = {"input": torch.randn(2, 4)}
+    for model, rule in (
+        (torch.nn.LayerNorm(4), peftfx.LNTuning()),
+        (torch.nn.Linear(4, 4), peftfx.BitFit(target="head")),
+    ):
         with pytest.raises(PeftfxError, match="the model itself is a targeted layer"):
-            peftfx.transform(model, rule, inputs={"input": torch.randn(2, 4)})
+            peftfx.transform(model, rule, inputs=inputs)
+    assert peftfx.transform(torch.nn.Linear(4, 4), LoRA(r=2, target="head"), inputs=inputs)(**inputs).shape == (2, 4)
