@@ -81,7 +81,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     for word, near in unknown_words(sites, where(method)).items():
         warn(f"{word!r} is no role and no module that this model runs: it picks nothing. {near}".strip())
     own = as_modules(base, method, own)
-    if any(isinstance(p, OverridePlacement) and not p.site.path for p in own):
+    if any(p.key.endswith(".") for p in own):  # a copy is kept under its site's path
         what = "the model itself is a targeted layer, and a copy of its tensors has no name: no path leads to it"
         raise PeftfxError(what, type(base).__name__, "put the layer into a module of its own, or target others")
     if not own:
