@@ -207,7 +207,8 @@ def stable(text: str) -> list[str]:
     """The lines of a text that are the same on every machine: numbers, and so the widths of tables, are left out."""
     found = []
     for line in text.splitlines():
-        words = re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "#", line)
+        words = re.sub(r"(\d)\+\w+", r"\1", line)  # torch of a CPU, or of CUDA
+        words = re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "#", words)
         words = re.sub(r"[─━]+", "─", re.sub(r"\s+", " ", words)).strip()
         found.append(words)
     return found

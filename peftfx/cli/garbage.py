@@ -10,14 +10,23 @@ from collections.abc import Iterator
 
 from peftfx.memory.garbage import rarely_collected
 
+_COUNTS = "triton._C.libtriton"  #: a module, of torch for CUDA, that reports at the end what was not freed
+
 
 @contextlib.contextmanager
 def rarely_to_the_end() -> Iterator[None]:
     """Collect garbage rarely in this context, and not at all when the process ends."""
-    # Python's own end would look through millions of objects, to free them just before it exits.
-    atexit.register(gc.freeze)
+    atexit.register(_leave)
     with rarely_collected():
         yield
+
+
+def _leave() -> None:
+    """Keep Python from looking through millions of objects at its end, to free them just before it exits."""
+    if _COUNTS in sys.modules:
+        gc.unfreeze()
+    else:
+        gc.freeze()
 
 
 @contextlib.contextmanager
