@@ -29,7 +29,7 @@ from peftfx.export.verification.comparison import Reference, VerificationError, 
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
-from peftfx.export.verification.sizes.limits import Limit, Sizes
+from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.formats import BATCHED, with_version
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
@@ -148,15 +148,7 @@ class Batched(Deployment):
         """Return the sizes at which the model without adapters is right, and all rows with the longest soft prompt."""
         with adapted.disable_adapter():
             found = super().sizes(adapted, part, example, allow_fixed, brief=brief)
-        known = {limit.condition for limit in found.limits}
-        longer = [
-            Limit(condition, limit.why)
-            for limit in found.limits
-            for condition in part.graph.conditions
-            if condition not in known
-            and (condition.where, condition.axes) == (limit.condition.where, limit.condition.axes)
-        ]
-        return dataclasses.replace(found, limits=(*found.limits, *dict.fromkeys(longer)))
+        return found.carried(part.graph.conditions, lambda a, b: (a.where, a.axes) == (b.where, b.axes))
 
     def describe(
         self, directory: Path, adapted: AdaptedModel, parts: Sequence[GraphPart], example: Inputs

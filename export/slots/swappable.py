@@ -28,7 +28,7 @@ from peftfx.export.verification.comparison import VerificationError, reference_o
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, measured_of
 from peftfx.export.verification.probes import probes, view_cases
-from peftfx.export.verification.sizes.limits import Limit, Sizes
+from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.slots import INNER, OUTER, SLOT_OWN, Manifest, Slot
@@ -105,13 +105,7 @@ class Swappable(Deployment):
         """Return the sizes at which the part is right: virtual tokens and those of a text count as one text."""
         found = super().sizes(adapted, part, example, allow_fixed, brief=brief)
         places = {place.what for place in part.places}
-        counted = [
-            Limit(condition, limit.why)
-            for limit in found.limits
-            for condition in part.graph.conditions
-            if limit.condition.where == condition.where and not places.isdisjoint(condition.axes)
-        ]
-        return dataclasses.replace(found, limits=(*found.limits, *dict.fromkeys(counted)))
+        return found.carried(part.graph.conditions, lambda a, b: a.where == b.where and not places.isdisjoint(b.axes))
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Make the oracle: the graph with random tensors in its slots. With empty slots, the model's own code."""

@@ -20,13 +20,13 @@ from torch._ops import OpOverload
 
 from peftfx.analysis.dataflow import names, op_name
 from peftfx.analysis.weight_ops import module_path
+from peftfx.bases.dtypes import HALF_DTYPES
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Cursor, Rewriter
 from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
-HALF_DTYPES = (_NARROW, torch.float16)
 #: Operations for which torch rounds a number in the code to the dtype of their result. It multiplies and divides by the
 #: number itself.
 ROUNDS_NUMBERS = names("add sub rsub remainder fmod pow eq ne lt le gt ge")

@@ -111,9 +111,8 @@ def probes(
         warn(f"the export is not compared at {nowhere[0]}: the model's own code gives NaN there")
     if not found:
         what = f"the model takes none of the sizes tried: {str(refusal).strip().splitlines()[0]}"
-        raise PeftfxError(
-            what, type(adapted.base).__name__, "in Python, pass inputs=... of a call that it takes"
-        ) from refusal
+        hint = "in Python, pass inputs=... of a call that it takes"
+        raise PeftfxError(what, type(adapted.base).__name__, hint) from refusal
     return found
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftfx.analysis.dataflow import names, op_name
-from peftfx.bases.dtypes import coarsest
+from peftfx.bases.dtypes import HALF_DTYPES, is_half
 from peftfx.errors import raise_if_memory_is_out, warn
-from peftfx.export.translation.between_casts import HALF_DTYPES, ROUNDS_NUMBERS
+from peftfx.export.translation.between_casts import ROUNDS_NUMBERS
 from peftfx.export.verification.choices import Following, shown_choices
 from peftfx.export.verification.comparison import (
     Comparison,
@@ -55,7 +55,7 @@ _TOLD = "without rounding to half precision, ONNX Runtime disagrees with the gra
 
 def runs_without_rounding(base: nn.Module) -> bool:
     """Say whether a model is in half precision, and small enough to run in float64."""
-    return torch.finfo(coarsest(base)).bits == 16 and sum(p.numel() for p in base.parameters()) <= MOST_EXACT
+    return is_half(base) and sum(p.numel() for p in base.parameters()) <= MOST_EXACT
 
 
 def hold_without_rounding(

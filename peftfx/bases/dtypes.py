@@ -50,6 +50,14 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def is_half(model: nn.Module) -> bool:
+    """Return whether a model has parameters in half precision."""
+    return coarsest(model) in HALF_DTYPES
+
+
 def coarsest(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's floating-point parameters that rounds most: what its numbers are good for."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}

@@ -22,7 +22,10 @@ def rarely_to_the_end() -> Iterator[None]:
 
 
 def _leave() -> None:
-    """Keep Python from looking through millions of objects at its end, to free them just before it exits."""
+    """Keep Python from looking through millions of objects at its end, to free them just before it exits.
+
+    Where a module reports what was not freed, Python frees them.
+    """
     if _COUNTS in sys.modules:
         gc.unfreeze()
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -69,6 +70,22 @@ class Sizes:
     def allow(self, sizes: Sized) -> bool:
         """Say whether the export has to be right at these sizes."""
         return not unmet((limit.condition for limit in self.limits), sizes)
+
+    def carried(self, conditions: Collection[Condition], alike: Callable[[Condition, Condition], bool]) -> Sizes:
+        """Return these sizes with other conditions of the same code, each for the reason of a limit that it is like.
+
+        Args:
+            conditions: the conditions of a graph with more places than the one whose limits these are.
+            alike: says whether a limit's condition (the first) and another one are of the same code.
+        """
+        known = {limit.condition for limit in self.limits}
+        more = (
+            Limit(condition, limit.why)
+            for limit in self.limits
+            for condition in conditions
+            if condition not in known and alike(limit.condition, condition)
+        )
+        return dataclasses.replace(self, limits=(*self.limits, *dict.fromkeys(more)))
 
     def serve(self, case: Mapping[str, Tensor]) -> bool:
         """Say whether the export has the sides of the branches that these inputs take."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfx.bases.dtypes import coarsest
+from peftfx.bases.dtypes import is_half
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.verification.sizes.declared import has_declared_sizes
 from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float64
@@ -167,7 +167,7 @@ class Trial:
     @functools.cached_property
     def _is_half(self) -> bool:
         """Whether the model is in half precision. Its roundings add up, and may choose other experts."""
-        return coarsest(self.graph.base) in (torch.float16, torch.bfloat16)
+        return is_half(self.graph.base)
 
     @property
     def _usual(self) -> float:

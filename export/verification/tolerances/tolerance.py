@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from peftfx.bases.dtypes import HALF_DTYPES
 from peftfx.errors import first_line
 from peftfx.export.verification.tolerances.float64 import float64
 
@@ -69,7 +70,7 @@ class Tolerance:
 
     def learn(self, output: str, noise: float | None, largest: float, dtype: torch.dtype) -> None:
         """Record the noise of one output."""
-        self.half |= dtype in (torch.float16, torch.bfloat16)
+        self.half |= dtype in HALF_DTYPES
         if largest:
             self.learned.setdefault(output, []).append((largest, noise))
 
