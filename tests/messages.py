@@ -72,13 +72,18 @@ def _assigned(call: ast.Call) -> dict[str, ast.expr]:
     return found
 
 
+def _known_later(node: ast.expr) -> str:
+    """Code in braces, with quotes of one kind: which kind stands inside an f-string depends on the version of Python."""
+    return "{" + ast.unparse(node).replace("'", '"') + "}"
+
+
 def _text(node: ast.expr, names: dict[str, ast.expr]) -> str:
     """A text as it is written; what is only known when it is raised in braces."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(
-            part.value if isinstance(part, ast.Constant) else "{" + ast.unparse(part.value) + "}"
+            part.value if isinstance(part, ast.Constant) else _known_later(part.value)
             for part in node.values
         )  # type: ignore[attr-defined]
     if isinstance(node, ast.Name) and isinstance(
@@ -89,7 +94,7 @@ def _text(node: ast.expr, names: dict[str, ast.expr]) -> str:
         return f"[{_text(node.body, names)} / {_text(node.orelse, names)}]"
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left, names) + _text(node.right, names)
-    return "{" + ast.unparse(node) + "}"
+    return _known_later(node)
 
 
 def collected() -> str:
