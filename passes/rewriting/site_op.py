@@ -129,20 +129,6 @@ def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(x.dtype)
 
 
-def strip_bias(op: fx.Node) -> fx.Node | None:
-    """Take the bias out of a site's operation, in place, and return it. A product's first argument is then its input.
-
-    A bias that a separate node adds is not taken out.
-    """
-    bias = bias_of(op, op)
-    if op.target is _ADDMM:
-        op.target, op.args = torch.ops.aten.mm.default, op.args[1:]
-    elif bias is not None:
-        rest = (None, *op.args[3:]) if len(op.args) > 3 else ()
-        op.args, op.kwargs = (*op.args[:2], *rest), {k: v for k, v in op.kwargs.items() if k != "bias"}
-    return bias
-
-
 def _weight_index(op: fx.Node, site: Site) -> int:
     if site.kind == "embedding":
         return 0
