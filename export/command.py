@@ -21,6 +21,7 @@ from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import check_output
+from peftfx.export.writing.earlier_output import FilesOf, of_export
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
 from peftfx.export_options.directory import DirectoryChanges, DirectoryOptions
@@ -119,13 +120,15 @@ def _export(
     )
 
 
-def refuse_output(base: Path, output: str | Path, adapters: Sequence[Path], force: bool) -> None:
+def refuse_output(
+    base: Path, output: str | Path, adapters: Sequence[Path], force: bool, made: FilesOf = of_export
+) -> None:
     """Refuse at once an output that would otherwise be refused after minutes of work."""
     target = Path(output).resolve()
     inputs = [base.resolve(), *(adapter.resolve() for adapter in adapters)]
     if any(target == i or target in i.parents for i in inputs):
         raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
-    check_output(output, force)
+    check_output(output, force, made)
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if os.path.exists(p))).free
     needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if is_folder(base) else 0
     if needed > free:

@@ -24,6 +24,7 @@ from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.earlier_output import files_in, in_folder, of_export
 from peftfx.export_options.directory import DirectoryOptions
 from peftfx.files import is_file, is_folder, read_json
 from peftfx.formats import REPORT
@@ -73,11 +74,11 @@ def export_pipeline(
         hint = "export one of them alone for --batched, --swappable, --calibration or --task"
         raise PeftfxError(what, str(base), hint)
     source = None if asked.adapter is None else Path(asked.adapter)
-    refuse_output(base, output, [] if source is None else [source], asked.force)
+    refuse_output(base, output, [] if source is None else [source], asked.force, _of_pipeline)
     parts, rest = _parts(base)
     say = progress or (lambda line: None)
     reports: dict[str, Report] = {}
-    with publish(output, asked.force, _made) as temporary, _adapters(source, base, parts) as adapters:
+    with publish(output, asked.force, _of_pipeline) as temporary, _adapters(source, base, parts) as adapters:
         for part in parts:
             own = replace(asked, adapter=adapters.get(part), force=False)
             try:
@@ -93,8 +94,15 @@ def export_pipeline(
     return reports
 
 
-def _made(directory: Path) -> bool:
-    return is_file(directory / INDEX) and any(directory.glob(f"*/{REPORT}"))
+def _of_pipeline(directory: Path) -> list[str] | None:
+    """Return the files that an export of a pipeline wrote into a directory; None if it is none."""
+    index = directory / INDEX
+    if not is_file(index) or not any(directory.glob(f"*/{REPORT}")):
+        return None
+    parts = [part for part in directory.iterdir() if part.name in {*read_json(index), _DECODER}]
+    exported = {part: of_export(part) for part in parts}
+    written = [path for part in parts for path in in_folder(part, exported[part] or files_in(part))]
+    return [INDEX, *written]
 
 
 def _parts(base: Path) -> tuple[list[str], list[str]]:

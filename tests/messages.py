@@ -73,7 +73,7 @@ def _assigned(call: ast.Call) -> dict[str, ast.expr]:
 
 
 def _known_later(node: ast.expr) -> str:
-    """Code in braces, with quotes of one kind: which kind stands inside an f-string depends on the version of Python."""
+    """Code in braces, with one kind of quotes: the kind inside an f-string depends on the version of Python."""
     return "{" + ast.unparse(node).replace("'", '"') + "}"
 
 
@@ -83,8 +83,7 @@ def _text(node: ast.expr, names: dict[str, ast.expr]) -> str:
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
         return "".join(
-            part.value if isinstance(part, ast.Constant) else _known_later(part.value)
-            for part in node.values
+            part.value if isinstance(part, ast.Constant) else _known_later(part.value) for part in node.values
         )  # type: ignore[attr-defined]
     if isinstance(node, ast.Name) and isinstance(
         names.get(node.id), ast.Constant | ast.JoinedStr | ast.IfExp | ast.BinOp

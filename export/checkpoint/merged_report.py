@@ -10,6 +10,7 @@ from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Rounding
 from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
+from peftfx.export.writing.earlier_output import files_in
 from peftfx.export.writing.memory import memory_line
 from peftfx.formats import REPORT, with_version
 
@@ -52,6 +53,7 @@ class MergedReport:
         differences: the outputs of the directory, loaded again, compared with those of the base and its unmerged
             adapter, both computed in float32.
         bytes: the size of each file.
+        files: all files that were written, as paths in the directory.
         seconds: wall time of each stage.
         memory: the peak memory of the process in each stage, in bytes, without mapped files. Sampled every 20 ms on
             Linux; empty on other systems.
@@ -71,6 +73,7 @@ class MergedReport:
     agreement: dict[str, Agreement] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     bytes: dict[str, int] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -122,6 +125,7 @@ class MergedReport:
         self.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
     def write(self, directory: Path) -> None:
-        """Write `peftfx_report.json` into the directory."""
+        """Write `peftfx_report.json` into the directory, as its last file."""
+        self.files = [*files_in(directory), REPORT]
         text = json.dumps(with_version(REPORT, asdict(self)), indent=1) + "\n"
         (directory / REPORT).write_text(text, encoding="utf-8")

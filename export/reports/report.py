@@ -15,6 +15,7 @@ from peftfx.export.reports.series import in_series
 from peftfx.export.rounding.budget import Share
 from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
+from peftfx.export.writing.earlier_output import files_in
 from peftfx.export.writing.memory import memory_line
 from peftfx.formats import REPORT, with_version
 from peftfx.graph.slots import listed
@@ -57,7 +58,8 @@ class Report:
         agreement: for each graph that gives logits, how far it agrees with the floating-point model on a text.
         engine: the engine that translated to ONNX; if it is not the one asked for, why.
         nodes: the number of nodes in the ONNX graph.
-        bytes: the size of each file.
+        bytes: the size of each of the model's own files.
+        files: all files that were written, as paths in the directory.
         not_written: why a file that tells another runtime how to serve the model was not written, by its name.
         seconds: wall time of each stage.
         memory: the peak memory of the process in each stage, in bytes, without mapped files. Sampled every 20 ms on
@@ -98,6 +100,7 @@ class Report:
     engine: str = FAST
     nodes: int = 0
     bytes: dict[str, int] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
     not_written: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -128,7 +131,8 @@ class Report:
         self.bytes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
     def write(self, directory: Path) -> None:
-        """Write `peftfx_report.json` into the directory."""
+        """Write `peftfx_report.json` into the directory, as its last file."""
+        self.files = [*files_in(directory), REPORT]
         lines = (f"{json.dumps(name)}: {_written(value)}" for name, value in with_version(REPORT, asdict(self)).items())
         text = "{\n" + ",\n".join(lines) + "\n}\n"
         (directory / REPORT).write_text(text, encoding="utf-8")

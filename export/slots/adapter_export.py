@@ -27,6 +27,7 @@ from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.export.verification.verify import verify
 from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.earlier_output import files_in
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes
 from peftfx.files import already_there, write_file, writing
@@ -120,13 +121,18 @@ def export_adapter(
             tensors = slot_tensors(adapted, manifest, idle_in(adapted, directory, manifest))
         write = functools.partial(_write_checked, adapted, directory, manifest, tensors, asked.check, example)
         if len(manifest.views) > 1:
-            with publish(output, asked.force, holds_adapter) as temporary:
+            with publish(output, asked.force, _of_adapter) as temporary:
                 write(temporary)
             return output
         with writing(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(output, write, replace=asked.force)
     return output
+
+
+def _of_adapter(directory: Path) -> list[str] | None:
+    """Return the files of an adapter for several graphs; None if the directory is none."""
+    return files_in(directory) if holds_adapter(directory) else None
 
 
 def adapter_path(output: Path, force: bool) -> Path:

@@ -7,26 +7,20 @@ import gc
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from peftfx.errors import PeftfxError
+from peftfx.export.writing.earlier_output import FilesOf, of_export, refuse_standing
 from peftfx.export.writing.file_lock import locked
 from peftfx.files import already_there, writing
-from peftfx.formats import REPORT
 
-Mark = Callable[[Path], bool]
 _NEW, _OLD = "new", "old"
 _RESERVE = 16 << 20  #: bytes of address space that are reserved for the clean-up
 
 
-def is_export(directory: Path) -> bool:
-    """Say whether an export made this directory: its report is there."""
-    return (directory / REPORT).is_file()
-
-
 @contextlib.contextmanager
-def publish(directory: str | Path, force: bool = False, made: Mark = is_export) -> Iterator[Path]:
+def publish(directory: str | Path, force: bool = False, made: FilesOf = of_export) -> Iterator[Path]:
     """Yield a temporary directory. On success it becomes `directory`; on any exception it is removed.
 
     Until then the folder `.NAME.peftfx` stands beside `directory`, and is locked: a second process that writes to the
@@ -35,7 +29,7 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
     Args:
         directory: the directory to write.
         force: replace an existing directory, only after success.
-        made: says whether a directory may be replaced. An empty directory always may.
+        made: returns what an earlier command wrote there, which may be replaced. An empty directory always may.
 
     Raises:
         PeftfxError: for the reasons of `check_output`; another process is writing there; or the disk refuses (no space,
@@ -47,12 +41,12 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(area, target):
             _recover(area, target, made)
-            _refuse_standing(target, force, made)
+            refuse_standing(target, force, made)
             reserve = mmap.mmap(-1, _RESERVE)  # pages of its own: memory that python frees is not always given back
             try:
                 (area / _NEW).mkdir()
                 yield area / _NEW
-                _refuse_standing(target, force, made)  # again, as minutes have passed
+                refuse_standing(target, force, made)  # again, as minutes have passed
                 _move(area, target)
                 _remove(area / _OLD)
             except MemoryError:
@@ -63,15 +57,15 @@ def publish(directory: str | Path, force: bool = False, made: Mark = is_export) 
                 _recover(area, target, made)
 
 
-def check_output(directory: str | Path, force: bool, made: Mark = is_export) -> Path:
+def check_output(directory: str | Path, force: bool, made: FilesOf = of_export) -> Path:
     """Check an output directory, and return its path with the links of its parents followed.
 
     Raises:
-        PeftfxError: the directory exists, and `force` is not set or no export made it (see `made`); or it is a link; or
-            it is, or holds, the working directory or the user's home.
+        PeftfxError: the directory exists, and `force` is not set, or no export made it (see `made`), or it has files
+            that were added since; or it is a link; or it is, or holds, the working directory or the user's home.
     """
     target = _safe(directory)
-    _refuse_standing(target, force, made)
+    refuse_standing(target, force, made)
     return target
 
 
@@ -89,16 +83,6 @@ def _safe(directory: str | Path) -> Path:
     if os.path.islink(target):
         raise PeftfxError("the output is a link", str(target), "pass the directory that it leads to, or remove it")
     return target
-
-
-def _refuse_standing(target: Path, force: bool, made: Mark) -> None:
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir() or not (made(target) or _is_empty(target)):
-        hint = "delete it yourself, or choose another output"
-        raise PeftfxError("what is there is not an earlier output, so it is not replaced", str(target), hint)
-    if not force:
-        raise already_there(target)
 
 
 def _resolved(directory: Path) -> Path:
@@ -122,11 +106,6 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _is_empty(directory: Path) -> bool:
-    with writing(directory):
-        return not any(directory.iterdir())
-
-
 def _move(area: Path, target: Path) -> None:
     """Move the new directory to the target. The old one is moved aside first: it cannot be replaced if it has files."""
     if os.path.lexists(target):
@@ -139,13 +118,13 @@ def _move(area: Path, target: Path) -> None:
         raise
 
 
-def _recover(area: Path, target: Path, made: Mark) -> None:
+def _recover(area: Path, target: Path, made: FilesOf) -> None:
     """Move the old directory back if nothing replaced it, and remove the rest."""
     old = area / _OLD
     if old.exists():
         if not os.path.lexists(target):
             os.rename(old, target)
-        elif not made(target):
+        elif made(target) is None:
             hint = "move one of them away"
             raise PeftfxError(f"an earlier export is at {old}, and something else in its place", str(target), hint)
     _remove(old)

@@ -25,7 +25,8 @@ from peftfx.demo.topics import TOPICS, batches, load_split
 from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.writing.atomic_directory import is_export, publish
+from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.earlier_output import files_in, in_folder, of_export
 from peftfx.methods.lora import LoRA
 from peftfx.model.api import transform
 from peftfx.serving.onnx_model import OnnxModel
@@ -84,7 +85,7 @@ def run_demo(
         print(f"[{time.perf_counter() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
     with (
-        publish(output, force, is_demo) as place,
+        publish(output, force, of_demo) as place,
         quiet_libraries(),
         half_the_cores() as threads,
         torch.random.fork_rng(devices=[]),
@@ -158,11 +159,13 @@ def _refuse_foreign(output: Path) -> None:
         )
 
 
-def is_demo(directory: Path) -> bool:
-    """Say whether a demo made this directory: it has exports, and what they were made from."""
+def of_demo(directory: Path) -> list[str] | None:
+    """Return the files of a demo: exports, and what they were made from; None if the directory has something else."""
     parts = list(directory.iterdir())
-    exports = [part for part in parts if is_export(part)]
-    return bool(exports) and all(part.name == "base" or "adapter" in part.name for part in parts if part not in exports)
+    exports = {part: written for part in parts if (written := of_export(part)) is not None}
+    if not exports or not all(part.name == "base" or "adapter" in part.name for part in parts if part not in exports):
+        return None
+    return [path for part in parts for path in in_folder(part, exports.get(part) or files_in(part))]
 
 
 @contextlib.contextmanager

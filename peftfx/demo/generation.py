@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from peftfx.bases.gguf import unpack
 from peftfx.bases.load import load_base
 from peftfx.contract.method import Method
-from peftfx.demo.demo import is_demo, quiet_libraries
+from peftfx.demo.demo import of_demo, quiet_libraries
 from peftfx.demo.language import FINE_TUNE_BATCH, continue_prompt, fine_tune, perplexity, start_from_text
 from peftfx.demo.passages import Passages, load_passages
 from peftfx.demo.report import print_next
@@ -122,7 +122,7 @@ def run_generation(
     def say(stage: str) -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {stage}", file=sys.stderr, flush=True)
 
-    with publish(output, force, is_demo) as place, quiet_libraries(), torch.random.fork_rng(devices=[]):
+    with publish(output, force, of_demo) as place, quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         say("unpack SmolLM2-135M-Instruct")
         unpack(source, place / "base")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, warn
 from peftfx.export.writing.atomic_directory import check_output, publish
+from peftfx.export.writing.earlier_output import FILES, files_in, listed_in
 from peftfx.formats import RULES
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import transform
@@ -40,6 +41,7 @@ from peftfx.training.rows import CLASSES, Padded, TrainingRows, encoded, read_ro
 from peftfx.training.trainer import silent_trainer, trainer_arguments
 
 _STATE = "trainer_state.json"  #: in each checkpoint of `Trainer`
+_TOLD = "training/losses.json"  #: in an adapter's directory: how it was trained, and the files that were written
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,14 @@ def train(
         PeftfxError: an input is wrong; only checkpoints are left.
     """
     say = progress or (lambda line: None)
-    check_output(output, asked.force, _is_adapter)
+    check_output(output, asked.force, _of_training)
     parse_rules(rules)
     rows = read_rows(data)
     held = None if asked.evaluate is None else read_rows(asked.evaluate)
     if held is not None and held.kind != rows.kind:
         raise PeftfxError(f"rows of kind {held.kind}, and {rows.kind} to train on", held.where, "give rows of one kind")
     trainer_class = silent_trainer()
-    with as_directory(base) as directory, publish(output, asked.force, _is_adapter) as made:
+    with as_directory(base) as directory, publish(output, asked.force, _of_training) as made:
         return _train(directory, base, rows, held, rules, output, made, asked, say, trainer_class)
 
 
@@ -184,10 +186,11 @@ def _write(made: Path, adapted: AdaptedModel, tokenizer: Any, told: Trained, row
     if rows.kind == CLASSES:
         write_labels(made, rows.labels)
     tokenizer.save_pretrained(made)
-    folder = made / "training"
+    folder = (made / _TOLD).parent
     folder.mkdir()
-    (folder / "losses.json").write_text(json.dumps(dataclasses.asdict(told), indent=1) + "\n", encoding="utf-8")
     (folder / "loss.svg").write_text(plot(told.losses, "loss", "step"), encoding="utf-8")
+    record = {**dataclasses.asdict(told), FILES: [*files_in(made), _TOLD]}
+    (made / _TOLD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _tokenizer(base: Path) -> Any:
@@ -197,9 +200,11 @@ def _tokenizer(base: Path) -> Any:
         return AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
 
 
-def _is_adapter(directory: Path) -> bool:
-    """Return whether a directory holds an adapter alone, and so may be replaced: no checkpoints, no other adapters."""
+def _of_training(directory: Path) -> Collection[str] | None:
+    """Return the files of an adapter; None if there is none, or if the directory has checkpoints or other adapters."""
     if not any((directory / name).is_file() for name in (CONFIG, RULES)):
-        return False
+        return None
     below = [path for path in directory.iterdir() if any((path / name).is_file() for name in (CONFIG, RULES, _STATE))]
-    return {*below} <= {*rule_folders(directory)}
+    if not {*below} <= {*rule_folders(directory)}:
+        return None
+    return listed_in(directory, _TOLD)

@@ -238,6 +238,9 @@ def test_an_adapter_beside_checkpoints_or_others_is_not_replaced(
     rules = ("--rules", "lora(r=2)@attention; ia3@mlp")
     assert peftfx(*words, *rules).code == 0
     assert peftfx(*words, "--rules", "lora(r=2)@mlp").code == 0  # what a run has written is replaced
+    (notes := tmp_path / "out" / "notes.md").write_text("mine")
+    assert_refused(peftfx(*words), "would be lost: notes.md")
+    notes.unlink()
     file = tmp_path / "out" / kept
     file.parent.mkdir()
     file.write_text("{}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,19 @@ def test_what_is_no_parts_is_refused(pipeline: Path, tmp_path: Path, peftfx: Run
     assert_refused(peftfx(*export, "--dry-run"), "one of its models")
     assert_refused(peftfx(*export, "--swappable"), "one of them alone")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_export_may_be_replaced_unless_files_were_added(pipeline: Path, tmp_path: Path, peftfx: Run) -> None:
+    words, output = ("export", "--base", pipeline, "--output", tmp_path / "out"), tmp_path / "out"
+    for name in ("unet/peftfx_report.json", "vae_decoder/peftfx_report.json", "scheduler/scheduler_config.json"):
+        (output / name).parent.mkdir(parents=True)
+        (output / name).write_text('{"files": ["peftfx_report.json"]}')
+    shutil.copy(pipeline / "model_index.json", output)
+    assert_refused(peftfx(*words), "pass --force")
+    (output / "unet" / "notes.md").write_text("mine")
+    (output / "more").mkdir()
+    (output / "more" / "a.onnx_adapter").write_text("mine")
+    assert_refused(peftfx(*words, "--force"), "would be lost: more/a.onnx_adapter, unet/notes.md")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import multiprocessing
 import os
 import shutil
@@ -73,6 +74,22 @@ class TestForceReplacesAnExportAlone:
         assert names(tmp_path) == before
         assert model(elsewhere) == "theirs"
         assert what != "files" or (output / "thesis.txt").read_text() == "years"
+
+    def test_not_what_somebody_has_added_to_it(self, tmp_path: Path) -> None:
+        output = an_export(tmp_path / "out", "old")
+        (output / REPORT).write_text(json.dumps({"files": ["model.onnx", REPORT]}))
+        (output / ".DS_Store").write_text("")
+        for name in ("french.onnx_adapter", "notes/monday.md"):
+            (output / name).parent.mkdir(exist_ok=True)
+            (output / name).write_text("mine")
+        with pytest.raises(PeftfxError, match=r"added .*: french\.onnx_adapter, notes/"), publish(output, True):
+            pytest.fail("it began")
+        assert (output / "notes" / "monday.md").read_text() == model(output).replace("old", "mine") == "mine"
+        (output / "french.onnx_adapter").unlink()
+        shutil.rmtree(output / "notes")
+        with publish(output, force=True) as place:
+            into(place, "new")
+        assert names(output) == ["model.onnx", REPORT]
 
     @pytest.mark.parametrize("output", ["", ".", "../inside", "..", "../..", "~", "~/..", "/"])
     @pytest.mark.parametrize("force", [True, False])
