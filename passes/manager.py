@@ -68,7 +68,7 @@ class PassManager(Pass):
         """Run every pass on `graph`.
 
         Raises:
-            PeftfxError: a pass fails (the message names the pass), or a property is missing before or after a pass.
+            PeftfxError: a pass fails (the message names a user's own), or a property is missing before or after a pass.
         """
         if self.check == "numeric" and len(self.inputs) != len(graph.inputs):
             raise PeftfxError(
@@ -84,7 +84,7 @@ class PassManager(Pass):
             try:
                 result = step(graph)
             except PeftfxError as error:
-                raise PeftfxError(f"{step}: {error.what}", error.where, error.hint) from error
+                raise PeftfxError(f"{_known_as(step)}{error.what}", error.where, error.hint) from error
             graph, changed = result.graph, changed + result.changed
             self.timings.append(Timing(str(step), time.perf_counter() - start, result.changed))
             if told is not None and before.text() != told:
@@ -123,3 +123,8 @@ class PassManager(Pass):
                 error = float((want - got).abs().max() / want.abs().max().clamp_min(1e-12)) if want.numel() else 0.0
                 if not error <= self.tolerance:
                     raise PeftfxError(f"{step} changed an output by {error:.2e}", name, "this is a fault of the pass")
+
+
+def _known_as(step: Pass) -> str:
+    """Return the beginning of a message: the name of a user's pass. What a pass of peftfx says needs none."""
+    return "" if type(step).__module__.startswith("peftfx.") else f"{step}: "

@@ -42,7 +42,8 @@ def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
         adapted: the model.
         decodes: whether the graph is a decode view, in which every soft prompt is a prefix of keys and values.
     """
-    own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted)}
+    whole = ((name, override) for name, override in _overrides(adapted) if not override.rows)
+    own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in whole}
     updates = _updates_of(adapted, own)
     wanted = {(name, SLOT_OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
     wanted |= _updated(adapted, updates)  # after the copies: the updated bias of a layer replaces its trained copy
@@ -64,7 +65,7 @@ def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, U
         adapted: the model with the adapters.
         own: the tensors that replace the base's, by their names.
     """
-    updates: dict[str, Update] = {}
+    updates = _rows_of(adapted)
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.weights):
         site = placement.site
         before = updates.get(site.path, Update())
@@ -76,6 +77,26 @@ def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, U
             before = updates.get(site.path, Update())
             updates[site.path] = before.then(step.update(_base(adapted, site, before, own), graph.get))
     return updates
+
+
+def _rows_of(adapted: AdaptedModel) -> dict[str, Update]:
+    """Compute what trained rows of a table change at the layers that read it: embeddings, and heads tied to them.
+
+    It is a low-rank sum with a rank for each trained token: one factor names the tokens, and the other is what their
+    rows differ by.
+    """
+    found: dict[str, Update] = {}
+    for name, override in ((n, o) for n, o in _overrides(adapted) if o.rows):
+        module, tokens = override.module, adapted.adapter(name).get(override.indices)
+        table = getattr(*owner_of(adapted.base, f"{module}.{override.name}".removeprefix(".")))
+        change = adapted.adapter(name).get(override.key).float() - exact(table[tokens]).float()
+        update = Update(a=F.one_hot(tokens, len(table)).to(change.dtype), b=change.T)
+        inside = (site for site in adapted.sites.weights if f"{site.path}.".startswith(f"{module}." if module else ""))
+        for site in inside if change.any() else ():
+            if site_tensors(adapted.base, site)[0] is table:
+                turned = update if site.kind == "embedding" else update.turned()
+                found[site.path] = found.get(site.path, Update()).then(turned)
+    return found
 
 
 def _matches(graph: Graph) -> list[Folds]:

@@ -31,7 +31,9 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
     with adapted.named.acting_as((name,)):
         told = adapter_tensors(adapted, decodes=decodes)
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
-    sites = {site.weight.removeprefix(f"{BASE}."): site for site in layers if site.kind == "linear"}
+    tables = [site for site in layers if site.kind in ("linear", "embedding")]
+    sites = {site.weight.removeprefix(f"{BASE}."): site for site in tables}
+    sites |= {f"{site.path}.weight": site for site in tables}  # a tied weight has one name in the graph
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
     norms = {str(name).removeprefix(f"{BASE}.") for s in adapted.sites.norms for name in (s.weight, s.bias)}
     made: dict[tuple[str, str], Tensor] = {}
@@ -54,11 +56,12 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
 
 def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[str, str], Tensor]:
     """Express another weight for a site, such as a head's, as an update: a scale of 0, and a sum that is the weight."""
-    own = weight.T if site.transposed else weight
-    rows, columns = site_tensors(adapted.base, site)[0].T.shape if site.transposed else site.shape
-    if own.shape != (rows, columns):
-        what = f"the adapter's weight is {list(own.shape)}, and the base's {[rows, columns]}"
-        raise PeftfxError(what, site.path, "adapters of one graph have heads of one size")
+    stored = site_tensors(adapted.base, site)[0]
+    if weight.shape != stored.shape:
+        what = f"the adapter's weight is {list(weight.shape)}, and the base's {list(stored.shape)}"
+        raise PeftfxError(what, site.path, "adapters of one graph have heads and embeddings of one size")
+    own = weight.T if site.transposed or site.kind == "embedding" else weight
+    rows, columns = own.shape
     square = torch.eye(min(rows, columns), dtype=own.dtype)
     update = Update(a=own, b=square) if rows <= columns else Update(a=square, b=own)
     assert update.a is not None

@@ -235,10 +235,8 @@ def test_a_graph_for_many_adapters_says_that_it_has_no_place(tmp_path: Path) -> 
     peftfx.export_onnx(llama(), tmp_path / "graph", view="decode", slots="all-linear")
     adapted = peftfx.transform(llama(), peftfx.TrainableTokens(token_indices=[1, 5]))
     randomise(adapted)
-    with pytest.raises(PeftfxError, match=r"no place for a trained copy of model\.embed_tokens"):
+    with pytest.raises(PeftfxError, match=r"no place for a low-rank sum at model\.embed_tokens"):
         peftfx.export_adapter(adapted, tmp_path / "graph", tmp_path / "tokens")
-    with pytest.raises(PeftfxError, match=r"model\.embed_tokens"):
-        peftfx.export_onnx(adapted, tmp_path / "many", view="decode", batched=["default"])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -306,10 +306,12 @@ def test_windows_of_images_are_their_rows(tmp_path: Path) -> None:
 
 
 def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> None:
-    model = adapted_by("llama", {"low": LoRA(r=2), "words": LoRA(r=2, modules_to_save=["embed_tokens"])})
-    with pytest.raises(PeftfxError, match=r"rows cannot each have a trained copy of model.embed_tokens.weight"):
-        model.export(tmp_path / "out", view="decode", batched=["low", "words"])
-    assert model.active == ("words",)
+    pictures = nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), flat=nn.Flatten(), head=nn.Linear(144, 5))).eval()
+    model = transform(pictures, LoRA(r=2, target="head"), "low", inputs={"input": torch.ones(2, 3, 8, 8)})
+    model.add_adapter("eyes", LoRA(r=2, target="head", modules_to_save=["conv"]))
+    with pytest.raises(PeftfxError, match=r"rows cannot each have a trained copy of conv\.weight"):
+        stirred(model, "low", "eyes").export(tmp_path / "out", batched=["low", "eyes"])
+    assert model.active == ("eyes",)
     prompted = adapted_by("llama", {"low": LoRA(r=2), "prompt": PromptTuning(num_virtual_tokens=2)})
     with pytest.raises(PeftfxError, match="names an adapter twice"):
         prompted.export(tmp_path / "out", batched=["low", "low"])

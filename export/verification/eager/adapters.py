@@ -96,11 +96,12 @@ def _replace_copies(base: nn.Module, adapter: Adapter, override: Override, stack
     old = getattr(*owner_of(within, override.name))
     new = adapter.get(override.key)
     if override.rows:
-        new = old.detach().index_copy(0, adapter.get(override.indices), new.to(old.dtype))
+        new = old.index_copy(0, adapter.get(override.indices), new.to(old.dtype))
+    new = new.detach()  # one object, by which the next adapter knows a tied tensor
     for module in within.modules():
         for held in (module._parameters, module._buffers):
             for name in [name for name, value in held.items() if value is old]:
-                _set(held, name, new.detach(), stack)
+                _set(held, name, new, stack)
 
 
 def _set(held: HeldTensors, name: str, value: object, stack: contextlib.ExitStack) -> None:
