@@ -26,7 +26,7 @@ from peftfx.contract.sequence import SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel
 from peftfx.export.slots.adapter_export import export_adapter
-from peftfx.export_options.values import Slots
+from peftfx.export_options.values import DEFAULT_SLOTS, Slots
 from peftfx.methods import method_named, methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
@@ -94,6 +94,9 @@ def kinds() -> list[str]:
     return sorted(kind.value for kind in peft.PeftType if kind.value in methods())
 
 
+EVERYWHERE = f"{DEFAULT_SLOTS} | embedding.token | head"  #: the layers at which some method acts by default
+
+
 class Bench:
     """A model of the table, captured once, and one graph of it whose slots serve all methods."""
 
@@ -107,7 +110,7 @@ class Bench:
     @functools.cached_property
     def graph(self) -> Path:
         """The graph with slots, where adapters are put when it runs."""
-        bare(copy.deepcopy(self.untouched)).export(self.directory / "graph", view="forward", slots=Slots())
+        bare(copy.deepcopy(self.untouched)).export(self.directory / "graph", view="forward", slots=Slots(EVERYWHERE))
         return self.directory / "graph"
 
     def run(self, kind: str, made: Path) -> Result:
