@@ -29,8 +29,8 @@ class HRA(WeightMethod):
 
     Args:
         r: the number of reflections; an even number starts as the identity.
-        apply_GS: whether the vectors are made orthonormal (Gram-Schmidt); a new adapter then starts at random, for equal
-            vectors cannot be. HF PEFT starts from what rounding leaves of them.
+        apply_GS: whether the vectors are made orthonormal (Gram-Schmidt). Equal vectors cannot be, so a new adapter
+            then starts at random; HF PEFT starts from what rounding leaves of them.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (hra_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
