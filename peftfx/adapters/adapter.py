@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,10 @@ class Adapter(Holder):
         ran: for a new adapter, the modules that ran in the call from which the rules were placed.
         start: the start by which HF PEFT moved the weights of the base in memory, such as `pissa`: to be saved with the
             adapter, so that it fits the base's files. `UNKNOWN` if the adapter was made from several.
+        moved_with_base: whether the base's modules are being moved or cast, too, and what is in them with them.
     """
+
+    moved_with_base = False
 
     def __init__(self, placed: Sequence[Placed], config: Mapping[str, object] | None = None) -> None:
         super().__init__()
@@ -82,6 +86,14 @@ class Adapter(Holder):
         self._rule: dict[str, int] = {}
         self._rates: dict[int, float] = {}
         self._take(placed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the tensors: alone, also those of modules that are children of the base's modules, too."""
+        super()._apply(fn, recurse)
+        for module in self.modules() if recurse and not self.moved_with_base else ():
+            if isinstance(module, Holder) and module.hosted:
+                module._apply(fn)
+        return self
 
     def _take(self, placed: Sequence[Placed]) -> None:
         for number, rule in enumerate(placed, len(self.placed)):

@@ -23,7 +23,10 @@ _NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
 class _Here(threading.local):
     """The names of the active adapters in one thread, inside `acting_as`; None outside."""
 
-    names: tuple[str, ...] | None = None
+    names: tuple[str, ...] | None
+
+    def __init__(self) -> None:
+        self.names = None  # not a default of the class: see `_Current` in peftfx/hosting/call.py
 
 
 class AdapterSet:

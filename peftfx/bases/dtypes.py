@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from peftfx.bases.guests import own_parameters
 from peftfx.errors import PeftfxError
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -47,7 +48,7 @@ def dtype_plan(model: nn.Module, wanted: torch.dtype) -> Callable[[str], torch.d
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype in which a model takes pixels, samples and other numbers: that of its first such parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return next((p.dtype for _, p in own_parameters(model) if p.is_floating_point()), torch.float32)
 
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -60,5 +61,5 @@ def is_half(model: nn.Module) -> bool:
 
 def coarsest(model: nn.Module) -> torch.dtype:
     """Return the dtype of a model's floating-point parameters that rounds most: what its numbers are good for."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    kinds = {p.dtype for _, p in own_parameters(model) if p.is_floating_point()}
     return max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float32)

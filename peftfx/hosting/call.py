@@ -16,13 +16,20 @@ RowsByAdapter = tuple[tuple[Keys, Tensor], ...]
 
 
 class _Current(threading.local):
-    keys: Keys | None = None  #: the adapters that act; None outside of a call
-    given: Mapping[str, Tensor] = MappingProxyType({})  #: the inputs that methods read besides the model's own
-    inner: bool = False  #: whether the forward of torch's own layer has run, inside a module that computes more
-    rows: RowsByAdapter | None = None  #: the rows of each adapter, if rows have different ones; then `keys` is empty
-    read: dict[tuple[int, str], Tensor] | None = None  #: what the running module has read of its tensors, if kept
-    called: bool = False  #: whether the model's own forward has run, in a call for which other code has set `forward`
-    entered: Keys | None = None  #: the adapters for which such a call's arguments are those of the base's modules
+    keys: Keys | None  #: the adapters that act; None outside of a call
+    given: Mapping[str, Tensor]  #: the inputs that methods read besides the model's own
+    inner: bool  #: whether the forward of torch's own layer has run, inside a module that computes more
+    rows: RowsByAdapter | None  #: the rows of each adapter, if rows have different ones; then `keys` is empty
+    read: dict[tuple[int, str], Tensor] | None  #: what the running module has read of its tensors, if kept
+    called: bool  #: whether the model's own forward has run, in a call for which other code has set `forward`
+    entered: Keys | None  #: the adapters for which such a call's arguments are those of the base's modules
+
+    def __init__(self) -> None:
+        # Each thread has its own from the start: defaults of the class would become attributes in a compiled call, and
+        # torch.compile's guards on what the object has would fail in the next.
+        self.keys = self.rows = self.read = self.entered = None
+        self.given = MappingProxyType({})
+        self.inner = self.called = False
 
 
 CURRENT = _Current()  #: what acts in this thread; every hosting module reads it each time that the module runs

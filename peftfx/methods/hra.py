@@ -29,7 +29,8 @@ class HRA(WeightMethod):
 
     Args:
         r: the number of reflections; an even number starts as the identity.
-        apply_GS: whether the vectors are made orthonormal (Gram-Schmidt).
+        apply_GS: whether the vectors are made orthonormal (Gram-Schmidt). Equal vectors cannot be, so a new adapter
+            then starts at random; HF PEFT starts from what rounding leaves of them.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (hra_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
@@ -66,7 +67,7 @@ class HRA(WeightMethod):
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         if site.groups > 1:
             raise PeftfxError("HRA does not act on convs of several groups", site.path, "exclude this module")
-        count = self.r // 2 if self.init_weights and self.r % 2 == 0 else self.r
+        count = self.r // 2 if self.neutral else self.r  # equal vectors cannot be made orthonormal
         half = base.weight.new_empty(base.weight[0].numel(), count, dtype=adapter_dtype(base.weight.dtype))
         half.uniform_(-1, 1, generator=rng).mul_(count**-0.5)
         return {U: half.repeat_interleave(self.r // count, 1)}

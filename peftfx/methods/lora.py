@@ -193,7 +193,7 @@ class LoRA(LoraForms):
             if training and not drops and self._scales_at_once(site, x, base, p):
                 return scaled_linear(x, *base, p[A], p[B], p[MAGNITUDE], self.scaling)
             y = op(x, *base)
-        dtype, rounds = y.dtype, y.dtype != p[A].dtype
+        dtype, rounds = y.dtype, y.element_size() < 4 or y.dtype != p[A].dtype
         inner = x if site.kind == "embedding" else x.to(p[A].dtype)
         dropped = F.dropout(inner, self.lora_dropout, training=True) if drops else inner
         delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), rounds=rounds)
@@ -219,8 +219,8 @@ class LoRA(LoraForms):
     ) -> Tensor:
         """Return `B(s A(x))` in the adapter's precision, the scale where that costs least; without it if `rounds`.
 
-        `rounds` says that sums with the layer's output are rounded, because its precision is another: a base in half
-        precision, or autocast. There the scale comes last, as in HF PEFT, so that training takes the same steps.
+        `rounds` says that sums are rounded to half precision, or to another precision than the adapter's: by the base,
+        the adapter or autocast. There the scale comes last, as in HF PEFT, so that training takes the same steps.
         """
         scale = 1 if rounds else self.scaling
         if site.kind == "embedding":

@@ -287,7 +287,14 @@ class AdaptedModel(AdapterCalls):
         self._twin.plain.restore()
         self.graphs.forget()
         self.example = pytree.tree_map_only(Tensor, lambda t: t.to(fn(t).dtype), self.example)  # type: ignore[operator]
-        super()._apply(fn, recurse)  # type: ignore[arg-type]
+        adapters = [self.adapter(name) for name in self.names()]
+        for adapter in adapters:
+            adapter.moved_with_base = True
+        try:
+            super()._apply(fn, recurse)  # type: ignore[arg-type]
+        finally:
+            for adapter in adapters:
+                adapter.moved_with_base = False
         self._renew()
         return self
 

@@ -370,4 +370,5 @@ class AdaptersByName(SeenByTrainers):
 def _refuse_half(autocast_adapter_dtype: bool) -> None:
     if not autocast_adapter_dtype:
         what = "an adapter of a base in half precision is made in float32, and has its own dtype"
-        raise PeftfxError(what, "autocast_adapter_dtype=False", "leave it out, and cast the adapted model: .to(dtype)")
+        hint = "leave it out, and cast the adapter afterwards: model.adapter(NAME).to(dtype)"
+        raise PeftfxError(what, "autocast_adapter_dtype=False", hint)

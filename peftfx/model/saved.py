@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -41,6 +42,8 @@ class SavedAdapters(AdapterSums):
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
         save_embedding_layers: str | bool = "auto",
+        save_function: object = None,
+        path_initial_model_for_weight_conversion: object = None,
     ) -> None:
         """Write HF PEFT directories: one adapter in `save_directory`, others in folders of their names below it.
 
@@ -50,7 +53,10 @@ class SavedAdapters(AdapterSums):
             selected_adapters: the names of the adapters to write, as in HF PEFT.
             safe_serialization: must be true: peftfx writes safetensors, and no pickles.
             is_main_process: if false, nothing is written.
-            state_dict, save_embedding_layers: refused, because only the adapters' own tensors are written.
+            state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.
+            save_embedding_layers: refused, because only the adapters' own tensors are written.
+            save_function: ignored: the files are always safetensors.
+            path_initial_model_for_weight_conversion: refused, because no start changes the base.
 
         Raises:
             PeftfxError: there is no such adapter, or an argument asks for what peftfx does not write.
@@ -60,7 +66,10 @@ class SavedAdapters(AdapterSums):
         """
         from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
 
-        refuse_save_arguments(safe_serialization, state_dict, save_embedding_layers)
+        other = is_main_process and state_dict is not None and not self._is_own(state_dict)
+        refuse_save_arguments(
+            safe_serialization, other, save_embedding_layers, path_initial_model_for_weight_conversion
+        )
         if adapter_name is not None and selected_adapters is not None:
             raise PeftfxError(
                 "adapter_name and selected_adapters are both given",
@@ -76,6 +85,14 @@ class SavedAdapters(AdapterSums):
         if is_main_process:
             with self.plain():
                 save_adapters(self.source, adapters, Path(save_directory))
+
+    def _is_own(self, state: Mapping[str, Tensor]) -> bool:
+        """Return whether a state is that which this model has, wherever its tensors are."""
+        own = self.state_dict()
+        return own.keys() == state.keys() and all(
+            type(t) is type(state[name]) and t.shape == state[name].shape and torch.equal(t, state[name].to(t))
+            for name, t in own.items()
+        )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of trainable and of all parameters; a trained bias replaces the base's, as in HF PEFT.

@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft.tuners.c3a.utils import BlockCircularConvolution
 from peft.tuners.loha.layer import HadaWeightCP
+from torch import nn
 
+import peftfx
 from peftfx.methods import method_named
 from peftfx.testing.parity import compare
 
@@ -81,6 +83,18 @@ def test_gradients_that_hf_peft_writes_out_are_not_those_of_its_forward() -> Non
     assert not torch.autograd.gradcheck(
         BlockCircularConvolution.apply, (new(3, 8), new(2, 2, 4)), raise_exception=False
     )
+
+
+@pytest.mark.parametrize("r", [2, 4])
+def test_orthonormal_reflections_start_with_numbers(r: int) -> None:
+    model, inputs = nn.Sequential(nn.Linear(8, 6)), torch.randn(3, 8)
+    rule = peftfx.HRA(r=r, apply_GS=True, target="all-linear | head")
+    adapted = peftfx.transform(model, rule, inputs={"input": inputs}, seed=0)
+    adapted(inputs).square().sum().backward()
+    (trained,) = (p for p in adapted.parameters() if p.requires_grad)
+    assert trained.grad is not None
+    assert torch.isfinite(trained.grad).all()
+    assert torch.linalg.matrix_rank(trained) == r
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft
@@ -89,6 +90,31 @@ class TestCompiled:
         compiled = torch.compile(graph.module, backend="eager", fullgraph=True)  # it was not run before
         got = dict(zip(graph.outputs, compiled(*(inputs[spec.name] for spec in graph.inputs)), strict=True))
         torch.testing.assert_close(got["loss"], adapted(**inputs).loss)
+
+    def test_a_block_without_adapters_has_none(self, adapted: AdaptedModel) -> None:
+        torch._dynamo.reset()
+        adapted.set_adapter("default")
+        inputs = ZOO["llama"].inputs(model=adapted.base)
+        compiled = torch.compile(adapted, backend="eager")
+        with torch.no_grad():
+            before, want = compiled(**inputs).logits, adapted.base(**inputs).logits
+            with adapted.disable_adapter():
+                torch.testing.assert_close(compiled(**inputs).logits, want)
+            assert not torch.allclose(before, want)
+            torch.testing.assert_close(compiled(**inputs).logits, before)
+
+    def test_it_may_be_compiled_before_any_other_call_of_its_thread(self, adapted: AdaptedModel) -> None:
+        torch._dynamo.reset()
+        adapted.set_adapter("default")
+        compiled = torch.compile(adapted, backend="eager")
+
+        def calls() -> list[Tensor]:
+            return [compiled(**ZOO["llama"].inputs(sequence=s, model=adapted.base)).logits for s in (7, 7, 9)]
+
+        with ThreadPoolExecutor(1) as thread:  # a new thread, in which no model has run
+            first, again, longer = thread.submit(calls).result()
+        assert torch.equal(first, again)
+        torch.testing.assert_close(longer, adapted(**ZOO["llama"].inputs(sequence=9, model=adapted.base)).logits)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -46,6 +46,7 @@ def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_p
         ({"safe_serialization": False}, "peftfx does not write pickles"),
         ({"state_dict": {}}, "the adapters' own tensors"),
         ({"save_embedding_layers": True}, "embeddings are not saved"),
+        ({"path_initial_model_for_weight_conversion": "start"}, "its start has not changed the base"),
         ({"adapter_name": "one", "selected_adapters": ["one"]}, "are both given"),
     ],
 )
@@ -55,6 +56,17 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_written(
     with pytest.raises(PeftfxError, match=why):
         adapted.save_pretrained(tmp_path / "x", **arguments)
     assert not (tmp_path / "x").exists()
+
+
+def test_what_accelerate_gives_to_save_pretrained_is_taken(adapted: AdaptedModel, tmp_path: Path) -> None:
+    own = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    adapted.save_pretrained(tmp_path / "a", is_main_process=True, save_function=torch.save, state_dict=own)
+    assert folders(tmp_path / "a") == {"one", "two", "three"}
+    adapted.save_pretrained(tmp_path / "b", is_main_process=False, save_function=torch.save, state_dict={})
+    assert not (tmp_path / "b").exists()
+    own[next(iter(own))] += 1
+    with pytest.raises(PeftfxError, match="takes no other state"):
+        adapted.save_pretrained(tmp_path / "b", save_function=torch.save, state_dict=own)
 
 
 def test_an_argument_that_nobody_knows_is_a_type_error(adapted: AdaptedModel, tmp_path: Path) -> None:

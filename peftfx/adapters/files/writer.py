@@ -85,14 +85,18 @@ def config_and_tensors(base: nn.Module, adapter: Adapter) -> tuple[dict[str, obj
     return config, files[WEIGHTS]
 
 
-def refuse_save_arguments(safe: bool, state: Mapping[str, Tensor] | None, embeddings: str | bool) -> None:
+def refuse_save_arguments(safe: bool, other_state: bool, embeddings: str | bool, initial: object) -> None:
     """Refuse arguments of HF PEFT's `save_pretrained` that ask for what peftfx does not write."""
     if not safe:
         hint = "leave safe_serialization out: HF PEFT reads safetensors"
         raise PeftfxError("peftfx does not write pickles", "safe_serialization=False", hint)
-    if state is not None:
+    if other_state:
         what = "save_pretrained saves the adapters' own tensors, and takes no other state"
-        raise PeftfxError(what, "state_dict", "give the state to load_state_dict first, then save")
+        raise PeftfxError(what, "state_dict", "leave it out; or give the state to load_state_dict first, then save")
+    if initial is not None:
+        what = "the adapter is not converted when it is saved: its start has not changed the base"
+        hint = "leave it out; convert_to_lora(name, 2 * r) adds a LoRA for the same base that needs no such start"
+        raise PeftfxError(what, "path_initial_model_for_weight_conversion", hint)
     if embeddings not in ("auto", False):
         hint = "name the embedding in modules_to_save, or save the base itself"
         raise PeftfxError("the base's embeddings are not saved with an adapter", "save_embedding_layers", hint)

@@ -189,7 +189,7 @@ class Graphs:
 
     def derived(self, captured: Graph, names: Sequence[str], *more: Pass) -> Graph:
         """Return a captured graph with the adapters of these names inserted in order, after the passes `more`."""
-        key = (id(captured), tuple(names))
+        key = (id(captured), tuple(names), tuple(t.dtype for name in names for _, t in self.adapters[name].tensors()))
         if key not in self._derived:
             for name in names:
                 refuse_late(self.base, self.adapters[name], captured.sites)

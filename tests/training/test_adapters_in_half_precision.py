@@ -1,0 +1,102 @@
+"""Adapters in half precision: cast by hand or by TRL, which trains those of a quantised base in bfloat16."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support.adapted import adapt, our_name
+from support.zoo import ZOO
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.bases.dtypes import coarsest
+from peftfx.model.adapted import AdaptedModel
+
+DORA = peftfx.LoRA(r=3, lora_alpha=7, use_dora=True, init_lora_weights=False, target="attention | mlp")
+
+
+def cast(model: nn.Module) -> None:
+    """As TRL does: the trained tensors, but for DoRA's magnitudes."""
+    for name, p in model.named_parameters():
+        if p.requires_grad and "magnitude" not in name:
+            p.data = p.data.to(torch.bfloat16)
+
+
+def kinds(model: AdaptedModel) -> set[torch.dtype]:
+    return {p.dtype for p in model.adapters.parameters()}
+
+
+def steps(model: nn.Module, inputs: dict[str, Tensor]) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    seen = []
+    for _ in range(3):
+        loss = model.train()(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(loss.item())
+    return seen
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_model_that_is_all_in_bfloat16_takes_the_steps_of_peft(use_dora: bool, tmp_path: Path) -> None:
+    base = ZOO["llama"].build().to(torch.bfloat16)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=7, use_dora=use_dora, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False)
+    theirs.save_pretrained(tmp_path)
+    ours = peftfx.load(base, tmp_path)
+    ours.adapter("default").to(torch.bfloat16)
+    inputs = ZOO["llama"].inputs(model=base, labels=True)
+    assert steps(ours, inputs) == steps(theirs, inputs)
+    want = {our_name(name): p for name, p in theirs.named_parameters() if p.requires_grad}
+    got = {name.removeprefix("adapters.default."): p for name, p in ours.named_parameters() if p.requires_grad}
+    assert got.keys() == want.keys()
+    assert all(torch.equal(p, want[name]) for name, p in got.items())
+
+
+def test_an_adapter_is_cast_by_itself_and_with_its_model() -> None:
+    model = adapt("llama", DORA)
+    model.add_adapter("second", peftfx.LoRA(r=2, target="all-linear", modules_to_save=["lm_head"]))
+    model.adapter("second").to(torch.float64)
+    assert {p.dtype for p in model.adapter("second").parameters()} == {torch.float64}
+    assert {p.dtype for p in model.adapter("default").parameters()} == {torch.float32}
+    model.adapters.to(torch.bfloat16)
+    assert kinds(model) == {torch.bfloat16}
+    assert coarsest(model.base) == torch.float32
+    model.to(torch.float64)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+def test_a_graph_that_was_made_before_the_cast_is_made_again() -> None:
+    model = adapt("llama", peftfx.LoRA(r=3, target="attention"), road="graph")
+    inputs = ZOO["llama"].inputs(model=model.base)
+    model(**inputs)
+    cast(model)
+    assert kinds(model) == {torch.bfloat16}
+    got, graph = model(**inputs).logits, model.graph(inputs)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(got, other(**inputs).logits, rtol=0, atol=0)  # a copy has no graphs yet
+    assert model.graph(inputs) is graph
+
+
+@pytest.mark.parametrize("view", ["forward", pytest.param("decode", marks=pytest.mark.further)])
+def test_over_a_base_in_float32_it_is_exported_in_float32(view: str, tmp_path: Path) -> None:
+    model = adapt("llama", DORA).eval()
+    cast(model)
+    own = [p.data.clone() for p in model.adapters.parameters()]
+    model.export(tmp_path / "onnx", merge=False, view=view)
+    assert all(torch.equal(p, t) and p.dtype == t.dtype for p, t in zip(model.adapters.parameters(), own, strict=True))
+    if view == "decode":
+        return
+    wide = adapt("llama", DORA).eval()
+    for p, t in zip(wide.adapters.parameters(), own, strict=True):
+        p.data = t.float()
+    inputs = ZOO["llama"].inputs(model=model.base)
+    served = peftfx.runtime.load(tmp_path / "onnx")(**inputs).logits
+    torch.testing.assert_close(torch.as_tensor(served), wide(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
