@@ -33,8 +33,14 @@ from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
 from peftfx.export.verification.sizes.limits import OneSidedError, Sizes
 from peftfx.export.verification.sizes.search import examples_beyond
+from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.verify import verify
-from peftfx.export.verification.without_rounding import hold_without_rounding, runs_without_rounding
+from peftfx.export.verification.without_rounding import (
+    graph_of,
+    hold_without_rounding,
+    runs_without_rounding,
+    with_rounded_numbers,
+)
 from peftfx.export.writing.finite import may_be_infinite
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions
@@ -256,11 +262,14 @@ class ExportSteps:
                 self._sizes(part)
             raise
         if atol is None and rtol is None and not self.passes and runs_without_rounding(self.adapted.base):
-            call = max(
-                (oracle.cases[i] for i in oracle.measured), key=lambda case: sum(v.numel() for v in case.values())
-            )
             exact = hold_without_rounding(
-                directory / part.file, part.graph, part.exported, oracle.reference, call, found, shown_of(part)
+                directory / part.file,
+                self.way.captured(self.adapted, part, oracle, self.example),
+                graph_of(with_rounded_numbers(part.exported)),
+                oracle.largest,
+                found,
+                shown_of(part),
+                sigmoids=made_by_sigmoids(part.exported),
             )
         for told in () if exact else loose:
             warn(told)

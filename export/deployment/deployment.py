@@ -17,6 +17,7 @@ from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.verification.oracle import Oracle, eager_oracle
 from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.export.verification.sizes.search import sizes_of
+from peftfx.export.verification.without_rounding import Captured, graph_of
 from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.decode import Decode
@@ -48,6 +49,10 @@ class Deployment(ABC):
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Return the oracle that the part is compared with, and the calls to compare."""
         return eager_oracle(adapted, part.graph, part.view, example, part.sizes)
+
+    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> Captured:
+        """Return the model's own code and the part's graph as captured, which have to give the same for a call."""
+        return Captured(oracle.reference, graph_of(part.graph))
 
     def sizes(
         self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool, *, brief: bool = False

@@ -41,6 +41,11 @@ class Oracle:
     eager: EagerReference | None = None
 
     @property
+    def largest(self) -> Tensors:
+        """The largest of the calls that are also run in float64."""
+        return max((self.cases[i] for i in self.measured), key=lambda case: sum(v.numel() for v in case.values()))
+
+    @property
     def idle(self) -> set[str]:
         """The module paths at which adapters act and which no call has run."""
         return set() if self.eager is None else self.eager.named - self.eager.seen
