@@ -27,6 +27,7 @@ from peftfx.export.tensor_counts import Destination, count_row_tensors, count_te
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import Comparison, VerificationError
+from peftfx.export.verification.eager.kept_casts import refuse_lost_casts
 from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
@@ -262,6 +263,9 @@ class ExportSteps:
                 self._sizes(part)
             raise
         if atol is None and rtol is None and not self.passes and runs_without_rounding(self.adapted.base):
+            bare = self.way.bare(self.adapted, part, oracle, self.example)
+            if bare is not None:
+                refuse_lost_casts(bare.code, bare.graph, oracle.largest, type(self.adapted.base).__name__)
             exact = hold_without_rounding(
                 directory / part.file,
                 self.way.captured(self.adapted, part, oracle, self.example),

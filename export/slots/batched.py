@@ -138,6 +138,9 @@ class Batched(Deployment):
         alone = [_alone(adapted, part, names, example) for names in self._acting(part)]
         return Captured(each_alone(exact, alone), graph_of(exact.graph), rounded)
 
+    def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> None:
+        """Return nothing: rows that choose adapters have operations of their own."""
+
     def _acting(self, part: GraphPart) -> list[tuple[str, ...]]:
         """Return the adapters that act on a row, for each number of one, and last for none."""
         return [*((name,) for name in self.adapters if _by_row(part)), ()]

@@ -125,6 +125,9 @@ class Swappable(Deployment):
             lambda feed: graph({**feed, **empty}),
         )
 
+    def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> Captured:
+        return self.captured(adapted, part, oracle, example)
+
     def _cases(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> list[dict[str, Tensor]]:
         """Make calls with tensors in each slot."""
         if part.view is not None:

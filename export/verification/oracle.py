@@ -43,7 +43,7 @@ class Oracle:
     @property
     def largest(self) -> Tensors:
         """The largest of the calls that are also run in float64."""
-        return max((self.cases[i] for i in self.measured), key=lambda case: sum(v.numel() for v in case.values()))
+        return max((self.cases[i] for i in self.measured), key=_size)
 
     @property
     def idle(self) -> set[str]:
@@ -108,8 +108,12 @@ def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[in
     """
     parameters = sum(p.numel() for p in adapted.base.parameters())
     count = max(1, MOST_EXACT // max(1, parameters))
-    largest_first = sorted(range(len(cases)), key=lambda i: -sum(value.numel() for value in cases[i].values()))
+    largest_first = sorted(range(len(cases)), key=lambda i: -_size(cases[i]))
     return frozenset(largest_first[:count])
+
+
+def _size(case: Tensors) -> int:
+    return sum(value.numel() for value in case.values())
 
 
 @dataclass
