@@ -19,7 +19,7 @@ from peftfx.export.verification.oracle import Oracle, eager_oracle, named_in
 from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.export.verification.tolerances.tolerance import Tensors
-from peftfx.export.verification.without_rounding import Captured, graph_of
+from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of
 from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.remove import Remove
@@ -53,11 +53,11 @@ class Deployment(ABC):
         """Return the oracle that the part is compared with, and the calls to compare."""
         return eager_oracle(adapted, part.graph, part.view, example, part.sizes)
 
-    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> Captured:
+    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return the model's own code and the part's graph as captured, which have to give the same for a call."""
-        return Captured(oracle.reference, graph_of(part.graph))
+        return CodeAndGraph(oracle.reference, graph_of(part.graph))
 
-    def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> Captured | None:
+    def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph | None:
         """Return the model's own code and its graph, both without adapters. None if soft prompts are in the graph."""
         if adapted.entry() is not None:
             return None
@@ -68,7 +68,7 @@ class Deployment(ABC):
             with adapted.named.acting_as(()):
                 return own(feed)
 
-        return Captured(run, graph_of(graph))
+        return CodeAndGraph(run, graph_of(graph))
 
     def sizes(
         self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool, *, brief: bool = False

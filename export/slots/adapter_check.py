@@ -17,7 +17,7 @@ from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.verify import verify
 from peftfx.export.verification.without_rounding import (
-    Captured,
+    CodeAndGraph,
     hold_without_rounding,
     runs_without_rounding,
     with_rounded_numbers,
@@ -29,7 +29,7 @@ from peftfx.serving.adapter_file import file_of, read_adapter_file
 MORE = 4  #: times the error of a quantised graph with random adapters: an adapter's that is larger is told
 
 
-def as_stored(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> dict[str, Tensor]:
+def in_slot_dtypes(tensors: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> dict[str, Tensor]:
     """Return the tensors for slots in the dtypes of the slots."""
     return {name: value.to(getattr(torch, slots[name].dtype)) for name, value in tensors.items()}
 
@@ -67,7 +67,7 @@ def check_adapter(
     file, shown, loose = directory / f"{name}.onnx", None if view is None else view.shown, list[str]()
     lost, rtol = manifest.lost, manifest.rtol
     exactly = lost is None and manifest.atol is None and rtol is None and runs_without_rounding(adapted.base)
-    stored = as_stored(tensors, manifest.of(name))
+    stored = in_slot_dtypes(tensors, manifest.of(name))
     plain = reopened(adapted, manifest, name, stored, example) if lost is not None or exactly else None
     if lost is not None and plain is None and rtol is not None:
         rtol = min(rtol, MORE * lost)
@@ -85,10 +85,10 @@ def check_adapter(
     if exactly and plain is not None:
         held = hold_without_rounding(
             file,
-            Captured(
+            CodeAndGraph(
                 oracle.reference,
                 plain.holding(_exact(adapted, tensors)),
-                Captured(oracle.reference, plain),
+                CodeAndGraph(oracle.reference, plain),
             ),
             plain.of(with_rounded_numbers(plain.graph)),
             *(oracle.largest, found, shown),

@@ -18,7 +18,7 @@ from torch import Tensor
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
-from peftfx.export.slots.adapter_check import as_stored, check_adapter
+from peftfx.export.slots.adapter_check import check_adapter, in_slot_dtypes
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.slots.initializers import untied_heads
 from peftfx.export.slots.served_as import idle_in, pictured
@@ -152,7 +152,7 @@ def _write_checked(
     path: Path,
 ) -> None:
     for name in manifest.views:
-        laid = as_stored(tensors[name], manifest.of(name))
+        laid = in_slot_dtypes(tensors[name], manifest.of(name))
         write_adapter_file(laid, manifest.version, file_of(path, name, tuple(manifest.views)))
     for name in manifest.views if check else ():
         with in_eval(adapted):

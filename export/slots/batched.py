@@ -31,14 +31,14 @@ from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes.limits import Sizes
-from peftfx.export.verification.without_rounding import Captured, graph_of
+from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of
 from peftfx.formats import BATCHED, with_version
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
 from peftfx.passes.adaptation.evaluate import Evaluate
-from peftfx.passes.slots.by_row import SEQUENCE, ByRow, unrounded
+from peftfx.passes.slots.by_row import PROMPTS_AT, ByRow, with_exact_stacks
 from peftfx.views.arguments import named_tensors
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
@@ -128,15 +128,15 @@ class Batched(Deployment):
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
         return Oracle(each_alone(part, alone), cases, measured_of(adapted, cases), told)
 
-    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> Captured:
+    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return each row alone, by the model's own code, and the graph, in which the adapters are not yet rounded."""
-        prefixes = self._prefixes(adapted) if f"{SEQUENCE}.{PREFIX}" in part.graph.derived else None
-        rounded = Captured(oracle.reference, graph_of(part.graph))
+        prefixes = self._prefixes(adapted) if f"{PROMPTS_AT}.{PREFIX}" in part.graph.derived else None
+        rounded = CodeAndGraph(oracle.reference, graph_of(part.graph))
         if not _by_row(part):
             return rounded
-        exact = dataclasses.replace(part, graph=unrounded(part.graph, {PREFIX: prefixes}))
+        exact = dataclasses.replace(part, graph=with_exact_stacks(part.graph, {PREFIX: prefixes}))
         alone = [_alone(adapted, part, names, example) for names in self._acting(part)]
-        return Captured(each_alone(exact, alone), graph_of(exact.graph), rounded)
+        return CodeAndGraph(each_alone(exact, alone), graph_of(exact.graph), rounded)
 
     def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> None:
         """Return nothing: rows that choose adapters have operations of their own."""

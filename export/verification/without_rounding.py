@@ -67,7 +67,7 @@ def graph_of(graph: Graph) -> Reference:
 
 
 @dataclass(frozen=True)
-class Captured:
+class CodeAndGraph:
     """Two programs that have to be one, with the same adapters.
 
     Attributes:
@@ -78,12 +78,12 @@ class Captured:
 
     code: Reference
     graph: Reference
-    rounded: Captured | None = None
+    rounded: CodeAndGraph | None = None
 
 
 def hold_without_rounding(
     path: Path,
-    captured: Captured,
+    captured: CodeAndGraph,
     written: Reference,
     call: Tensors,
     compared_as_is: Sequence[Comparison],
@@ -173,7 +173,7 @@ def _under_its_choices(
     return True
 
 
-def _hold_captured(captured: Captured, call: Tensors, shown: Shown, path: Path) -> None:
+def _hold_captured(captured: CodeAndGraph, call: Tensors, shown: Shown, path: Path) -> None:
     """Warn if the captured graph is not the model's own code, neither in float64 nor in its own dtype, as rounded."""
     for mode, same, pair in ((float64, _near, captured), (nullcontext, _alike, captured.rounded or captured)):
         want, got = _in(mode, pair.code, call), _in(mode, pair.graph, call)

@@ -32,7 +32,7 @@ from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
 SHOWN = "beside.shown"  #: the kind of a stack beside an attention that says which tokens each row has: [rows, tokens]
-SEQUENCE = "sequence"  #: where derived tensors of soft prompts are
+PROMPTS_AT = "sequence"  #: where derived tensors of soft prompts are
 _AT_LAYERS = (INNER, OUTER, SLOT_A, SLOT_B, BIAS_STACK)
 
 
@@ -219,7 +219,7 @@ class _Rows:
         return self.taken[name, ndim]
 
     def _table(self, path: str, what: str, value: Tensor, dtype: torch.dtype | None = None) -> fx.Node:
-        name = f"{path or SEQUENCE}.{what}"
+        name = f"{path or PROMPTS_AT}.{what}"
         given = self.graph.derived[name] = Given(value, dtype or self.dtypes.get((path, what), value.dtype))
         return self.rewriter.attribute(
             f"{DERIVED}.{name}", fake_like(self.index.meta["val"], value.new_empty(value.shape, dtype=given.dtype))
@@ -235,7 +235,7 @@ class _Rows:
                 self.rewriter.erase(hole)
 
 
-def unrounded(graph: Graph, prompts: Mapping[str, Tensor | None]) -> Graph:
+def with_exact_stacks(graph: Graph, prompts: Mapping[str, Tensor | None]) -> Graph:
     """Return the graph with its stacks as they are before they are rounded to its dtypes. It runs where all is wide.
 
     Args:
@@ -243,7 +243,7 @@ def unrounded(graph: Graph, prompts: Mapping[str, Tensor | None]) -> Graph:
         prompts: more exact stacks of soft prompts, by their kinds. What is None, or not in the graph, counts nothing.
     """
     given = {name: recipe.value for name, recipe in graph.derived.items() if isinstance(recipe, Given)}
-    more = {f"{SEQUENCE}.{what}": value for what, value in prompts.items() if value is not None}
+    more = {f"{PROMPTS_AT}.{what}": value for what, value in prompts.items() if value is not None}
     given |= {name: value for name, value in more.items() if name in given}
     exact = {name: Given(value, value.dtype) for name, value in given.items()}
     return dataclasses.replace(graph.clone(), derived={**graph.derived, **exact})
