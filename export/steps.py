@@ -27,14 +27,21 @@ from peftfx.export.tensor_counts import Destination, count_row_tensors, count_te
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import Comparison, VerificationError
+from peftfx.export.verification.eager.kept_casts import refuse_lost_casts
 from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
 from peftfx.export.verification.sizes.limits import OneSidedError, Sizes
 from peftfx.export.verification.sizes.search import examples_beyond
+from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.verify import verify
-from peftfx.export.verification.without_rounding import hold_without_rounding, runs_without_rounding
+from peftfx.export.verification.without_rounding import (
+    graph_of,
+    hold_without_rounding,
+    runs_without_rounding,
+    with_rounded_numbers,
+)
 from peftfx.export.writing.finite import may_be_infinite
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions
@@ -256,11 +263,17 @@ class ExportSteps:
                 self._sizes(part)
             raise
         if atol is None and rtol is None and not self.passes and runs_without_rounding(self.adapted.base):
-            call = max(
-                (oracle.cases[i] for i in oracle.measured), key=lambda case: sum(v.numel() for v in case.values())
-            )
+            bare = self.way.bare(self.adapted, part, oracle, self.example)
+            if bare is not None:
+                refuse_lost_casts(bare.code, bare.graph, oracle.largest, type(self.adapted.base).__name__)
             exact = hold_without_rounding(
-                directory / part.file, part.graph, part.exported, oracle.reference, call, found, shown_of(part)
+                directory / part.file,
+                self.way.captured(self.adapted, part, oracle, self.example),
+                graph_of(with_rounded_numbers(part.exported)),
+                oracle.largest,
+                found,
+                shown_of(part),
+                sigmoids=made_by_sigmoids(part.exported),
             )
         for told in () if exact else loose:
             warn(told)

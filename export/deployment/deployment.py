@@ -14,11 +14,15 @@ from peftfx.export.deployment.export_json import write_export_json
 from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_config
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart
-from peftfx.export.verification.oracle import Oracle, eager_oracle
+from peftfx.export.verification.eager.reference import EagerReference
+from peftfx.export.verification.oracle import Oracle, eager_oracle, named_in
 from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.export.verification.sizes.search import sizes_of
+from peftfx.export.verification.tolerances.tolerance import Tensors
+from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of
 from peftfx.generation.invocation import InvokedDecode
 from peftfx.model.adapted import AdaptedModel
+from peftfx.passes.adaptation.remove import Remove
 from peftfx.views.decode import Decode
 from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_forward import ForwardWithImages
@@ -48,6 +52,23 @@ class Deployment(ABC):
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Return the oracle that the part is compared with, and the calls to compare."""
         return eager_oracle(adapted, part.graph, part.view, example, part.sizes)
+
+    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
+        """Return the model's own code and the part's graph as captured, which have to give the same for a call."""
+        return CodeAndGraph(oracle.reference, graph_of(part.graph))
+
+    def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph | None:
+        """Return the model's own code and its graph, both without adapters. None if soft prompts are in the graph."""
+        if adapted.entry() is not None:
+            return None
+        graph = Remove()(part.graph).graph
+        own = named_in(graph, EagerReference(adapted, part.seen, example))
+
+        def run(feed: Tensors) -> Tensors:
+            with adapted.named.acting_as(()):
+                return own(feed)
+
+        return CodeAndGraph(run, graph_of(graph))
 
     def sizes(
         self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool, *, brief: bool = False

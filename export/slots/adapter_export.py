@@ -13,19 +13,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
+from peftfx.export.slots.adapter_check import check_adapter, in_slot_dtypes
 from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.slots.initializers import untied_heads
-from peftfx.export.slots.reopened import reopened
-from peftfx.export.slots.served_as import idle_in, pictured, served_as
-from peftfx.export.verification.oracle import eager_oracle
-from peftfx.export.verification.sizes.search import sizes_of
-from peftfx.export.verification.verify import verify
+from peftfx.export.slots.served_as import idle_in, pictured
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.earlier_output import files_in
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
@@ -54,11 +50,8 @@ from peftfx.serving.adapter_file import (
     file_of,
     holds_adapter,
     is_adapter_file,
-    read_adapter_file,
     write_adapter_file,
 )
-
-MORE = 4  #: times the error of a quantised graph with random adapters: an adapter's that is larger is told
 
 _WORDS = {
     SLOT_A: "a low-rank sum at",
@@ -165,39 +158,17 @@ def _write_checked(
     path: Path,
 ) -> None:
     for name in manifest.views:
-        write_adapter_file(tensors[name], manifest.version, file_of(path, name, tuple(manifest.views)))
-    for name, kind in manifest.views.items() if check else ():
+        laid = in_slot_dtypes(tensors[name], manifest.of(name))
+        write_adapter_file(laid, manifest.version, file_of(path, name, tuple(manifest.views)))
+    for name in manifest.views if check else ():
         with in_eval(adapted):
-            view, graph = served_as(adapted, directory, name, kind, example)
-            given = adapted.example if example is None else example
-            sizes = sizes_of(adapted, view, given, allow_fixed=True)
-            oracle = eager_oracle(adapted, graph, view, given, sizes)
-            put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
-            lost, rtol = manifest.lost, manifest.rtol
-            plain = None if lost is None else reopened(adapted, manifest, name, tensors[name], example)
-            if lost is not None and plain is None and rtol is not None:
-                rtol = min(rtol, MORE * lost)
-            found = verify(
-                *(directory / f"{name}.onnx", oracle.reference, oracle.cases),
-                atol=manifest.atol,
-                rtol=rtol,
-                measured=oracle.measured,
-                shown=None if view is None else view.shown,
-                put=put,
-                unrounded=plain,
-            )
-            _tell_loss(max(c.max_rel for c in found), lost, path)
-
-
-def _tell_loss(worst: float, lost: float | None, path: Path) -> None:
-    """Warn if a graph with rounded weights loses much more under an adapter than under random ones."""
-    if lost is not None and worst > MORE * lost:
-        told = f"with this adapter the quantised graph is {worst:.2g} of the largest output from torch"
-        warn(f"{path.name}: {told}, and {lost:.2g} with random adapters: compare the quality of what it gives")
+            check_adapter(adapted, directory, manifest, name, tensors[name], example, path)
 
 
 def slot_tensors(adapted: AdaptedModel, manifest: Manifest, idle: Collection[str] = ()) -> dict[str, dict[str, Tensor]]:
     """Return the tensors that the active adapters put into slots, by graph and slot name. Unused slots are left out.
+
+    They are not rounded to the dtypes of the slots yet.
 
     Args:
         adapted: the model with the adapters.
@@ -243,6 +214,6 @@ def _may_have_slots(adapted: AdaptedModel, homeless: Mapping[str, Sequence[str]]
 
 
 def _laid(value: Tensor, slot: Slot) -> Tensor | None:
-    """Return a tensor in the layout and dtype of its slot, or None if it does not fit."""
+    """Return a tensor in the layout of its slot, or None if it does not fit."""
     laid = value.permute(slot.perm) if slot.perm and len(slot.perm) == value.ndim else value
-    return laid.detach().to(getattr(torch, slot.dtype)).contiguous().cpu() if slot.takes(tuple(laid.shape)) else None
+    return laid.detach().contiguous().cpu() if slot.takes(tuple(laid.shape)) else None

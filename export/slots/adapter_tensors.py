@@ -20,6 +20,7 @@ from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.contract.weight import widened
 from peftfx.errors import PeftfxError
+from peftfx.export.verification.tolerances.float64 import float64
 from peftfx.graph.graph import DERIVED, Graph
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, PREFIX, SLOT_A, SLOT_B, SLOT_OWN, SLOT_PROMPT, VALUES
@@ -47,7 +48,7 @@ def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
     updates = _updates_of(adapted, own)
     wanted = {(name, SLOT_OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
     wanted |= _updated(adapted, updates)  # after the copies: the updated bias of a layer replaces its trained copy
-    return wanted | _beside(adapted, updates, own) | _ahead(adapted, decodes)
+    return wanted | _beside(adapted, updates, own) | ahead(adapted, decodes)
 
 
 def _overrides(adapted: AdaptedModel) -> Iterator[tuple[str, Override]]:
@@ -167,7 +168,7 @@ def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[s
     return found
 
 
-def _ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
+def ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
     """Compute a soft prompt, a row for each of its tokens: embeddings, or keys and values."""
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.prompts):
         embedded = isinstance(adapted.entry(), VirtualTokens)
@@ -176,6 +177,15 @@ def _ahead(adapted: AdaptedModel, decodes: bool) -> AdapterTensors:
         rows = placement.method.virtual(adapted.adapter(name).params(placement), False)
         return {("", SLOT_PROMPT if embedded else PREFIX): rows}
     return {}
+
+
+def unrounded_prefix(adapted: AdaptedModel) -> Tensor | None:
+    """Compute the keys and values of the active virtual tokens in float64; None if there are no virtual tokens."""
+    if not isinstance(adapted.entry(), VirtualTokens):
+        return None
+    graph = adapted.graph(view=DECODE)
+    with torch.no_grad(), float64():
+        return graph.derived[NAME].evaluate(graph.get)
 
 
 def _unchanged(adapted: AdaptedModel, name: str, value: Tensor) -> bool:

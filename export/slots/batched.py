@@ -23,6 +23,7 @@ from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
+from peftfx.export.slots.adapter_tensors import AdapterTensors, ahead, unrounded_prefix
 from peftfx.export.slots.plain_encoders import ENCODED_APART, plain_encoder
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
@@ -30,13 +31,14 @@ from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes.limits import Sizes
+from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of
 from peftfx.formats import BATCHED, with_version
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
 from peftfx.passes.adaptation.evaluate import Evaluate
-from peftfx.passes.slots.by_row import ByRow
+from peftfx.passes.slots.by_row import PROMPTS_AT, ByRow, with_exact_stacks
 from peftfx.views.arguments import named_tensors
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
@@ -75,7 +77,8 @@ class Batched(Deployment):
         beside = adapted.sites.headed
         parts = []
         with adapted.disable_adapter():
-            by_row = ByRow(stacks_of_rows(adapted, each), beside)
+            stacks, kinds = stacks_of_rows(adapted, each)
+            by_row = ByRow(stacks, beside, kinds)
             for file, name in views.items():
                 shown = adapted.view(name)
                 if shown is None:
@@ -100,9 +103,8 @@ class Batched(Deployment):
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Make the oracle: each row equals the model with only that row's adapter. Some rows have no adapter."""
-        by_row = any(spec.name == IDS for spec in part.graph.inputs)  # encoders of images and sounds are not
-        acting = [*((name,) for name in self.adapters if by_row), ()]
-        alone = [Remembered(_alone(adapted, part, names, example)) for names in acting]
+        by_row = _by_row(part)
+        alone = [Remembered(_alone(adapted, part, names, example)) for names in self._acting(part)]
         with adapted.disable_adapter():
             if part.view is not None and part.seen is not None:
                 cases = view_cases(
@@ -125,6 +127,33 @@ class Batched(Deployment):
                 why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
         return Oracle(each_alone(part, alone), cases, measured_of(adapted, cases), told)
+
+    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
+        """Return each row alone, by the model's own code, and the graph, in which the adapters are not yet rounded."""
+        prefixes = self._prefixes(adapted) if f"{PROMPTS_AT}.{PREFIX}" in part.graph.derived else None
+        rounded = CodeAndGraph(oracle.reference, graph_of(part.graph))
+        if not _by_row(part):
+            return rounded
+        exact = dataclasses.replace(part, graph=with_exact_stacks(part.graph, {PREFIX: prefixes}))
+        alone = [_alone(adapted, part, names, example) for names in self._acting(part)]
+        return CodeAndGraph(each_alone(exact, alone), graph_of(exact.graph), rounded)
+
+    def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> None:
+        """Return nothing: rows that choose adapters have operations of their own."""
+
+    def _acting(self, part: GraphPart) -> list[tuple[str, ...]]:
+        """Return the adapters that act on a row, for each number of one, and last for none."""
+        return [*((name,) for name in self.adapters if _by_row(part)), ()]
+
+    def _prefixes(self, adapted: AdaptedModel) -> Tensor | None:
+        """Return the stack of prefixes with those of virtual tokens in float64; None if no adapter has these."""
+        each, found = list[AdapterTensors](), False
+        for name in self.adapters:
+            with adapted.named.acting_as((name,)):
+                exact = unrounded_prefix(adapted)
+                own = ahead(adapted, decodes=True) if exact is None else {("", PREFIX): exact}
+            each, found = [*each, own], found or exact is not None
+        return stacks_of_rows(adapted, each)[0]["", PREFIX] if found else None
 
     def _takes(
         self, adapted: AdaptedModel, alone: Sequence[Remembered], case: dict[str, Tensor], example: Inputs
@@ -157,6 +186,11 @@ class Batched(Deployment):
         told = json.dumps(with_version(BATCHED, {"adapters": list(self.adapters)}), indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
         return {}
+
+
+def _by_row(part: GraphPart) -> bool:
+    """Say whether the rows of a graph choose adapters. Those of encoders of images and sounds do not."""
+    return any(spec.name == IDS for spec in part.graph.inputs)
 
 
 def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -33,19 +33,27 @@ class Reopened:
     Attributes:
         graph: the graph.
         slots: its slots.
-        put: the tensors in slots, by the slots' names. Other slots are empty.
+        put: the tensors in slots, by the slots' names.
     """
 
     graph: Graph
     slots: tuple[Slot, ...]
     put: Mapping[str, Tensor]
 
+    def holding(self, put: Mapping[str, Tensor]) -> Reopened:
+        """Return the graph with other tensors in these slots, in any dtype that the graph then computes in."""
+        specs = (replace(s, dtype=put[s.name].dtype) if s.name in put else s for s in self.graph.inputs)
+        return replace(self, graph=replace(self.graph, inputs=tuple(specs)), put={**self.put, **put})
+
+    def of(self, graph: Graph) -> Reopened:
+        """Return another form of the graph with the same tensors in its slots."""
+        return replace(self, graph=graph)
+
     def __call__(self, feed: Tensors) -> Tensors:
         """Return the outputs of a call, by name."""
-        empty = {slot.name: neutral_of(slot) for slot in self.slots if slot.what != SLOT_OWN}
         own = {slot: self.put[slot.name] for slot in self.slots if slot.what == SLOT_OWN and slot.name in self.put}
         with _holding(self.graph.base, own):
-            return reference_of(self.graph)({**empty, **feed, **self.put})
+            return reference_of(self.graph)({**feed, **self.put})
 
 
 def reopened(
@@ -79,7 +87,8 @@ def reopened(
         asked = {spec.name for spec in graph.inputs} - {spec.name for spec in part.graph.inputs}
         asked |= {slot.name for slot in part.slots}
         if asked == {slot.name for slot in slots.values() if slot.what != SLOT_OWN}:
-            return Reopened(graph, tuple(slots.values()), put)
+            empty = {slot.name: neutral_of(slot) for slot in slots.values() if slot.what != SLOT_OWN}
+            return Reopened(graph, tuple(slots.values()), {**empty, **put})
     return None
 
 

@@ -5,6 +5,7 @@ The first entry changes nothing. Ranks and soft prompts are padded to the larges
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -73,21 +74,28 @@ def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[s
     }
 
 
-def stacks_of_rows(adapted: AdaptedModel, each: Sequence[AdapterTensors]) -> dict[tuple[str, str], Tensor]:
-    """Stack an entry for each adapter after an entry that changes nothing. Shapes are padded to the largest."""
+def stacks_of_rows(
+    adapted: AdaptedModel, each: Sequence[AdapterTensors]
+) -> tuple[dict[tuple[str, str], Tensor], dict[tuple[str, str], torch.dtype]]:
+    """Stack an entry for each adapter after an entry that changes nothing. Shapes are padded to the largest.
+
+    Return the stacks, which are not rounded, and the dtypes that the graph has them in.
+    """
     stacks: dict[tuple[str, str], Tensor] = {}
+    kinds: dict[tuple[str, str], torch.dtype] = {}
     for place in dict.fromkeys(place for own in each for place in own):
         at, what = place
         given = [own[place] for own in each if place in own]
         shape = [max(sizes) for sizes in zip(*(value.shape for value in given), strict=True)]
-        kind = given[0].dtype if what == SLOT_PROMPT else _dtype(adapted, at, what)
-        neutral = _neutral(adapted, at, what, shape).to(kind)
-        rows = [neutral, *(_padded(own[place], shape, what).to(kind) if place in own else neutral for own in each)]
-        stacks[place] = torch.stack(rows).detach().cpu()
+        kinds[place] = given[0].dtype if what == SLOT_PROMPT else _dtype(adapted, at, what)
+        kind = functools.reduce(torch.promote_types, (value.dtype for value in given), kinds[place])
+        neutral = _neutral(adapted, at, what, shape).to(kinds[place])
+        rows = [neutral, *(_padded(own[place], shape, what) if place in own else neutral for own in each)]
+        stacks[place] = torch.stack([row.to(kind) for row in rows]).detach().cpu()
         if what == KEYS:
             counts = torch.tensor([0, *(own[place].shape[1] if place in own else 0 for own in each)])
             stacks[at, SHOWN] = torch.arange(shape[1])[None] < counts[:, None]
-    return stacks
+    return stacks, kinds
 
 
 def _dtype(adapted: AdaptedModel, at: str, what: str) -> torch.dtype:

@@ -26,9 +26,10 @@ from peftfx.export.verification.captured import hold_view
 from peftfx.export.verification.cases import is_large
 from peftfx.export.verification.comparison import VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference
-from peftfx.export.verification.oracle import Oracle, measured_of
+from peftfx.export.verification.oracle import Oracle, measured_of, named_in
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes.limits import Sizes
+from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
 from peftfx.graph.slots import INNER, OUTER, SLOT_OWN, Manifest, Slot
@@ -112,6 +113,20 @@ class Swappable(Deployment):
         cases = self._cases(adapted, part, example)
         told = "the graph with random tensors in its slots; without them, the model's own code"
         return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases), told)
+
+    def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
+        """Return the model's own code and the graph with empty slots; with soft prompts, where a view has them."""
+        view, graph = part.view, graph_of(part.graph)
+        own = named_in(part.graph, EagerReference(adapted, view, example))
+        kept = {place.what for place in view.places} if isinstance(view, WithPromptInputs) else set()
+        empty = {s.name: neutral_of(s) for s in part.slots if s.what != SLOT_OWN and s.name not in kept}
+        return CodeAndGraph(
+            lambda feed: own({name: value for name, value in feed.items() if name not in empty}),
+            lambda feed: graph({**feed, **empty}),
+        )
+
+    def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
+        return self.captured(adapted, part, oracle, example)
 
     def _cases(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> list[dict[str, Tensor]]:
         """Make calls with tensors in each slot."""

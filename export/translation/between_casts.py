@@ -30,7 +30,7 @@ _NARROW, _WIDE = torch.bfloat16, torch.float32
 #: Operations for which torch rounds a number in the code to the dtype of their result. It multiplies and divides by the
 #: number itself.
 ROUNDS_NUMBERS = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
-_HINT = "this is a fault of peftfx: report this model; export it in float32 until then"
+LOST_HINT = "this is a fault of peftfx: report this model; export it in float32 until then"
 _cast = torch.ops.aten._to_copy.default
 _SCALED = names("mul div")
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -168,7 +168,9 @@ def refuse_retyped(node: fx.Node, value: ir.Value) -> None:
 
 
 def _refused(node: fx.Node, told: str) -> PeftfxError:
-    return PeftfxError(f"an operation lost its dtype ({node.target}): {told}", module_path(node) or node.name, _HINT)
+    return PeftfxError(
+        f"an operation lost its dtype ({node.target}): {told}", module_path(node) or node.name, LOST_HINT
+    )
 
 
 def _float_dtype(value: object) -> torch.dtype | None:

@@ -41,6 +41,11 @@ class Oracle:
     eager: EagerReference | None = None
 
     @property
+    def largest(self) -> Tensors:
+        """The largest of the calls that are also run in float64."""
+        return max((self.cases[i] for i in self.measured), key=_size)
+
+    @property
     def idle(self) -> set[str]:
         """The module paths at which adapters act and which no call has run."""
         return set() if self.eager is None else self.eager.named - self.eager.seen
@@ -103,8 +108,12 @@ def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[in
     """
     parameters = sum(p.numel() for p in adapted.base.parameters())
     count = max(1, MOST_EXACT // max(1, parameters))
-    largest_first = sorted(range(len(cases)), key=lambda i: -sum(value.numel() for value in cases[i].values()))
+    largest_first = sorted(range(len(cases)), key=lambda i: -_size(cases[i]))
     return frozenset(largest_first[:count])
+
+
+def _size(case: Tensors) -> int:
+    return sum(value.numel() for value in case.values())
 
 
 @dataclass

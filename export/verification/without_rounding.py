@@ -7,16 +7,20 @@ to about 1e-6 of the largest output. The comparison has two steps, because merge
 
 1. the captured graph, in float64, is the model's own code with its adapters, in float64;
 2. the twin is the graph that was written, with the weights that were written, in float64.
+
+The tensors in slots are rounded, too: in step 1 they are not yet, in step 2 they are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import torch
 from torch import Tensor, fx, nn
 
@@ -36,7 +40,6 @@ from peftfx.export.verification.comparison import (
 )
 from peftfx.export.verification.float32_twin import unrounded
 from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float32, float64
-from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.tolerances.tolerance import MULTIPLE, Tensors, Tolerance
 from peftfx.export.verification.verify import unpadded
 from peftfx.graph.graph import Graph
@@ -58,14 +61,36 @@ def runs_without_rounding(base: nn.Module) -> bool:
     return is_half(base) and sum(p.numel() for p in base.parameters()) <= MOST_EXACT
 
 
+def graph_of(graph: Graph) -> Reference:
+    """Return the reference that runs a graph; its derived weights are computed now."""
+    return reference_of(Evaluate()(graph).graph)
+
+
+@dataclass(frozen=True)
+class CodeAndGraph:
+    """Two programs that have to be one, with the same adapters.
+
+    Attributes:
+        code: the model's own code.
+        graph: its graph as captured.
+        rounded: the two with tensors in slots that are rounded to the model's dtype; None if there are none.
+    """
+
+    code: Reference
+    graph: Reference
+    rounded: CodeAndGraph | None = None
+
+
 def hold_without_rounding(
     path: Path,
-    captured: Graph,
-    written: Graph,
-    reference: Reference,
+    captured: CodeAndGraph,
+    written: Reference,
     call: Tensors,
     compared_as_is: Sequence[Comparison],
     shown: Shown | None,
+    *,
+    sigmoids: frozenset[str] = frozenset(),
+    put: Mapping[str, ort.OrtValue] | None = None,
 ) -> bool:
     """Compare a saved model with its graphs and its reference where nothing is rounded to half precision, in one call.
 
@@ -73,43 +98,45 @@ def hold_without_rounding(
 
     Args:
         path: the model's file.
-        captured: the graph as captured, with its adapters.
-        written: the graph that was written, merged or not.
-        reference: the model's own code.
+        captured: the model's own code, and its graph as captured.
+        written: the graph that was written, merged or not, whose numbers are rounded (`with_rounded_numbers`).
         call: the inputs.
         compared_as_is: the comparisons of the model with its rounding.
         shown: selects what to compare of an output; by default that of unmasked tokens.
+        sigmoids: the names of the outputs that a sigmoid makes.
+        put: the tensors to put into the model's slots.
 
     Raises:
         VerificationError: ONNX Runtime differs from the graph that was written.
     """
-    run, at = reference_of(_with_rounded_numbers(Evaluate()(written).graph)), str(path)
+    run, at = written, str(path)
     with unrounded(path) as twin:
         if twin is None:
             return False
         want, near = (_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
         if want is None or near is None:
             return False
-        tolerance, model = Tolerance(None, None, sigmoids=made_by_sigmoids(written)), OnnxModel(twin)
+        tolerance, model = Tolerance(None, None, sigmoids=sigmoids), OnnxModel(twin)
+        model.put(put or {})
         choose = shown or functools.partial(unpadded, model.axes)
         for c in compared_as_is:
             tolerance.learn(c.output, None if c.noise is None else _LOST / MULTIPLE * c.noise, c.largest, torch.float32)
-        own = {name: value if name in model.slots else _widened(value) for name, value in call.items()}
+        wide = {name: value if name in model.slots else _widened(value) for name, value in call.items()}
 
         def hold(want: Tensors, near: Tensors, got: Tensors) -> None:
             found = compared(_numbers(near), want, call, choose, got, tolerance, 1, where=at)
             judged(list(found), tolerance, at, _TOLD)
 
         try:
-            hold(want, near, model(**own))
+            hold(want, near, model(**wide))
         except VerificationError:
-            if not _under_its_choices(twin, run, call, own, hold):
+            if not _under_its_choices(twin, run, call, wide, put or {}, hold):
                 raise
-    _hold_captured(captured, reference, call, choose, path)
+    _hold_captured(captured, call, choose, path)
     return True
 
 
-def _with_rounded_numbers(graph: Graph) -> Graph:
+def with_rounded_numbers(graph: Graph) -> Graph:
     """Return a graph whose code's own numbers are rounded to half precision where torch rounds them."""
     copy = graph.clone()
     for node in copy.nodes():
@@ -124,13 +151,20 @@ def _rounded(dtype: torch.dtype, one: Any) -> Any:
 
 
 def _under_its_choices(
-    twin: Path, run: Reference, call: Tensors, own: Tensors, hold: Callable[[Tensors, Tensors, Tensors], None]
+    twin: Path,
+    run: Reference,
+    call: Tensors,
+    wide: Tensors,
+    put: Mapping[str, ort.OrtValue],
+    hold: Callable[[Tensors, Tensors, Tensors], None],
 ) -> bool:
     """Compare a twin with its graph that goes on with the twin's choices. Return False if it makes none."""
     with shown_choices(twin) as shows:
         if shows is None:
             return False
-        got = OnnxModel(shows.path)(**own)
+        model = OnnxModel(shows.path)
+        model.put(put)
+        got = model(**wide)
         following = Following(run, shows.taken(got))
         want, near = (_in(functools.partial(mode, rounded=True), following, call) for mode in (float64, float32))
         if want is None or near is None or not following.alike or following.wrong:
@@ -139,15 +173,14 @@ def _under_its_choices(
     return True
 
 
-def _hold_captured(captured: Graph, reference: Reference, call: Tensors, shown: Shown, path: Path) -> None:
+def _hold_captured(captured: CodeAndGraph, call: Tensors, shown: Shown, path: Path) -> None:
     """Warn if the captured graph is not the model's own code, neither in float64 nor in its own dtype, as rounded."""
-    graph = reference_of(Evaluate()(captured).graph)
-    for mode, same in ((float64, _near), (nullcontext, _alike)):
-        want, got = _in(mode, reference, call), _in(mode, graph, call)
+    for mode, same, pair in ((float64, _near, captured), (nullcontext, _alike, captured.rounded or captured)):
+        want, got = _in(mode, pair.code, call), _in(mode, pair.graph, call)
         if want is None or got is None:
             return
         shared = {name: (value, got[name]) for name, value in _numbers(want).items() if name in got}
-        far = [name for name, pair in shared.items() if not same(*(shown(name, call, value) for value in pair))]
+        far = [name for name, both in shared.items() if not same(*(shown(name, call, value) for value in both))]
         if not far:
             return
     what = (

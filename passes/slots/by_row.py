@@ -32,18 +32,20 @@ from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
 
 aten = torch.ops.aten
 SHOWN = "beside.shown"  #: the kind of a stack beside an attention that says which tokens each row has: [rows, tokens]
+PROMPTS_AT = "sequence"  #: where derived tensors of soft prompts are
 _AT_LAYERS = (INNER, OUTER, SLOT_A, SLOT_B, BIAS_STACK)
 
 
 @dataclass(frozen=True)
 class Given:
-    """A recipe that is just a tensor."""
+    """A recipe that is just a tensor, rounded to a dtype."""
 
     value: Tensor = field(repr=False)
+    dtype: torch.dtype
 
     def evaluate(self, get: Get) -> Tensor:
         """Return the tensor."""
-        return self.value
+        return self.value.to(self.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +57,19 @@ class ByRow(Pass):
             `SLOT_OWN`, and the tensor's name as its path. The stacks of `PREFIX` and `SLOT_PROMPT` fill the hole of a
             view captured with soft prompts by row.
         beside: the attentions, with their heads as found in the forward view.
+        dtypes: the dtypes in which the graph has the stacks; by default their own.
     """
 
     requires = ("inference", "bare")
 
     stacks: Mapping[tuple[str, str], Tensor]
     beside: tuple[HeadedSite, ...] = ()
+    dtypes: Mapping[tuple[str, str], torch.dtype] = field(default_factory=dict)
 
     def __call__(self, graph: Graph) -> PassResult:
         new = graph.clone()
         with isolated(graph.base):
-            rows = _Rows(new, self.stacks)
+            rows = _Rows(new, self.stacks, self.dtypes)
             here = {site.path: site for site in new.sites.attentions}
             for site in self.beside:  # attentions first: their outputs are found by the readers of their last layer
                 if (site.path, KEYS) in self.stacks and site.path in here:
@@ -85,8 +89,13 @@ class ByRow(Pass):
 class _Rows:
     """A graph that is being rewritten so that rows get entries of their own."""
 
-    def __init__(self, graph: Graph, stacks: Mapping[tuple[str, str], Tensor]) -> None:
-        self.graph, self.stacks = graph, stacks
+    def __init__(
+        self,
+        graph: Graph,
+        stacks: Mapping[tuple[str, str], Tensor],
+        dtypes: Mapping[tuple[str, str], torch.dtype],
+    ) -> None:
+        self.graph, self.stacks, self.dtypes = graph, stacks, dtypes
         self.rewriter = Rewriter(graph.module.graph)
         self.attributes, self.index = attributes_of(graph), self._index()
         self.layers = Layers(self.rewriter)
@@ -184,18 +193,19 @@ class _Rows:
         if site.kind == "linear":
             return [self.row(site.path, what, axes) for what in (SLOT_A, SLOT_B)]
         if site.kind == "embedding":
-            return [self._table(f"{site.path}.{SLOT_A}", a.flatten(0, 1)), self.row(site.path, SLOT_B, axes)]
+            return [self._table(site.path, SLOT_A, a.flatten(0, 1)), self.row(site.path, SLOT_B, axes)]
         b = b.flatten(2)[1:]
         own = torch.block_diag(*b.transpose(1, 2)).unflatten(1, b.shape[:2]).transpose(0, 1)  # [adapters, all, out]
-        rows = self.entry(f"{site.path}.{SLOT_B}", torch.cat([torch.zeros_like(own[:1]), own]), axes)
-        return [self._table(f"{site.path}.{SLOT_A}", a[1:].flatten(0, 1)), rows]
+        rows = self.entry(site.path, SLOT_B, torch.cat([torch.zeros_like(own[:1]), own]), axes)
+        return [self._table(site.path, SLOT_A, a[1:].flatten(0, 1)), rows]
 
     def row(self, path: str, what: str, ndim: int) -> fx.Node:
         """Return the entry of each row, with axes added so that it broadcasts to `ndim` axes."""
-        return self.entry(f"{path}.{what}", self.stacks[path, what], ndim)
+        return self.entry(path, what, self.stacks[path, what], ndim)
 
-    def entry(self, name: str, stack: Tensor, ndim: int) -> fx.Node:
+    def entry(self, path: str, what: str, stack: Tensor, ndim: int) -> fx.Node:
         """Return the entry of each row in a stack."""
+        name = f"{path}.{what}"
 
         def entry(index: Tensor, table: Tensor) -> Tensor:
             taken = table.index_select(0, index)
@@ -204,18 +214,36 @@ class _Rows:
             return taken
 
         if (name, ndim) not in self.taken:
-            at, table = self.rewriter.after(self.index), self._table(name, stack)
+            at, table = self.rewriter.after(self.index), self._table(path, what, stack)
             self.taken[name, ndim] = at.trace(entry, self.index, table, key=("entry", ndim), where=name)
         return self.taken[name, ndim]
 
-    def _table(self, name: str, value: Tensor) -> fx.Node:
-        self.graph.derived[name] = Given(value)
-        return self.rewriter.attribute(f"{DERIVED}.{name}", fake_like(self.index.meta["val"], value))
+    def _table(self, path: str, what: str, value: Tensor, dtype: torch.dtype | None = None) -> fx.Node:
+        name = f"{path or PROMPTS_AT}.{what}"
+        given = self.graph.derived[name] = Given(value, dtype or self.dtypes.get((path, what), value.dtype))
+        return self.rewriter.attribute(
+            f"{DERIVED}.{name}", fake_like(self.index.meta["val"], value.new_empty(value.shape, dtype=given.dtype))
+        )
 
     def fill(self) -> None:
         """Put the stacks of soft prompts into their holes."""
         for name, what in ((PREFIXES, PREFIX), (PROMPTS, SLOT_PROMPT)):
             hole = self.attributes.get(f"{CONSTANTS}.{name}")
             if hole is not None:
-                self.rewriter.replace(hole, self._table(f"sequence.{what}", self.stacks["", what]))
+                table = self._table("", what, self.stacks["", what], hole.meta["val"].dtype)
+                self.rewriter.replace(hole, table)
                 self.rewriter.erase(hole)
+
+
+def with_exact_stacks(graph: Graph, prompts: Mapping[str, Tensor | None]) -> Graph:
+    """Return the graph with its stacks as they are before they are rounded to its dtypes. It runs where all is wide.
+
+    Args:
+        graph: the graph.
+        prompts: more exact stacks of soft prompts, by their kinds. What is None, or not in the graph, counts nothing.
+    """
+    given = {name: recipe.value for name, recipe in graph.derived.items() if isinstance(recipe, Given)}
+    more = {f"{PROMPTS_AT}.{what}": value for what, value in prompts.items() if value is not None}
+    given |= {name: value for name, value in more.items() if name in given}
+    exact = {name: Given(value, value.dtype) for name, value in given.items()}
+    return dataclasses.replace(graph.clone(), derived={**graph.derived, **exact})

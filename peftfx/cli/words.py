@@ -13,6 +13,7 @@ import typer
 from peftfx.bases.tasks import TASKS, check_task
 from peftfx.errors import PeftfxError
 from peftfx.export_options.values import DEFAULT_SLOTS, Slots
+from peftfx.options import DTYPES
 from peftfx.sites.expression import parse
 
 _HUB = re.compile(r"[\w.-]+/[\w.-]+")  #: the form of a model's name on the Hub
@@ -54,8 +55,11 @@ def check_page(html: Path | None, adapters: Sequence[Path], *, others: bool, rul
 
 
 def dtype_named(text: str | None) -> str | None:
-    """Return an option's name of a dtype. torch's names of dtypes are also known."""
-    return text if text is None else _DTYPES.get(text.lower().removeprefix("torch."), text)
+    """Return an option's name of a dtype. torch's names of dtypes are also known, and capitals."""
+    if text is None:
+        return None
+    name = text.lower().removeprefix("torch.")
+    return _DTYPES.get(name, name if name in DTYPES else text)
 
 
 def choice(choices: Sequence[str], help: str, *, shown: str = "") -> Any:

@@ -168,7 +168,7 @@ def test_a_base_is_found_in_the_local_cache(
     assert json.loads(found) == json.loads(given)
 
 
-@pytest.mark.parametrize("name", ["float16", "torch.float16", "half", "fp16"])
+@pytest.mark.parametrize("name", ["float16", "torch.float16", "half", "fp16", "FP16"])
 def test_dtypes_have_torchs_names_too(name: str, inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:
     words = ("export", "--base", inputs.classifier, "--output", tmp_path / "out", "--dry-run", "--json")
     assert json.loads(peftfx(*words, "--dtype", name).out)["dtype"] == "fp16"

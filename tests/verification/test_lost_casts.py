@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 import peftfx
 from peftfx import PeftfxError
 from peftfx.analysis.weight_ops import module_path
+from peftfx.export import steps
+from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.translation import stamped
 from peftfx.export.verification.comparison import VerificationError, reference_of
 from peftfx.export.verification.float32_twin import runnable
@@ -43,6 +45,8 @@ def lose_casts(graph: Graph, lost: Callable[[fx.Node], bool], kind: torch.dtype)
         if value.dtype == torch.float32 and lost(node) and not touched.intersection(node.all_input_nodes):
             if node.target is aten._to_copy.default and node.args[0].meta["val"].is_floating_point():  # type: ignore[union-attr]
                 count, node.kwargs = count + 1, {**node.kwargs, "dtype": kind}
+            elif node.target is aten.to.dtype and node.args[0].meta["val"].is_floating_point():  # type: ignore[union-attr]
+                count, node.args = count + 1, (node.args[0], kind, *node.args[2:])
             elif node.target in (aten.cos.default, aten.sin.default):
                 narrow = rewriter.before(node).call(aten._to_copy.default, node.args[0], dtype=kind)
                 count, node.args = count + 1, (narrow,)
@@ -74,6 +78,34 @@ def test_a_cast_that_is_lost_in_the_translation_is_refused(
     monkeypatch.setattr(stamped, "prepare", losing)
     with pytest.raises(PeftfxError, match="lost its dtype"):
         peftfx.export_onnx(build("text-generation", model).to(kind), tmp_path / "out", optimize="none")
+    assert counts[0] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("lost", "kind", "more"),
+    [
+        *(("norms", torch.bfloat16, {}), ("angles", torch.float16, {})),
+        pytest.param("norms", torch.float16, {}, marks=pytest.mark.further),
+        pytest.param("angles", torch.bfloat16, {}, marks=pytest.mark.further),
+        pytest.param("norms", torch.float16, {"slots": "all-linear"}, marks=pytest.mark.further),
+    ],
+)
+def test_a_cast_that_is_lost_in_the_capture_is_refused(
+    lost: str, kind: torch.dtype, more: Mapping[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured, counts = steps.ExportSteps.captured, list[int]()
+
+    def losing(self: steps.ExportSteps) -> tuple[steps.ExportSteps, list[GraphPart]]:
+        work, parts = captured(self)
+        for part in parts:
+            counts.append(lose_casts(part.graph, _FAULTS[lost], kind))
+            part.graph.module.recompile()
+        return work, parts
+
+    monkeypatch.setattr(steps.ExportSteps, "captured", losing)
+    with pytest.raises(PeftfxError, match="a cast was lost in the capture"):
+        peftfx.export_onnx(build("text-generation", "llama").to(kind), tmp_path / "out", **more)  # type: ignore[arg-type]
     assert counts[0] > 0
     assert list(tmp_path.iterdir()) == []
 
