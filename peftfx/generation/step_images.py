@@ -154,11 +154,11 @@ class GeneratesAsWriter(GeneratesWithImages):
         return GenerationMixin.generate(self, **with_offsets(self.view, (), given))  # type: ignore[arg-type]
 
 
-def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def split_images(images: Images, inputs: Mapping[str, Tensor], *, empty: bool = False) -> list[dict[str, Tensor]]:
     """Return the arguments of each image that its graph takes.
 
     A row with several images may have them one after the other along its second axis, as tiles, with empty tiles after
-    the last image.
+    the last image. These are left out unless they are asked for with `empty`.
 
     Raises:
         PeftfxError: an argument is missing, or has not the shape of whole images.
@@ -182,6 +182,6 @@ def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str,
     counts = {len(values) for values in parts.values()}
     if len(counts) != 1:
         raise PeftfxError("these arguments hold different numbers of images", ", ".join(parts), "check them")
-    several = len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
+    several = not empty and len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
     kept = [i for i, value in enumerate(first) if not several or bool((value != 0).any())]
     return [{name: values[i] for name, values in parts.items()} for i in kept]

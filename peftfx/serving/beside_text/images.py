@@ -11,7 +11,7 @@ from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.processors.writers import writer_of
-from peftfx.caches.held import Held
+from peftfx.caches.held import KEY, VALUE, Held, KeptTensor
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
@@ -23,6 +23,7 @@ from peftfx.serving.call_inputs import ONNX_DTYPES
 from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, skeleton
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import Served
+from peftfx.views.decode import PRESENT
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.cross_images import CrossImages, DecodeOverImages
 from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, Images
@@ -58,18 +59,17 @@ class ServedWithImages(ByOwnClass, GeneratesWithImages, ServedGenerator):  # typ
 
 
 class ServedOverImages(ByOwnClass, GeneratesOverImages, ServedGenerator):  # type: ignore[misc]
-    """A model whose layers attend to an image, in ONNX Runtime. A graph of its own encodes the image once."""
+    """A model whose layers attend to images, in ONNX Runtime. A graph of its own encodes each image once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
         super().__init__(directory, model)
         self.graphs = {"vision_encoder": encoder, "model": model}
         inputs, self.encode = _inputs_of(encoder)
-        layers = tuple(
-            layer if all(tensor.along is None for tensor in layer.kept) else Held(()) for layer in self.view.layers
-        )
         images = Images(_token_of(self), 0, self.dtype, None, False, inputs)
-        cross = CrossImages(images, layers, tuple(int(size) for size in model.axes[CROSS_MASK][2:]))
-        self.view = DecodeOverImages(self.view.layers, self.view.positions, cross)
+        of_images = tuple(_of_one_image(encoder, i) for i in range(len(self.view.layers)))
+        layers = tuple(one if one.kept else own for own, one in zip(self.view.layers, of_images, strict=True))
+        cross = CrossImages(images, of_images, int(model.axes[CROSS_MASK][-1]))
+        self.view = DecodeOverImages(layers, self.view.positions, cross)
 
     @cached_property
     def _own(self) -> Any:
@@ -120,6 +120,14 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
         beside=tuple(name for name, _ in inputs if BESIDE in encoder.axes[name]),
     )
     return images, encode
+
+
+def _of_one_image(encoder: OnnxModel, layer: int) -> Held:
+    """Return what a layer of a cache keeps of an image, as a graph of images gives it; nothing for a layer of text."""
+    names = [name for name in (KEY, VALUE) if f"{PRESENT}.{layer}.{name}" in encoder.outputs]
+    made = {name: f"{PRESENT}.{layer}.{name}" for name in names}
+    shapes = {name: tuple(int(size) for size in encoder.axes[own][1:]) for name, own in made.items()}
+    return Held(tuple(KeptTensor(name, shapes[name], ONNX_DTYPES[encoder.types[own]]) for name, own in made.items()))
 
 
 def _token_of(served: Served) -> int:
