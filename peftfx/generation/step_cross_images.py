@@ -79,7 +79,8 @@ class GeneratesOverImages(EncodesImages, Generates):
         if len(ones) % rows:
             what = f"each text has as many images as the others, or empty ones, and there are {len(ones)} for {rows}"
             raise PeftfxError(what, self.images.inputs[0][0], "pass what the model's processor makes")
-        found = self._each(ones)
+        each = max(len(ones) // rows, 1)
+        found = self._each([{**one, **self.of_row(i // each, rows)} for i, one in enumerate(ones)])
         for i in self.view.of_images:
             past[i] = past[i].unsqueeze(2)
             if found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from peftfx.generation.invocation import with_offsets
 from peftfx.generation.step import Generates, Step
 from peftfx.views.images.encoded import IMAGE_FEATURES, Images
 from peftfx.views.images.views import DecodeWithImages
+from peftfx.views.row_adapters import IDS
 
 
 class EncodesImages:
@@ -25,26 +26,46 @@ class EncodesImages:
     Attributes:
         encode: the function that runs the view of an image.
         images: how the model reads images.
+        numbers: returns the numbers of the rows' adapters, given how many rows there are; None if the view of an image
+            does not take that of its row.
     """
 
     encode: Step
     images: Images
+    numbers: Callable[[int], Tensor] | None = None
 
-    def encoded(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    def encoded(self, inputs: Mapping[str, Tensor], tokens: Tensor | None) -> list[Tensor]:
         """Return the features of each image, [pieces, width]. Each image is encoded separately.
 
         Args:
             inputs: all arguments of the images, those that are fixed in the graph too.
+            tokens: the text, [batch, sequence]. Images are in its rows in their order.
         """
         images = self.images
         ones = split_images(images, inputs)
         for fixed in images.fixed:
             fixed.check(inputs.get(fixed.name), len(ones), images.picture)
-        found = [self.encode(one, None)[IMAGE_FEATURES] for one in ones]
+        left = [] if tokens is None else (tokens == images.token).sum(1).tolist()
+        found = []
+        for one in ones:
+            row = next((row for row, count in enumerate(left) if count), 0)
+            features = self.encode({**one, **self.of_row(row, len(left))}, None)[IMAGE_FEATURES]
+            found.append(features)
+            if left:
+                left[row] = max(left[row] - len(features), 0)
         if images.reads and any(bool(features.isnan().all()) for features in found):
             what = "a part of this image is empty, and the model's code computes something else there"
             raise PeftfxError(what, images.inputs[0][0], "run the model by transformers")
         return found
+
+    def of_row(self, row: int, rows: int) -> dict[str, Tensor]:
+        """Return the number of the adapter of a row, if the view of an image takes it.
+
+        Args:
+            row: the place of the row in the batch.
+            rows: how many rows there are.
+        """
+        return {} if self.numbers is None else {IDS: self.numbers(rows)[row : row + 1]}
 
     def images_in(self, named: dict[str, Any]) -> dict[str, Tensor]:
         """Take the arguments of images out of the arguments of a call; nothing if it has no pixels."""
@@ -97,7 +118,7 @@ class GeneratesWithImages(EncodesImages, Generates):
         if output is not None:
             features = joined_features(output)
         elif pixels:
-            features = torch.cat(self.encoded(pixels))
+            features = torch.cat(self.encoded(pixels, input_ids))
         else:
             features = torch.zeros(0, self.view.images.width)
         if input_ids is not None:
@@ -118,13 +139,15 @@ class GeneratesWithImages(EncodesImages, Generates):
         types = {} if self._types is None else {TYPES: self._types}
         return {IMAGE_FEATURES: self._features, **types}
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *_: object
+    ) -> dict[str, Any]:
         """Encode images once, before the prefill."""
         pixels = self.images_in(model_kwargs)
         model_kwargs.setdefault("mm_encoder_outputs", {})
         if pixels:
             # a list with one entry for each image, as beams and samples repeat the images of a text together
-            output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels))  # type: ignore[call-arg, arg-type]
+            output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels, inputs_tensor))  # type: ignore[call-arg, arg-type]
             model_kwargs["mm_encoder_outputs"]["image"] = output
         return model_kwargs
 

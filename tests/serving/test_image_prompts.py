@@ -165,7 +165,3 @@ def test_what_does_not_go_together_is_refused(seeing: Seeing, peftfx: Run, tmp_p
     served = runtime.load(seeing.directory)
     with pytest.raises(PeftfxError, match="has 1 image tokens, and its images 16 pieces"):
         served(input_ids=torch.tensor([[3, 5]]), pixel_values=torch.zeros(1, 3, SIZE, SIZE))
-    where = ("--base", seeing.root / "base", "--output", tmp_path / "o", "--view", "decode")
-    by_row = peftfx("export", *where, "--batched", f"a={seeing.root / 'adapter'}")
-    print(by_row.err)
-    assert_refused(by_row, "an adapter acts where images or sounds are encoded", "merged")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.beside_text import CROSS_MASK
@@ -38,6 +41,7 @@ class ServedWithImages(ByOwnClass, GeneratesWithImages, ServedGenerator):  # typ
         super().__init__(directory, model)
         self.graphs = {"vision_encoder": encoder, "model": model}
         images, self.encode = _images_of(self, model, encoder)
+        self.numbers = _numbers_of(self, encoder)
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
 
     @property
@@ -52,10 +56,9 @@ class ServedWithImages(ByOwnClass, GeneratesWithImages, ServedGenerator):  # typ
 
     @cached_property
     def _own(self) -> Any:
-        parts = {"view": self.view, "step": self.step, "encode": self.encode}
         base = skeleton(self)
         way = _OwnClass if writer_of(base) is base else _OwnWriter
-        return over_graphs(base, way, **parts, generation_config=self.generation_config)
+        return over_graphs(base, way, **_parts_of(self), generation_config=self.generation_config)
 
 
 class ServedOverImages(ByOwnClass, GeneratesOverImages, ServedGenerator):  # type: ignore[misc]
@@ -65,6 +68,7 @@ class ServedOverImages(ByOwnClass, GeneratesOverImages, ServedGenerator):  # typ
         super().__init__(directory, model)
         self.graphs = {"vision_encoder": encoder, "model": model}
         inputs, self.encode = _inputs_of(encoder)
+        self.numbers = _numbers_of(self, encoder)
         images = Images(_token_of(self), 0, self.dtype, None, False, inputs)
         of_images = tuple(_of_one_image(encoder, i) for i in range(len(self.view.layers)))
         layers = tuple(one if one.kept else own for own, one in zip(self.view.layers, of_images, strict=True))
@@ -73,8 +77,7 @@ class ServedOverImages(ByOwnClass, GeneratesOverImages, ServedGenerator):  # typ
 
     @cached_property
     def _own(self) -> Any:
-        parts = {"view": self.view, "step": self.step, "encode": self.encode}
-        return over_graphs(skeleton(self), _OverImages, **parts, generation_config=self.generation_config)
+        return over_graphs(skeleton(self), _OverImages, **_parts_of(self), generation_config=self.generation_config)
 
 
 class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: ignore[misc]
@@ -84,6 +87,7 @@ class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: igno
         super().__init__(directory, model, encoder)
         self.graphs = {"vision_encoder": vision, **self.graphs}
         self.images, self.encode = _images_of(self, encoder, vision)
+        self.numbers = _numbers_of(self, vision)
 
     @property
     def way(self) -> type[Generates]:
@@ -93,11 +97,21 @@ class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: igno
     @property
     def parts(self) -> dict[str, Any]:
         """The attributes that the mixin needs."""
-        return {**super().parts, "encode": self.encode, "images": self.images}
+        return {**super().parts, "encode": self.encode, "images": self.images, "numbers": self.numbers}
 
 
 class _FromImages(Buffered, GeneratesFromImages):  # type: ignore[misc]
     """The forward of an encoder-decoder's own class, which calls the graphs. The class's tensors are empty."""
+
+
+def _parts_of(served: ServedWithImages | ServedOverImages) -> dict[str, Any]:
+    """Return the attributes that the mixins of a stand-in need."""
+    return {name: getattr(served, name) for name in ("view", "step", "encode", "numbers")}
+
+
+def _numbers_of(served: Served, encoder: OnnxModel) -> Callable[[int], Tensor] | None:
+    """Return the function that tells the adapters of rows, if a graph of images takes that of its row."""
+    return served.numbers_of if IDS in encoder.inputs else None
 
 
 def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Images, Step]:
