@@ -16,10 +16,11 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.optimization.dead_code import Sweep
 from peftfx.passes.slots.by_row import ByRow
 from peftfx.views.images.encoded import VISION
+from peftfx.views.images.videos import VIDEO
 from peftfx.views.sounds.encoded import AUDIO
 from peftfx.views.view import View
 
-ENCODED_APART = frozenset({VISION, AUDIO})  #: the names of views that encode what is beside a text
+ENCODED_APART = frozenset({VISION, VIDEO, AUDIO})  #: the names of views that encode what is beside a text
 
 
 def encoder_by_row(adapted: AdaptedModel, file: str, view: View, by_row: ByRow, hint: str) -> GraphPart:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,17 +45,31 @@ class EncodesImages:
         ones = split_images(images, inputs)
         for fixed in images.fixed:
             fixed.check(inputs.get(fixed.name), len(ones), images.picture)
+        found = self.each_encoded(self.encode, images, ones, tokens)
+        if images.reads and any(bool(features.isnan().all()) for features in found):
+            what = "a part of this image is empty, and the model's code computes something else there"
+            raise PeftfxError(what, images.inputs[0][0], "run the model by transformers")
+        return found
+
+    def each_encoded(
+        self, encode: Step, images: Images, ones: Sequence[dict[str, Tensor]], tokens: Tensor | None
+    ) -> list[Tensor]:
+        """Return the features of each image, under the adapter of its row.
+
+        Args:
+            encode: the function that runs their view.
+            images: how the model reads them.
+            ones: the arguments of each.
+            tokens: the text, [batch, sequence].
+        """
         left = [] if tokens is None else (tokens == images.token).sum(1).tolist()
         found = []
         for one in ones:
             row = next((row for row, count in enumerate(left) if count), 0)
-            features = self.encode({**one, **self.of_row(row, len(left))}, None)[IMAGE_FEATURES]
+            features = encode({**one, **self.of_row(row, len(left))}, None)[images.written.name]
             found.append(features)
             if left:
                 left[row] = max(left[row] - len(features), 0)
-        if images.reads and any(bool(features.isnan().all()) for features in found):
-            what = "a part of this image is empty, and the model's code computes something else there"
-            raise PeftfxError(what, images.inputs[0][0], "run the model by transformers")
         return found
 
     def of_row(self, row: int, rows: int) -> dict[str, Tensor]:
