@@ -111,7 +111,8 @@ def add_images(report: Report, program: ir.Model, view: object, prefix: str = ""
     images = view.images
     counted = (images.counted, images.place) if isinstance(images, Videos) and images.counted else None
     program.metadata_props[IMAGES_KEY] = as_text(images.fixed, images.picture, counted)
-    report.sizes += [f"{prefix}{value}, as the model's code reads it" for value in images.fixed]
+    of = ", of a slice of a video" if counted else ""
+    report.sizes += [f"{prefix}{value}, as the model's code reads it{of}" for value in images.fixed]
 
 
 def add_graph(report: Report, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:

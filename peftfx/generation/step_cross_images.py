@@ -14,6 +14,7 @@ from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import kept_by
 from peftfx.errors import PeftfxError
+from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates
 from peftfx.generation.step_images import EncodesImages, split_images
 from peftfx.views.finding.cross_images import DecodeOverImages
@@ -24,7 +25,7 @@ class GeneratesOverImages(EncodesImages, Generates):
     """A mixin for a class that generates with the views of a decoder that attends to images."""
 
     view: DecodeOverImages
-    _shown: Tensor | None = None
+    _shown = OfThread()
 
     @property
     def images(self) -> Images:  # type: ignore[override]

@@ -14,6 +14,7 @@ from peftfx.bases.processors.encoded_images import joined_features
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import with_offsets
+from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates, Step
 from peftfx.views.images.encoded import IMAGE_FEATURES, Images
 from peftfx.views.images.views import DecodeWithImages
@@ -99,8 +100,8 @@ class GeneratesWithImages(EncodesImages, Generates):
     """A mixin for a class that generates with the views of a model of text and images."""
 
     view: DecodeWithImages
-    _features: Tensor | None = None
-    _types: Tensor | None = None
+    _features = OfThread()
+    _types = OfThread()
 
     @property
     def images(self) -> Images:  # type: ignore[override]

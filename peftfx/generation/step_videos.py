@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from peftfx.bases.processors.encoded_images import joined_features
 from peftfx.bases.processors.readers import ENCODED_IMAGES
 from peftfx.errors import PeftfxError
+from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Step
 from peftfx.generation.step_images import GeneratesWithImages
 from peftfx.views.images.video_views import DecodeWithVideos
@@ -31,7 +32,7 @@ class GeneratesWithVideos(GeneratesWithImages):
 
     view: DecodeWithVideos
     encode_video: Step
-    _clips: Tensor | None = None
+    _clips = OfThread()
 
     @property
     def videos(self) -> Videos:

@@ -56,7 +56,7 @@ class ServedWithImages(ByOwnClass, GeneratesWithImages, ServedGenerator):  # typ
         return self._own
 
     @cached_property
-    def _own(self) -> Any:
+    def _stand_in(self) -> Any:
         base = skeleton(self)
         way = _OwnClass if writer_of(base) is base else _OwnWriter
         return over_graphs(base, way, **parts_of(self), generation_config=self.generation_config)
@@ -77,7 +77,7 @@ class ServedOverImages(ByOwnClass, GeneratesOverImages, ServedGenerator):  # typ
         self.view = DecodeOverImages(layers, self.view.positions, cross)
 
     @cached_property
-    def _own(self) -> Any:
+    def _stand_in(self) -> Any:
         return over_graphs(skeleton(self), _OverImages, **parts_of(self), generation_config=self.generation_config)
 
 

@@ -50,7 +50,7 @@ class ServedWithVideos(GeneratesWithVideos, ServedWithImages):  # type: ignore[m
         return super().tensors | {*self.videos.names}
 
     @cached_property
-    def _own(self) -> Any:
+    def _stand_in(self) -> Any:
         parts = parts_of(self) | {"encode_video": self.encode_video}
         return over_graphs(skeleton(self), _OwnClass, **parts, generation_config=self.generation_config)
 
