@@ -56,6 +56,8 @@ class no_places_without_features(TorchFunctionMode):
         if func in _AT_PLACES and args[0].is_floating_point():  # token ids are changed without images too
             args, named = (*args[:1], *pytree.tree_map(self._twin, args[1:])), pytree.tree_map(self._twin, named)
         made = func(*args, **named)
+        if func is Tensor.__setitem__ and id(args[0]) in self._twins:  # what is written into a mask is into its twin
+            func(*pytree.tree_map(self._twin, args))
         if isinstance(made, Tensor) and (made.dtype == torch.bool or func in _COUNTS):
             twin = self._twin_of(func, args, named, made)
             if twin is not None:
@@ -72,4 +74,6 @@ class no_places_without_features(TorchFunctionMode):
             return None if some is None else made & some
         if all(id(leaf) not in self._twins for leaf in pytree.tree_leaves((args, named))):
             return None
+        if made is args[0] and id(made) not in self._twins:  # written in place: what it was before is lost
+            return made & torch.stack([*self._some.values()]).any()
         return func(*pytree.tree_map(self._twin, args), **pytree.tree_map(self._twin, named))
