@@ -10,6 +10,7 @@ from torch import nn
 
 from peftfx.bases.peft_models.plain import is_peft_model
 from peftfx.bases.processors.pictures import pictures_of
+from peftfx.bases.processors.videos import with_videos
 from peftfx.errors import warn
 from peftfx.export.assets import write_configs
 from peftfx.export.deployment.deployment import Deployment, InGraph
@@ -123,6 +124,7 @@ def export_onnx(
         publish(Path(directory), asked.force) as temporary,
         in_eval(adapted),
         pictures_of(picture),
+        with_videos(asked.videos),
     ):
         work, parts = work.captured()
         if inputs is None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
+from peftfx.bases.processors.videos import why_no_videos
 from peftfx.errors import warn
 from peftfx.export.deployment.parts import PATCHES, GraphPart
 from peftfx.options import FORWARD
@@ -49,6 +50,8 @@ def warn_of_left_out(base: nn.Module, parts: Sequence[GraphPart]) -> None:
 
 def _why(base: nn.Module, left: Sequence[str]) -> str:
     """Return why no graph takes these kinds of inputs."""
+    if list(left) == ["videos"] and not why_no_videos(base):
+        return "pass --videos (videos=True) for them, with --view decode"
     made = set(example_inputs(base))
     if all(names & made for word, names in _KINDS.values() if word in left):
         why = why_not_heard(base) or "their encoder does not run apart from the text"

@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images, why_not_in_source, why_not_read
+from peftfx.bases.processors.videos import takes_videos
 from peftfx.bases.tasks import HEARING, task_of
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError, warn
@@ -24,8 +25,10 @@ from peftfx.views.finding.cross_images import crosses, why_not_crossed
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.finding.sound_views import hears
+from peftfx.views.finding.video_views import find_videos
 from peftfx.views.images.encoded import IMAGE_TOKENS, VISION
 from peftfx.views.images.sizes import IMAGES
+from peftfx.views.images.videos import FRAMES, VIDEO
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.sounds.encoded import AUDIO, AUDIO_TOKENS, SOUNDS
@@ -34,7 +37,7 @@ from peftfx.views.view import View, name_axes
 #: Axes that must be free if the user gave no size.
 FREE = frozenset(
     {
-        *(IMAGE_TOKENS, AUDIO_TOKENS, SOUNDS, "batch", "sequence", "decoder_sequence"),
+        *(IMAGE_TOKENS, AUDIO_TOKENS, SOUNDS, FRAMES, "video_tokens", "batch", "sequence", "decoder_sequence"),
         *("encoder_sequence", "encoder_total", "past", "total"),
     }
 )
@@ -134,6 +137,9 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
         PeftfxError: the view does not exist.
     """
     check_view(view)
+    if takes_videos() and (view == FORWARD or inputs is not None or (view == AUTO and not generates(base))):
+        what, hint = "a graph of videos goes with one that writes text", "pass --view decode, or leave --videos out"
+        raise PeftfxError(what, type(base).__name__, hint)
     if view == FORWARD or (view == AUTO and (inputs is not None or not generates(base))):
         return {"model.onnx": FORWARD}
     both = encodes_and_decodes(base)
@@ -150,6 +156,11 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
         why = why_not_crossed(base)
     if why and sees:
         warn(f"images are left out, and text alone is served: {why}")
+    if takes_videos():
+        if why or both:
+            raise PeftfxError(f"videos go beside images: {why or 'this model encodes its text'}", type(base).__name__)
+        find_videos(base)  # which says why there can be none
+        return {"vision_encoder.onnx": VISION, "video_encoder.onnx": VIDEO, **files}
     if not why:
         return {"vision_encoder.onnx": VISION, **files}
     return files if both or not hears(base) else {"audio_encoder.onnx": AUDIO, **files}

@@ -30,6 +30,7 @@ from peftfx.views.decode import Decode
 from peftfx.views.finding.image_forward import ForwardWithImages
 from peftfx.views.finding.left_out_positions import left_out_positions
 from peftfx.views.images.sizes import fixed_images
+from peftfx.views.images.videos import Videos
 from peftfx.views.images.views import ImageEncoder
 
 _ANYTHING = 1e20  #: a tolerance beyond it refuses only infinities
@@ -108,8 +109,10 @@ def add_images(report: Report, program: ir.Model, view: object, prefix: str = ""
     if not isinstance(view, ImageEncoder) or not view.images.reads:
         return
     images = view.images
-    program.metadata_props[IMAGES_KEY] = as_text(images.fixed, images.picture)
-    report.sizes += [f"{prefix}{value}, as the model's code reads it" for value in images.fixed]
+    counted = (images.counted, images.place) if isinstance(images, Videos) and images.counted else None
+    program.metadata_props[IMAGES_KEY] = as_text(images.fixed, images.picture, counted)
+    of = ", of a slice of a video" if counted else ""
+    report.sizes += [f"{prefix}{value}, as the model's code reads it{of}" for value in images.fixed]
 
 
 def add_graph(report: Report, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:

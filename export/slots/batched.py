@@ -24,7 +24,7 @@ from peftfx.export.deployment.deployment import Deployment, Inputs
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
 from peftfx.export.slots.adapter_tensors import AdapterTensors, ahead, unrounded_prefix
-from peftfx.export.slots.plain_encoders import ENCODED_APART, plain_encoder
+from peftfx.export.slots.encoders import ENCODED_APART, encoder_by_row
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
@@ -43,6 +43,7 @@ from peftfx.views.arguments import named_tensors
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
+from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.forward_axes import WRITTEN
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
 from peftfx.views.view import name_axes
@@ -84,10 +85,14 @@ class Batched(Deployment):
                 if shown is None:
                     part = _forward(adapted, inputs, prompts)
                 elif name in ENCODED_APART:
-                    parts.append(plain_encoder(adapted, file, shown, {path for path, _ in by_row.stacks}, _ELSE))
+                    parts.append(encoder_by_row(adapted, file, shown, by_row, _ELSE))
                     continue
                 else:
                     assert isinstance(shown, Decode | Encoder | Decoder)
+                    if any(lengths) and isinstance(shown, DecodeOverImages):
+                        what = "a soft prompt has no place in a cache with keys and values of images"
+                        hint = "leave it out of the adapters, or use the forward view"
+                        raise PeftfxError(what, type(base).__name__, hint)
                     rowwise = WithRowAdapters.of(shown, lengths, prompts, plain_type(base))
                     graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
                     refuse_fixed(graph, rowwise.axes)
@@ -120,13 +125,17 @@ class Batched(Deployment):
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
         if not by_row:
             return Oracle(alone[-1], cases, measured_of(adapted, cases), "the model's own code, without adapters")
-        cases = with_ids(part.graph, cases, len(self.adapters))
+        if _encodes(part):  # one adapter acts in the whole call
+            numbers = range(-1, len(self.adapters))
+            cases = [{**case, IDS: torch.tensor([number])} for case in cases for number in numbers]
+        else:
+            cases = with_ids(part.graph, cases, len(self.adapters))
         told = "each row alone with its adapter, by the model's own code with the adapter on its modules"
         for name in self.adapters:
             with adapted.named.acting_as((name,)):
                 why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
-        return Oracle(each_alone(part, alone), cases, measured_of(adapted, cases), told)
+        return Oracle(_each_under_its_own(part, alone), cases, measured_of(adapted, cases), told)
 
     def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return each row alone, by the model's own code, and the graph, in which the adapters are not yet rounded."""
@@ -136,7 +145,7 @@ class Batched(Deployment):
             return rounded
         exact = dataclasses.replace(part, graph=with_exact_stacks(part.graph, {PREFIX: prefixes}))
         alone = [_alone(adapted, part, names, example) for names in self._acting(part)]
-        return CodeAndGraph(each_alone(exact, alone), graph_of(exact.graph), rounded)
+        return CodeAndGraph(_each_under_its_own(exact, alone), graph_of(exact.graph), rounded)
 
     def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> None:
         """Return nothing: rows that choose adapters have operations of their own."""
@@ -189,8 +198,17 @@ class Batched(Deployment):
 
 
 def _by_row(part: GraphPart) -> bool:
-    """Say whether the rows of a graph choose adapters. Those of encoders of images and sounds do not."""
+    """Say whether the rows of a graph choose adapters. Encoders of images and sounds may have nothing to choose."""
     return any(spec.name == IDS for spec in part.graph.inputs)
+
+
+def _encodes(part: GraphPart) -> bool:
+    """Say whether a graph encodes what is beside a text."""
+    return part.view is not None and part.view.name in ENCODED_APART
+
+
+def _each_under_its_own(part: GraphPart, alone: Sequence[Reference]) -> Reference:
+    return _under_its_own(alone) if _encodes(part) else each_alone(part, alone)
 
 
 def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:
@@ -262,6 +280,16 @@ def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
                 rows = (*(slice(None) for _ in range(along[name])), ids == number) if name in along else ...
                 own[rows] = value[rows]
         return found
+
+    return run
+
+
+def _under_its_own(alone: Sequence[Reference]) -> Reference:
+    """Make the reference of a graph in which one adapter acts in a whole call; see `each_alone`."""
+
+    def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
+        (number,) = feed[IDS].tolist()
+        return dict(alone[number]({name: value for name, value in feed.items() if name != IDS}))
 
     return run
 

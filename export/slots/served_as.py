@@ -10,7 +10,7 @@ import onnx_ir as ir
 from peftfx.bases.processors.image_size import Size
 from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.image_size import chosen_picture, example_of_size
-from peftfx.export.slots.plain_encoders import ENCODED_APART
+from peftfx.export.slots.encoders import ENCODED_APART
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import Manifest

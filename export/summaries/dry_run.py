@@ -16,6 +16,7 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from peftfx.bases.gguf import as_directory
 from peftfx.bases.load import load_base
 from peftfx.bases.processors.pictures import pictures_of
+from peftfx.bases.processors.videos import with_videos
 from peftfx.bases.sentences.modules import SentenceModules, transformer_folder
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
@@ -99,7 +100,7 @@ def dry_run(base: Path, output: Path, asked: DirectoryOptions) -> DryRun:
             model = load_base(home, task=task, weights=False, dtype=kept)
         refuse_memory(model, asked.memory)
         adapters = {name: _rules(folder) for name, folder in asked.folders.items()}
-        with _on_cpu(model), pictures_of(chosen_picture(model, asked.images, asked.view)):
+        with _on_cpu(model), pictures_of(chosen_picture(model, asked.images, asked.view)), with_videos(asked.videos):
             parts = _views(model, asked.view)
         views, files = tuple(parts.values()), dict[str, int | None].fromkeys(parts)
         unique = {id(p): p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}

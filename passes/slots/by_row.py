@@ -58,6 +58,7 @@ class ByRow(Pass):
             view captured with soft prompts by row.
         beside: the attentions, with their heads as found in the forward view.
         dtypes: the dtypes in which the graph has the stacks; by default their own.
+        whole: whether a call is of one row, as that of an image's encoder: `adapter_ids` is [1].
     """
 
     requires = ("inference", "bare")
@@ -65,11 +66,12 @@ class ByRow(Pass):
     stacks: Mapping[tuple[str, str], Tensor]
     beside: tuple[HeadedSite, ...] = ()
     dtypes: Mapping[tuple[str, str], torch.dtype] = field(default_factory=dict)
+    whole: bool = False
 
     def __call__(self, graph: Graph) -> PassResult:
         new = graph.clone()
         with isolated(graph.base):
-            rows = _Rows(new, self.stacks, self.dtypes)
+            rows = _Rows(new, self.stacks, self.dtypes, whole=self.whole)
             here = {site.path: site for site in new.sites.attentions}
             for site in self.beside:  # attentions first: their outputs are found by the readers of their last layer
                 if (site.path, KEYS) in self.stacks and site.path in here:
@@ -94,8 +96,10 @@ class _Rows:
         graph: Graph,
         stacks: Mapping[tuple[str, str], Tensor],
         dtypes: Mapping[tuple[str, str], torch.dtype],
+        *,
+        whole: bool,
     ) -> None:
-        self.graph, self.stacks, self.dtypes = graph, stacks, dtypes
+        self.graph, self.stacks, self.dtypes, self.whole = graph, stacks, dtypes, whole
         self.rewriter = Rewriter(graph.module.graph)
         self.attributes, self.index = attributes_of(graph), self._index()
         self.layers = Layers(self.rewriter)
@@ -108,7 +112,8 @@ class _Rows:
         along = next((i for i, spec in enumerate(self.graph.inputs) if spec.shape[:1] == ("batch",)), 0)
         numbers = self._numbers(inputs[along].meta["val"])
         if known is None:
-            self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, self.graph.inputs[along].shape[:1]))
+            shape = (1,) if self.whole else self.graph.inputs[along].shape[:1]
+            self.graph.inputs = (*self.graph.inputs, TensorSpec(IDS, torch.long, shape))
             ids = self.rewriter.placeholder(IDS, numbers, inputs[-1])
         else:
             ids = inputs[known]
@@ -126,7 +131,7 @@ class _Rows:
         mode = detect_fake_mode([like])
         assert mode is not None
         with mode:
-            return torch.empty(like.shape[:1], dtype=torch.long, device=like.device)
+            return torch.empty(1 if self.whole else like.shape[:1], dtype=torch.long, device=like.device)
 
     def update(self, site: Site, call: Call) -> None:
         """Let the rows of one call of a layer have their own adapters."""
@@ -134,7 +139,7 @@ class _Rows:
             hint = "merge an adapter that acts there, one export for each"
             raise PeftfxError("this layer computes in a dtype of its own: rows cannot choose there", site.path, hint)
         op, x = self.layers.nodes[call.op], self.layers.nodes[call.x]
-        listed = site.kind == "linear" and call.y == call.op and lists_rows(x, self.index)
+        listed = site.kind == "linear" and call.y == call.op and self.listed(x)
         if not listed:
             self.check(x, site.path)
         axes = 3 if listed else self.layers.nodes[call.y].meta["val"].ndim
@@ -148,9 +153,13 @@ class _Rows:
         key = "rows", tuple(given), bool(factors), listed
         self.layers.act(site, call, key, function, self.index, *given.values(), *factors)
 
+    def listed(self, value: fx.Node) -> bool:
+        """Say whether a value has the tokens of all rows on its first axis; see `lists_rows`."""
+        return not self.whole and lists_rows(value, self.index)
+
     def apart(self, value: fx.Node) -> bool:
         """Say whether a value's first axis is the batch."""
-        return str(value.meta["val"].shape[0]) == str(self.index.meta["val"].shape[0])
+        return self.whole or str(value.meta["val"].shape[0]) == str(self.index.meta["val"].shape[0])
 
     def check(self, value: fx.Node, where: str) -> None:
         """Refuse a value whose first axis is not the batch."""
@@ -172,7 +181,7 @@ class _Rows:
             return
 
         def row(value: fx.Node, axes: int) -> fx.Node:
-            if lists_rows(value, self.index):
+            if self.listed(value):
                 own = self.row(name, SLOT_OWN, 2)
                 return self.rewriter.after(value).trace(each_token, value, own, key="each token", where=name)  # type: ignore[no-any-return]
             self.check(value, name)

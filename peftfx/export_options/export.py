@@ -61,6 +61,8 @@ class ExportOptions(Checked):
             interpolate its position embeddings does so for another size. `any` leaves the height and the width free,
             if the model's code allows it; convolutional models are free without it. In a decode view it is for models
             in which a picture's size decides how many pieces it has; all images then have this size.
+        videos: also export the graph of videos beside a text, and let the graph of the text take what it gives. For
+            decode views of models of text, images and videos. Frames have the size of images.
         merged_decoder: also write `decoder_model_merged.onnx`, the decoder of an encoder-decoder in the form that
             optimum reads; see `peftfx.export.deployment.merged_decoder`.
         force: replace the directory if it exists.
@@ -89,6 +91,7 @@ class ExportOptions(Checked):
     max_memory: int | str | None = None
     allow_fixed: bool = False
     image_size: int | tuple[int, int] | str | None = None
+    videos: bool = False
     merged_decoder: bool = False
     force: bool = False
 
@@ -166,6 +169,9 @@ class ExportOptions(Checked):
         if self.merge and (names or places is not None):
             what = "adapters that are chosen when the graph runs cannot be merged"
             raise PeftfxError(what, "merge, batched" if names else "merge, slots", "leave merge out")
+        if self.videos and places is not None:
+            hint = "export it merged, or with --batched"
+            raise PeftfxError("graphs of videos take no swappable adapters", "videos, slots", hint)
         if self.merged_decoder and (names or places is not None):
             what = "merged_decoder is for adapters that are in the weights, or for none"
             raise PeftfxError(what, "merged_decoder, batched" if names else "merged_decoder, slots", "leave one out")
@@ -192,6 +198,7 @@ class ExportChoices(TypedDict, total=False):
     max_memory: int | str | None
     allow_fixed: bool
     image_size: int | tuple[int, int] | str | None
+    videos: bool
     merged_decoder: bool
     force: bool
 

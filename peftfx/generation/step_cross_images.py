@@ -1,4 +1,4 @@
-"""Steps of a decoder whose layers attend to an image beside its text. The image is encoded once, before the text."""
+"""Steps of a decoder whose layers attend to images beside its text. Images are encoded once, before the text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import kept_by
 from peftfx.errors import PeftfxError
+from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates
 from peftfx.generation.step_images import EncodesImages, split_images
 from peftfx.views.finding.cross_images import DecodeOverImages
@@ -24,7 +25,7 @@ class GeneratesOverImages(EncodesImages, Generates):
     """A mixin for a class that generates with the views of a decoder that attends to images."""
 
     view: DecodeOverImages
-    _shown: Tensor | None = None
+    _shown = OfThread()
 
     @property
     def images(self) -> Images:  # type: ignore[override]
@@ -41,7 +42,7 @@ class GeneratesOverImages(EncodesImages, Generates):
         cross_attention_mask: Tensor | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Return the logits, and the cache with these tokens added. The image comes with the first tokens."""
+        """Return the logits, and the cache with these tokens added. Images come with the first tokens."""
         pixels = self.images_in(others)
         if others.pop("use_cache", None) is False or cache is None:
             cache = self.new_cache()
@@ -51,7 +52,7 @@ class GeneratesOverImages(EncodesImages, Generates):
                 self._begin(cache, pixels, input_ids)
             elif pixels:
                 hint = "begin a new text, or run the model by transformers"
-                raise PeftfxError("an image comes with the first tokens of a text", self.images.inputs[0][0], hint)
+                raise PeftfxError("images come with the first tokens of a text", self.images.inputs[0][0], hint)
             self._shown = self._mask(cross_attention_mask, input_ids, cache, before)
         try:
             return super().forward(input_ids, attention_mask, position_ids, cache, logits_to_keep, **others)
@@ -68,22 +69,43 @@ class GeneratesOverImages(EncodesImages, Generates):
         return self.view.with_images(self.step(inputs, cache), inputs)
 
     def _begin(self, cache: DynamicCache, pixels: dict[str, Tensor], tokens: Tensor) -> None:
-        """Put the keys and values of images into an empty cache: zeros for a text without one."""
-        kept = kept_by(self.view.layers)
-        past = [tensor.empty(len(tokens), tokens.device) for tensor in kept]
-        ones = split_images(self.images, pixels) if pixels else []
-        if pixels and len(ones) != len(tokens):
-            what = f"the graphs take one image for each text, and this call has {len(ones)} for {len(tokens)}"
-            raise PeftfxError(what, self.images.inputs[0][0], "run the model by transformers")
-        found = [self.encode(one, None) for one in ones]
-        for i in self.view.of_images if found else ():
-            past[i] = torch.cat([each[self.view.present_names[i]] for each in found]).to(kept[i].dtype)
+        """Put the keys and values of images into an empty cache: zeros, as of one image, for texts without any.
+
+        A text with fewer images than another has empty ones behind them, which are encoded too: in transformers' code,
+        a token that sees no image attends to all pieces alike.
+        """
+        rows = len(tokens)
+        past = [tensor.empty(rows, tokens.device) for tensor in kept_by(self.view.layers)]
+        ones = split_images(self.images, pixels, empty=True) if pixels else []
+        if len(ones) % rows:
+            what = f"each text has as many images as the others, or empty ones, and there are {len(ones)} for {rows}"
+            raise PeftfxError(what, self.images.inputs[0][0], "pass what the model's processor makes")
+        each = max(len(ones) // rows, 1)
+        found = self._each([{**one, **self.of_row(i // each, rows)} for i, one in enumerate(ones)])
+        for i in self.view.of_images:
+            past[i] = past[i].unsqueeze(2)
+            if found:
+                values = torch.cat([one[self.view.present_names[i]] for one in found]).to(past[i].dtype)
+                past[i] = values.unflatten(0, (rows, -1)).transpose(1, 2).contiguous()
         cache_of(self.view.layers, past, cache)
+
+    def _each(self, ones: list[dict[str, Tensor]]) -> list[Mapping[str, Tensor]]:
+        """Return the keys and values of each image. Equal images, such as those of beams, are encoded once."""
+        known: list[tuple[dict[str, Tensor], Mapping[str, Tensor]]] = []
+        found = []
+        for one in ones:
+            made = next((made for own, made in known if all(torch.equal(own[n], v) for n, v in one.items())), None)
+            if made is None:
+                made = self.encode(one, None)
+                known.append((one, made))
+            found.append(made)
+        return found
 
     def _mask(self, given: Tensor | None, tokens: Tensor, cache: DynamicCache, before: int) -> Tensor:
         """Return which tokens attend to which pieces: none in a text without an image. One token needs no mask."""
-        shape = (*tokens.shape, *self.view.cross.shown)
-        has = held(cache)[self.view.of_images[0]][:, :, :1].flatten(1).any(1).long()
+        keys = held(cache)[self.view.of_images[0]]
+        shape = (*tokens.shape, keys.shape[2], self.view.cross.tiles)
+        has = keys[:, :, :, :1].flatten(1).any(1).long()
         if given is None and shape[1] > 1 and bool(has.any()):
             hint = "pass what the model's processor makes"
             raise PeftfxError("a text with an image needs the mask of its image's pieces", CROSS_MASK, hint)
@@ -93,5 +115,5 @@ class GeneratesOverImages(EncodesImages, Generates):
             given = given[:, before : before + shape[1]]
         if given.shape != shape:
             what = f"the graph takes a mask {list(shape)}, and this call has {list(given.shape)}"
-            raise PeftfxError(what, CROSS_MASK, "give one image for each text, and pass what the processor makes")
+            raise PeftfxError(what, CROSS_MASK, "pass what the model's processor makes")
         return (given == 1).long() * has.view(-1, *[1] * (len(shape) - 1))

@@ -29,7 +29,7 @@ class GeneratesFromImages(EncodesImages, GeneratesFromSource):
     def _encoded_text(
         self, tokens: Tensor, mask: Tensor | None, pixels: dict[str, Tensor], rows: Tensor | None
     ) -> BaseModelOutput:
-        found = self.encoded(pixels) if pixels else [torch.zeros(0, self.images.width)]
+        found = self.encoded(pixels, tokens) if pixels else [torch.zeros(0, self.images.width)]
         features = torch.cat(found).to(self.images.dtype)
         self.check_count(tokens, len(features))
         return self.source_encoder(tokens, mask, rows, features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from peftfx.bases.processors.encoded_images import joined_features
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import with_offsets
+from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates, Step
 from peftfx.views.images.encoded import IMAGE_FEATURES, Images
 from peftfx.views.images.views import DecodeWithImages
+from peftfx.views.row_adapters import IDS
 
 
 class EncodesImages:
@@ -25,26 +27,60 @@ class EncodesImages:
     Attributes:
         encode: the function that runs the view of an image.
         images: how the model reads images.
+        numbers: returns the numbers of the rows' adapters, given how many rows there are; None if the view of an image
+            does not take that of its row.
     """
 
     encode: Step
     images: Images
+    numbers: Callable[[int], Tensor] | None = None
 
-    def encoded(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    def encoded(self, inputs: Mapping[str, Tensor], tokens: Tensor | None) -> list[Tensor]:
         """Return the features of each image, [pieces, width]. Each image is encoded separately.
 
         Args:
             inputs: all arguments of the images, those that are fixed in the graph too.
+            tokens: the text, [batch, sequence]. Images are in its rows in their order.
         """
         images = self.images
         ones = split_images(images, inputs)
         for fixed in images.fixed:
             fixed.check(inputs.get(fixed.name), len(ones), images.picture)
-        found = [self.encode(one, None)[IMAGE_FEATURES] for one in ones]
+        found = self.each_encoded(self.encode, images, ones, tokens)
         if images.reads and any(bool(features.isnan().all()) for features in found):
             what = "a part of this image is empty, and the model's code computes something else there"
             raise PeftfxError(what, images.inputs[0][0], "run the model by transformers")
         return found
+
+    def each_encoded(
+        self, encode: Step, images: Images, ones: Sequence[dict[str, Tensor]], tokens: Tensor | None
+    ) -> list[Tensor]:
+        """Return the features of each image, under the adapter of its row.
+
+        Args:
+            encode: the function that runs their view.
+            images: how the model reads them.
+            ones: the arguments of each.
+            tokens: the text, [batch, sequence].
+        """
+        left = [] if tokens is None else (tokens == images.token).sum(1).tolist()
+        found = []
+        for one in ones:
+            row = next((row for row, count in enumerate(left) if count), 0)
+            features = encode({**one, **self.of_row(row, len(left))}, None)[images.written.name]
+            found.append(features)
+            if left:
+                left[row] = max(left[row] - len(features), 0)
+        return found
+
+    def of_row(self, row: int, rows: int) -> dict[str, Tensor]:
+        """Return the number of the adapter of a row, if the view of an image takes it.
+
+        Args:
+            row: the place of the row in the batch.
+            rows: how many rows there are.
+        """
+        return {} if self.numbers is None else {IDS: self.numbers(rows)[row : row + 1]}
 
     def images_in(self, named: dict[str, Any]) -> dict[str, Tensor]:
         """Take the arguments of images out of the arguments of a call; nothing if it has no pixels."""
@@ -64,8 +100,8 @@ class GeneratesWithImages(EncodesImages, Generates):
     """A mixin for a class that generates with the views of a model of text and images."""
 
     view: DecodeWithImages
-    _features: Tensor | None = None
-    _types: Tensor | None = None
+    _features = OfThread()
+    _types = OfThread()
 
     @property
     def images(self) -> Images:  # type: ignore[override]
@@ -97,7 +133,7 @@ class GeneratesWithImages(EncodesImages, Generates):
         if output is not None:
             features = joined_features(output)
         elif pixels:
-            features = torch.cat(self.encoded(pixels))
+            features = torch.cat(self.encoded(pixels, input_ids))
         else:
             features = torch.zeros(0, self.view.images.width)
         if input_ids is not None:
@@ -118,13 +154,15 @@ class GeneratesWithImages(EncodesImages, Generates):
         types = {} if self._types is None else {TYPES: self._types}
         return {IMAGE_FEATURES: self._features, **types}
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *_: object
+    ) -> dict[str, Any]:
         """Encode images once, before the prefill."""
         pixels = self.images_in(model_kwargs)
         model_kwargs.setdefault("mm_encoder_outputs", {})
         if pixels:
             # a list with one entry for each image, as beams and samples repeat the images of a text together
-            output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels))  # type: ignore[call-arg, arg-type]
+            output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels, inputs_tensor))  # type: ignore[call-arg, arg-type]
             model_kwargs["mm_encoder_outputs"]["image"] = output
         return model_kwargs
 
@@ -154,11 +192,11 @@ class GeneratesAsWriter(GeneratesWithImages):
         return GenerationMixin.generate(self, **with_offsets(self.view, (), given))  # type: ignore[arg-type]
 
 
-def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def split_images(images: Images, inputs: Mapping[str, Tensor], *, empty: bool = False) -> list[dict[str, Tensor]]:
     """Return the arguments of each image that its graph takes.
 
     A row with several images may have them one after the other along its second axis, as tiles, with empty tiles after
-    the last image.
+    the last image. These are left out unless they are asked for with `empty`.
 
     Raises:
         PeftfxError: an argument is missing, or has not the shape of whole images.
@@ -182,6 +220,6 @@ def split_images(images: Images, inputs: Mapping[str, Tensor]) -> list[dict[str,
     counts = {len(values) for values in parts.values()}
     if len(counts) != 1:
         raise PeftfxError("these arguments hold different numbers of images", ", ".join(parts), "check them")
-    several = len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
+    several = not empty and len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
     kept = [i for i, value in enumerate(first) if not several or bool((value != 0).any())]
     return [{name: values[i] for name, values in parts.items()} for i in kept]

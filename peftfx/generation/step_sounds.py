@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peftfx.errors import PeftfxError
+from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates, Step
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds
 from peftfx.views.sounds.views import DecodeWithSounds
@@ -24,7 +25,7 @@ class GeneratesWithSounds(Generates):
 
     view: DecodeWithSounds
     encode: Step
-    _features: Tensor | None = None
+    _features = OfThread()
 
     @property
     def sounds(self) -> Sounds:

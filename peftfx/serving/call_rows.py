@@ -109,7 +109,7 @@ class RowAdapters:
                 hint = "export it with --batched NAME=DIR"
                 raise PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
             return given
-        ids = given[IDS] if IDS in given else self._numbers(first.shape[0])
+        ids = given[IDS] if IDS in given else self.numbers_of(first.shape[0])
         self._check_ids(ids, first.shape[0])
         return {**given, IDS: ids.long()}
 
@@ -134,13 +134,13 @@ class RowAdapters:
 
         transformers leaves them out of calls of its own: those that guide a text by one without its prompt.
         """
-        before, self._rows.ids = self._rows.ids, self._numbers(1) if ids is None else ids
+        before, self._rows.ids = self._rows.ids, self.numbers_of(1) if ids is None else ids
         try:
             yield
         finally:
             self._rows.ids = before
 
-    def _numbers(self, rows: int) -> Tensor:
+    def numbers_of(self, rows: int) -> Tensor:
         """Return the adapters' numbers of as many rows: those that are kept, or the active adapter's."""
         ids = self._rows.ids
         if ids is None:

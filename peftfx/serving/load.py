@@ -24,7 +24,7 @@ from peftfx.views.images.encoded import IMAGE_FEATURES
 from peftfx.views.sounds.encoded import AUDIO_FEATURES
 
 ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
-VISION_ENCODER, AUDIO_ENCODER = "vision_encoder.onnx", "audio_encoder.onnx"
+VISION_ENCODER, VIDEO_ENCODER, AUDIO_ENCODER = "vision_encoder.onnx", "video_encoder.onnx", "audio_encoder.onnx"
 
 
 def load(
@@ -56,6 +56,7 @@ def load(
     """
     from peftfx.serving.beside_text.images import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
     from peftfx.serving.beside_text.sounds import ServedWithSounds
+    from peftfx.serving.beside_text.videos import ServedWithVideos
     from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
     from peftfx.serving.sentences import ServedSentences
 
@@ -82,6 +83,9 @@ def load(
         if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in model.inputs:
             encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
             made = ServedWithImages(directory, model, encoder)
+            if is_file(directory / VIDEO_ENCODER):
+                videos = OnnxModel(directory / VIDEO_ENCODER, threads=threads, options=options, providers=providers)
+                made = ServedWithVideos(directory, model, encoder, videos)
         elif is_file(directory / VISION_ENCODER) and CROSS_MASK in model.inputs:
             encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
             made = ServedOverImages(directory, model, encoder)

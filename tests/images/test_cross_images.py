@@ -55,6 +55,17 @@ class Seeing:
         texts = [f"{IMAGE} {text}" for text, _ in asked]
         return dict(self.processor(text=texts, images=images, return_tensors="pt", padding=True))
 
+    def several(self, asked: list[tuple[str, list[int]]]) -> dict[str, Tensor]:
+        images = [[Image.open(self.root / f"{i}.png").convert("RGB") for i in own] for _, own in asked]
+        texts = [text for text, _ in asked]
+        made = dict(self.processor(text=texts, images=images, return_tensors="pt", padding=True))
+        for name in ("aspect_ratio_ids", "aspect_ratio_mask"):  # the processor leaves out last rows without an image
+            rest = made[name].new_zeros(len(asked) - len(made[name]), *made[name].shape[1:])
+            if name.endswith("mask"):
+                rest[:, :, 0] = 1  # as it has it for empty images
+            made[name] = torch.cat([made[name], rest])
+        return made
+
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
@@ -119,19 +130,53 @@ def test_what_the_graphs_do_not_take_is_refused(seeing: Seeing) -> None:
     given = seeing.made(("w7 w8 w9", seeing.root / "0.png"))
     with pytest.raises(PeftfxError, match=r"needs the mask of its image's pieces \[cross_attention_mask\]"):
         served.generate(**{name: value for name, value in given.items() if name != "cross_attention_mask"}, **OPTIONS)
-    images = [[Image.open(seeing.root / f"{i}.png").convert("RGB") for i in (0, 1)]]
-    two = seeing.processor(text=[f"{IMAGE} w7 {IMAGE} w8"], images=images, return_tensors="pt")
-    with pytest.raises(PeftfxError, match="the graphs take one image for each text, and this call has 2 for 1"):
+    two = seeing.several([(f"{IMAGE} w7", [0]), (f"{IMAGE} w8", [1])])
+    two["cross_attention_mask"] = two["cross_attention_mask"].repeat(1, 1, 2, 1)
+    with pytest.raises(PeftfxError, match=r"takes a mask \[2, 3, 1, 4\], and this call has \[2, 3, 2, 4\]"):
         served.generate(**two, **OPTIONS)
+    more = {name: value[:1] for name, value in two.items() if name in ("input_ids", "attention_mask")} | {
+        name: value for name, value in two.items() if name.startswith(("pixel", "aspect"))
+    }
+    with pytest.raises(PeftfxError, match="needs the mask"):
+        served.generate(**more, **OPTIONS)
+    odd = {**two, **{n: v[:1] for n, v in two.items() if n.startswith(("pixel", "aspect"))}}
+    with pytest.raises(PeftfxError, match="each text has as many images as the others, or empty ones"):
+        served.generate(**odd, **OPTIONS)
 
 
-def test_the_command_answers_a_prompt_about_an_image(seeing: Seeing, peftfx: Run) -> None:
+def test_texts_have_different_numbers_of_images(seeing: Seeing) -> None:
+    served, asked = runtime.load(seeing.root / "out"), {"output_logits": True, "return_dict_in_generate": True}
+    texts = [(f"{IMAGE} w7 {IMAGE} w8 w9", [0, 1]), (f"w5 {IMAGE} w10", [2]), ("w11 w12", [])]
+    batches = (texts, texts[:1], texts[1:], [(f"{IMAGE} {IMAGE} w7 {IMAGE} w4", [2, 0, 1]), *texts[::-1]])
+    for chosen in batches:
+        given = seeing.several(chosen)
+        assert given["pixel_values"].shape[1] == max(len(images) for _, images in chosen)
+        for more in ({}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}):
+            want = seeing.peft.generate(**given, **OPTIONS, **asked, **more)
+            found = served.generate(**given, **OPTIONS, **asked, **more)
+            assert torch.equal(found.sequences, want.sequences)
+            for own, logits in zip(found.logits, want.logits, strict=True):
+                torch.testing.assert_close(own, logits, atol=1e-4, rtol=1e-3)
+    swapped = seeing.several([(f"{IMAGE} w7 {IMAGE} w8 w9", [1, 0])])
+    given = seeing.several(texts[:1])
+    assert not torch.equal(served.generate(**swapped, **OPTIONS), served.generate(**given, **OPTIONS))
+
+
+def test_the_command_answers_a_prompt_about_images(seeing: Seeing, peftfx: Run) -> None:
     path = seeing.root / "0.png"
     given = seeing.made(("w7 w8", path))
     tokens = seeing.peft.generate(**given, max_new_tokens=NEW, do_sample=False)[0, given["input_ids"].shape[1] :]
     want = seeing.processor.tokenizer.decode(tokens, skip_special_tokens=True)
     asked = ("--image", path, "-p", "w7 w8", "--json", "--max-new-tokens", NEW)
     result = peftfx("run", seeing.root / "out", *asked)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["text"] == want
+    two = seeing.several([(f"{IMAGE} w7 {IMAGE} w8", [0, 1])])
+    tokens = seeing.peft.generate(**two, max_new_tokens=NEW, do_sample=False)[0, two["input_ids"].shape[1] :]
+    want = seeing.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    files = ("--image", path, "--image", seeing.root / "1.png")
+    asked = ("-p", f"{IMAGE} w7 {IMAGE} w8", "--json", "--max-new-tokens", NEW)
+    result = peftfx("run", seeing.root / "out", *files, *asked)
     assert result.code == 0, result.err
     assert json.loads(result.out)["text"] == want
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 import peftfx as compiler
 from peftfx import PeftfxError, runtime
+from peftfx.generation import step
 
 Run = Callable[..., Result]
 IMAGE, SIZE, NEW = "<image>", 32, 8
@@ -149,6 +151,34 @@ def test_text_alone_and_a_batch_and_beams_are_generated_too(seeing: Seeing) -> N
     assert torch.equal(served.generate(**text, **options), seeing.peft.generate(**text, **options))
 
 
+def test_two_threads_ask_about_two_images(seeing: Seeing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of one waits for the same step of the other, between what it keeps for its call and the graph's run."""
+    served, said, both = runtime.load(seeing.directory), {}, threading.Barrier(2, timeout=60)
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    made = [
+        seeing.processor(text=f"{IMAGE} {text}", images=[Image.open(seeing.root / name)], return_tensors="pt")
+        for text, name in (("w5 w6 w7", "0.png"), ("w9 w8", "1.png"))
+    ]
+    own = step.step_inputs
+
+    def together(*arguments: Any) -> dict[str, torch.Tensor]:
+        both.wait()
+        return own(*arguments)
+
+    def ask(number: int) -> None:
+        said[number] = served.generate(**made[number], **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "step_inputs", together)
+        threads = [threading.Thread(target=ask, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, given in enumerate(made):
+        assert torch.equal(said[number], served.generate(**given, **options))
+
+
 def test_the_adapted_model_generates_so_in_torch(seeing: Seeing) -> None:
     ours = compiler.load(build(), seeing.root / "adapter", road="graph")
     made = seeing.processor(
@@ -165,7 +195,3 @@ def test_what_does_not_go_together_is_refused(seeing: Seeing, peftfx: Run, tmp_p
     served = runtime.load(seeing.directory)
     with pytest.raises(PeftfxError, match="has 1 image tokens, and its images 16 pieces"):
         served(input_ids=torch.tensor([[3, 5]]), pixel_values=torch.zeros(1, 3, SIZE, SIZE))
-    where = ("--base", seeing.root / "base", "--output", tmp_path / "o", "--view", "decode")
-    by_row = peftfx("export", *where, "--batched", f"a={seeing.root / 'adapter'}")
-    print(by_row.err)
-    assert_refused(by_row, "an adapter acts where images or sounds are encoded", "merged")

@@ -60,20 +60,27 @@ class FixedValues:
         return f"{self.name} {self.tensor().tolist()}"
 
 
-def as_text(values: Sequence[FixedValues], picture: Sequence[int]) -> str:
-    """Return fixed values, and the picture's height and width, as JSON for a model's metadata."""
+def as_text(values: Sequence[FixedValues], picture: Sequence[int], counted: tuple[str, int] | None = None) -> str:
+    """Return fixed values, and the picture's height and width, as JSON for a model's metadata.
+
+    Args:
+        values: the values.
+        picture: the height and width.
+        counted: the argument that says how many slices a video has, and the place of the number.
+    """
     told = {v.name: {"shape": v.shape, "numbers": v.numbers, "whole": v.whole} for v in values}
-    return json.dumps({"values": told, "picture": list(picture)})
+    more = {} if counted is None else {"counted": list(counted)}
+    return json.dumps({"values": told, "picture": list(picture), **more})
 
 
-def from_text(text: str) -> tuple[tuple[FixedValues, ...], tuple[int, ...]]:
-    """Return what `as_text` wrote. An empty text has no values.
+def from_text(text: str) -> tuple[tuple[FixedValues, ...], tuple[int, ...], tuple[str, int]]:
+    """Return what `as_text` wrote. An empty text has no values, and counts nothing: `("", 0)`.
 
     Raises:
         PeftfxError: the text is not what `as_text` writes.
     """
     if not text:
-        return (), ()
+        return (), (), ("", 0)
     try:
         told = json.loads(text)
         values = told["values"]
@@ -82,6 +89,7 @@ def from_text(text: str) -> tuple[tuple[FixedValues, ...], tuple[int, ...]]:
             FixedValues(str(n), tuple(map(int, v["shape"])), tuple(map(int, v["numbers"])), bool(v["whole"]))
             for n, v in values.items()
         )
-        return found, tuple(map(int, told["picture"]))
+        counted, place = told.get("counted", ("", 0))
+        return found, tuple(map(int, told["picture"])), (str(counted), int(place))
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise PeftfxError("the graph's metadata about images is damaged", IMAGES_KEY, "export again") from error

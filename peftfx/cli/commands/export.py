@@ -127,6 +127,10 @@ def export(
             help="Height and width of images, such as 384x512; any leaves them free; by default the model's own."
         ),
     ] = None,
+    videos: Annotated[
+        bool,
+        typer.Option("--videos", help="Also export the graph of videos beside a text, for --view decode."),
+    ] = False,
     merged_decoder: Annotated[
         bool,
         typer.Option("--merged-decoder", help="Also write the decoder of an encoder-decoder as optimum reads it."),
@@ -164,6 +168,7 @@ def export(
         "force": force,
         "allow_fixed": allow_fixed,
         "image_size": image_size,
+        "videos": videos,
         "merged_decoder": merged_decoder,
         "max_memory": max_memory,
     }

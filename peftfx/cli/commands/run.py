@@ -32,6 +32,10 @@ def run(
         str | None, typer.Option(help="Query to compare each text with, or question to answer by each text.")
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image for the model's task; repeat it for more.")] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with the frames of a video for the prompt, as images; repeat it for more."),
+    ] = None,
     audio: Annotated[
         list[Path] | None,
         typer.Option(help="WAV file to transcribe, classify or ask about, of any sampling rate; repeat it for more."),
@@ -83,6 +87,7 @@ def run(
         prompt=prompt[0] if prompt else None,
         texts=(*(text or ()), *read_texts(texts)),
         images=tuple(image or ()),
+        videos=tuple(video or ()),
         sounds=tuple(audio or ()),
         task=task,
         top=top,

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.bases.processors.image_size import Size
 from peftfx.bases.processors.pictures import chosen_size
+from peftfx.bases.processors.videos import takes_videos
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import unmet
 from peftfx.graph.contexts import fake_mode_of, keeping_activations
@@ -55,13 +56,13 @@ class Graphs:
         self._captured: dict[object, list[tuple[ModelState, list[Graph]]]] = {}
         self._derived: dict[object, tuple[Graph, Graph]] = {}  # captured, derived: the key has its id
         self.runs = Runs()
-        self._views: dict[tuple[str, Size | None], View | None] = {}
+        self._views: dict[tuple[str, Size | None, bool], View | None] = {}
         self._patterns = patterns_version()
         self.whole = "forward"  #: the view that runs all of the base
 
     def view(self, name: str) -> View | None:
         """Return the base's view of this name, or None for the forward."""
-        key = name, chosen_size()
+        key = name, chosen_size(), takes_videos()
         if key not in self._views:
             self._views[key] = find_view(self.base, name)
         return self._views[key]
@@ -175,7 +176,7 @@ class Graphs:
     def keep(self, graph: Graph, inputs: Mapping[str, object], view: View | None = None) -> None:
         """Cache a graph that was captured, with these inputs, from the base in its present state."""
         if view is not None:
-            self._views[view.name, chosen_size()] = view
+            self._views[view.name, chosen_size(), takes_videos()] = view
             if view.name == IMAGE_TEXT:
                 self.whole = IMAGE_TEXT
         self._known(inputs, None, view).append(graph)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.processors.writers import writer_of
-from peftfx.caches.held import Held
+from peftfx.caches.held import KEY, VALUE, Held, KeptTensor
 from peftfx.errors import PeftfxError
 from peftfx.generation.over_graphs import over_graphs
 from peftfx.generation.step import Generates, Step
@@ -23,9 +26,11 @@ from peftfx.serving.call_inputs import ONNX_DTYPES
 from peftfx.serving.generators import Buffered, ServedGenerator, ServedSeq2Seq, skeleton
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.serving.served import Served
+from peftfx.views.decode import PRESENT
 from peftfx.views.entry import POSITIONS
 from peftfx.views.finding.cross_images import CrossImages, DecodeOverImages
 from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, Images
+from peftfx.views.images.videos import FRAMES
 from peftfx.views.images.views import DecodeWithImages
 from peftfx.views.row_adapters import IDS
 
@@ -37,6 +42,7 @@ class ServedWithImages(ByOwnClass, GeneratesWithImages, ServedGenerator):  # typ
         super().__init__(directory, model)
         self.graphs = {"vision_encoder": encoder, "model": model}
         images, self.encode = _images_of(self, model, encoder)
+        self.numbers = numbers_of(self, encoder)
         self.view = DecodeWithImages(self.view.layers, self.view.positions, images)
 
     @property
@@ -50,31 +56,29 @@ class ServedWithImages(ByOwnClass, GeneratesWithImages, ServedGenerator):  # typ
         return self._own
 
     @cached_property
-    def _own(self) -> Any:
-        parts = {"view": self.view, "step": self.step, "encode": self.encode}
+    def _stand_in(self) -> Any:
         base = skeleton(self)
         way = _OwnClass if writer_of(base) is base else _OwnWriter
-        return over_graphs(base, way, **parts, generation_config=self.generation_config)
+        return over_graphs(base, way, **parts_of(self), generation_config=self.generation_config)
 
 
 class ServedOverImages(ByOwnClass, GeneratesOverImages, ServedGenerator):  # type: ignore[misc]
-    """A model whose layers attend to an image, in ONNX Runtime. A graph of its own encodes the image once."""
+    """A model whose layers attend to images, in ONNX Runtime. A graph of its own encodes each image once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
         super().__init__(directory, model)
         self.graphs = {"vision_encoder": encoder, "model": model}
-        inputs, self.encode = _inputs_of(encoder)
-        layers = tuple(
-            layer if all(tensor.along is None for tensor in layer.kept) else Held(()) for layer in self.view.layers
-        )
-        images = Images(_token_of(self), 0, self.dtype, None, False, inputs)
-        cross = CrossImages(images, layers, tuple(int(size) for size in model.axes[CROSS_MASK][2:]))
-        self.view = DecodeOverImages(self.view.layers, self.view.positions, cross)
+        inputs, self.encode = inputs_of(encoder)
+        self.numbers = numbers_of(self, encoder)
+        images = Images(token_of(self), 0, self.dtype, None, False, inputs)
+        of_images = tuple(_of_one_image(encoder, i) for i in range(len(self.view.layers)))
+        layers = tuple(one if one.kept else own for own, one in zip(self.view.layers, of_images, strict=True))
+        cross = CrossImages(images, of_images, int(model.axes[CROSS_MASK][-1]))
+        self.view = DecodeOverImages(layers, self.view.positions, cross)
 
     @cached_property
-    def _own(self) -> Any:
-        parts = {"view": self.view, "step": self.step, "encode": self.encode}
-        return over_graphs(skeleton(self), _OverImages, **parts, generation_config=self.generation_config)
+    def _stand_in(self) -> Any:
+        return over_graphs(skeleton(self), _OverImages, **parts_of(self), generation_config=self.generation_config)
 
 
 class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: ignore[misc]
@@ -84,6 +88,7 @@ class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: igno
         super().__init__(directory, model, encoder)
         self.graphs = {"vision_encoder": vision, **self.graphs}
         self.images, self.encode = _images_of(self, encoder, vision)
+        self.numbers = numbers_of(self, vision)
 
     @property
     def way(self) -> type[Generates]:
@@ -93,11 +98,21 @@ class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: igno
     @property
     def parts(self) -> dict[str, Any]:
         """The attributes that the mixin needs."""
-        return {**super().parts, "encode": self.encode, "images": self.images}
+        return {**super().parts, "encode": self.encode, "images": self.images, "numbers": self.numbers}
 
 
 class _FromImages(Buffered, GeneratesFromImages):  # type: ignore[misc]
     """The forward of an encoder-decoder's own class, which calls the graphs. The class's tensors are empty."""
+
+
+def parts_of(served: ServedWithImages | ServedOverImages) -> dict[str, Any]:
+    """Return the attributes that the mixins of a stand-in need."""
+    return {name: getattr(served, name) for name in ("view", "step", "encode", "numbers")}
+
+
+def numbers_of(served: Served, *encoders: OnnxModel) -> Callable[[int], Tensor] | None:
+    """Return the function that tells the adapters of rows, if a graph of images takes that of its row."""
+    return served.numbers_of if any(IDS in encoder.inputs for encoder in encoders) else None
 
 
 def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Images, Step]:
@@ -108,8 +123,8 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
         model: the graph that takes the features of images.
         encoder: the graph that makes them.
     """
-    token, (inputs, encode) = _token_of(served), _inputs_of(encoder)
-    fixed, picture = from_text(encoder.metadata.get(IMAGES_KEY, ""))
+    token, (inputs, encode) = token_of(served), inputs_of(encoder)
+    fixed, picture, _ = from_text(encoder.metadata.get(IMAGES_KEY, ""))
     width, dtype = int(model.axes[IMAGE_FEATURES][-1]), ONNX_DTYPES[model.types[IMAGE_FEATURES]]
     axes = model.axes.get(POSITIONS, ())
     images = Images(
@@ -122,21 +137,41 @@ def _images_of(served: Served, model: OnnxModel, encoder: OnnxModel) -> tuple[Im
     return images, encode
 
 
-def _token_of(served: Served) -> int:
-    """Return the token that stands for a piece of an image."""
-    token = first_of(served.config, "image_token_id", "image_token_index")
+def _of_one_image(encoder: OnnxModel, layer: int) -> Held:
+    """Return what a layer of a cache keeps of an image, as a graph of images gives it; nothing for a layer of text."""
+    names = [name for name in (KEY, VALUE) if f"{PRESENT}.{layer}.{name}" in encoder.outputs]
+    made = {name: f"{PRESENT}.{layer}.{name}" for name in names}
+    shapes = {name: tuple(int(size) for size in encoder.axes[own][1:]) for name, own in made.items()}
+    return Held(tuple(KeptTensor(name, shapes[name], ONNX_DTYPES[encoder.types[own]]) for name, own in made.items()))
+
+
+def token_of(
+    served: Served, names: Sequence[str] = ("image_token_id", "image_token_index"), kind: str = "image"
+) -> int:
+    """Return the token that stands for a piece of an image, or of a video.
+
+    Args:
+        served: the model.
+        names: the fields of its config that may tell the token.
+        kind: the word for the message.
+    """
+    token = first_of(served.config, *names)
     if not isinstance(token, int):
-        what, hint = "the config names no image token", "copy the base model's config.json again"
+        what, hint = f"the config names no {kind} token", "copy the base model's config.json again"
         raise PeftfxError(what, str(served.directory / "config.json"), hint)
     return token
 
 
-def _inputs_of(encoder: OnnxModel) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], Step]:
+def inputs_of(encoder: OnnxModel) -> tuple[tuple[tuple[str, tuple[int, ...]], ...], Step]:
     """Return the inputs of a graph of images, with the shape of each for one image, and a function that runs it."""
     shapes = {name: encoder.axes[name] for name in encoder.inputs if name != IDS}
-    inputs = tuple((name, tuple(1 if size == BESIDE else int(size) for size in axes)) for name, axes in shapes.items())
-    dtypes = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}
-    return inputs, lambda given, _: encoder(**{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items()})
+    inputs = tuple(
+        (name, tuple(1 if size in (BESIDE, FRAMES) else int(size) for size in axes)) for name, axes in shapes.items()
+    )
+    dtypes, taken = {name: ONNX_DTYPES.get(encoder.types[name]) for name, _ in inputs}, set(encoder.inputs)
+    return inputs, lambda given, _: encoder(
+        **{n: v.to(dtypes.get(n) or v.dtype) for n, v in given.items() if n in taken}
+    )
 
 
 class _OverImages(Buffered, GeneratesOverImages):  # type: ignore[misc]

@@ -53,7 +53,7 @@ class ServedWithSounds(ByOwnClass, GeneratesWithSounds, ServedGenerator):  # typ
         return super().tensors | {*self.sounds.names}
 
     @cached_property
-    def _own(self) -> Any:
+    def _stand_in(self) -> Any:
         parts = {"view": self.view, "step": self.step, "encode": self.encode}
         return over_graphs(skeleton(self), _OwnClass, **parts, generation_config=self.generation_config)
 

@@ -23,6 +23,7 @@ class Asked:
         prompt: the text to continue.
         texts: the texts for the model's task.
         images: the image files for the model's task, or for the prompt.
+        videos: folders, each with the frames of a video for the prompt as images, in the order of their names.
         sounds: the WAV files for the model's task, or for the prompt.
         task: the name of a pipeline; None means the task that the model was made for.
         top: the number of labels to show, by default 5.
@@ -46,6 +47,7 @@ class Asked:
     prompt: str | None = None
     texts: tuple[str, ...] = ()
     images: tuple[Path, ...] = ()
+    videos: tuple[Path, ...] = ()
     sounds: tuple[Path, ...] = ()
     task: str | None = None
     top: int | None = None
@@ -75,7 +77,9 @@ class Asked:
             check_task(self.task)
         if self.query is not None and not self.texts:
             raise PeftfxError("there are no texts to compare with the query", "run", "pass --text or --texts too")
-        described = self.prompt is not None and bool(self.images) != bool(self.sounds) and not self.texts
+        self._check_videos()
+        seen = self.images or self.videos
+        described = self.prompt is not None and bool(seen) != bool(self.sounds) and not self.texts
         given = (self.prompt is not None, bool(self.texts or self.images), bool(self.sounds))
         if sum(given) != 1 and not described:
             hint = "pass --prompt, or --text, or --image, or --audio; a prompt may have images, or recordings"
@@ -84,6 +88,16 @@ class Asked:
             missing = next((path for path in paths if not os.path.isfile(path)), None)
             if missing is not None:
                 raise PeftfxError(f"there is no such {kind}", str(missing), "check the path")
+
+    def _check_videos(self) -> None:
+        for path in self.videos:
+            if not os.path.isdir(path):
+                what = "a video is a folder with its frames as images, in the order of their names"
+                hint = "write its frames, for example by ffmpeg -i FILE -r 2 FOLDER/%05d.png"
+                raise PeftfxError(what, str(path), hint)
+        if self.videos and (self.prompt is None or self.images or self.sounds):
+            what = "videos go with a prompt, and with no images and recordings"
+            raise PeftfxError(what, "--video", "pass --prompt, and one kind of the others")
 
     def _check_values(self) -> None:
         least = {
@@ -127,7 +141,7 @@ class Asked:
             return "pairs"
         if self.prompt is None:
             return "labels"
-        return "image_prompts" if self.images else "prompts"
+        return "image_prompts" if self.images or self.videos else "prompts"
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Beside:
 
 
 WITH_IMAGES = Beside("image", "images", "images", ("image_processor",), "image_token")
+WITH_VIDEOS = Beside("video", "videos", "videos", ("video_processor",), "video_token")
 WITH_SOUNDS = Beside("audio", "sounds", "audio", ("feature_extractor", "audio_processor"), "audio_token")
 
 

@@ -1,4 +1,4 @@
-"""Run prompts with images, or images alone: a model of text and images streams a text."""
+"""Run prompts with images or videos, or images alone: a model of text and images streams a text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.beside_text.images import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
+from peftfx.serving.beside_text.videos import ServedWithVideos
 from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.pipelines import image_processor
@@ -21,6 +22,7 @@ from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.beside_prompts import (
     TEXT,
     WITH_IMAGES,
+    WITH_VIDEOS,
     processed,
     processor_of,
     taken_by_graphs,
@@ -54,6 +56,9 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         what = "this export has no graph of images that a prompt could have"
         hint = "leave --image out; or export a model of text and images with --view decode, and read its warnings"
         raise PeftfxError(what, str(asked.directory), hint)
+    if asked.videos:
+        yield _about_videos(model, asked, out)
+        return
     processor = processor_of(asked.directory, WITH_IMAGES)
     assert asked.prompt is not None
     images = [_sized(read_image(path), model.images.picture) for path in asked.images]
@@ -64,6 +69,34 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {"labels"}
     inputs = taken_by_graphs(made, _known(model.images, made, masks), asked.directory, idle)
     yield written_after(model, processor.tokenizer, inputs, asked, {"images": asked.images}, out)
+
+
+def _about_videos(model: object, asked: Asked, out: TextIO | None) -> Found:
+    """Continue the prompt with its videos. All frames are taken, resized to the size of the export."""
+    if not isinstance(model, ServedWithVideos):
+        what, hint = "this export has no graph of videos", "export the model with --view decode --videos"
+        raise PeftfxError(what, str(asked.directory), hint)
+    processor = processor_of(asked.directory, WITH_VIDEOS)
+    videos = [np.stack(_frames(path, model.videos.picture)) for path in asked.videos]
+    hint = "give as many videos as the prompt has video tokens, or pass --verbose to see the cause"
+    with understanding(asked.directory, "the processor does not take these videos", hint):
+        made = processed(processor, asked, WITH_VIDEOS, videos, model.videos.token, do_sample_frames=False)
+    places = tuple(name for name in model.of_positions if name in made)
+    kinds = (MODALITIES,) if model.images.sections and MODALITIES in made else ()
+    idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {"labels"}
+    known = (*TEXT, *kinds, *places, *model.videos.names)
+    inputs = taken_by_graphs(made, known, asked.directory, idle)
+    return written_after(model, processor.tokenizer, inputs, asked, {"videos": asked.videos}, out)
+
+
+def _frames(folder: Path, picture: tuple[int, ...]) -> list[Any]:
+    """Return the frames of a video, [height, width, channels] each."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    frames = [_sized(read_image(path), picture) for path in paths]
+    if not frames or len({frame.size for frame in frames}) > 1:
+        what = "the frames of this video have different sizes" if frames else "this folder has no images"
+        raise PeftfxError(what, str(folder), "put the frames of one video there, as PNG or JPEG")
+    return [np.asarray(frame) for frame in frames]
 
 
 def _described(model: ServedSeq2Seq, asked: Asked, out: TextIO | None) -> Iterator[Found]:

@@ -3,7 +3,9 @@
     vision:  pixel_values, ... -> present.N.key/value of the layers that attend to an image
     decode:  the inputs for a text, cross_attention_mask -> logits, present.N.key/value
 
-A text has one image. Keys and values of a text without one are zeros, and its mask shows nothing.
+The first graph encodes one image. Behind the heads, the second has an axis for a text's images: keys and values are
+[batch, heads, images, pieces, width], and the mask is [batch, sequence, images, tiles]. Texts without an image have
+zeros, as of one image that no token sees.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from peftfx.views.view import Axes, RunView, called_with_cache
 
 _TEXT = ("input_ids", "attention_mask")
 _FORWARD = "use the forward view"
-_IMAGES = "images"  #: among the sizes of a trial: how many images each text has
+_OF_IMAGES = 5  #: the axes of keys and values of images: batch, heads, images, pieces, width
+_IMAGES = "images"  #: the axis along the images of a text; in the sizes of a trial, 0 is for texts without one
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,12 @@ class CrossImages:
     Attributes:
         images: the arguments of an image.
         layers: what each layer of the cache keeps of an image; empty for a layer of text.
-        shown: the last axes of the mask.
+        tiles: how many tiles an image has in the mask.
     """
 
     images: Images
     layers: tuple[Held, ...]
-    shown: tuple[int, ...]
+    tiles: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class CrossEncoder:
 
 @dataclass(frozen=True)
 class DecodeOverImages(Decode):
-    """The decode view of a model with layers that attend to an image. These layers keep keys and values of fixed size.
+    """The decode view of a model with layers that attend to images. These layers keep keys and values as they are.
 
     Attributes:
         cross: how the model attends to images.
@@ -102,7 +105,8 @@ class DecodeOverImages(Decode):
     @property
     def axes(self) -> Axes:
         """The names of each input's axes."""
-        return {**super().axes, CROSS_MASK: ("batch", "sequence", *(None for _ in self.cross.shown))}
+        kept = {self.past_names[i]: ("batch", None, _IMAGES, None, None) for i in self.of_images}
+        return {**super().axes, **kept, CROSS_MASK: ("batch", "sequence", _IMAGES, None)}
 
     @property
     def of_images(self) -> list[int]:
@@ -113,33 +117,39 @@ class DecodeOverImages(Decode):
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Sizes for texts without an image and with one."""
-        return (*({**sizes, _IMAGES: 1} for sizes in super().trials[:4]), *super().trials[-2:])
+        """Sizes for texts with several images, with one, and without."""
+        counts = (1, 3, 2, 1, 0)
+        return (*({**own, _IMAGES: n} for own, n in zip(super().trials, counts, strict=True)), super().trials[-2])
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Return valid inputs, with random keys and values of an image, if `sizes` do not say that there is none."""
-        wanted = {_IMAGES: 1} if sizes is None else {**sizes}
-        some = bool(wanted.pop(_IMAGES, 0))
+        """Return valid inputs, with random keys and values of images, as many as `sizes` say for each text.
+
+        The last of several texts sees one image less than the others.
+        """
+        wanted = {_IMAGES: 2} if sizes is None else {**sizes}
+        images = wanted.pop(_IMAGES, 0)
         made = super().inputs(base, sizes=wanted, seed=seed)
         batch, sequence = made["input_ids"].shape
+        count = max(images, 1)
         with unset_fake_temporarily():
             random = torch.Generator().manual_seed(seed)
-            shape = (batch, sequence, *self.cross.shown)
-            mask = (torch.rand(shape, generator=random) < 0.7).long() if some else torch.zeros(shape, dtype=torch.long)
+            mask = (torch.rand(batch, sequence, count, self.cross.tiles, generator=random) < 0.7).long()
+            mask[batch - (batch > 1) :, :, count - 1 :] = 0
             for i in self.of_images:
                 name = self.past_names[i]
-                values = torch.randn(made[name].shape, generator=random) if some else torch.zeros(made[name].shape)
+                shape = (*made[name].shape[:2], count, *made[name].shape[2:])
+                values = torch.randn(shape, generator=random) if images else torch.zeros(shape)
                 made[name] = values.to(made[name].dtype)
-        return {**made, CROSS_MASK: mask}
+        return {**made, CROSS_MASK: mask if images else torch.zeros_like(mask)}
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
-        """Return the inputs with the past that the model computes for a random text about the same image."""
+        """Return the inputs with the past that the model computes for a random text about the same images."""
         past = inputs["attention_mask"].shape[1] - inputs["input_ids"].shape[1]
         names = [self.past_names[i] for i in self.of_images]
         own = {name: inputs[name] for name in (CROSS_MASK, *names)}
-        before = inputs[CROSS_MASK][:, -1:].expand(-1, past, *self.cross.shown)
+        before = inputs[CROSS_MASK][:, -1:].expand(-1, past, -1, -1)
 
         def about_it(view: Any, feed: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             return self.with_images(run(view, {**feed, **own, CROSS_MASK: before}), own)
@@ -155,6 +165,7 @@ class DecodeOverImages(Decode):
         if not seen:  # then the code of these layers does not run
             del given[CROSS_MASK]
             past = [value for i, value in enumerate(past) if i not in self.of_images]
+        past = [value.flatten(2, 3) if value.ndim == _OF_IMAGES else value for value in past]
         layers = self.layers if seen else self._text
         made = self._run(base, given, cache_of(layers, past))
         return {name: value for name, value in made.items() if name not in self._image_names(PRESENT)}
@@ -226,7 +237,7 @@ def find_cross_images(base: nn.Module) -> CrossImages:
         raise PeftfxError(what, where, _FORWARD)
     inputs = tuple((name, tuple(value.shape)) for name, value in made.items() if name not in (*_TEXT, CROSS_MASK))
     images = Images(token, 0, made["pixel_values"].dtype, None, False, inputs)
-    return CrossImages(images, layers, tuple(made[CROSS_MASK].shape[2:]))
+    return CrossImages(images, layers, int(made[CROSS_MASK].shape[-1]))
 
 
 def _of_fixed_size(keys: Tensor, values: Tensor) -> Held:

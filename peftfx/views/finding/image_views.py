@@ -16,6 +16,7 @@ from peftfx.bases.processors.encoded_images import by_image, deeper_features, id
 from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.image_tokens import split_known
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary, told_size
+from peftfx.bases.processors.readers import ENCODE
 from peftfx.bases.processors.token_types import makes_masks, reads_types
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
@@ -55,7 +56,7 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
     if typed and not makes_masks(base):
         what = "the model's attention finds images by token types, and its class has no function that makes such masks"
         raise PeftfxError(what, type(base).__name__, "export its forward view")
-    output, fixed, reads = _encoded(base, given)
+    output, fixed, reads = encoded_on_fakes(base, given, ENCODE)
     field, pooled = main_features(output)
     several = not isinstance(pooled, Tensor)
     first = pooled[0] if several else pooled
@@ -81,8 +82,15 @@ def _beside(name: str, names: Collection[str]) -> bool:
     return part != name and f"{part}_input_ids" in names
 
 
-def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[FixedValues, ...], bool]:
-    """Run the image encoder on fake tensors.
+def encoded_on_fakes(
+    base: nn.Module, given: Mapping[str, Tensor], method: str
+) -> tuple[Any, tuple[FixedValues, ...], bool]:
+    """Run the encoder of images, or of videos, on fake tensors.
+
+    Args:
+        base: the model.
+        given: the arguments of one image.
+        method: the method that encodes it.
 
     Returns:
         What it gives, the arguments whose values its code reads, and whether it reads any values.
@@ -90,10 +98,11 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
     Raises:
         PeftfxError: it does not run.
     """
+    encode = getattr(base.base_model, method)
     with fake_run(base) as fake:
         try:
             fed = {name: fake(value) for name, value in given.items()}
-            output = base.base_model.get_image_features(**fed, return_dict=True)  # type: ignore[union-attr, operator]
+            output = encode(**fed, return_dict=True)
             sizes = [size for part in by_image(main_features(output)[1]) for size in part.shape]
             if all(type(size) is int for size in sizes) and not _has_read(fake):
                 return output, (), False
@@ -103,14 +112,15 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> tuple[Any, tuple[F
         try:
             fed = {name: fake(value) for name, value in rest.items()}
             with known_values(known.values(), fed.values()):
-                output = base.base_model.get_image_features(**fed, **known, return_dict=True)  # type: ignore[union-attr, operator]
+                output = encode(**fed, **known, return_dict=True)
             main_features(output)
         except Exception as error:
             raise_if_memory_is_out(error)
-            accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
+            accepted = inspect.signature(encode).parameters
             others = [n for n, p in accepted.items() if n not in given and "Tensor" in str(p.annotation)]
             why = f"it takes {listed(others, 3)} too, for which there is no example" if others else first_line(error)
-            what = f"the model's image encoder does not run by itself: {why}"
+            kind = "image" if method == ENCODE else "video"
+            what = f"the model's {kind} encoder does not run by itself: {why}"
             raise PeftfxError(
                 what, type(base).__name__, "export its forward view, with inputs=... of a call"
             ) from error

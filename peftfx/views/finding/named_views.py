@@ -1,4 +1,4 @@
-"""Finds the views of a model by their names: forward, decode, encoder, decoder, vision, audio."""
+"""Finds the views of a model by their names: forward, decode, encoder, decoder, vision, video, audio."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import suppress
 from torch import nn
 
 from peftfx.bases.processors.readers import encodes_in_forward, reads_images, why_not_in_source
+from peftfx.bases.processors.videos import takes_videos
 from peftfx.errors import PeftfxError, nearest
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder, EncoderDecoderLayers
@@ -23,13 +24,16 @@ from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.finding.image_text import IMAGE_TEXT, ImageText
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.finding.sound_views import find_sounds
+from peftfx.views.finding.video_views import find_videos
 from peftfx.views.images.encoded import VISION
+from peftfx.views.images.video_views import DecodeWithVideos, VideoEncoder
+from peftfx.views.images.videos import VIDEO
 from peftfx.views.images.views import DecodeWithImages, ImageEncoder
 from peftfx.views.sounds.encoded import AUDIO
 from peftfx.views.sounds.views import DecodeWithSounds, SoundEncoder
 from peftfx.views.view import View
 
-_NAMES = ("forward", "decode", "encoder", "decoder", VISION, AUDIO)
+_NAMES = ("forward", "decode", "encoder", "decoder", VISION, VIDEO, AUDIO)
 
 
 def find_view(base: nn.Module, name: str) -> View | None:
@@ -46,6 +50,8 @@ def find_view(base: nn.Module, name: str) -> View | None:
         return CrossEncoder(find_cross_images(base))
     if name == VISION:
         return ImageEncoder(find_images(base))
+    if name == VIDEO:
+        return VideoEncoder(find_videos(base))
     if name == AUDIO:
         return SoundEncoder(find_sounds(base))
     if name == IMAGE_TEXT:
@@ -94,4 +100,6 @@ def _decode(base: nn.Module) -> Decode:
         with suppress(PeftfxError):
             return DecodeWithSounds(view.layers, view.positions, find_sounds(base), new_mask=view.new_mask)
         return view
+    if takes_videos():
+        return DecodeWithVideos(view.layers, view.positions, images, find_videos(base), new_mask=view.new_mask)
     return DecodeWithImages(view.layers, view.positions, images, new_mask=view.new_mask)

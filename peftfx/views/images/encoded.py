@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.processors.encoded_images import POOLED, Deeper, joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
+from peftfx.bases.processors.readers import ENCODE, ENCODED_IMAGES
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.written_features import WrittenFeatures
 
@@ -46,6 +47,9 @@ class Images:
         beside: the arguments of a text that the encoder reads with an image, of any length: its tokens and their mask.
     """
 
+    kind: ClassVar[str] = "image"
+    encoder: ClassVar[str] = ENCODE
+
     token: int
     width: int
     dtype: torch.dtype
@@ -73,8 +77,7 @@ class Images:
         found = {}
         if self.field:
             first = parts.pop(0)
-            shaped = first if self.each is None else first.reshape(-1, self.each, first.shape[-1])
-            found[self.field] = [first] if self.listed else shaped
+            found[self.field] = [first] if self.listed else self.shaped(first)
         output = BaseModelOutputWithPooling(**found)  # type: ignore[arg-type]
         for name in self.idle:
             setattr(output, name, None)
@@ -83,14 +86,19 @@ class Images:
             setattr(output, name, [v if n is None else (n, v) for n, v in zip(layers, values, strict=True)])
         return output
 
+    def shaped(self, features: Tensor) -> Tensor:
+        """Return features [pieces, width] with the axes that the model's own encoder gives them."""
+        return features if self.each is None else features.reshape(-1, self.each, features.shape[-1])
+
     @property
     def written(self) -> WrittenFeatures:
-        """What a graph of the text takes in place of images."""
-        return WrittenFeatures(IMAGE_FEATURES, IMAGE_TOKENS, self.token, self.width, self.dtype, self.each)
+        """What a graph of the text takes in place of images, or of videos."""
+        name, axis = f"{self.kind}_features", f"{self.kind}_tokens"
+        return WrittenFeatures(name, axis, self.token, self.width, self.dtype, self.each)
 
     def encoded(self, base: nn.Module, features: Tensor) -> dict[str, Any]:
         """Return the arguments of a forward that is given encoded images in place of images."""
-        return {**self.without(base), "mm_encoder_outputs": {"image": self.as_output(features)}}
+        return {**self.without(base), ENCODED_IMAGES: {self.kind: self.as_output(features)}}
 
     def without(self, base: nn.Module) -> dict[str, None]:
         """Return the arguments of images that a forward without images must be given."""
@@ -105,7 +113,7 @@ def encode_images(base: nn.Module, inputs: Mapping[str, object], images: Images)
     In a capture, they are NaN for an image about which the code would decide otherwise than for the captured one.
     """
     with with_known(images, inputs) as (given, known):
-        output = base.base_model.get_image_features(**given, return_dict=True)  # type: ignore[union-attr, operator]
+        output = getattr(base.base_model, images.encoder)(**given, return_dict=True)
     features = joined_features(output, images.deeper)
     agreed = None if known is None else known.agreed()
     return features if agreed is None else torch.where(agreed, features, torch.nan)

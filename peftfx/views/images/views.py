@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.readers import ENCODED_IMAGES
 from peftfx.bases.processors.token_types import TYPES, typed_call
 from peftfx.bases.processors.writers import writer_of
 from peftfx.errors import PeftfxError
@@ -29,7 +30,7 @@ class ImageEncoder:
     """The view that runs once for an image: it computes the features of the pieces, as wide as embedded text."""
 
     images: Images
-    name = VISION
+    name: ClassVar[str] = VISION
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
@@ -57,7 +58,7 @@ class ImageEncoder:
 
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the image encoder, and the layers that make its features as wide as the text's."""
-        return {IMAGE_FEATURES: encode_images(base, inputs, self.images)}
+        return {self.images.written.name: encode_images(base, inputs, self.images)}
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """Return the whole value."""
@@ -128,15 +129,15 @@ class DecodeWithImages(DecodeWithFeatures):
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model on inputs of this view."""
         given = dict(inputs)
-        features = given.pop(IMAGE_FEATURES)
-        assert isinstance(features, Tensor)
         exporting = torch.compiler.is_exporting()
-        if not exporting and not len(features):  # a step of text, as in the model's own `generate`
+        taken = [(own, features) for own, features in self._taken(given) if exporting or len(features)]
+        if not taken:  # a step of text, as in the model's own `generate`
             return super().__call__(writer_of(base), {**given, **self.images.without(writer_of(base))})
-        encoded = self.images.encoded(base, features)
+        encoded = {own.kind: own.as_output(features) for own, features in taken}
         try:
-            with no_places_without_features(self.images.token, features) if exporting else nullcontext():
-                return super().__call__(base, {**given, **encoded})
+            places = {own.token: features for own, features in taken}
+            with no_places_without_features(places) if exporting else nullcontext():
+                return super().__call__(base, {**given, **self.images.without(base), ENCODED_IMAGES: encoded})
         except AttributeError as error:
             if not isinstance(error.obj, BaseModelOutputWithPooling):
                 raise
@@ -144,6 +145,12 @@ class DecodeWithImages(DecodeWithFeatures):
                 f"the code reads {error.name} of an encoded image, and the graph has the features of its pieces alone"
             )
             raise PeftfxError(what, type(base).__name__, "use the forward view") from error
+
+    def _taken(self, given: dict[str, object]) -> list[tuple[Images, Tensor]]:
+        """Take the features out of the inputs of a call."""
+        features = given.pop(IMAGE_FEATURES)
+        assert isinstance(features, Tensor)
+        return [(self.images, features)]
 
     def _run(self, base: nn.Module, given: Mapping[str, Any], cache: DynamicCache) -> dict[str, Tensor]:
         if self.images.typed:

@@ -104,6 +104,6 @@ class DecodeWithSounds(DecodeWithFeatures):
         if not exporting and not len(features):  # a step of text, as in the model's own `generate`
             return super().__call__(base, given)
         given[self.sounds.recording] = torch.zeros(1, dtype=features.dtype, device=features.device)
-        held = no_places_without_features(self.sounds.token, features) if exporting else nullcontext()
+        held = no_places_without_features({self.sounds.token: features}) if exporting else nullcontext()
         with encoded_already(base, features), held:
             return super().__call__(base, given)
