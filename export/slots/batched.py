@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from peftfx.bases.processors.readers import reads_images
 from peftfx.bases.processors.token_types import plain_type
@@ -25,10 +24,11 @@ from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
 from peftfx.export.slots.adapter_tensors import AdapterTensors, ahead, unrounded_prefix
 from peftfx.export.slots.encoders import ENCODED_APART, encoder_by_row
+from peftfx.export.slots.row_references import chooses_by_row, each_under_its_own, encodes_apart, model_alone, with_ids
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
-from peftfx.export.verification.comparison import Reference, VerificationError, reference_of
+from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
-from peftfx.export.verification.oracle import Oracle, Remembered, measured_of, named_in
+from peftfx.export.verification.oracle import Oracle, Remembered, measured_of
 from peftfx.export.verification.probes import probes, view_cases
 from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of
@@ -37,7 +37,6 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
-from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.passes.slots.by_row import PROMPTS_AT, ByRow, with_exact_stacks
 from peftfx.views.arguments import named_tensors
 from peftfx.views.decode import Decode
@@ -108,8 +107,8 @@ class Batched(Deployment):
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
         """Make the oracle: each row equals the model with only that row's adapter. Some rows have no adapter."""
-        by_row = _by_row(part)
-        alone = [Remembered(_alone(adapted, part, names, example)) for names in self._acting(part)]
+        by_row = chooses_by_row(part)
+        alone = [Remembered(model_alone(adapted, part, names, example)) for names in self._acting(part)]
         with adapted.disable_adapter():
             if part.view is not None and part.seen is not None:
                 cases = view_cases(
@@ -125,7 +124,7 @@ class Batched(Deployment):
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
         if not by_row:
             return Oracle(alone[-1], cases, measured_of(adapted, cases), "the model's own code, without adapters")
-        if _encodes(part):  # one adapter acts in the whole call
+        if encodes_apart(part):  # one adapter acts in the whole call
             numbers = range(-1, len(self.adapters))
             cases = [{**case, IDS: torch.tensor([number])} for case in cases for number in numbers]
         else:
@@ -135,24 +134,24 @@ class Batched(Deployment):
             with adapted.named.acting_as((name,)):
                 why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
-        return Oracle(_each_under_its_own(part, alone), cases, measured_of(adapted, cases), told)
+        return Oracle(each_under_its_own(part, alone), cases, measured_of(adapted, cases), told)
 
     def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return each row alone, by the model's own code, and the graph, in which the adapters are not yet rounded."""
         prefixes = self._prefixes(adapted) if f"{PROMPTS_AT}.{PREFIX}" in part.graph.derived else None
         rounded = CodeAndGraph(oracle.reference, graph_of(part.graph))
-        if not _by_row(part):
+        if not chooses_by_row(part):
             return rounded
         exact = dataclasses.replace(part, graph=with_exact_stacks(part.graph, {PREFIX: prefixes}))
-        alone = [_alone(adapted, part, names, example) for names in self._acting(part)]
-        return CodeAndGraph(_each_under_its_own(exact, alone), graph_of(exact.graph), rounded)
+        alone = [model_alone(adapted, part, names, example) for names in self._acting(part)]
+        return CodeAndGraph(each_under_its_own(exact, alone), graph_of(exact.graph), rounded)
 
     def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> None:
         """Return nothing: rows that choose adapters have operations of their own."""
 
     def _acting(self, part: GraphPart) -> list[tuple[str, ...]]:
         """Return the adapters that act on a row, for each number of one, and last for none."""
-        return [*((name,) for name in self.adapters if _by_row(part)), ()]
+        return [*((name,) for name in self.adapters if chooses_by_row(part)), ()]
 
     def _prefixes(self, adapted: AdaptedModel) -> Tensor | None:
         """Return the stack of prefixes with those of virtual tokens in float64; None if no adapter has these."""
@@ -195,20 +194,6 @@ class Batched(Deployment):
         told = json.dumps(with_version(BATCHED, {"adapters": list(self.adapters)}), indent=1)
         (directory / BATCHED).write_text(f"{told}\n", encoding="utf-8")
         return {}
-
-
-def _by_row(part: GraphPart) -> bool:
-    """Say whether the rows of a graph choose adapters. Encoders of images and sounds may have nothing to choose."""
-    return any(spec.name == IDS for spec in part.graph.inputs)
-
-
-def _encodes(part: GraphPart) -> bool:
-    """Say whether a graph encodes what is beside a text."""
-    return part.view is not None and part.view.name in ENCODED_APART
-
-
-def _each_under_its_own(part: GraphPart, alone: Sequence[Reference]) -> Reference:
-    return _under_its_own(alone) if _encodes(part) else each_alone(part, alone)
 
 
 def _prompts(adapted: AdaptedModel, names: Sequence[str], lengths: tuple[int, ...]) -> PromptsByRow | None:
@@ -258,81 +243,3 @@ def _example(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
     tensors = named_tensors(example)
     rows = len(tensors.get("input_ids", next(iter(tensors.values()))))  # a call may have images of another number
     return {**example, IDS: torch.full((rows,), -1)}
-
-
-def each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
-    """Make the reference: each row is computed by the model with only that row's adapter.
-
-    Args:
-        part: the graph that is compared with the reference.
-        alone: the model with only one adapter, for each adapter; and last the model without adapters.
-    """
-    together, along = reference_of(Evaluate()(part.graph).graph), _rows_in_outputs(part.graph)
-
-    def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        ids, view = feed[IDS], part.view
-        found = together(feed)  # padding, which is not compared, keeps these values
-        for number in sorted(set(ids.tolist())):
-            rest = {name: value for name, value in feed.items() if name != IDS}
-            rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
-            for name, value in alone[number](rest).items():
-                own = found[name][tuple(slice(size) for size in value.shape)]
-                rows = (*(slice(None) for _ in range(along[name])), ids == number) if name in along else ...
-                own[rows] = value[rows]
-        return found
-
-    return run
-
-
-def _under_its_own(alone: Sequence[Reference]) -> Reference:
-    """Make the reference of a graph in which one adapter acts in a whole call; see `each_alone`."""
-
-    def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        (number,) = feed[IDS].tolist()
-        return dict(alone[number]({name: value for name, value in feed.items() if name != IDS}))
-
-    return run
-
-
-def _rows_in_outputs(graph: Graph) -> dict[str, int]:
-    """Return the axis along the rows of the batch, by the names of outputs. Features of images may have none.
-
-    It is behind another axis in the products of all images with all texts.
-    """
-    placeholders = [node for node in graph.nodes() if node.op == "placeholder"]
-    numbered = next(i for i, spec in enumerate(graph.inputs) if spec.name == IDS)
-    rows = str(placeholders[numbered].meta["val"].shape[0])
-    values = pytree.tree_leaves(graph.module.graph.output_node().args[0])
-    made = {
-        name: value.meta["val"] for name, value in zip(graph.outputs, values, strict=True) if hasattr(value, "meta")
-    }
-    sizes = {name: [*map(str, value.shape)] for name, value in made.items() if isinstance(value, Tensor)}
-    return {name: own.index(rows) for name, own in sizes.items() if rows in own}
-
-
-def _alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], example: Inputs) -> Reference:
-    """Return the model under these adapters as a function, by its own code if possible, otherwise by its graph."""
-    acting = adapted.named.acting_as
-    with acting(names):
-        if not no_oracle(adapted):
-            own = named_in(part.graph, EagerReference(adapted, part.seen, example))
-        else:
-            graph = adapted.graph if part.seen is None else lambda _: adapted.graph(view=part.seen)
-            own = lambda feed: reference_of(graph(feed))(feed)  # noqa: E731
-
-    def run(feed: dict[str, Tensor]) -> dict[str, Tensor]:
-        with acting(names):
-            return own(feed)
-
-    return run
-
-
-def with_ids(graph: Graph, cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Add adapter numbers to calls of a graph: the rows take the adapters, and none, in turn."""
-    (axis,) = next(spec.shape for spec in graph.inputs if spec.name == IDS)
-    known = next(spec.name for spec in graph.inputs if spec.shape[:1] == (axis,) and spec.name != IDS)
-    made = []
-    for first, case in enumerate(cases):
-        rows = case[known].shape[0]
-        made.append({**case, IDS: (torch.arange(first, first + rows) % (count + 1)) - 1})
-    return made
