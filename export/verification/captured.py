@@ -12,6 +12,7 @@ from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.kept_state import state_kept
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
+from peftfx.options import FORWARD
 from peftfx.views.capturing.settling import close
 from peftfx.views.entry import Entry, forward
 from peftfx.views.view import View, as_captured
@@ -94,4 +95,5 @@ def hold(name: str, want: Tensor, got: Tensor, close: float, *, same: bool) -> N
 def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:
     """Make the error for a model whose own code does not run in a view."""
     what = f"the model does not run in its {view.name} view: {first_line(error)}"
-    return PeftfxError(what, type(adapted.base).__name__, "export its forward view")
+    hint = "call the model itself to see where" if view.name == FORWARD else "export its forward view"
+    return PeftfxError(what, type(adapted.base).__name__, hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ from peftfx.errors import PeftfxWarning
 from peftfx.export import steps
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.translation import stamped
+from peftfx.export.verification.captured import refused
 from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.sizes.trial import BRANCHES, SAME, Trial
 from peftfx.export.verification.tolerances.float64 import float32, float64
 from peftfx.graph.graph import Graph
-from peftfx.graph.rewriter import Rewriter
+from peftfx.graph.rewriter import REGION, Rewriter
 from peftfx.views.capture import capture
 
 aten = torch.ops.aten
@@ -36,7 +38,7 @@ def lora(kind: torch.dtype) -> peftfx.AdaptedModel:
 def one_percent_more(graph: Graph) -> None:
     """Make the output of one layer larger by one percent."""
     rewriter = Rewriter(graph.module.graph)
-    layer = [node for node in graph.nodes() if node.target is aten.linear.default][-2]
+    layer = [n for n in graph.nodes() if n.target is aten.linear.default and REGION not in n.meta][-2]
     rewriter.extend(layer, rewriter.after(layer).call(aten.mul.Tensor, layer, 1.01))
 
 
@@ -143,3 +145,12 @@ def test_what_is_exact_without_rounding_is_not_told_to_say_little(
     monkeypatch.setattr(steps, "runs_without_rounding", lambda base: False)
     with pytest.warns(PeftfxWarning, match="says little"):
         lora(torch.float16).export(tmp_path / "other", view="forward")
+
+
+@pytest.mark.parametrize(
+    ("view", "hint"), [("decode", "export its forward view"), ("forward", "call the model itself")]
+)
+def test_a_model_that_runs_in_no_view_is_not_told_to_export_the_forward(view: str, hint: str) -> None:
+    """As a model whose code mixes dtypes in half precision."""
+    seen = dataclasses.make_dataclass("Seen", ["name"])(view)
+    assert hint in str(refused(lora(torch.float16), seen, RuntimeError("float != Half")))
