@@ -55,7 +55,7 @@ class FourierFT(SpectralMethod):
         return frozenset({PLACES})
 
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
-        places = self.places(base.weight.shape, site.path).float().to(base.weight.device)
+        places = self.places(base.weight.shape, site.path).int().to(base.weight.device)
         return {SPECTRUM: self.coefficients(base, self.n_frequency, rng), PLACES: places}
 
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
@@ -68,14 +68,18 @@ class FourierFT(SpectralMethod):
 
     def _factors(self, weight: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """Return the update's factors `A` [2 n, in] and `B` [out, 2 n]."""
-        turns = [_angles(size, p[PLACES][i].to(p[SPECTRUM].dtype)) for i, size in enumerate(weight.shape)]
+        wide = torch.promote_types(p[SPECTRUM].dtype, torch.float32)
+        turns = [_angles(size, p[PLACES][i].long(), wide) for i, size in enumerate(weight.shape)]
         rows, columns = turns[0].T, turns[1]
-        scaled = p[SPECTRUM] * (self.scaling / weight.numel())
+        scaled = p[SPECTRUM].to(wide) * (self.scaling / weight.numel())
         b = torch.cat([rows.cos() * scaled, -rows.sin() * scaled], 1)
         return torch.cat([columns.cos(), columns.sin()]), b
 
 
-def _angles(size: int, frequencies: Tensor) -> Tensor:
-    """Return `2 pi k n / size` for each frequency `k` and place `n`, [frequencies, size], reduced modulo full turns."""
-    places = torch.arange(size, dtype=frequencies.dtype, device=frequencies.device)
-    return (frequencies[:, None] * places).remainder(size) * (2 * math.pi / size)
+def _angles(size: int, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `2 pi k n / size` for each frequency `k` and place `n`, [frequencies, size], reduced modulo full turns.
+
+    The products are whole numbers: in float32 those of a size above 4,096 would not be exact.
+    """
+    places = torch.arange(size, device=frequencies.device)
+    return (frequencies[:, None] * places).remainder(size).to(dtype) * (2 * math.pi / size)

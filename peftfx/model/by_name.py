@@ -16,6 +16,7 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.adapters.adjustment import adjust
 from peftfx.adapters.base_writer import Ledger
+from peftfx.adapters.files.names import name_of_base
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating, fake_mode_of
 from peftfx.graph.graph import Graph
@@ -125,7 +126,8 @@ class AdaptersByName(SeenByTrainers):
         rules = peft_config if rules is None else rules
         self.named.refuse(adapter_name)
         self.named.apart("an adapter is added")
-        adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)))
+        own = {} if (name := name_of_base(self.base)) is None else {"base_model_name_or_path": name}
+        adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)) | own)
         adapter.ran = self.sites.called.union(site.path for site in self.sites)
         self._start(adapter, seed)
         self._install(adapter_name, adapter)

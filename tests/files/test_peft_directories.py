@@ -236,3 +236,19 @@ def test_a_key_of_a_module_that_never_runs_is_neither_missing_nor_an_error(tmp_p
     theirs.eval().save_pretrained(str(tmp_path))
     inputs = ZOO["t5"].inputs(2, 6, 1, model=base)
     same(first(peftfx.load(copy.deepcopy(base), tmp_path), inputs), first(theirs, inputs))
+
+
+def test_the_config_names_the_base_that_was_adapted_and_its_class(tmp_path: Path) -> None:
+    """A config that is used again names another base; and without a task `AutoPeftModel` needs the base's class."""
+    ZOO["llama"].build().save_pretrained(tmp_path / "base")
+    base = type(ZOO["llama"].build()).from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path="some/other")
+    adapted = peftfx.transform(base, config)
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    theirs = peft.AutoPeftModel.from_pretrained(str(tmp_path / "adapter"))
+    inputs = ZOO["llama"].inputs(model=base)
+    torch.testing.assert_close(theirs(**inputs).logits, adapted.eval()(**inputs).logits)
+    peftfx.load(base, tmp_path / "adapter", "again").save_pretrained(tmp_path / "again")
+    again, first = (json.loads((tmp_path / d / "adapter_config.json").read_text()) for d in ("again", "adapter"))
+    assert again == first

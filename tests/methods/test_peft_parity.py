@@ -97,6 +97,23 @@ def test_orthonormal_reflections_start_with_numbers(r: int) -> None:
     assert torch.linalg.matrix_rank(trained) == r
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fouriers_angles_are_those_of_a_transform_at_any_size(dtype: torch.dtype) -> None:
+    """In float32 a frequency times a place is not exact above 2 ** 24, and in bfloat16 above 256."""
+    model, inputs = nn.Sequential(nn.Linear(3, 28_672, bias=False)), {"input": torch.ones(1, 3)}
+    rule = peftfx.FourierFT(n_frequency=40, init_weights=False, target="all-linear | head")
+    adapted = peftfx.transform(model, rule, inputs=inputs, seed=0)
+    adapted.adapter("default").to(dtype)
+    (spectrum,) = (p.detach() for p in adapted.parameters() if p.requires_grad)
+    assert spectrum.dtype == dtype
+    rows, columns = rule.places((28_672, 3), "")
+    whole = torch.zeros(28_672, 3, dtype=torch.float64)
+    whole[rows, columns] = spectrum.double()
+    want = model[0].weight.detach() + (150 * torch.fft.ifft2(whole).real).float()
+    adapted.merge()
+    torch.testing.assert_close(model[0].weight.detach(), want, rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.slow
 def test_butterflies_are_those_that_hf_peft_has_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class BlockDiagonal:

@@ -20,7 +20,7 @@ from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchan
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
 from peftfx.adapters.files.unlike_peft import warn_unlike_peft
-from peftfx.bases.guests import own_modules
+from peftfx.bases.guests import own_class, own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.override import tied_paths
 from peftfx.contract.placed import Placed
@@ -205,5 +205,9 @@ def _config(base: nn.Module, adapter: Adapter, rule: Placed, method: Method, pat
     if adapter.start not in ("", UNKNOWN) and "init_lora_weights" in options:
         options["init_lora_weights"] = adapter.start
     records = {"task_type": None, "base_model_name_or_path": name_of_base(base), **adapter.records}
+    if records["task_type"] is None:  # by this HF PEFT's `AutoPeftModel` finds the base's class
+        made = own_class(base)
+        classes = {"base_model_class": made.__name__, "parent_library": made.__module__}
+        records["auto_mapping"] = records.get("auto_mapping") or classes
     options = {f: v for f, v in options.items() if v is not None}  # HF PEFT's methods do not all have all fields
     return {**records, **options, "peft_type": method.peft_type, "inference_mode": True}
