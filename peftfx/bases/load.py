@@ -14,7 +14,7 @@ from peftfx.bases.gguf import load_gguf, stood_for
 from peftfx.bases.processors.padding import fill_padding, lacks_padding
 from peftfx.bases.quantised import QUANTISED, blank, load_quantised, outline
 from peftfx.bases.tasks import maker_of, resolve_task
-from peftfx.bases.transformers_config import read_config, understanding
+from peftfx.bases.transformers_config import read_config, understanding, without_initial_values
 from peftfx.errors import PeftfxError, nearest, shown
 from peftfx.files import is_file, is_folder, read_json
 from peftfx.graph.lazy_weights import store
@@ -235,7 +235,6 @@ def _refuse_integers(model: nn.Module, files: Sequence[Path]) -> None:
 
 def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dtype: torch.dtype | None) -> nn.Module:
     import diffusers
-    from transformers.initialization import no_init_weights
 
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
@@ -244,7 +243,7 @@ def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dty
     wanted = dtype or on_disk or torch.float32
 
     def blank() -> nn.Module:
-        with no_init_weights():
+        with without_initial_values():
             made = kind.from_config(kind.load_config(directory, local_files_only=True))  # type: ignore[no-untyped-call]
         return made.to(wanted)  # type: ignore[no-any-return]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.bases.tasks import maker_of, resolve_task
-from peftfx.bases.transformers_config import read_config
+from peftfx.bases.transformers_config import read_config, without_initial_values
 from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import exact
 from peftfx.options import BASE_QUANTIZATIONS, check_choice
@@ -109,9 +109,7 @@ def quantise(model: nn.Module, table: str) -> None:
 
 def blank(maker: Any, config: object, dtype: torch.dtype) -> nn.Module:
     """Make a model with uninitialised parameters."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
+    with without_initial_values():
         made = maker._from_config(config, dtype=dtype)
     assert isinstance(made, nn.Module)
     return made

@@ -1,8 +1,9 @@
-"""Read configs by transformers, and turn the errors of its code into `PeftfxError`."""
+"""Read configs by transformers, build models without values, and turn the errors of its code into `PeftfxError`."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,22 @@ _RAISED = (
     *(OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError),
     *(ImportError, NameError, StrictDataclassError),
 )
+
+
+_BUILDING = threading.RLock()
+
+
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Leave the parameters of models that are built inside uninitialised; in one thread at a time.
+
+    transformers replaces torch's functions of `torch.nn.init` for the whole process. Two threads that leave in another
+    order than they entered would leave them replaced: no model that is made later would get initial values.
+    """
+    from transformers.initialization import no_init_weights
+
+    with _BUILDING, no_init_weights():
+        yield
 
 
 def read_config(directory: Path, **options: object) -> PreTrainedConfig:

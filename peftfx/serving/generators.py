@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationMixin
-from transformers.initialization import no_init_weights
 
 from peftfx.bases.tasks import maker_of
-from peftfx.bases.transformers_config import understanding
+from peftfx.bases.transformers_config import understanding, without_initial_values
 from peftfx.caches.held import Held, KeptTensor
 from peftfx.errors import PeftfxError
 from peftfx.formats import POSITIONS_KEY
@@ -249,7 +248,7 @@ def skeleton(served: Served) -> Any:
     """
     where, config = str(served.directory / "config.json"), served.config
     assert config is not None
-    with understanding(where, "the model's class cannot be built"), torch.device("meta"), no_init_weights():
+    with understanding(where, "the model's class cannot be built"), torch.device("meta"), without_initial_values():
         made = class_of(served)(config).eval()
     if not made.can_generate():
         raise PeftfxError("this model's class cannot generate", where, "export the model in the forward view")
