@@ -181,6 +181,7 @@ def _embedding_bag(
 
 _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.hypot.default: _hypot,
+    _aten._is_all_true.default: torch.all,
     _aten.cdist.default: _cdist,
     _aten._cdist_forward.default: _cdist,
     _aten.median.dim: _median,
