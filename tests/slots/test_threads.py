@@ -32,7 +32,7 @@ class Switching(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.further)])
 def test_an_adapter_that_another_thread_makes_active_waits_for_the_next_text(name: str, tmp_path: Path) -> None:
     export_onnx(ZOO[name].build(), tmp_path / "graph", slots="all-linear")
     adapted = adapted_by(name, {"first": LoRA(r=4, target="all-linear"), "second": IA3()})

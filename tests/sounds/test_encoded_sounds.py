@@ -139,6 +139,7 @@ def test_sounds_may_have_any_length(granite: tuple[peft.PeftModel, ServedWithSou
     assert torch.equal(model.generate(**inputs, **GREEDY), want.generate(**inputs, **GREEDY))
 
 
+@pytest.mark.further
 def test_a_length_on_the_other_side_of_a_branch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a graph could not have both sides of the branch that fills up a block."""
     monkeypatch.setattr("peftfx.views.capture.with_whole_blocks", lambda graph: graph)
