@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from peftfx.bases.processors.encoded_images import joined_features
+from peftfx.bases.processors.readers import ENCODED_IMAGES
 from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import with_offsets
@@ -82,18 +83,20 @@ class EncodesImages:
         """
         return {} if self.numbers is None else {IDS: self.numbers(rows)[row : row + 1]}
 
-    def images_in(self, named: dict[str, Any]) -> dict[str, Tensor]:
-        """Take the arguments of images out of the arguments of a call; nothing if it has no pixels."""
-        given = {name: named.pop(name, None) for name in self.images.names}
-        first = given[self.images.inputs[0][0]]
+    def images_in(self, named: dict[str, Any], images: Images | None = None) -> dict[str, Tensor]:
+        """Take the arguments of images, or of videos, out of the arguments of a call; nothing if it has no pixels."""
+        images = images or self.images
+        given = {name: named.pop(name, None) for name in images.names}
+        first = given[images.inputs[0][0]]
         return {n: v for n, v in given.items() if isinstance(v, Tensor)} if isinstance(first, Tensor) else {}
 
-    def check_count(self, tokens: Tensor, count: int) -> None:
-        """Refuse a text that does not have an image token for each piece of its images."""
-        wanted = int((tokens == self.images.token).sum())
+    def check_count(self, tokens: Tensor, count: int, images: Images | None = None) -> None:
+        """Refuse a text that does not have a token for each piece of its images, or of its videos."""
+        images = images or self.images
+        wanted = int((tokens == images.token).sum())
         if wanted != count:
-            what = f"the text has {wanted} image tokens, and its images {count} pieces"
-            raise PeftfxError(what, "input_ids, pixel_values", "make both by the model's processor")
+            what = f"the text has {wanted} {images.kind} tokens, and its {images.kind}s {count} pieces"
+            raise PeftfxError(what, f"input_ids, {images.inputs[0][0]}", "make both by the model's processor")
 
 
 class GeneratesWithImages(EncodesImages, Generates):
@@ -124,29 +127,49 @@ class GeneratesWithImages(EncodesImages, Generates):
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits, and the cache with these tokens and their images added."""
-        pixels = self.images_in(others)
-        kinds = others.pop(MODALITIES, None)  # positions were made of them, before this call
-        if pixels and self.view.images.sections and position_ids is None:
-            what, hint = "a call with images needs the positions of its tokens", "use generate, or pass position_ids"
-            raise PeftfxError(what, "position_ids", hint)
-        output = (mm_encoder_outputs or {}).get("image")
-        if output is not None:
-            features = joined_features(output)
-        elif pixels:
-            features = torch.cat(self.encoded(pixels, input_ids))
-        else:
-            features = torch.zeros(0, self.view.images.width)
-        if input_ids is not None:
-            before = 0 if cache is None else cache.get_seq_length()
-            if len(features) or not before:  # later, an image token without an image is text that the model wrote
-                self.check_count(input_ids, len(features))
-            if self.view.images.typed:
-                self._types = whole_types(self.masking, others.pop(TYPES, kinds), input_ids, before)
-        self._features = features.to(self.view.images.dtype)
+        given, kinds = self.images_in(others), others.pop(MODALITIES, None)  # which positions were made of
+        before = 0 if cache is None else cache.get_seq_length()
+        encoded = (mm_encoder_outputs or {}).get(self.images.kind)
+        features = self.features_of(self.images, given, encoded, self.encoded, input_ids, position_ids, before)
+        if input_ids is not None and self.images.typed:
+            self._types = whole_types(self.masking, others.pop(TYPES, kinds), input_ids, before)
+        self._features = features
         try:
             return super().forward(input_ids, attention_mask, position_ids, cache, logits_to_keep, **others)
         finally:
             self._features = self._types = None
+
+    def features_of(
+        self,
+        images: Images,
+        given: dict[str, Tensor],
+        encoded: Any,
+        encode: Callable[[Mapping[str, Tensor], Tensor | None], list[Tensor]],
+        tokens: Tensor | None,
+        positions: Tensor | None,
+        before: int,
+    ) -> Tensor:
+        """Return the features of a call's images, or of its videos, [pieces, width].
+
+        Args:
+            images: how the model reads them.
+            given: their arguments; empty for a call without any.
+            encoded: the output of the model's encoder, if `generate` has run it.
+            encode: the function that encodes them.
+            tokens: the text, [batch, sequence].
+            positions: the positions of its tokens.
+            before: how many tokens are in the cache.
+        """
+        if given and self.images.sections and positions is None:
+            what = f"a call with {images.kind}s needs the positions of its tokens"
+            raise PeftfxError(what, "position_ids", "use generate, or pass position_ids")
+        if encoded is not None:
+            features = joined_features(encoded)
+        else:
+            features = torch.cat(encode(given, tokens)) if given else torch.zeros(0, images.width)
+        if tokens is not None and (len(features) or not before):  # later, such a token is text that the model wrote
+            self.check_count(tokens, len(features), images)
+        return features.to(images.dtype)
 
     def beside(self) -> dict[str, Tensor]:
         """Return the image features of this call, and the types of its tokens if the model reads them."""
@@ -159,11 +182,11 @@ class GeneratesWithImages(EncodesImages, Generates):
     ) -> dict[str, Any]:
         """Encode images once, before the prefill."""
         pixels = self.images_in(model_kwargs)
-        model_kwargs.setdefault("mm_encoder_outputs", {})
+        model_kwargs.setdefault(ENCODED_IMAGES, {})
         if pixels:
             # a list with one entry for each image, as beams and samples repeat the images of a text together
             output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels, inputs_tensor))  # type: ignore[call-arg, arg-type]
-            model_kwargs["mm_encoder_outputs"]["image"] = output
+            model_kwargs[ENCODED_IMAGES][self.images.kind] = output
         return model_kwargs
 
 

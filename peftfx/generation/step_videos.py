@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
-from peftfx.bases.processors.encoded_images import joined_features
 from peftfx.bases.processors.readers import ENCODED_IMAGES
-from peftfx.errors import PeftfxError
 from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Step
 from peftfx.generation.step_images import GeneratesWithImages
@@ -50,27 +48,13 @@ class GeneratesWithVideos(GeneratesWithImages):
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits, and the cache with these tokens, their images and their videos added."""
-        given, videos = self._videos_in(others), self.videos
-        if given and self.view.images.sections and position_ids is None:
-            what, hint = "a call with videos needs the positions of its tokens", "use generate, or pass position_ids"
-            raise PeftfxError(what, "position_ids", hint)
-        output = (mm_encoder_outputs or {}).get(VIDEO)
-        if output is not None:
-            features = joined_features(output)
-        elif given:
-            features = torch.cat(self.encoded_videos(given, input_ids))
-        else:
-            features = torch.zeros(0, videos.width)
+        given, videos = self.images_in(others, self.videos), self.videos
         before = 0 if cache is None else cache.get_seq_length()
-        if input_ids is not None and (len(features) or not before):
-            wanted = int((input_ids == videos.token).sum())
-            if wanted != len(features):
-                what = f"the text has {wanted} video tokens, and its videos {len(features)} pieces"
-                where = f"input_ids, {videos.inputs[0][0]}"
-                raise PeftfxError(what, where, "make both by the model's processor")
+        encoded = (mm_encoder_outputs or {}).get(VIDEO)
+        features = self.features_of(videos, given, encoded, self.encoded_videos, input_ids, position_ids, before)
         for name in self.of_positions if position_ids is not None else ():
             others.pop(name, None)
-        self._clips = features.to(videos.dtype)
+        self._clips = features
         try:
             return super().forward(
                 input_ids, attention_mask, position_ids, cache, logits_to_keep, mm_encoder_outputs, **others
@@ -94,12 +78,6 @@ class GeneratesWithVideos(GeneratesWithImages):
         made = iter(self.each_encoded(self.encode_video, self.videos, [one for own in units for one in own], tokens))
         return [torch.cat([next(made) for _ in own]) for own in units]
 
-    def _videos_in(self, named: dict[str, Any]) -> dict[str, Tensor]:
-        """Take the arguments of videos out of the arguments of a call; nothing if it has no pixels."""
-        given = {name: named.pop(name, None) for name in self.videos.names}
-        first = given[self.videos.inputs[0][0]]
-        return {n: v for n, v in given.items() if isinstance(v, Tensor)} if isinstance(first, Tensor) else {}
-
     @property
     def of_positions(self) -> tuple[str, ...]:
         """The names of the arguments from which the class computes positions alone."""
@@ -112,7 +90,7 @@ class GeneratesWithVideos(GeneratesWithImages):
     ) -> dict[str, Any]:
         """Encode images and videos once, before the prefill."""
         made = super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *rest)
-        if given := self._videos_in(made):
+        if given := self.images_in(made, self.videos):
             found = self.encoded_videos(given, inputs_tensor)
             made[ENCODED_IMAGES][VIDEO] = BaseModelOutputWithPooling(pooler_output=found)  # type: ignore[call-arg, arg-type]
         return made
