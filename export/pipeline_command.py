@@ -24,7 +24,7 @@ from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import publish
-from peftfx.export.writing.earlier_output import files_in, in_folder, of_export
+from peftfx.export.writing.earlier_output import of_folders
 from peftfx.export_options.directory import DirectoryOptions
 from peftfx.files import is_file, is_folder, read_json
 from peftfx.formats import REPORT
@@ -99,10 +99,7 @@ def _of_pipeline(directory: Path) -> list[str] | None:
     index = directory / INDEX
     if not is_file(index) or not any(directory.glob(f"*/{REPORT}")):
         return None
-    parts = [part for part in directory.iterdir() if part.name in {*read_json(index), _DECODER}]
-    exported = {part: of_export(part) for part in parts}
-    written = [path for part in parts for path in in_folder(part, exported[part] or files_in(part))]
-    return [INDEX, *written]
+    return [INDEX, *of_folders(part for part in directory.iterdir() if part.name in {*read_json(index), _DECODER})]
 
 
 def _parts(base: Path) -> tuple[list[str], list[str]]:

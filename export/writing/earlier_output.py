@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,9 +44,9 @@ def of_export(directory: Path) -> Collection[str] | None:
     return listed_in(directory, REPORT) if (directory / REPORT).is_file() else None
 
 
-def in_folder(directory: Path, names: Collection[str]) -> Iterator[str]:
-    """Yield the paths of files in a folder as paths beside that folder."""
-    return (f"{directory.name}/{name}" for name in names)
+def of_folders(folders: Iterable[Path]) -> list[str]:
+    """Return the files of folders that are side by side, as paths beside them: what exports list, and all of others."""
+    return [f"{folder.name}/{name}" for folder in folders for name in of_export(folder) or files_in(folder)]
 
 
 def refuse_standing(target: Path, force: bool, made: FilesOf) -> None:

@@ -26,7 +26,7 @@ from peftfx.errors import PeftfxError
 from peftfx.export.command import export_directory
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.writing.atomic_directory import publish
-from peftfx.export.writing.earlier_output import files_in, in_folder, of_export
+from peftfx.export.writing.earlier_output import of_export, of_folders
 from peftfx.methods.lora import LoRA
 from peftfx.model.api import transform
 from peftfx.serving.onnx_model import OnnxModel
@@ -162,10 +162,10 @@ def _refuse_foreign(output: Path) -> None:
 def of_demo(directory: Path) -> list[str] | None:
     """Return the files of a demo: exports, and what they were made from; None if the directory has something else."""
     parts = list(directory.iterdir())
-    exports = {part: written for part in parts if (written := of_export(part)) is not None}
-    if not exports or not all(part.name == "base" or "adapter" in part.name for part in parts if part not in exports):
+    others = [part for part in parts if of_export(part) is None]
+    if len(others) == len(parts) or not all(part.name == "base" or "adapter" in part.name for part in others):
         return None
-    return [path for part in parts for path in in_folder(part, exports.get(part) or files_in(part))]
+    return of_folders(parts)
 
 
 @contextlib.contextmanager
