@@ -28,7 +28,7 @@ from peftfx.views.finding.sound_views import hears
 from peftfx.views.finding.video_views import find_videos
 from peftfx.views.images.encoded import IMAGE_TOKENS, VISION
 from peftfx.views.images.sizes import IMAGES
-from peftfx.views.images.videos import FRAMES, VIDEO
+from peftfx.views.images.videos import FRAMES, VIDEO, VIDEO_PIECES
 from peftfx.views.prompt_inputs import Place, WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 from peftfx.views.sounds.encoded import AUDIO, AUDIO_TOKENS, SOUNDS
@@ -37,7 +37,7 @@ from peftfx.views.view import View, name_axes
 #: Axes that must be free if the user gave no size.
 FREE = frozenset(
     {
-        *(IMAGE_TOKENS, AUDIO_TOKENS, SOUNDS, FRAMES, "video_tokens", "batch", "sequence", "decoder_sequence"),
+        *(IMAGE_TOKENS, AUDIO_TOKENS, SOUNDS, FRAMES, VIDEO_PIECES, "batch", "sequence", "decoder_sequence"),
         *("encoder_sequence", "encoder_total", "past", "total"),
     }
 )

@@ -15,9 +15,7 @@ from peftfx.serving.call_inputs import ONNX_DTYPES
 from peftfx.serving.generators import Buffered, skeleton
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.images.video_views import DecodeWithVideos
-from peftfx.views.images.videos import Videos
-
-_FEATURES = "video_features"
+from peftfx.views.images.videos import VIDEO_FEATURES, Videos
 
 
 class ServedWithVideos(GeneratesWithVideos, ServedWithImages):  # type: ignore[misc]
@@ -31,8 +29,8 @@ class ServedWithVideos(GeneratesWithVideos, ServedWithImages):  # type: ignore[m
         fixed, picture, (counted, place) = from_text(videos.metadata.get(IMAGES_KEY, ""))
         own = Videos(
             token=token_of(self, VIDEO_TOKENS, "video"),
-            width=int(model.axes[_FEATURES][-1]),
-            dtype=ONNX_DTYPES[model.types[_FEATURES]],
+            width=int(model.axes[VIDEO_FEATURES][-1]),
+            dtype=ONNX_DTYPES[model.types[VIDEO_FEATURES]],
             each=None,
             listed=True,
             inputs=inputs,

@@ -19,6 +19,7 @@ from peftfx.views.images.encoded import Images
 
 FRAMES = "frames"  #: the axis of a video along its frames
 VIDEO = "video"
+VIDEO_FEATURES, VIDEO_PIECES = f"{VIDEO}_features", f"{VIDEO}_tokens"  #: the input of a text's graph, and its axis
 
 
 @dataclass(frozen=True)
