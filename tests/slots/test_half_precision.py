@@ -11,16 +11,13 @@ import torch
 from every_model.checks import build
 from support.slots import stirred
 from torch import Tensor
+from verification.spoiled import one_percent_more, spoil_captures
 
 import peftfx
 from peftfx.errors import PeftfxWarning
-from peftfx.export import steps
-from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.slots import adapter_check, adapter_export, batched
 from peftfx.export.slots.adapter_tensors import AdapterTensors
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.graph.graph import Graph
-from peftfx.graph.rewriter import Rewriter
 from peftfx.graph.slots import SLOT_B
 from peftfx.method import Method
 from peftfx.model.adapted import AdaptedModel
@@ -42,14 +39,6 @@ RULES = {
 
 def adapted(kind: torch.dtype, rule: Method = LORA) -> AdaptedModel:
     return stirred(peftfx.transform(build("text-generation", "llama").to(kind), rule, "x", seed=0), "x")
-
-
-def one_percent_more(graph: Graph) -> Graph:
-    rewriter = Rewriter(graph.module.graph)
-    layer = [node for node in graph.nodes() if node.target is torch.ops.aten.linear.default][-2]
-    rewriter.extend(layer, rewriter.after(layer).call(torch.ops.aten.mul.Tensor, layer, 1.01))
-    graph.module.recompile()
-    return graph
 
 
 def graph_with_slots(kind: torch.dtype, directory: Path, view: str = "forward") -> Path:
@@ -106,15 +95,7 @@ def test_one_percent_at_one_layer_of_a_graph_is_seen_when_an_adapter_is_written(
 def test_a_graph_with_slots_that_is_not_the_models_own_code_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured = steps.ExportSteps.captured
-
-    def spoiled(self: steps.ExportSteps) -> tuple[steps.ExportSteps, list[GraphPart]]:
-        work, parts = captured(self)
-        for part in parts:
-            one_percent_more(part.graph)
-        return work, parts
-
-    monkeypatch.setattr(steps.ExportSteps, "captured", spoiled)
+    spoil_captures(monkeypatch)
     with pytest.warns(PeftfxWarning, match=OWN_CODE):
         graph_with_slots(torch.float16, tmp_path / "graph")
 

@@ -11,18 +11,17 @@ import pytest
 import torch
 from every_model.checks import build
 from torch import Tensor
+from verification.spoiled import one_percent_more, spoil_captures
 
 import peftfx
 from peftfx.errors import PeftfxWarning
 from peftfx.export import steps
-from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.translation import stamped
 from peftfx.export.verification.captured import refused
 from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.sizes.trial import BRANCHES, SAME, Trial
 from peftfx.export.verification.tolerances.float64 import float32, float64
 from peftfx.graph.graph import Graph
-from peftfx.graph.rewriter import REGION, Rewriter
 from peftfx.views.capture import capture
 
 aten = torch.ops.aten
@@ -33,13 +32,6 @@ def lora(kind: torch.dtype) -> peftfx.AdaptedModel:
     return peftfx.transform(
         build("text-generation", "llama").to(kind), peftfx.LoRA(r=4, target="all-linear", init_lora_weights=False)
     )
-
-
-def one_percent_more(graph: Graph) -> None:
-    """Make the output of one layer larger by one percent."""
-    rewriter = Rewriter(graph.module.graph)
-    layer = [n for n in graph.nodes() if n.target is aten.linear.default and REGION not in n.meta][-2]
-    rewriter.extend(layer, rewriter.after(layer).call(aten.mul.Tensor, layer, 1.01))
 
 
 @pytest.mark.parametrize("kind", HALVES)
@@ -63,15 +55,7 @@ def test_one_percent_at_one_layer_is_seen(
 
 
 def test_a_graph_that_is_not_the_models_own_code_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captured = steps.ExportSteps.captured
-
-    def spoiled(self: steps.ExportSteps) -> tuple[steps.ExportSteps, list[GraphPart]]:
-        work, parts = captured(self)
-        for part in parts:
-            one_percent_more(part.graph)
-        return work, parts
-
-    monkeypatch.setattr(steps.ExportSteps, "captured", spoiled)
+    spoil_captures(monkeypatch)
     with pytest.warns(PeftfxWarning, match="the model's own code and its graph differ in logits"):
         lora(torch.float16).export(tmp_path / "out", view="forward", merge=False)
 
