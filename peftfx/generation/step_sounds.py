@@ -42,10 +42,13 @@ class GeneratesWithSounds(Generates):
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits, and the cache with these tokens and their sounds added."""
-        heard = {name: others.pop(name, None) for name in self.sounds.names}
-        features = self.encoded({name: value for name, value in heard.items() if value is not None})
+        given = {name: others.pop(name, None) for name in self.sounds.names}
+        heard = {name: value for name, value in given.items() if value is not None}
+        before = 0 if cache is None else cache.get_seq_length()
+        if before and self.sounds.recording not in heard:
+            heard = {}  # `generate` of some classes hands masks on to every step
+        features = self.encoded(heard)
         if input_ids is not None:
-            before = 0 if cache is None else cache.get_seq_length()
             wanted = int((input_ids == self.sounds.token).sum())
             if wanted != len(features) and (len(features) or not before):  # later, such a token is text
                 what = f"the text has {wanted} tokens of sounds, and its sounds {len(features)} pieces"

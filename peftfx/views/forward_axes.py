@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftfx.bases.processors.readers import ENCODE
-from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND
+from peftfx.bases.processors.sounds.in_forward import sound_encoder
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import raise_if_memory_is_out
 from peftfx.views.arguments import named_tensors
@@ -61,7 +61,7 @@ def _compared(model: nn.Module, axes: Axes) -> tuple[str, list[str]] | None:
 def _written(model: nn.Module, axes: Axes) -> tuple[str, list[str]]:
     """Return the axis along images or sounds of a model that writes them into texts, and the inputs of its encoder."""
     heard = any(name in RECORDINGS for name in axes)
-    encode = getattr(getattr(model, "base_model", None), ENCODE_SOUND if heard else ENCODE, None)
+    encode = sound_encoder(model) if heard else getattr(getattr(model, "base_model", None), ENCODE, None)
     taken = () if encode is None else inspect.signature(encode).parameters
     return ALONG_SOUNDS if heard else ALONG_IMAGES, [name for name in axes if name in taken and name not in _OF_TEXTS]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 import transformers as hf
 from support.adapted import randomise
@@ -80,7 +81,25 @@ def granite() -> nn.Module:
     return hf.GraniteSpeechForConditionalGeneration(config).eval()
 
 
-MODELS = {"voxtral": voxtral, "flamingo": flamingo, "granite": granite}
+def qwen() -> nn.Module:
+    """Sounds of one length that the forward encodes itself."""
+    heard = {
+        "model_type": "qwen2_audio_encoder",
+        "d_model": 16,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 24,
+        "num_mel_bins": 8,
+        "max_source_positions": 16,
+    }
+    text = {"model_type": "qwen2", **_TEXT}
+    config = hf.Qwen2AudioConfig(audio_config=heard, text_config=text, audio_token_index=SOUND)
+    return hf.Qwen2AudioForConditionalGeneration(config).eval()
+
+
+MODELS = {"qwen": qwen, "voxtral": voxtral, "flamingo": flamingo, "granite": granite}
+#: For tests of each model: the default run has one with a method that encodes sounds, and the one without.
+KINDS = [pytest.param(kind, marks=() if kind in ("qwen", "voxtral") else pytest.mark.further) for kind in MODELS]
 
 
 def adapted_by_peft(kind: str, directory: Path, alpha: int = 8) -> peft.PeftModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from sounds.hearing import MODELS, SOUND, adapted_by_peft, loaded, voxtral
+from sounds.hearing import KINDS, MODELS, SOUND, adapted_by_peft, loaded
 from torch import Tensor, nn
 
 import peftfx
@@ -37,7 +37,7 @@ def call(base: nn.Module, texts: int, sounds: int, length: int = 11) -> Inputs:
     return made
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=KINDS)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[peft.PeftModel, ServedWithSounds]:
@@ -92,7 +92,7 @@ def test_a_sound_is_heard_and_a_text_needs_none(served: tuple[peft.PeftModel, Se
     assert torch.equal(model.generate(**text, **GREEDY), want.generate(**text, **GREEDY))
 
 
-@pytest.mark.parametrize("kind", sorted(MODELS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_adapted_model_generates_over_its_graphs(kind: str, tmp_path: Path) -> None:
     want = adapted_by_peft(kind, tmp_path)
     inputs = call(want.get_base_model(), 2, 2)
@@ -101,18 +101,27 @@ def test_an_adapted_model_generates_over_its_graphs(kind: str, tmp_path: Path) -
     assert torch.equal(ours.generate(**inputs, **GREEDY), want.generate(**inputs, **GREEDY))
 
 
-def test_masks_say_how_long_sounds_are(tmp_path: Path) -> None:
-    want = adapted_by_peft("flamingo", tmp_path / "adapter")
-    loaded("flamingo", tmp_path / "adapter").export(tmp_path / "onnx", view="decode")
+@pytest.mark.parametrize(
+    ("kind", "mask"),
+    [
+        ("qwen", "feature_attention_mask"),
+        pytest.param("flamingo", "input_features_mask", marks=pytest.mark.further),
+    ],
+)
+def test_masks_say_how_long_sounds_are(kind: str, mask: str, tmp_path: Path) -> None:
+    want = adapted_by_peft(kind, tmp_path / "adapter")
+    loaded(kind, tmp_path / "adapter").export(tmp_path / "onnx", view="decode")
     model, inputs = runtime.load(tmp_path / "onnx"), call(want.get_base_model(), 2, 2)
-    inputs["input_features_mask"][1, 20:] = 0  # 5 of 8 tokens are left
+    inputs[mask][1, 20:] = 0  # 5 of 8 tokens are left
     places = (inputs["input_ids"][1] == SOUND).nonzero().flatten()
     inputs["input_ids"][1, places[5:]] = torch.arange(20, 20 + len(places) - 5)
     assert torch.equal(model.generate(**inputs, **GREEDY), want.generate(**inputs, **GREEDY))
-    del inputs["input_features_mask"]
+    with pytest.raises(PeftfxError, match="the text has 13 tokens of sounds, and its sounds 16 pieces"):
+        model.generate(**{**inputs, mask: torch.ones_like(inputs[mask])}, **GREEDY)
+    del inputs[mask]
     with pytest.raises(PeftfxError, match="how long each sound is") as refused:
         model.generate(**inputs, **GREEDY)
-    assert refused.value.where == "input_features_mask"
+    assert refused.value.where == mask
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +140,7 @@ def written(base: nn.Module, frames: int, pieces: int) -> Inputs:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": recording}
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("frames", [3, 19, 20, 33, 40, 41, 119])
 def test_sounds_may_have_any_length(granite: tuple[peft.PeftModel, ServedWithSounds], frames: int) -> None:
     """Frames are encoded in blocks of 20, the last filled up, and read in windows of 6, of which 2 tokens are left."""
@@ -150,6 +160,7 @@ def test_a_length_on_the_other_side_of_a_branch_is_refused(tmp_path: Path, monke
         model.generate(**written(want.get_base_model(), 40, 14), **GREEDY)
 
 
+@pytest.mark.further
 def test_a_mask_of_the_forward_says_which_pieces_count(granite: tuple[peft.PeftModel, ServedWithSounds]) -> None:
     want, model = granite
     inputs = written(want.get_base_model(), 33, 9)
@@ -161,6 +172,7 @@ def test_a_mask_of_the_forward_says_which_pieces_count(granite: tuple[peft.PeftM
         model.generate(**inputs, input_features_mask=counts[:, :11], **GREEDY)
 
 
+@pytest.mark.further
 def test_a_text_with_other_tokens_than_its_sounds_have_is_refused(
     granite: tuple[peft.PeftModel, ServedWithSounds],
 ) -> None:
@@ -173,7 +185,7 @@ def test_a_text_with_other_tokens_than_its_sounds_have_is_refused(
         model.generate(**inputs, **GREEDY)
 
 
-@pytest.mark.parametrize("kind", sorted(MODELS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_views_together_are_the_forward(kind: str) -> None:
     """Without a graph: the model's own forward with recordings, and the two views one after the other."""
     torch.manual_seed(0)
@@ -207,18 +219,24 @@ def test_a_prefix_comes_before_a_text_with_sounds(tmp_path: Path) -> None:
     assert torch.equal(served.generate(**inputs, **{**GREEDY, "max_new_tokens": 3}), _greedy(inputs, logits))
 
 
-def test_virtual_tokens_come_before_a_text_with_sounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["voxtral", pytest.param("qwen", marks=pytest.mark.further)])
+def test_virtual_tokens_come_before_a_text_with_sounds(kind: str, tmp_path: Path) -> None:
     """`peft` gives such a model embedded tokens, and its code then leaves sounds out: they are written here by hand."""
     torch.manual_seed(0)
     options = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", num_layers=2, token_dim=32)
     options.num_attention_heads = 2
-    served, want, inputs = _under_a_prompt(options, tmp_path)
+    served, want, inputs = _under_a_prompt(options, tmp_path, kind)
     base = want.get_base_model()
+    if kind == "qwen":
+        heard = base.model.audio_tower(inputs["input_features"]).last_hidden_state
+        features = base.model.multi_modal_projector(heard).flatten(0, 1)
+    else:
+        features = base.model.get_audio_features(inputs["input_features"]).pooler_output
     rows = want.prompt_encoder["default"].embedding.weight.expand(2, -1, -1)
 
     def logits(tokens: Tensor, mask: Tensor) -> Tensor:
         text = base.get_input_embeddings()(tokens)
-        text[tokens == SOUND] = base.model.get_audio_features(inputs["input_features"]).pooler_output
+        text[tokens == SOUND] = features
         ahead = torch.ones(2, 3, dtype=torch.long)
         embedded, shown = torch.cat([rows, text], 1), torch.cat([ahead, mask], 1)
         found: Tensor = base(inputs_embeds=embedded, attention_mask=shown).logits
@@ -227,16 +245,18 @@ def test_virtual_tokens_come_before_a_text_with_sounds(tmp_path: Path) -> None:
     assert torch.equal(served.generate(**inputs, **{**GREEDY, "max_new_tokens": 3}), _greedy(inputs, logits))
 
 
-def _under_a_prompt(options: peft.PeftConfig, root: Path) -> tuple[ServedWithSounds, peft.PeftModel, Inputs]:
+def _under_a_prompt(
+    options: peft.PeftConfig, root: Path, kind: str = "voxtral"
+) -> tuple[ServedWithSounds, peft.PeftModel, Inputs]:
     """An exported model under a random soft prompt, what `peft` makes of it, and a call."""
-    base = voxtral()
+    base = MODELS[kind]()
     want = peft.get_peft_model(base, options).eval()
     with torch.no_grad():
         for weight in want.prompt_encoder.parameters():
             weight.normal_()
     want.save_pretrained(str(root / "adapter"))
     state = {name: value.clone() for name, value in base.state_dict().items()}
-    ours = voxtral()
+    ours = MODELS[kind]()
     ours.load_state_dict(state)
     peftfx.load(ours, root / "adapter").export(root / "onnx", view="decode")
     return runtime.load(root / "onnx"), want, call(base, 2, 2)

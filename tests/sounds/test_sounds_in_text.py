@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sounds.hearing import MODELS, SOUND, adapted_by_peft, loaded, voxtral
+from sounds.hearing import KINDS, MODELS, SOUND, adapted_by_peft, loaded, voxtral
 from torch import Tensor, nn
 
 import peftfx
@@ -31,7 +31,7 @@ def hold(want: nn.Module, served: OnnxModel, inputs: Inputs) -> None:
     torch.testing.assert_close(served(**inputs)["logits"][shown], expected[shown], atol=3e-5, rtol=3e-4)
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=KINDS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
     """The model that `peft` adapted, and the directory of its forward graph."""
     root = tmp_path_factory.mktemp(request.param)
@@ -68,7 +68,7 @@ def test_masks_say_how_long_sounds_are(tmp_path: Path) -> None:
     hold(want, OnnxModel(tmp_path / "onnx"), inputs)
 
 
-@pytest.mark.parametrize("kind", sorted(MODELS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_in_half_precision_hears_too(kind: str, tmp_path: Path) -> None:
     """Its layers take no float32 recording, not even one of an example."""
     want = adapted_by_peft(kind, tmp_path / "adapter").half()

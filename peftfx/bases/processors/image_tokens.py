@@ -16,7 +16,7 @@ from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.processors.encoded_images import by_image, main_features
 from peftfx.bases.processors.fake_runs import on_fakes
 from peftfx.bases.processors.readers import ENCODE
-from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND, SOUND_TOKENS
+from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, sound_encoder
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.graph.capturing.known_values import known_values
 
@@ -34,8 +34,8 @@ def tokens_of(model: nn.Module, image: Mapping[str, Tensor]) -> int | None:
         image: the arguments of one image or sound, by the names of the forward's arguments.
     """
     parts = (getattr(model, "base_model", None), *model.modules())
-    name = ENCODE_SOUND if is_sound(image) else ENCODE
-    encode = next((found for part in parts if (found := getattr(part, name, None))), None)
+    own = (found for part in parts if (found := getattr(part, ENCODE, None)))
+    encode = sound_encoder(model) if is_sound(image) else next(own, None)
     if encode is None:
         return None
     accepted = inspect.signature(encode).parameters

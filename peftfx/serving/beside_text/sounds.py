@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from peftfx.bases.config_fields import first_of
-from peftfx.bases.processors.sounds.in_text import SOUND_TOKENS
+from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import PeftfxError
 from peftfx.formats import SIZES_KEY

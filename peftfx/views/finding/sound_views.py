@@ -14,10 +14,16 @@ from peftfx.bases.config_fields import first_of
 from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.readers import reads_images
-from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND, SOUND_TOKENS
+from peftfx.bases.processors.sounds.in_forward import (
+    ENCODE_SOUND,
+    SOUND_TOKENS,
+    hears_in_forward,
+    sound_encoder,
+)
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
+from peftfx.views.finding.embedded_sounds import why_not_embedded
 from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, picking
 
 #: How many times as long as an example's a recording is in a capture: code that cuts recordings into blocks then has
@@ -29,7 +35,7 @@ _HINT = "export its forward view (--view forward)"
 
 def why_not_heard(base: nn.Module) -> str:
     """Return why a model's sounds cannot be encoded apart from its text, or nothing if they can."""
-    if not hasattr(getattr(base, "base_model", None), ENCODE_SOUND):
+    if sound_encoder(base) is None:
         return f"the model's class has no sound encoder that runs by itself (`{ENCODE_SOUND}`)"
     if reads_images(base):
         return "the views with a cache take images beside a text, or sounds, not both"
@@ -67,7 +73,9 @@ def _find(base: nn.Module) -> Sounds:
     if why := why_not_heard(base):
         raise PeftfxError(why, type(base).__name__, _HINT)
     made = example_inputs(base, sizes={"batch": 1})
-    taken = inspect.signature(getattr(base.base_model, ENCODE_SOUND)).parameters
+    encode = sound_encoder(base)
+    assert encode is not None  # there is an example
+    taken = inspect.signature(encode).parameters
     given = {name: value for name, value in made.items() if name in taken}
     recording = next(name for name in RECORDINGS if name in given)
     masks = tuple(name for name in given if name != recording)
@@ -86,8 +94,9 @@ def _find(base: nn.Module) -> Sounds:
     token = first_of(base.config, *SOUND_TOKENS)
     assert isinstance(token, int)  # there is an example
     width, heard = int(features.shape[-1]), given[recording].dtype
-    sounds = Sounds(token, width, features.dtype, heard, recording, tuple(shape), masks, lengths)
-    if why := _why_not_already(base, made, sounds):
+    embedded = hears_in_forward(base)
+    sounds = Sounds(token, width, features.dtype, heard, recording, tuple(shape), masks, lengths, embedded=embedded)
+    if why := (why_not_embedded if embedded else _why_not_already)(base, made, sounds):
         raise PeftfxError(f"the model's forward takes no encoded sounds: {why}", type(base).__name__, _HINT)
     return dataclasses.replace(sounds, picks=picking(inspect.signature(base.forward).parameters, taken, recording))
 

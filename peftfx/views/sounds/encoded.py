@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from peftfx.bases.processors.sounds.in_text import ENCODE_SOUND
+from peftfx.bases.processors.sounds.in_forward import ENCODE_SOUND, sound_encoder
 from peftfx.views.written_features import WrittenFeatures
 
 AUDIO_FEATURES, AUDIO_TOKENS = "audio_features", "audio_tokens"
@@ -33,6 +33,7 @@ class Sounds:
         lengths: lengths of an example's recordings; several only if they may have any.
         picks: the argument of the forward alone that says which pieces of each sound count, [sounds, pieces]; empty if
             there is none.
+        embedded: whether the forward takes features only within embedded text, as no method of its encodes sounds.
     """
 
     token: int
@@ -44,6 +45,7 @@ class Sounds:
     masks: tuple[str, ...] = ()
     lengths: tuple[int, ...] = ()
     picks: str = ""
+    embedded: bool = False
 
     @property
     def written(self) -> WrittenFeatures:
@@ -78,8 +80,10 @@ def picking(accepted: Collection[str], taken: Collection[str], recording: str) -
 
 def encode_sounds(base: nn.Module, inputs: Mapping[str, object]) -> Tensor:
     """Return the features of all sounds of a call, [pieces, width], computed by the model's own code."""
-    encode = getattr(base.base_model, ENCODE_SOUND)
-    features: Tensor = encode(**inputs, return_dict=True).pooler_output
+    encode = sound_encoder(base)
+    assert encode is not None
+    features = encode(**inputs, return_dict=True).pooler_output
+    assert isinstance(features, Tensor)
     return features.flatten(0, -2)
 
 
@@ -103,3 +107,17 @@ def encoded_already(base: nn.Module, features: Tensor) -> Iterator[list[None]]:
     finally:
         del own[ENCODE_SOUND]
         own.update(before)
+
+
+def embedded_with(base: nn.Module, ids: Tensor, token: int, features: Tensor) -> Tensor:
+    """Return embedded text, [batch, sequence, width], with the features of sounds, in order, at their tokens.
+
+    Args:
+        base: the model.
+        ids: the text, [batch, sequence].
+        token: the id that stands for a piece of a sound.
+        features: [pieces, width], with a row for each such token; or none, and then these tokens are text.
+    """
+    text = base.get_input_embeddings()(ids)  # type: ignore[operator]
+    some = torch.ones_like(features[:, 0], dtype=torch.long).sum() > 0
+    return text.index_put(((ids == token) & some,), features.to(text.device, text.dtype))

@@ -17,6 +17,7 @@ from peftfx.views.sounds.encoded import (
     SOUND_LENGTH,
     SOUNDS,
     Sounds,
+    embedded_with,
     encode_sounds,
     encoded_already,
 )
@@ -95,13 +96,19 @@ class DecodeWithSounds(DecodeWithFeatures):
         """Run the model on inputs of this view.
 
         transformers' forwards take no encoded sounds. So the function that encodes sounds returns the features, and the
-        recording, which makes the forward call that function, is a zero.
+        recording, which makes the forward call that function, is a zero. A forward that encodes sounds itself gets
+        embedded text with the features in it.
         """
         given = dict(inputs)
         features = given.pop(AUDIO_FEATURES)
         assert isinstance(features, Tensor)
         exporting = torch.compiler.is_exporting()
         if not exporting and not len(features):  # a step of text, as in the model's own `generate`
+            return super().__call__(base, given)
+        if self.sounds.embedded:
+            ids = given.pop("input_ids")
+            assert isinstance(ids, Tensor)
+            given["inputs_embeds"] = embedded_with(base, ids, self.sounds.token, features)
             return super().__call__(base, given)
         given[self.sounds.recording] = torch.zeros(1, dtype=features.dtype, device=features.device)
         held = no_places_without_features({self.sounds.token: features}) if exporting else nullcontext()

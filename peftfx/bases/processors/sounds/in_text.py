@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
+from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, sound_encoder
 from peftfx.bases.processors.sounds.recordings import RECORDINGS, fitted_shape, recording_shape
 
-ENCODE_SOUND = "get_audio_features"  #: the method of transformers' models that encodes sounds
-SOUND_TOKENS = ("audio_token_id", "audio_token_index")  #: the fields of a config that name the token of a sound's piece
 #: Lengths in tokens, where the config tells no number of frames. The last is half a minute.
 _TOKENS = (7, 50, 375)
 
@@ -32,7 +31,7 @@ def sounds_in_text(model: nn.Module, accepted: Collection[str]) -> Iterator[dict
         The tensors, with a first axis for sounds; nothing if the model writes no sounds into its text, or takes more
         than a recording and masks for one.
     """
-    encode = getattr(getattr(model, "base_model", None), ENCODE_SOUND, None)
+    encode = sound_encoder(model)
     if encode is None or "input_ids" not in accepted or not isinstance(first_of(model.config, *SOUND_TOKENS), int):
         return
     taken = inspect.signature(encode).parameters

@@ -7,6 +7,7 @@ few, each later image would be one place off, silently. `index_put` takes exactl
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,9 @@ _WRITES = {
     _aten.masked_scatter_.default: _aten.index_put_.default,
 }
 _CASTS = {_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten._to_copy.default}
+_CHECKS = (_aten._is_all_true.default, _aten._assert_scalar.default)
+_EQUALS = {_aten.eq.Scalar, _aten.eq.Tensor, operator.eq}
+_OF_ONE = {_aten.mul.Tensor, _aten.mul.Scalar, _aten.item.default, *_CASTS}
 _SIZES = {_aten.sym_size.int, _aten.sym_numel.default}
 _ANDS = {_aten.bitwise_and.Tensor, _aten.__and__.Tensor}
 #: Operators that give a mask of the same places in another form.
@@ -31,7 +35,8 @@ def write_counted(graph: fx.Graph) -> None:
     """Write rows by `index_put`, in place of `masked_scatter`, where the code compares their number with the places'.
 
     Args:
-        graph: a captured program, with the code's checks in it (`_is_all_true`), before dead code is removed.
+        graph: a captured program, with the code's checks in it (`_is_all_true`, `_assert_scalar`), before dead code is
+            removed.
     """
     counted = dict(_counted(graph))
     rewriter = Rewriter(graph)
@@ -39,7 +44,7 @@ def write_counted(graph: fx.Graph) -> None:
         if node.target not in _WRITES:
             continue
         x, mask, source = node.args
-        numbers = [counted[form] for form in _forms(mask, if_asked=True) if form in counted]
+        numbers = [counted[places] for form in _forms(mask, if_asked=True) if (places := _places(form)) in counted]
         shape, found = x.meta["val"].shape, mask.meta["val"]
         if found.ndim != len(shape) or not isinstance(shape[-1], int) or not _for_rows(mask):
             continue
@@ -51,27 +56,40 @@ def write_counted(graph: fx.Graph) -> None:
             rewriter.update(node, _WRITES[node.target], x, [places], rows)
 
 
-def _counted(graph: fx.Graph) -> Iterator[tuple[fx.Node, int | torch.SymInt | None]]:
-    """Yield masks whose places the code counts, and the number that it compares with, perhaps of elements of rows.
+def _counted(graph: fx.Graph) -> Iterator[tuple[object, int | torch.SymInt | None]]:
+    """Yield places that the code counts, and the number that it compares with, perhaps of elements of rows.
 
-    The code adds up the mask, and says that the sum is equal to a number. Or it takes what is at the places only to see
+    The code adds up a mask, and says that the sum is equal to a number. Or it takes what is at the places only to see
     how many elements these are: of what it then says no number is left.
     """
-    for check in graph.find_nodes(op="call_function", target=_aten._is_all_true.default):
-        equal = check.args[0]
-        if equal.target not in (_aten.eq.Scalar, _aten.eq.Tensor):
-            continue
-        count, number = equal.args
-        while count.target in (_aten.mul.Tensor, _aten.mul.Scalar, *_CASTS):
-            count = count.args[0]
-        value = number.meta["val"] if isinstance(number, fx.Node) else number
-        if count.target is _aten.sum.default and isinstance(value, int | torch.SymInt):
-            yield from ((form, value) for form in _forms(count.args[0]))
+    for check in _CHECKS:
+        for node in graph.find_nodes(op="call_function", target=check):
+            yield from _compared(node.args[0])
     for taken in graph.find_nodes(op="call_function", target=_aten.index.Tensor):
         mask = taken.args[1][0]
         places = len(taken.args[1]) == 1 and isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
         if places and all(user.target in _SIZES for user in taken.users):
-            yield from ((form, None) for form in _forms(mask))
+            yield from ((_places(form), None) for form in _forms(mask))
+
+
+def _compared(equal: fx.node.Argument) -> Iterator[tuple[object, int | torch.SymInt]]:
+    """Yield places whose sum a check says to be equal to a number, and the number."""
+    if not isinstance(equal, fx.Node) or equal.target not in _EQUALS:
+        return
+    count, number = equal.args
+    while isinstance(count, fx.Node) and count.target in _OF_ONE:
+        count = count.args[0]
+    value = number.meta["val"] if isinstance(number, fx.Node) else number
+    if not isinstance(count, fx.Node) or count.target is not _aten.sum.default:
+        return
+    (mask,) = count.all_input_nodes
+    if isinstance(value, int | torch.SymInt):
+        yield from ((_places(form), value) for form in _forms(mask))
+
+
+def _places(mask: fx.Node) -> object:
+    """Return a key that is equal for masks of the same places: code may compare a text with a token again."""
+    return (mask.target, mask.args) if mask.target is _aten.eq.Scalar else mask
 
 
 def _forms(mask: fx.Node, *, if_asked: bool = False) -> Iterator[fx.Node]:

@@ -1,0 +1,117 @@
+"""Sounds that a model's forward encodes itself and writes into its embedded text, without a method that encodes them.
+
+The forward is run with a text of sounds' tokens up to the place where it writes the features: `masked_scatter`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from peftfx.bases.config_fields import first_of
+from peftfx.bases.processors.sounds.recordings import RECORDINGS
+
+ENCODE_SOUND = "get_audio_features"  #: the method of transformers' models that encodes sounds
+SOUND_TOKENS = ("audio_token_id", "audio_token_index")  #: the fields of a config that name the token of a sound's piece
+SCATTERS = frozenset({torch.masked_scatter, Tensor.masked_scatter, Tensor.masked_scatter_})
+"""The functions by which transformers' models write features into embedded text."""
+_TOKENS = 2  #: of the text: code that tells one token for a sound from one for each piece looks for two side by side
+
+Encode = Callable[..., BaseModelOutputWithPooling]
+
+
+def sound_encoder(model: nn.Module) -> Encode | None:
+    """Return the function that encodes a model's sounds: its method, or its forward up to where it writes them.
+
+    Its parameters are the names of a recording and of masks. The result has the features in `pooler_output`.
+    """
+    inner = getattr(model, "base_model", None)
+    own: Encode | None = getattr(inner, ENCODE_SOUND, None)
+    return own if own is not None or inner is None else _forward_up_to_text(inner)
+
+
+def hears_in_forward(model: nn.Module) -> bool:
+    """Return whether a model has no method that encodes sounds, and its forward does."""
+    return not hasattr(model.base_model, ENCODE_SOUND) and sound_encoder(model) is not None
+
+
+def _forward_up_to_text(model: nn.Module) -> Encode | None:
+    taken = inspect.signature(model.forward).parameters
+    names = [name for name in RECORDINGS if name in taken]
+    token = first_of(getattr(model, "config", None), *SOUND_TOKENS)
+    if len(names) != 1 or not {"input_ids", "inputs_embeds"} <= {*taken} or not isinstance(token, int):
+        return None
+    masks = [name for name in taken if name.endswith("_mask") and name != "attention_mask"]
+
+    def encode(return_dict: bool = True, **sounds: Tensor) -> BaseModelOutputWithPooling:
+        with _disable_current_modes():
+            ids = torch.full((1, _TOKENS), token, device=sounds[names[0]].device)
+            mask = torch.ones_like(ids)
+        with _UpToText(ids, mask) as written:
+            try:
+                model.forward(input_ids=ids, attention_mask=mask, **sounds)  # a capture of a call would miss its end
+            except _Written:
+                return BaseModelOutputWithPooling(pooler_output=written.features)  # type: ignore[arg-type]
+        raise RuntimeError("its code writes no sounds into the embedded text")
+
+    kinds = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in (*names, *masks)]
+    encode.__signature__ = inspect.Signature(kinds)  # type: ignore[attr-defined]
+    return encode
+
+
+class _Written(Exception):
+    """Ends a forward where it writes sounds into the embedded text."""
+
+
+class _AnyNumber(int):
+    """A number of tokens that code takes for the number of features, which is not known before."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
+class _UpToText(TorchFunctionMode):
+    """Ends a forward where it writes into embedded text, and keeps what it writes.
+
+    What the code computes from the text alone is computed at once, outside fake tensors and captures, as it branches on
+    it. It compares the number of a text's tokens with that of the features; the text here has any number of tokens.
+
+    Args:
+        text: the text's tokens and their mask.
+
+    Attributes:
+        features: what the code writes, [pieces, width].
+    """
+
+    def __init__(self, *text: Tensor) -> None:
+        super().__init__()
+        self.features: Tensor | None = None
+        self._text = {id(tensor): tensor for tensor in text}  # kept, so that no other tensor gets their ids
+
+    def __torch_function__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        if func in SCATTERS and args[0].is_floating_point():
+            self.features = args[2] if len(args) > 2 else named["source"]
+            raise _Written
+        tensors = [leaf for leaf in pytree.tree_leaves((args, named)) if isinstance(leaf, Tensor)]
+        if not tensors or any(id(tensor) not in self._text for tensor in tensors):
+            return func(*args, **named)
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            made = func(*args, **named)
+        self._text |= {id(leaf): leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor)}
+        return _AnyNumber(made) if func is Tensor.item and type(made) is int else made
