@@ -13,7 +13,7 @@ from peftfx.bases.processors.videos import why_no_videos
 from peftfx.errors import warn
 from peftfx.export.deployment.parts import PATCHES, GraphPart
 from peftfx.options import FORWARD
-from peftfx.views.finding.sound_views import why_not_heard
+from peftfx.views.finding.sound_views import why_no_sound, why_not_heard
 
 #: What people call each kind of input, by transformers' word, and the arguments that hold it.
 _KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
@@ -56,4 +56,4 @@ def _why(base: nn.Module, left: Sequence[str]) -> str:
     if all(names & made for word, names in _KINDS.values() if word in left):
         why = why_not_heard(base) or "their encoder does not run apart from the text"
         return f"{why} (the forward view takes them: --view forward)"
-    return "peftfx makes no example of them beside a text"
+    return why_no_sound(base) if list(left) == ["sounds"] else "peftfx makes no example of them beside a text"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from every_model.checks import build
 from sounds.hearing import KINDS, MODELS, SOUND, adapted_by_peft, loaded, voxtral
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from peftfx import PeftfxError
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.export import OnnxModel
-from peftfx.views.finding.sound_views import find_sounds
+from peftfx.views.finding.sound_views import find_sounds, why_not_heard
 
 Inputs = dict[str, Tensor]
 
@@ -80,6 +82,17 @@ def test_a_model_in_half_precision_hears_too(kind: str, tmp_path: Path) -> None:
         got, expected = ours(**inputs).logits, want(**inputs).logits
     assert (got - expected).abs().max() < 0.02 * expected.abs().max()
     assert find_sounds(ours.get_base_model()).heard == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("musicflamingo", r"sound encoder needs input_ids too"),
+        ("qwen3_asr", r"branches on a mask's values, at modeling_qwen3_asr\.py:\d+ \(`.*cnn_len"),
+    ],
+)
+def test_a_sound_encoder_that_no_graph_can_have_is_told_by_its_cause(kind: str, why: str) -> None:
+    assert re.search(why, why_not_heard(build("text2text-generation", kind)))
 
 
 def test_labels_are_masked_at_the_tokens_of_sounds() -> None:

@@ -20,8 +20,10 @@ from peftfx.bases.processors.sounds.in_forward import (
     hears_in_forward,
     sound_encoder,
 )
+from peftfx.bases.processors.sounds.in_text import sounds_in_text
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
+from peftfx.views.capturing.raised import line_of
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.embedded_sounds import why_not_embedded
 from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, picking
@@ -43,9 +45,25 @@ def why_not_heard(base: nn.Module) -> str:
     if "cache" not in accepted:
         return "the model's forward takes no cache"
     made = example_inputs(base, sizes={"batch": 1})
-    if not any(name in made for name in RECORDINGS):
-        return "peftfx makes no example of them beside a text"
-    return ""
+    return "" if any(name in made for name in RECORDINGS) else why_no_sound(base)
+
+
+def why_no_sound(base: nn.Module) -> str:
+    """Return why peftfx makes no example of a sound beside a text, if it makes none."""
+    unknown = "peftfx makes no example of them beside a text"
+    if (encode := sound_encoder(base)) is None:
+        return unknown
+    needed = [name for name, p in inspect.signature(encode).parameters.items() if p.default is p.empty and _is_named(p)]
+    if more := [name for name in needed if name not in RECORDINGS and not name.endswith("mask")]:
+        return f"the model's sound encoder needs {', '.join(more)} too, beside a recording and its masks"
+    *_, why = ["", *(_encoded(base, s) for s in sounds_in_text(base, inspect.signature(base.forward).parameters))]
+    if why and isinstance(why, str):  # of the last shape: a graph knows a mask's shape, and not its values
+        return f"the model's sound encoder does not run on an example: {why}"
+    return unknown
+
+
+def _is_named(parameter: inspect.Parameter) -> bool:
+    return parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
 
 
 def hears(base: nn.Module) -> bool:
@@ -108,7 +126,10 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> Tensor | str:
             return encode_sounds(base, {name: fake(value) for name, value in given.items()})
         except Exception as error:  # whatever the model's code raises
             raise_if_memory_is_out(error)
-            return first_line(error)
+            of_values = "data-dependent" in str(error)
+            return (
+                f"its code branches on a mask's values, at {line_of(error, base)}" if of_values else first_line(error)
+            )
 
 
 def _takes(base: nn.Module, given: Mapping[str, Tensor], recording: str, axis: int, length: int) -> bool:
