@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from peftfx.adapters.recipes import Rounding
+from peftfx.errors import listed
 from peftfx.export.coded.place import Choice
 from peftfx.export.reports.series import in_series
 from peftfx.export.rounding.budget import Share
@@ -18,7 +19,6 @@ from peftfx.export.verification.agreement import Agreement
 from peftfx.export.writing.earlier_output import files_in
 from peftfx.export.writing.memory import memory_line
 from peftfx.formats import REPORT, with_version
-from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FAST
 

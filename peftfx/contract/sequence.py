@@ -19,7 +19,7 @@ from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import task_of
 from peftfx.contract.method import PLACING, Method, Params
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, listed
 from peftfx.graph.graph import BASE
 from peftfx.sites.site import SEQUENCE, Call, SequenceSite, Site
 from peftfx.sites.sites import Sites
@@ -131,8 +131,7 @@ class PromptMethod(SequenceMethod):
     def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
         if not site.beside:
             return ""
-        more = f" and {len(site.beside) - 1} more" if len(site.beside) > 1 else ""
-        found = f"{site.beside[0]}{more}"
+        found = listed(site.beside, 1)
         return f"it gives the model embedded tokens and no ids: the text has nothing of {found}, or the call is refused"
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftfx.adapters.files.names import module_of
 from peftfx.contract.method import Method
 from peftfx.contract.override import TOKENS
-from peftfx.errors import warn
+from peftfx.errors import listed, warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import never_runs
@@ -192,8 +192,7 @@ class Idle:
         ):
             names = sorted(name for name, path in self.by_module.items() if path in paths)
             if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 warn(
-                    f"{where}: {why} the modules of {', '.join(names[:3])}{more}; these tensors "
+                    f"{where}: {why} the modules of {listed(names, 3)}; these tensors "
                     "change nothing, here and in HF PEFT. They are kept, and saved again"
                 )

@@ -18,10 +18,9 @@ from peftfx.bases.processors.image_tokens import split_known
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary, told_size
 from peftfx.bases.processors.readers import ENCODE
 from peftfx.bases.processors.token_types import makes_masks, reads_types
-from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
+from peftfx.errors import PeftfxError, first_line, listed, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
-from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.image_positions import own_positions
 from peftfx.views.images.encoded import Images
