@@ -21,6 +21,7 @@ from peftfx.bases.tasks import task_of
 from peftfx.contract.method import PLACING, Method, Params
 from peftfx.errors import PeftfxError, listed
 from peftfx.graph.graph import BASE
+from peftfx.graph.places import owns_weight
 from peftfx.sites.site import SEQUENCE, Call, SequenceSite, Site
 from peftfx.sites.sites import Sites
 from peftfx.views.entry import Entry, VirtualTokens
@@ -144,7 +145,7 @@ def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
     Raises:
         PeftfxError: the model embeds no text.
     """
-    found = [s for s in sites if s.role == "embedding.token" and s.calls and _owns_weight(base, s.path)]
+    found = [s for s in sites if s.role == "embedding.token" and s.calls and owns_weight(base, s.path)]
     if not found:
         hint = "use a method that acts on weights, as LoRA"
         raise PeftfxError("the model embeds no text: a soft prompt has no place", type(base).__name__, hint)
@@ -260,13 +261,6 @@ def _special_tokens(base: nn.Module) -> Iterator[int]:
                 yield from (i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int))
     padding = (getattr(module, "padding_idx", None) for module in base.modules())
     yield from (i for i in padding if isinstance(i, int))
-
-
-def _owns_weight(base: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
-    except AttributeError:
-        return False
 
 
 def embedding_path(base: nn.Module) -> str | None:

@@ -11,7 +11,7 @@ import copy
 import functools
 import re
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from peftfx.graph.graph import BASE
 
@@ -45,6 +45,11 @@ def has_module(base: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def owns_weight(base: nn.Module, path: str) -> bool:
+    """Return whether the base has a module at this path with a parameter `weight` of its own."""
+    return has_module(base, path) and isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
 
 
 def twin(module: nn.Module) -> nn.Module:
