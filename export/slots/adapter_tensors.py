@@ -108,8 +108,8 @@ def _matches(graph: Graph) -> list[Folds]:
     """
     found, why = foldable(graph)
     if why:
-        path, _, reason = why[0].partition(": ")
-        raise PeftfxError(f"a slot cannot hold what is added at a pattern: {reason}", path, "export the adapter merged")
+        what = f"a slot cannot hold what is added at a pattern: {why[0].why}"
+        raise PeftfxError(what, why[0].path, "export the adapter merged")
     return found
 
 
