@@ -16,7 +16,7 @@ from torch import Tensor
 from peftfx.contract.method import Base
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placed import Placements
-from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
+from peftfx.contract.placement import WeightPlacement, owner_of, part_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.contract.weight import widened
 from peftfx.errors import PeftfxError
@@ -128,8 +128,7 @@ def _update_at(placement: WeightPlacement, base: Base, p: Mapping[str, Tensor]) 
     if block is None:
         return method.update(placement.view, base, p)
     rows = base.weight.shape[0]
-    part = Base(block.take(base.weight, 0), None if base.bias is None else block.take(base.bias, 0))
-    update = method.update(placement.view, part, p)
+    update = method.update(placement.view, part_of(base, block, 0), p)
     spread = update.spread(block, rows, placement.site.path)
     if update.bias is None:
         return spread
