@@ -89,7 +89,7 @@ def write_shards(
         raise PeftfxError(what, str(directory), "free some space, or choose a directory on another disk")
     plan = split_state_dict_into_shards_factory(
         contents,  # type: ignore[arg-type]  # only the sizes are read
-        get_storage_size=lambda content: content.nbytes,  # type: ignore[arg-type, attr-defined]
+        get_storage_size=lambda content: content.nbytes,
         filename_pattern=f"{name}{{suffix}}.safetensors",
         max_shard_size=size,
     )

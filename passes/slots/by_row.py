@@ -119,7 +119,7 @@ class _Rows:
             ids = inputs[known]
         if not ids.users:  # unused so far, its length is not yet known to be the batch's
             self.rewriter.revalue(ids, numbers)
-        return self.rewriter.before(first_operation(self.rewriter.graph)).trace(entries, ids, where=IDS)  # type: ignore[no-any-return]
+        return self.rewriter.before(first_operation(self.rewriter.graph)).trace(entries, ids, where=IDS)
 
     def _numbers(self, like: Tensor) -> Tensor:
         """Make a fake number for each row of a batch."""
@@ -178,7 +178,7 @@ class _Rows:
         def row(value: fx.Node, axes: int) -> fx.Node:
             if self.listed(value):
                 own = self.row(name, SLOT_OWN, 2)
-                return self.rewriter.after(value).trace(each_token, value, own, key="each token", where=name)  # type: ignore[no-any-return]
+                return self.rewriter.after(value).trace(each_token, value, own, key="each token", where=name)
             self.check(value, name)
             return self.row(name, SLOT_OWN, axes)
 

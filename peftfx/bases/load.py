@@ -188,7 +188,7 @@ def _load_transformers(
     _refuse_random(model, info, given, directory)
     if wanted != on_disk:
         _present(model, blank(maker, config, wanted), dtype_plan(model, wanted))
-        model.config.dtype = wanted  # type: ignore[union-attr]
+        model.config.dtype = wanted
     return model
 
 
@@ -243,12 +243,12 @@ def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dty
 
     def blank() -> nn.Module:
         with without_initial_values():
-            made = kind.from_config(kind.load_config(directory, local_files_only=True))  # type: ignore[no-untyped-call]
-        return made.to(wanted)  # type: ignore[no-any-return]
+            made = kind.from_config(kind.load_config(directory, local_files_only=True))
+        return made.to(wanted)
 
     if on_disk is None:
         return blank()
-    model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, torch_dtype=on_disk)  # type: ignore[no-untyped-call]
+    model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, torch_dtype=on_disk)
     if wanted != on_disk:
         _present(model, blank(), lambda _: wanted)
     assert isinstance(model, nn.Module)

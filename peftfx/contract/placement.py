@@ -218,8 +218,8 @@ class OverridePlacement(Placement):
     """A method that trains copies of the tensors of a site's module."""
 
     method: OverrideMethod
-    copies: tuple[Override, ...] = ()  # type: ignore[assignment]
-    known_as: str = ""  # type: ignore[assignment]
+    copies: tuple[Override, ...] = ()
+    known_as: str = ""
 
     @property
     def key(self) -> str:

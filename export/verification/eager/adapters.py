@@ -226,7 +226,7 @@ def _op(module: nn.Module, kind: str) -> Op:
             return F.embedding(x, weight, module.padding_idx)
         groups, module.groups = module.groups, x.shape[1 - weight.ndim] // weight.shape[1]  # type: ignore[assignment]
         try:
-            return module._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+            return module._conv_forward(x, weight, bias)  # type: ignore[operator]
         finally:
             module.groups = groups
 

@@ -102,7 +102,7 @@ class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: igno
         return {**super().parts, "encode": self.encode, "images": self.images, "numbers": self.numbers}
 
 
-class _FromImages(Buffered, GeneratesFromImages):  # type: ignore[misc]
+class _FromImages(Buffered, GeneratesFromImages):
     """The forward of an encoder-decoder's own class, which calls the graphs. The class's tensors are empty."""
 
 
@@ -173,13 +173,13 @@ def inputs_of(encoder: OnnxModel) -> tuple[tuple[tuple[str, tuple[int, ...]], ..
     )
 
 
-class _OverImages(Buffered, GeneratesOverImages):  # type: ignore[misc]
+class _OverImages(Buffered, GeneratesOverImages):
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""
 
 
-class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]
+class _OwnClass(Buffered, GeneratesWithImages):
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""
 
 
-class _OwnWriter(Buffered, GeneratesAsWriter):  # type: ignore[misc]
+class _OwnWriter(Buffered, GeneratesAsWriter):
     """The same, for a class whose own `generate` runs its parts."""
