@@ -40,16 +40,21 @@ def above(path: str) -> list[str]:
 
 def has_module(base: nn.Module, path: str) -> bool:
     """Return whether the base has a module at this path. There may be a weight, such as experts', instead."""
+    return module_at(base, path) is not None
+
+
+def module_at(base: nn.Module, path: str) -> nn.Module | None:
+    """Return the base's module at this path, or None."""
     try:
-        base.get_submodule(path)
+        return base.get_submodule(path)
     except AttributeError:
-        return False
-    return True
+        return None
 
 
 def owns_weight(base: nn.Module, path: str) -> bool:
     """Return whether the base has a module at this path with a parameter `weight` of its own."""
-    return has_module(base, path) and isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
+    module = module_at(base, path)
+    return module is not None and isinstance(module._parameters.get("weight"), Tensor)
 
 
 def twin(module: nn.Module) -> nn.Module:
