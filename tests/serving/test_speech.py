@@ -284,7 +284,7 @@ class TestLetters:
 
 
 class TestLabels:
-    @pytest.mark.parametrize("kind", [None, "SEQ_CLS"])
+    @pytest.mark.parametrize("kind", [pytest.param(None, marks=pytest.mark.further), "SEQ_CLS"])
     def test_a_classifier_of_sequences_labels_sound(self, kind: str | None, peftfx: Run, tmp_path: Path) -> None:
         """Its class is named as those that classify texts."""
         from peftfx.export.command import export_directory
