@@ -44,8 +44,8 @@ def refuse_other_state(
     ours = {str(n).split(".")[1] for n in given if str(n).startswith(f"{ADAPTERS}.")}
     if (gone := ours - adapters.keys()) and not lines:
         has = f"the adapters {listed(sorted(adapters), _MOST)}" if adapters else "no adapter"
-        what = f"tensors of {listed(sorted(gone), _MOST)} are not loaded: the model has {has}"
-        warn(f"{what}. Give the adapter the name that it had")
+        lost = listed(sorted(gone), _MOST)
+        warn(f"tensors of {lost} are not loaded: the model has {has}. Give the adapter the name that it had")
     if lines:
         hint = _OTHER if foreign else "make the adapters as they were when it was saved"
         raise PeftfxError("this state is not of these adapters:\n  " + "\n  ".join(lines), "", hint)
