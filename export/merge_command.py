@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -48,7 +48,6 @@ from peftfx.options import AUTO, DECODE
 from peftfx.quantisation.coded import Coded, keeping
 from peftfx.rules.peft_files import rule_folders
 
-_Tensors = Mapping[str, Tensor]
 #: How far an output may differ, relative to its largest magnitude. A larger difference means that the written weights
 #: are not the merged weights.
 _BOUNDS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}

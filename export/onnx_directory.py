@@ -166,7 +166,7 @@ def _adapted(model: nn.Module, inputs: Mapping[str, object] | None, asked: Expor
 
 def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[str, str]:
     """Return the metadata that says where a model comes from. Codes of quantised weights are not read for it."""
-    adapters = "; ".join(f"{adapter['name']}: {'+'.join(adapter['methods'])}" for adapter in report.adapters)  # type: ignore[arg-type]
+    adapters = "; ".join(f"{adapter['name']}: {'+'.join(adapter['methods'])}" for adapter in report.adapters)
     said = {ADAPTERS_KEY: adapters, BASE_MODEL: report.model}
     said[INVOCATION_KEY] = "; ".join(" ".join(map(str, tokens)) for tokens in adapted.invocations)
     known = not coded and not any(p.is_meta for p in adapted.base.parameters())

@@ -6,7 +6,7 @@ import difflib
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 
@@ -90,6 +90,13 @@ def raise_if_memory_is_out(error: BaseException) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error message, or the error's class name if it has no message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def listed(texts: Sequence[str], most: int = 6, between: str = ", ") -> str:
+    """Return the first texts in a row, and how many more there are: `a, b and 4 more`."""
+    if len(texts) <= most:
+        return between.join(texts)
+    return f"{between.join(texts[:most])}{between.strip(', ')} and {len(texts) - most} more"
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:

@@ -99,7 +99,7 @@ def _is_number(value: object, kind: type) -> bool:
         return False
     if isinstance(value, numbers.Integral):
         return abs(int(value)) < 2**63
-    return abs(value) <= _LARGEST  # type: ignore[arg-type, no-any-return]
+    return abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def full(tensor: Tensor) -> Tensor:
     if not is_part(tensor):
         return tensor
     if not _is_zero3(tensor):
-        return tensor.detach().full_tensor()  # type: ignore[attr-defined, no-any-return]
+        return tensor.detach().full_tensor()  # type: ignore[attr-defined]
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([tensor]):
@@ -176,7 +176,7 @@ def share_whole(tensors: Iterable[Tensor], like: Tensor) -> None:
             group = mesh.get_group(axis)
             dist.broadcast(tensor.detach(), src=dist.get_global_rank(group, 0), group=group)
         if tensor.requires_grad:
-            tensor.register_post_accumulate_grad_hook(average)  # type: ignore[arg-type]
+            tensor.register_post_accumulate_grad_hook(average)
 
 
 def refuse_zero3(model: nn.Module, what: str, hint: str) -> None:

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
 import transformers as hf
+from support.words import word_tokenizer
 
 from peftfx.cli.main import main
 
@@ -161,10 +161,8 @@ def write_inputs(folder: Path) -> None:
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = hf.LlamaConfig(vocab_size=len(_WORDS), **size, pad_token_id=1, bos_token_id=None, eos_token_id=2)
     hf.LlamaForCausalLM(config).save_pretrained(folder / "base")
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(_WORDS)}, unk_token="<unk>"))
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
-    hf.PreTrainedTokenizerFast(tokenizer_object=plain, **names).save_pretrained(folder / "base")
+    word_tokenizer(_WORDS, **names).save_pretrained(folder / "base")
     rows = [{"prompt": f"{number} is", "completion": colour} for number, colour in zip(_WORDS[3:6], _WORDS[6:9])]
     for name, own in (("rows", rows * 4), ("held", rows)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, own)), encoding="utf-8")

@@ -135,4 +135,4 @@ def _as_in_files(model: PreTrainedModel, tensors: dict[str, Deferred]) -> dict[s
 
     found = revert_weight_conversion(model, tensors)  # type: ignore[arg-type]
     assert all(isinstance(t, Deferred) for t in found.values())
-    return found  # type: ignore[return-value]
+    return found

@@ -7,11 +7,9 @@ import copy
 from torch import nn
 
 from peftfx.adapters.in_place_merge import merge_into
-from peftfx.adapters.merge_report import MergeReport, refuse_unmergeable
-from peftfx.graph.contexts import evaluating
+from peftfx.adapters.merge_report import MergeReport
 from peftfx.model.adapted import AdaptedModel
-from peftfx.passes.adaptation.merge import Merge
-from peftfx.passes.adaptation.pattern_weights import refuse_unfolded
+from peftfx.model.merging import merged_graph
 from peftfx.twins.twin import copied
 
 
@@ -23,15 +21,10 @@ def merged_copy(adapted: AdaptedModel) -> tuple[nn.Module, MergeReport]:
     Raises:
         PeftfxError: an active adapter cannot be merged.
     """
-    refuse_unmergeable({name: adapted.adapter(name) for name in adapted.active})
     made, memo = copied(adapted.base), dict[int, object]()
     for module in made.modules():  # configs say which tensors a merge unties
         if "config" in vars(module):
             vars(module)["config"] = copy.deepcopy(vars(module)["config"], memo)
     if not adapted.active:
         return made, MergeReport((), 0)
-    with evaluating(adapted.base):
-        graph = adapted.graph()
-        refuse_unfolded(graph)
-        merged = Merge()(graph).graph
-    return made, merge_into(made, merged, adapted.named.acting(), late=True)
+    return made, merge_into(made, merged_graph(adapted), adapted.named.acting(), late=True)

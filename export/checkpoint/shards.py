@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.writing.stream import Stream
-from peftfx.export.writing.weights import Written
+from peftfx.export.writing.weights import Written, refuse_full_disk
 from peftfx.files import writing
 
 _NAMES = {
@@ -83,13 +82,11 @@ def write_shards(
     )
     if odd:
         raise PeftfxError("safetensors has no such dtype", odd, "save this model by its own library")
-    total, free = sum(c.nbytes for c in contents.values()), shutil.disk_usage(directory).free
-    if total > free:
-        what = f"{total:,} bytes are needed, {free:,} are free"
-        raise PeftfxError(what, str(directory), "free some space, or choose a directory on another disk")
+    total = sum(content.nbytes for content in contents.values())
+    refuse_full_disk(total, directory)
     plan = split_state_dict_into_shards_factory(
         contents,  # type: ignore[arg-type]  # only the sizes are read
-        get_storage_size=lambda content: content.nbytes,  # type: ignore[arg-type, attr-defined]
+        get_storage_size=lambda content: content.nbytes,
         filename_pattern=f"{name}{{suffix}}.safetensors",
         max_shard_size=size,
     )

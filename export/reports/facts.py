@@ -13,7 +13,7 @@ from peftfx.adapters.recipes import Derived, Own, Rounding, foldings
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, as_text
 from peftfx.export.coded.place import Choice
 from peftfx.export.metadata import ENGINE
-from peftfx.export.reports.report import TWIN, Report
+from peftfx.export.reports.report import TWIN, Report, ToldComparison
 from peftfx.export.verification.comparison import Comparison, short_shapes
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.sizes.limits import Limit
@@ -146,8 +146,15 @@ def add_comparisons(
         if shapes not in report.probes:
             report.probes.append(shapes)
         bound = c.bound if c.bound < _ANYTHING else None  # a quantised model's outputs only have to be finite
-        numbers = {"max_abs": c.max_abs, "max_rel": c.max_rel, "bound": bound, "float32": c.noise}
-        report.comparisons.append({"output": prefix + c.output, "probe": report.probes.index(shapes), **numbers})
+        told = ToldComparison(
+            output=prefix + c.output,
+            probe=report.probes.index(shapes),
+            max_abs=c.max_abs,
+            max_rel=c.max_rel,
+            bound=bound,
+            float32=c.noise,
+        )
+        report.comparisons.append(told)
 
 
 def tell_rounding(graph: Graph, tell: Callable[[str, Rounding], None]) -> Graph:

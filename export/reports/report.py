@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from peftfx.adapters.recipes import Rounding
+from peftfx.errors import listed
 from peftfx.export.coded.place import Choice
 from peftfx.export.reports.series import in_series
 from peftfx.export.rounding.budget import Share
@@ -18,11 +20,30 @@ from peftfx.export.verification.agreement import Agreement
 from peftfx.export.writing.earlier_output import files_in
 from peftfx.export.writing.memory import memory_line
 from peftfx.formats import REPORT, with_version
-from peftfx.graph.slots import listed
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FAST
 
 TWIN = "its float32 twin, over the same weights"  #: what ONNX Runtime runs of a graph in bfloat16
+
+
+class ToldAdapter(TypedDict):
+    """An adapter as a report tells it: its name, the classes of its rules, its parameters, and the bytes of all."""
+
+    name: str
+    methods: list[str]
+    parameters: int
+    bytes: int
+
+
+class ToldComparison(TypedDict):
+    """The verification of an output at a probe, as a report tells it; see `Report.comparisons`."""
+
+    output: str
+    probe: int
+    max_abs: float
+    max_rel: float
+    bound: float | None
+    float32: float | None
 
 
 @dataclass
@@ -77,7 +98,7 @@ class Report:
     """
 
     model: str
-    adapters: list[dict[str, object]] = field(default_factory=list)
+    adapters: list[ToldAdapter] = field(default_factory=list)
     tensors: dict[str, int] = field(default_factory=dict)
     merged: list[str] = field(default_factory=list)
     merged_bytes: int = 0
@@ -109,13 +130,13 @@ class Report:
     unmeasured: str = ""
     idle: list[str] = field(default_factory=list)
     probes: list[dict[str, list[int]]] = field(default_factory=list)
-    comparisons: list[dict[str, object]] = field(default_factory=list)
+    comparisons: list[ToldComparison] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, adapted: AdaptedModel, names: Sequence[str]) -> Report:
         """Make a report that names the model, the adapters in `names`, and the versions of the libraries."""
-        adapters: list[dict[str, object]] = [
+        adapters: list[ToldAdapter] = [
             {
                 "name": name,
                 "methods": [type(rule).__name__ for rule in adapted.adapter(name).rules],
@@ -139,7 +160,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return this report in words, as pairs of a name and a text."""
-        adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in self.adapters)  # type: ignore[arg-type]
+        adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in self.adapters)
         went = ", ".join(f"{count} {place}" for place, count in self.tensors.items())
         apart = "none: the adapter is apart" if adapters else ""
         merged = f"{len(self.merged)}, {self.merged_bytes:,} B" if self.merged else apart
@@ -150,8 +171,9 @@ class Report:
         rounding = "" if self.float32 is None else f"; torch's own rounding is up to {self.float32:.1e} from float64"
         agree = ("ONNX Runtime = torch", f"to {self.max_abs:.1e} at {shapes} unseen shapes{rounding}")
         if self.quantized:
-            most = max(self.comparisons, key=lambda c: float(str(c["max_rel"])), default={"output": "no output"})
-            lost = f"up to {self.max_rel:.1e} of the largest magnitude ({most['output']}), at {shapes} unseen shapes"
+            most = max(self.comparisons, key=lambda c: c["max_rel"], default=None)
+            output = "no output" if most is None else most["output"]
+            lost = f"up to {self.max_rel:.1e} of the largest magnitude ({output}), at {shapes} unseen shapes"
             agree = ("quantisation's error", lost)
         elif self.verified not in ("", "the model"):
             agree = (agree[0], f"{agree[1]} ({self.verified})")
@@ -202,18 +224,18 @@ class Report:
     @property
     def max_abs(self) -> float:
         """The largest difference between ONNX Runtime and torch in the verification."""
-        return max((float(str(c["max_abs"])) for c in self.comparisons), default=0.0)
+        return max((c["max_abs"] for c in self.comparisons), default=0.0)
 
     @property
     def float32(self) -> float | None:
         """The largest difference between torch in the model's own dtype and in float64; None if not measured."""
-        noises = [float(str(c["float32"])) for c in self.comparisons if c["float32"] is not None]
+        noises = [c["float32"] for c in self.comparisons if c["float32"] is not None]
         return max(noises, default=None)
 
     @property
     def max_rel(self) -> float:
         """The largest difference relative to its output's largest magnitude. For a quantised model, its loss."""
-        return max((float(str(c["max_rel"])) for c in self.comparisons), default=0.0)
+        return max((c["max_rel"] for c in self.comparisons), default=0.0)
 
 
 def _written(value: object) -> str:

@@ -24,6 +24,7 @@ from peftfx.export.rounding.texts import whole_call
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export_options.quantize import Scheme
 from peftfx.graph.graph import DERIVED
+from peftfx.graph.places import module_at
 from peftfx.model.adapted import AdaptedModel
 from peftfx.quantisation.coded import mapped_copy
 from peftfx.quantisation.rounding import Rounded, round_blocks
@@ -114,10 +115,7 @@ def paths_of(sites: Sites) -> Callable[[object], list[str]]:
 
 def layer_at(base: nn.Module, path: str) -> nn.Module | None:
     """Return the module at a path, if its forward is one product with its weight, or a lookup in it; else None."""
-    try:
-        module = base.get_submodule(path)
-    except AttributeError:
-        return None
+    module = module_at(base, path)
     return module if isinstance(module, nn.Linear | Conv1D | nn.Embedding) else None
 
 

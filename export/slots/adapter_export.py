@@ -16,7 +16,7 @@ from typing import Unpack
 from torch import Tensor
 
 from peftfx.bases.processors.pictures import pictures_of
-from peftfx.errors import PeftfxError, shown, warn
+from peftfx.errors import PeftfxError, listed, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_check import check_adapter, in_slot_dtypes
 from peftfx.export.slots.adapter_tensors import adapter_tensors
@@ -41,7 +41,6 @@ from peftfx.graph.slots import (
     VALUES,
     Manifest,
     Slot,
-    listed,
 )
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE

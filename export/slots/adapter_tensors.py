@@ -16,7 +16,7 @@ from torch import Tensor
 from peftfx.contract.method import Base
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placed import Placements
-from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
+from peftfx.contract.placement import WeightPlacement, owner_of, part_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.contract.weight import widened
 from peftfx.errors import PeftfxError
@@ -108,8 +108,8 @@ def _matches(graph: Graph) -> list[Folds]:
     """
     found, why = foldable(graph)
     if why:
-        path, _, reason = why[0].partition(": ")
-        raise PeftfxError(f"a slot cannot hold what is added at a pattern: {reason}", path, "export the adapter merged")
+        what = f"a slot cannot hold what is added at a pattern: {why[0].why}"
+        raise PeftfxError(what, why[0].path, "export the adapter merged")
     return found
 
 
@@ -128,8 +128,7 @@ def _update_at(placement: WeightPlacement, base: Base, p: Mapping[str, Tensor]) 
     if block is None:
         return method.update(placement.view, base, p)
     rows = base.weight.shape[0]
-    part = Base(block.take(base.weight, 0), None if base.bias is None else block.take(base.bias, 0))
-    update = method.update(placement.view, part, p)
+    update = method.update(placement.view, part_of(base, block, 0), p)
     spread = update.spread(block, rows, placement.site.path)
     if update.bias is None:
         return spread

@@ -45,7 +45,7 @@ from peftfx.views.entry import VirtualTokens
 from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.forward_axes import WRITTEN
 from peftfx.views.row_adapters import IDS, PromptsByRow, WithRowAdapters
-from peftfx.views.view import name_axes
+from peftfx.views.view import View, name_axes
 
 _ELSE = "export it merged, or with --swappable"
 _SOFT = (("", PREFIX), ("", SLOT_PROMPT))  #: the places of soft prompts
@@ -74,28 +74,19 @@ class Batched(Deployment):
             what = "each row can have its own prefix only in a decoder whose positions are inputs"
             raise PeftfxError(what, type(base).__name__, "export the adapter merged, or swappable")
         prompts = _prompts(adapted, self.adapters, lengths)
-        beside = adapted.sites.headed
         parts = []
         with adapted.disable_adapter():
             stacks, kinds = stacks_of_rows(adapted, each)
-            by_row = ByRow(stacks, beside, kinds)
+            by_row = ByRow(stacks, adapted.sites.headed, kinds)
             for file, name in views.items():
                 shown = adapted.view(name)
-                if shown is None:
-                    part = _forward(adapted, inputs, prompts)
-                elif name in ENCODED_APART:
+                if shown is not None and name in ENCODED_APART:
                     parts.append(encoder_by_row(adapted, file, shown, by_row, _ELSE))
                     continue
+                if shown is None:
+                    part = _forward(adapted, inputs, prompts)
                 else:
-                    assert isinstance(shown, Decode | Encoder | Decoder)
-                    if any(lengths) and isinstance(shown, DecodeOverImages):
-                        what = "a soft prompt has no place in a cache with keys and values of images"
-                        hint = "leave it out of the adapters, or use the forward view"
-                        raise PeftfxError(what, type(base).__name__, hint)
-                    rowwise = WithRowAdapters.of(shown, lengths, prompts, plain_type(base))
-                    graph = adapted.graphs.captured(rowwise.inputs(base), rowwise.entry, rowwise)
-                    refuse_fixed(graph, rowwise.axes)
-                    part = GraphPart(file, rowwise, graph, graph)
+                    part = _generating(adapted, file, shown, lengths, prompts)
                 try:
                     graph = by_row(part.graph).graph
                 except PeftfxError:
@@ -227,6 +218,32 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
         return part
     graph = adapted.graphs.captured(_example(adapted, inputs, prompts), prompts)
     return dataclasses.replace(part, graph=graph, exported=graph)
+
+
+def _generating(
+    adapted: AdaptedModel, file: str, view: View, lengths: tuple[int, ...], prompts: PromptsByRow | None
+) -> GraphPart:
+    """Capture a view that generates, with each row's own soft prompt.
+
+    Args:
+        adapted: the model.
+        file: the name of the graph's file.
+        view: the view.
+        lengths: the length of the soft prompt that each number chooses; the first is for none.
+        prompts: puts virtual tokens before each row's text.
+
+    Raises:
+        PeftfxError: an adapter has a soft prompt, and the cache has keys and values of images.
+    """
+    assert isinstance(view, Decode | Encoder | Decoder)
+    if any(lengths) and isinstance(view, DecodeOverImages):
+        what = "a soft prompt has no place in a cache with keys and values of images"
+        hint = "leave it out of the adapters, or use the forward view"
+        raise PeftfxError(what, type(adapted.base).__name__, hint)
+    rowwise = WithRowAdapters.of(view, lengths, prompts, plain_type(adapted.base))
+    graph = adapted.graphs.captured(rowwise.inputs(adapted.base), rowwise.entry, rowwise)
+    refuse_fixed(graph, rowwise.axes)
+    return GraphPart(file, rowwise, graph, graph)
 
 
 def _paired(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow | None) -> Graph:

@@ -68,7 +68,7 @@ def pair_complex(rewriter: Rewriter) -> None:
             continue
         at = rewriter.before(node)
         if node.target is _aten.view_as_real.default and node.args[0] in pairs:
-            rewriter.replace(node, pairs[node.args[0]])  # type: ignore[index]
+            rewriter.replace(node, pairs[node.args[0]])
         elif _is_complex(node):
             made = _paired(node, pairs, at)
             if made is not None:

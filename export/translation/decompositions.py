@@ -61,7 +61,7 @@ class LoweredProgram(ExportedProgram):
         """The signature, with the outputs that the graph has now: torch's type promotion casts some of them anew."""
         signature = super().graph_signature
         (output,) = self.graph.find_nodes(op="output")
-        signature.output_specs[:] = _results(output.args[0])  # type: ignore[arg-type]
+        signature.output_specs[:] = _results(output.args[0])
         return signature
 
 
@@ -159,6 +159,6 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
         node.replace_all_uses_with(result)
     else:
         for user in list(node.users):  # several results: each user is a getitem
-            user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index, arg-type]
+            user.replace_all_uses_with(result[user.args[1]])
             graph.erase_node(user)
     graph.erase_node(node)

@@ -43,7 +43,7 @@ def widen_sounds(rewriter: Rewriter, node: fx.Node) -> fx.Node:
     picture = at.call(_aten.unsqueeze.default, value, -2)
     sizes, factors = sizes and [1, *sizes], factors and [1.0, *factors]  # type: ignore[misc]
     result = node.meta["val"].unsqueeze(-2)
-    wide = at.call(_SOUNDS[node.target], picture, sizes, *options, factors, value=result)  # type: ignore[index]
+    wide = at.call(_SOUNDS[node.target], picture, sizes, *options, factors, value=result)
     rewriter.replace(node, at.call(_aten.squeeze.dim, wide, -2))
     return wide
 

@@ -74,7 +74,7 @@ def _permute(weight: ir.Value, perm: tuple[int, ...], transposes: Sequence[ir.No
 
     def read() -> ir.TensorProtocol:
         if permuted is not None:
-            return permuted(perm)  # type: ignore[no-any-return]
+            return permuted(perm)
         return tensor_adapters.TorchTensor(value_of(before).permute(perm).contiguous(), name=before.name)
 
     shape = ir.Shape([int(str(before.shape[axis])) for axis in perm])

@@ -36,7 +36,7 @@ def _number(node: fx.Node, graph: Graph) -> Tensor | None:
         if (value := _number(source, graph)) is None:
             return None
         values[source] = value
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: values[source])  # type: ignore[misc, arg-type, return-value]
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda source: values[source])
     with torch.no_grad():
         found = node.target(*args, **kwargs)  # type: ignore[operator]
     return found if isinstance(found, Tensor) else None

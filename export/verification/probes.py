@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -23,8 +23,8 @@ from peftfx.export.verification.comparison import VerificationError, short_shape
 from peftfx.export.verification.eager.kept_state import StateError
 from peftfx.export.verification.sizes.limits import EVERY, Sizes
 from peftfx.generation.invocation import invoked
-from peftfx.graph.conditions import completed
-from peftfx.graph.graph import TensorSpec
+from peftfx.graph.conditions import Condition, completed
+from peftfx.graph.graph import Graph, TensorSpec
 from peftfx.model.adapted import AdaptedModel
 from peftfx.telling import tell_share
 from peftfx.views.arguments import named_tensors, nested
@@ -65,25 +65,10 @@ def probes(
     found: list[dict[str, Tensor]] = []
     nowhere: list[str] = []  #: sizes at which the model gives no numbers
     refusal: Exception | None = None
-    large = is_large(adapted.base)
     captured = adapted.graphs.captured(example, adapted.entry())
     own = captured.sizes_of(named_tensors(example))
-    relations = captured.conditions
-    first = [
-        *([] if large else [own]),
-        ONE,
-        *sizes.probes,
-        *varied_sizes(own, relations),
-        *sizes_of_one(own, relations),
-    ]
-    count = len(first) + (len(FEW) if large else COUNT)
-    for seed, wanted in enumerate((*first, *(FEW if large else ()), *PROBE_SIZES, *sizes_beside(own))):
-        whole = completed(relations, wanted)
-        if min(whole.values(), default=1) < 1:
-            continue
-        case = invoked(case_of(adapted, specs, example, whole, seed), adapted.invocations, seed)
-        if not sizes.allow(captured.sizes_of(case)) or not sizes.serve(case):
-            continue
+    tried, count = _tried(own, captured.conditions, sizes, large=is_large(adapted.base))
+    for wanted, case in _cases(adapted, specs, example, captured, tried, sizes):
         want = None
         try:
             if accepts is not None:
@@ -114,6 +99,41 @@ def probes(
         hint = "in Python, pass inputs=... of a call that it takes"
         raise PeftfxError(what, type(adapted.base).__name__, hint) from refusal
     return found
+
+
+def _tried(
+    own: Mapping[str, int], relations: Sequence[Condition], sizes: Sizes, *, large: bool
+) -> tuple[list[Mapping[str, int]], int]:
+    """Return the sizes to try in their order, and how many calls are wanted. A large model has fewer.
+
+    Args:
+        own: the example's sizes.
+        relations: the conditions of the captured graph.
+        sizes: the sizes at which the export is right.
+        large: whether the model is large.
+    """
+    varied = (*varied_sizes(own, relations), *sizes_of_one(own, relations))
+    first = [*([] if large else [own]), ONE, *sizes.probes, *varied]
+    few = FEW if large else ()
+    return [*first, *few, *PROBE_SIZES, *sizes_beside(own)], len(first) + (len(few) or COUNT)
+
+
+def _cases(
+    adapted: AdaptedModel,
+    specs: Sequence[TensorSpec],
+    example: Mapping[str, object],
+    captured: Graph,
+    tried: Sequence[Mapping[str, int]],
+    sizes: Sizes,
+) -> Iterator[tuple[Mapping[str, int], dict[str, Tensor]]]:
+    """Yield the tried sizes at which the export has to be right, with inputs of these sizes."""
+    for seed, wanted in enumerate(tried):
+        whole = completed(captured.conditions, wanted)
+        if min(whole.values(), default=1) < 1:
+            continue
+        case = invoked(case_of(adapted, specs, example, whole, seed), adapted.invocations, seed)
+        if sizes.allow(captured.sizes_of(case)) and sizes.serve(case):
+            yield wanted, case
 
 
 def _shapes(case: Mapping[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
@@ -67,103 +68,147 @@ def verify(
     Raises:
         VerificationError: an output is missing, has a NaN, or differs by more than the tolerance.
     """
-    own = range(len(inputs)) if measured is None else measured
-    sigmoids = frozenset[str]() if graph is None else made_by_sigmoids(graph)
-    tolerance, tight = Tolerance(atol, rtol, sigmoids=sigmoids), Tolerance(None, None)
     where = str(find(directory))
-    measures = tolerance if unrounded is None else tight
     with contextlib.ExitStack() as stack:
         path, widened = stack.enter_context(runnable(find(directory)))
         large = _size(path.parent) > MAPPED
+        model = OnnxModel(path, mapped=large)
+        model.put(put or {})
+        if graph is not None:
+            _same_interface(model, graph)
+        asked = _Asked(
+            where,
+            reference,
+            feeds=inputs,
+            calls=[_widened(feed, model) if widened else feed for feed in inputs],
+            measured=range(len(inputs)) if measured is None else measured,
+            shown=shown or functools.partial(unpadded, model.axes),
+            sigmoids=frozenset() if graph is None else made_by_sigmoids(graph),
+        )
+        tolerance = Tolerance(atol, rtol, sigmoids=asked.sigmoids)
         follows = None
         if tolerance.measures and not large and unrounded is None:
             follows = stack.enter_context(shown_choices(path))
-        model = OnnxModel(path, mapped=large)
-        model.put(put or {})
-        choose = shown or functools.partial(unpadded, model.axes)
-        if graph is not None:
-            _same_interface(model, graph)
-        calls = [_widened(feed, model) if widened else feed for feed in inputs]
-        chosen = functools.partial(
-            _under_its_choices, follows, inputs, calls, own, reference, choose, put or {}, sigmoids, where
-        )
-        if follows is not None and (widened or follows.half) and (found := chosen()):
+        under_choices = functools.partial(asked.under_choices, follows, put or {})
+        if follows is not None and (widened or follows.half) and (found := under_choices()):
             return found
-        found, plain = list[Comparison](), list[Comparison]()
-        cut = InParts(model) if large else None
-        answers = (model(**call) for call in calls) if cut is None else cut(calls)
-        parts, start = (1, 0.5) if cut is None else (len(cut.parts), 0.75)
-        for number, (feed, got) in enumerate(zip(inputs, answers, strict=True)):
-            tell_share(f"{number} of {len(inputs)} calls", start + (1 - start) * number / len(inputs))
-            want = reference(feed)
-            exact = measures.measure(reference, feed) if measures.measures and number in own else {}
-            told = functools.partial(compared, want, exact, feed, choose, where=where)
-            found += told(got, tolerance, parts)
-            if unrounded is not None:
-                plain += told(unrounded(feed), tight, 1)
-        judged(plain, tight, where, "the graph with the adapter's tensors, in torch, disagrees with the reference")
+        found = asked.outputs(model, tolerance, unrounded, InParts(model) if large else None)
         try:
             good = judged(found, tolerance, where)
         except VerificationError:
             with contextlib.suppress(VerificationError):
-                if found := chosen():
+                if found := under_choices():
                     return found
             raise
         loose = [c for c in good if tolerance.measures and c.says_little]
-        if not loose:
-            return good
-        if found := chosen():  # float64 made another choice than float32
+        if loose and (found := under_choices()):  # float64 made another choice than float32
             return found
-        worst = max(loose, key=lambda c: c.bound / c.largest)
-        on_loose(
-            f"{where}: the comparison of {worst.output} says little: it may differ by {worst.bound:.2g}, and its "
-            f"largest number is {worst.largest:.2g}, as torch itself is {worst.noise:.2g} from float64; give --atol "
-            "and --rtol"
-        )
+        if loose:
+            on_loose(_loosest(loose, where))
         return good
 
 
-def _under_its_choices(
-    shows: ShownChoices | None,
-    inputs: Sequence[Tensors],
-    calls: Sequence[Tensors],
-    measured: Collection[int],
-    reference: Reference,
-    choose: Shown,
-    put: Mapping[str, ort.OrtValue],
-    sigmoids: frozenset[str],
-    where: str,
-) -> list[Comparison]:
-    """Compare a model with a reference that chooses what ONNX Runtime chose: `peftfx.export.verification.choices`.
+@dataclass(frozen=True)
+class _Asked:
+    """What a verification is asked to compare.
 
-    Return nothing if that cannot be done.
-
-    Raises:
-        VerificationError: they differ.
+    Attributes:
+        where: the model's file, for errors.
+        reference: computes what the model has to give.
+        feeds: the inputs of each call.
+        calls: the same inputs, as the model that runs takes them.
+        measured: the numbers of the calls that are also run in float64 if the tolerance is measured.
+        shown: selects what to compare of an output.
+        sigmoids: the names of the outputs that a sigmoid makes.
     """
-    if shows is None:
-        return []
-    tolerance, near, found = Tolerance(None, None, sigmoids=sigmoids), Nearness(), list[Comparison]()
-    model = OnnxModel(shows.path)
-    model.put(put)
-    for number, (feed, call) in enumerate(zip(inputs, calls, strict=True)):
-        tell_share(f"{number} of {len(inputs)} calls", 0.5 + 0.5 * number / len(inputs))
-        got = model(**call)
-        following = Following(reference, shows.taken(got))
-        want, own, exact = following(feed), following.scores, Tensors()
-        if following.alike and number in measured:
-            exact = tolerance.measure(following, feed)
-            if exact and following.alike:
-                near.learn(following.choices, own, following.scores)
-        if not following.alike or tolerance.failure:
+
+    where: str
+    reference: Reference
+    feeds: Sequence[Tensors]
+    calls: Sequence[Tensors]
+    measured: Collection[int]
+    shown: Shown
+    sigmoids: frozenset[str]
+
+    def outputs(
+        self, model: OnnxModel, tolerance: Tolerance, unrounded: Reference | None, cut: InParts | None
+    ) -> list[Comparison]:
+        """Run the model, and compare its outputs. The comparisons are not judged yet.
+
+        Args:
+            model: the model.
+            tolerance: learns the noise of each output, if it is measured.
+            unrounded: see `verify`.
+            cut: runs the model in parts, if it is large.
+
+        Raises:
+            VerificationError: what `unrounded` gives differs from the reference.
+        """
+        found, plain, tight = list[Comparison](), list[Comparison](), Tolerance(None, None)
+        measures = tolerance if unrounded is None else tight
+        answers = (model(**call) for call in self.calls) if cut is None else cut(self.calls)
+        parts, start = (1, 0.5) if cut is None else (len(cut.parts), 0.75)
+        for number, (feed, got) in enumerate(zip(self.feeds, answers, strict=True)):
+            self._tell(number, start)
+            want = self.reference(feed)
+            exact = measures.measure(self.reference, feed) if measures.measures and number in self.measured else {}
+            told = functools.partial(compared, want, exact, feed, self.shown, where=self.where)
+            found += told(got, tolerance, parts)
+            if unrounded is not None:
+                plain += told(unrounded(feed), tight, 1)
+        judged(plain, tight, self.where, "the graph with the adapter's tensors, in torch, disagrees with the reference")
+        return found
+
+    def under_choices(self, shows: ShownChoices | None, put: Mapping[str, ort.OrtValue]) -> list[Comparison]:
+        """Compare a model with a reference that chooses what ONNX Runtime chose: `peftfx.export.verification.choices`.
+
+        Return nothing if that cannot be done.
+
+        Args:
+            shows: the model's copy that shows its choices; None if it makes none.
+            put: the tensors to put into its slots.
+
+        Raises:
+            VerificationError: they differ.
+        """
+        if shows is None:
             return []
-        if following.wrong:
-            what = f"choice {following.wrong} of {len(following.choices)} is not of the largest scores"
-            raise VerificationError(f"ONNX Runtime disagrees with the reference: {what}", where)
-        found += compared(want, exact, feed, choose, got, tolerance, 1, where=where)
-    if far := near.too_far:
-        raise VerificationError(f"ONNX Runtime disagrees with the reference in the scores of a choice: {far}", where)
-    return judged(found, tolerance, where)
+        tolerance, near, found = Tolerance(None, None, sigmoids=self.sigmoids), Nearness(), list[Comparison]()
+        model = OnnxModel(shows.path)
+        model.put(put)
+        for number, (feed, call) in enumerate(zip(self.feeds, self.calls, strict=True)):
+            self._tell(number, 0.5)
+            got = model(**call)
+            following = Following(self.reference, shows.taken(got))
+            want, own, exact = following(feed), following.scores, Tensors()
+            if following.alike and number in self.measured:
+                exact = tolerance.measure(following, feed)
+                if exact and following.alike:
+                    near.learn(following.choices, own, following.scores)
+            if not following.alike or tolerance.failure:
+                return []
+            if following.wrong:
+                what = f"choice {following.wrong} of {len(following.choices)} is not of the largest scores"
+                raise VerificationError(f"ONNX Runtime disagrees with the reference: {what}", self.where)
+            found += compared(want, exact, feed, self.shown, got, tolerance, 1, where=self.where)
+        if far := near.too_far:
+            what = "ONNX Runtime disagrees with the reference in the scores of a choice"
+            raise VerificationError(f"{what}: {far}", self.where)
+        return judged(found, tolerance, self.where)
+
+    def _tell(self, number: int, start: float) -> None:
+        count = len(self.feeds)
+        tell_share(f"{number} of {count} calls", start + (1 - start) * number / count)
+
+
+def _loosest(loose: Sequence[Comparison], where: str) -> str:
+    """Return the sentence about the comparison that says least."""
+    worst = max(loose, key=lambda c: c.bound / c.largest)
+    return (
+        f"{where}: the comparison of {worst.output} says little: it may differ by {worst.bound:.2g}, and its "
+        f"largest number is {worst.largest:.2g}, as torch itself is {worst.noise:.2g} from float64; give --atol "
+        "and --rtol"
+    )
 
 
 def _widened(feed: Tensors, model: OnnxModel) -> Tensors:

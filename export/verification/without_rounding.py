@@ -142,7 +142,7 @@ def with_rounded_numbers(graph: Graph) -> Graph:
     for node in copy.nodes():
         value = node.meta.get("val")
         if op_name(node) in _ROUNDED and isinstance(value, Tensor) and value.dtype in HALF_DTYPES:
-            node.args = fx.node.map_aggregate(node.args, functools.partial(_rounded, value.dtype))  # type: ignore[assignment]
+            node.args = fx.node.map_aggregate(node.args, functools.partial(_rounded, value.dtype))
     return copy
 
 

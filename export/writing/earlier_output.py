@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, listed
 from peftfx.files import already_there, read_json, writing
 from peftfx.formats import REPORT
 
@@ -62,8 +62,7 @@ def refuse_standing(target: Path, force: bool, made: FilesOf) -> None:
         hint = "delete it yourself, or choose another output"
         raise PeftfxError("what is there is not an earlier output, so it is not replaced", str(target), hint)
     if added := sorted({*files_in(target)} - {*(written or ())}):
-        more = f" and {len(added) - _SHOWN} more" if len(added) > _SHOWN else ""
-        what = f"files were added to the earlier output, and would be lost: {', '.join(added[:_SHOWN])}{more}"
+        what = f"files were added to the earlier output, and would be lost: {listed(added, _SHOWN)}"
         raise PeftfxError(what, str(target), "move them to another place, or choose another output")
     if not force:
         raise already_there(target)

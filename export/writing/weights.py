@@ -83,7 +83,7 @@ def save_together(
     places = list(_layout(models.values(), external_threshold))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_full_disk(places, path.parent)
+        refuse_full_disk(max((place.end for place in places), default=0), path.parent)
         if places:
             _write(places, path, written or (lambda done, total: None), infinite)
         for value in _inline(models.values(), external_threshold):
@@ -127,8 +127,9 @@ def content_of(value: ir.Value) -> object:
     return value if source is None else (source, value.metadata_props.get(PERM), value.dtype, str(value.shape))
 
 
-def _refuse_full_disk(places: Sequence[_Place], directory: Path) -> None:
-    needed, free = max((place.end for place in places), default=0), shutil.disk_usage(directory).free
+def refuse_full_disk(needed: int, directory: Path) -> None:
+    """Refuse to write more bytes than the directory's disk has free."""
+    free = shutil.disk_usage(directory).free
     if needed > free:
         what = f"{needed:,} bytes are needed, {free:,} are free"
         raise PeftfxError(what, str(directory), "free some space, or choose a directory on another disk")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
+from peftfx.analysis.dataflow import ancestors
 from peftfx.graph.graph import ADAPTERS, DERIVED, Graph
 from peftfx.graph.linking import link
 from peftfx.graph.recipe import Get
@@ -76,9 +77,10 @@ def _cut(graph: Graph, cuts: Collection[fx.Node], free: Container[fx.Node]) -> N
     """Turn these nodes into recipes, and erase the `free` nodes that nothing reads any more."""
     rewriter = Rewriter(graph.module.graph)
     for node in cuts:
-        ancestors = list(_ancestors(node))
-        name = _name(node, ancestors, graph.derived)
-        graph.derived[name] = _recipe(node, ancestors)
+        found = set(ancestors(node))
+        order = [n for n in graph.nodes() if n in found]
+        name = _name(node, order, graph.derived)
+        graph.derived[name] = _recipe(node, order)
         rewriter.replace(node, rewriter.attribute(f"{DERIVED}.{name}", node.meta["val"]))
     for node in reversed(list(graph.nodes())):
         if not node.users and (node in free or node.op == "get_attr"):
@@ -139,14 +141,3 @@ def _name(node: fx.Node, ancestors: list[fx.Node], taken: Container[str]) -> str
 def _recipe(node: fx.Node, order: list[fx.Node]) -> Computed:
     weights = [n for n in order if n.op == "get_attr"]
     return Computed(link(program_of(weights, order, [node], single=True), {}), tuple(str(n.target) for n in weights))
-
-
-def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    """Return a node and all nodes that it is computed from, in order."""
-    found, todo = {node}, [node]
-    while todo:
-        for n in todo.pop().all_input_nodes:
-            if n not in found:
-                found.add(n)
-                todo.append(n)
-    return (n for n in node.graph.nodes if n in found)

@@ -38,7 +38,16 @@ class HeldWeight:
 
 
 class Elsewhere(Exception):
-    """Raised when the effect of a method at a match is not all in the weights there. The text says why."""
+    """Raised when the effect of a method at a match is not all in the weights there.
+
+    Args:
+        path: the path of the match.
+        why: where else the effect is.
+    """
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+        self.path, self.why = path, why
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Folds:
                 yield site, MatchStep(placement.method, placement.site, own, dict(self.region.params))
 
 
-def foldable(graph: Graph) -> tuple[list[Folds], list[str]]:
+def foldable(graph: Graph) -> tuple[list[Folds], list[Elsewhere]]:
     """Find the inserted pattern methods whose whole effect is in weights, in the order in which they apply.
 
     Returns:
@@ -116,7 +125,7 @@ def foldable(graph: Graph) -> tuple[list[Folds], list[str]]:
     """
     found: list[Folds] = []
     beside: list[Region] = []
-    why: list[str] = []
+    why: list[Elsewhere] = []
     for region in (result.meta[REGION] for result in results(graph)):
         if region.placement.on_weight is not None or any(own.covers(region) for own in found):
             continue
@@ -124,7 +133,7 @@ def foldable(graph: Graph) -> tuple[list[Folds], list[str]]:
             try:
                 found.append(Folds(region, held_weights(graph, placement, beside)))
             except Elsewhere as reason:
-                why.append(str(reason))
+                why.append(reason)
         if not found or not found[-1].covers(region):
             beside.append(region)
     return found, why
@@ -138,9 +147,9 @@ def refuse_unfolded(graph: Graph) -> None:
     """
     _, why = foldable(graph)
     if why:
-        path, _, reason = why[0].partition(": ")
+        what = f"what is added at a pattern has no place in the base's weights: {why[0].why}"
         hint = "export it: there its parameters become constants; or make adapters of weights alone active"
-        raise PeftfxError(f"what is added at a pattern has no place in the base's weights: {reason}", path, hint)
+        raise PeftfxError(what, why[0].path, hint)
 
 
 def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Region] = ()) -> tuple[HeldWeight, ...]:
@@ -157,15 +166,15 @@ def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Reg
     method, path = placement.method, placement.site.path
     site = next((s for s in graph.sites.patterns if s.path == path), None)
     if site is None:
-        raise Elsewhere(f"{path}: the call that the model was transformed with does not run it")
+        raise Elsewhere(path, "the call that the model was transformed with does not run it")
     with asking(method, "folds", path):
         names = method.folds(unnamed(site))
     if not names:
-        raise Elsewhere(f"{path}: {type(method).__name__}.folds names no arguments of {site.pattern}")
+        raise Elsewhere(path, f"{type(method).__name__}.folds names no arguments of {site.pattern}")
     inner = {node.name for node in _inner(graph, site)}
     other = next((region.placement for region in beside if region.y in inner), None)
     if other is not None:
-        raise Elsewhere(f"{path}: {type(other.method).__name__} acts within it, and is in no weight")
+        raise Elsewhere(path, f"{type(other.method).__name__} acts within it, and is in no weight")
     return tuple(_held(graph, site, name, inner) for name in names)
 
 
@@ -175,9 +184,9 @@ def _held(graph: Graph, site: PatternSite, name: str, inner: Collection[str]) ->
         inside = [call.op in inner for call in layer.calls]
         if operand.weight in (layer.weight, layer.bias) and any(inside):
             if not all(inside):
-                raise Elsewhere(f"{site.path}: {layer.path}, of which {name} is the weight, runs elsewhere too")
+                raise Elsewhere(site.path, f"{layer.path}, of which {name} is the weight, runs elsewhere too")
             return HeldWeight(name, layer, "weight" if operand.weight == layer.weight else "bias")
-    raise Elsewhere(f"{site.path}: its {name} is the weight of no layer")
+    raise Elsewhere(site.path, f"its {name} is the weight of no layer")
 
 
 def _inner(graph: Graph, site: PatternSite) -> set[fx.Node]:

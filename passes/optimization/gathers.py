@@ -44,7 +44,7 @@ def slice_run(rewriter: Rewriter, node: fx.Node, graph: Graph) -> bool:
     if node.target is not aten.index.Tensor:
         return False
     x, indices = node.args
-    chosen = [(axis, index) for axis, index in enumerate(indices) if index is not None]  # type: ignore[arg-type, var-annotated]
+    chosen = [(axis, index) for axis, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
     if len(chosen) != 1 or chosen[0][1].op != "get_attr":
         return False
     ((axis, index),) = chosen

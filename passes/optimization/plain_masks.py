@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from peftfx.analysis.dataflow import ancestors
 from peftfx.graph.graph import ADAPTERS, Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.dead_code import sweep
@@ -56,15 +57,12 @@ def masks_of(graph: Graph) -> list[fx.Node]:
 
 def sources(mask: fx.Node, graph: Graph) -> set[fx.Node] | None:
     """Return the nodes that compute a mask, including it. None if they read weights, are random, or have a gradient."""
-    seen, waiting = {mask}, [mask]
-    while waiting:
-        node = waiting.pop()
-        if not _is_plain(node, graph) or len(seen) > _MOST:
+    found = set[fx.Node]()
+    for node in ancestors(mask):
+        found.add(node)
+        if not _is_plain(node, graph) or len(found) > _MOST:
             return None
-        new = [operand for operand in node.all_input_nodes if operand not in seen]
-        seen.update(new)
-        waiting += new
-    return seen
+    return found
 
 
 def without_masks(graph: Graph, kinds: Mapping[str, str]) -> Graph:

@@ -73,7 +73,7 @@ def pair(node: fx.Node, axes: tuple[int, int]) -> tuple[fx.Node, fx.Node] | None
     if node.target is not aten.cat.default or node.args[1:] not in tuple((axis,) for axis in axes):
         return None
     values = node.args[0]
-    return tuple(values) if isinstance(values, (list, tuple)) and len(values) == 2 else None  # type: ignore[return-value]
+    return tuple(values) if isinstance(values, (list, tuple)) and len(values) == 2 else None
 
 
 def slices_to_end(node: fx.Node) -> bool:

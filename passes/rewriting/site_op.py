@@ -66,15 +66,15 @@ class Operation:
         if self.kind == "linear":
             return F.linear(x, weight if weight.dtype == x.dtype else weight.to(x.dtype), _like(bias, x))
         if self.kind == "embedding":
-            return self.target(weight, x, *self.fixed)  # type: ignore[no-any-return]
+            return self.target(weight, x, *self.fixed)
         if self.kind == EXPERTS and self.number is not None:
             return F.linear(x, weight[self.number].to(x.dtype), _like(bias, x))
         if self.kind == EXPERTS and self.target is _GROUPED:
             return _aligned(x, weight, *self.fixed)  # type: ignore[arg-type]
         if self.kind == EXPERTS:
-            return self.target(x, weight.to(x.dtype).transpose(-2, -1), *self.fixed)  # type: ignore[no-any-return]
+            return self.target(x, weight.to(x.dtype).transpose(-2, -1), *self.fixed)
         operands = x, weight.to(x.dtype), _like(bias, x)
-        return self.target(*operands, *self.fixed, x.shape[1 - weight.ndim] // weight.shape[1])  # type: ignore[no-any-return]
+        return self.target(*operands, *self.fixed, x.shape[1 - weight.ndim] // weight.shape[1])
 
 
 def bind(op: fx.Node, site: Site, own: Sequence[Tensor] = ()) -> Operation:

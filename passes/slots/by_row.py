@@ -28,7 +28,7 @@ from peftfx.passes.slots.layer import Layers
 from peftfx.passes.slots.layer_by_row import BIAS_STACK, by_rows, each_token, lists_rows
 from peftfx.passes.slots.norms import replace_by_row
 from peftfx.sites.site import Call, HeadedSite, Site
-from peftfx.views.row_adapters import IDS, NOWHERE, PREFIXES, PROMPTS
+from peftfx.views.row_adapters import IDS, PREFIXES, PROMPTS, entries
 
 aten = torch.ops.aten
 SHOWN = "beside.shown"  #: the kind of a stack beside an attention that says which tokens each row has: [rows, tokens]
@@ -119,12 +119,7 @@ class _Rows:
             ids = inputs[known]
         if not ids.users:  # unused so far, its length is not yet known to be the batch's
             self.rewriter.revalue(ids, numbers)
-
-        def entries(ids: Tensor) -> Tensor:
-            index = ids + 1
-            return index.masked_fill(index < 0, NOWHERE)
-
-        return self.rewriter.before(first_operation(self.rewriter.graph)).trace(entries, ids, where=IDS)  # type: ignore[no-any-return]
+        return self.rewriter.before(first_operation(self.rewriter.graph)).trace(entries, ids, where=IDS)
 
     def _numbers(self, like: Tensor) -> Tensor:
         """Make a fake number for each row of a batch."""
@@ -183,7 +178,7 @@ class _Rows:
         def row(value: fx.Node, axes: int) -> fx.Node:
             if self.listed(value):
                 own = self.row(name, SLOT_OWN, 2)
-                return self.rewriter.after(value).trace(each_token, value, own, key="each token", where=name)  # type: ignore[no-any-return]
+                return self.rewriter.after(value).trace(each_token, value, own, key="each token", where=name)
             self.check(value, name)
             return self.row(name, SLOT_OWN, axes)
 

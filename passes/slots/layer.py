@@ -59,7 +59,7 @@ def operation(op: fx.Node, site: Site) -> Op:
 def low_rank(site: Site, op: Op, node: fx.Node, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Compute the low-rank sum of factors in slots: [in, r] and [r, out]; for a conv, the weights of two convs."""
     if site.kind == "conv":
-        return node.target.overloadpacket.default(op(x, a), b)  # type: ignore[union-attr, no-any-return]
+        return node.target.overloadpacket.default(op(x, a), b)  # type: ignore[union-attr]
     return times(F.embedding(x, a) if site.kind == "embedding" else times(x, a), b)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.lora_conversion import holds, updates_of
-from peftfx.errors import PeftfxError, warn
+from peftfx.errors import PeftfxError, listed, warn
 from peftfx.graph.lazy_weights import exact
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import WeightSite
@@ -79,8 +79,7 @@ class CheckpointDifference:
         """Warn of what differs and a LoRA cannot hold, with its share of the energy."""
         if self.left:
             names = sorted(self.left, key=lambda name: -self.left[name])
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            told = f"these tensors differ too, and a LoRA cannot hold them: {', '.join(names[:_SHOWN])}{more}"
+            told = f"these tensors differ too, and a LoRA cannot hold them: {listed(names, _SHOWN)}"
             share = 100 * sum(self.left.values()) / self.whole if self.whole else 0
             warn(f"{told}; they have {share:.2g}% of the energy of all that differs")
 

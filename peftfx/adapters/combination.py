@@ -16,7 +16,7 @@ from peftfx.contract.method import PLACING, Method, Params
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.weight import Weighted
-from peftfx.errors import PeftfxError, shown, warn
+from peftfx.errors import PeftfxError, listed, shown, warn
 from peftfx.field_types import fits
 
 
@@ -97,8 +97,7 @@ def tell_left_out(adapters: Mapping[str, Adapter]) -> None:
     for name, adapter in adapters.items():
         left = sorted({key for account in adapter.accounts.values() for key in account.unused})
         if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            warn(f"the sum leaves out tensors of {name!r} that no call of the model runs: {', '.join(left[:3])}{more}")
+            warn(f"the sum leaves out tensors of {name!r} that no call of the model runs: {listed(left, 3)}")
 
 
 def _made(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,6 @@ def merge_into(
     _refuse_untying(base, sharing, sites)
     tied = {site.path for site in sites if len(sharing.get(id(site_tensors(base, site)[0]), ())) > 1}
     refuse_other_readers(merged, sites, tied)
-    everywhere = {name: names for names in sharing.values() for name in names}
     groups: dict[str, list[Folding]] = {}
     for folding in folded.values():
         groups.setdefault(folding.weight, []).append(folding)
@@ -78,18 +77,41 @@ def merge_into(
         for folding, value in zip(group, values, strict=True):
             written += _write(writer, folding.site, value, untie=shared)
             untied += [own_names(base, folding.site)[0]] if shared else []
-    changed: dict[str, object] = dict(folded)
-    written_names = {name for f in folded.values() for name in own_names(base, f.site)}
+    done = {name for f in folded.values() for name in own_names(base, f.site)}
+    copies = _write_overrides(writer, adapters, sharing, done, roundings)
+    changed = dict.fromkeys((*folded, *(name.rpartition(".")[0] for name in copies)))
+    folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
+    written += sum(copies.values())
+    return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied), opened)
+
+
+def _write_overrides(
+    writer: BaseWriter,
+    adapters: Sequence[Adapter],
+    sharing: Mapping[int, list[str]],
+    done: Collection[str],
+    roundings: dict[str, Rounding],
+) -> dict[str, int]:
+    """Write the trained copies of adapters into the base. Return the bytes that were written, by the tensors' names.
+
+    Args:
+        writer: writes into the base.
+        adapters: the adapters.
+        sharing: the names of each tensor of the base, by its id.
+        done: the names of tensors that foldings were written to. A trained bias at a merged site is in its folding.
+        roundings: gets what each copy lost to the base's dtype.
+    """
+    everywhere = {name: names for names in sharing.values() for name in names}
+    written: dict[str, int] = {}
     for adapter in adapters:
         for override in adapter.overrides:
             name = f"{override.module}.{override.name}" if override.module else override.name
             if not override.module:  # under any of the tensor's names: one of two tied modules may have a folding
-                name = next((other for other in everywhere.get(name, ()) if other not in written_names), name)
-            if name not in written_names:  # a trained bias at a merged site went into its folding
-                written += _put(writer, name, override, full(adapter.get(override.key)), roundings)
-                changed.setdefault(name.rpartition(".")[0])
-    folded_in = sum(t.numel() * t.element_size() for adapter in adapters for _, t in adapter.tensors())
-    return MergeReport(tuple(changed), written, folded_in, roundings, tuple(untied), opened)
+                name = next((other for other in everywhere.get(name, ()) if other not in done), name)
+            if name not in done:
+                size = _put(writer, name, override, full(adapter.get(override.key)), roundings)
+                written[name] = written.get(name, 0) + size
+    return written
 
 
 def _now(folding: Folding, read: Get, roundings: dict[str, Rounding]) -> Base:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.completeness import asking, refuse_fold
 from peftfx.contract.method import Base
+from peftfx.contract.placement import part_of
 from peftfx.contract.weight import WeightMethod, widened
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.recipe import Get, Recipe
@@ -58,13 +59,14 @@ class RecipeStep:
         p = widened({name: get(target) for name, target in self.params.items()})
         if self.block is None:
             return self._over(start, base, p)
-        now = self._rows(base)
+        axis = self.site.rows_axis
+        now = part_of(base, self.block, axis)
         bias = now.bias
-        new = self._over(now if start is base else self._rows(start), now, p)
+        new = self._over(now if start is base else part_of(start, self.block, axis), now, p)
         whole = base.bias
         if new.bias is not bias and new.bias is not None:
             whole = self.block.put(base.weight.new_zeros(base.weight.shape[0]) if whole is None else whole, new.bias, 0)
-        return Base(self.block.put(base.weight, new.weight, self.site.rows_axis), whole)
+        return Base(self.block.put(base.weight, new.weight, axis), whole)
 
     def _over(self, start: Base, now: Base, p: Mapping[str, Tensor]) -> Base:
         """Return what the method makes of a weight, as the first step or after other steps."""
@@ -73,11 +75,6 @@ class RecipeStep:
             made = method.fold(self.site, now, p) if alone else method.fold_over(self.site, start, now, p)
         refuse_fold(self.method, self.site.path, made, now.weight, self.site.groups)
         return Base(*made)
-
-    def _rows(self, base: Base) -> Base:
-        assert self.block is not None
-        weight = self.block.take(base.weight, self.site.rows_axis)
-        return Base(weight, None if base.bias is None else self.block.take(base.bias, 0))
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.errors import PeftfxError, warn
+from peftfx.errors import PeftfxError, listed, warn
 from peftfx.graph.graph import ADAPTERS
 
+_MOST = 5  #: the most names that a message lists
 _OTHER = "a state of HF PEFT is loaded by peftfx.set_peft_model_state_dict(model, state)"
 
 
@@ -35,15 +36,16 @@ def refuse_other_state(
     if strict:
         found["missing"] = sorted(n for n in fixed - given.keys() if n.startswith(f"{ADAPTERS}."))
         found["unexpected"] = sorted(map(str, given.keys() - fixed - remembered))
-    lines = [f"{what}: {_listed(names)}" for what, names in found.items() if names]
+    lines = [f"{what}: {listed(names, _MOST)}" for what, names in found.items() if names]
     foreign = bool(given) and not any(str(n).startswith(f"{ADAPTERS}.") for n in given)
     if foreign and not lines and not given.keys() & own.keys():
-        first = _listed(sorted(map(str, given)), 1)
+        first = listed(sorted(map(str, given)), 1)
         warn(f"nothing is loaded: the state has no tensor of these adapters, but {first}; {_OTHER}")
     ours = {str(n).split(".")[1] for n in given if str(n).startswith(f"{ADAPTERS}.")}
     if (gone := ours - adapters.keys()) and not lines:
-        has = f"the model has the adapters {_listed(sorted(adapters))}" if adapters else "the model has no adapter"
-        warn(f"tensors of {_listed(sorted(gone))} are not loaded: {has}. Give the adapter the name that it had")
+        has = f"the adapters {listed(sorted(adapters), _MOST)}" if adapters else "no adapter"
+        lost = listed(sorted(gone), _MOST)
+        warn(f"tensors of {lost} are not loaded: the model has {has}. Give the adapter the name that it had")
     if lines:
         hint = _OTHER if foreign else "make the adapters as they were when it was saved"
         raise PeftfxError("this state is not of these adapters:\n  " + "\n  ".join(lines), "", hint)
@@ -51,7 +53,3 @@ def refuse_other_state(
 
 def _shape(value: object) -> object:
     return tuple(value.shape) if isinstance(value, Tensor) else "no tensor"
-
-
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

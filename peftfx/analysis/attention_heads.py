@@ -6,7 +6,7 @@ collected between the product of queries and keys and the softmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.analysis.attentions import Attention
-from peftfx.analysis.dataflow import FUSED_ATTENTION, Flow, op_name
+from peftfx.analysis.dataflow import FUSED_ATTENTION, Flow, ancestors, op_name
 from peftfx.analysis.facts import Analysis
 from peftfx.analysis.rows import RowTracer, as_ranges, hint
 from peftfx.analysis.weight_ops import Occurrence
@@ -187,7 +187,7 @@ def _multiplier(analysis: Analysis, key: _Projection, node: fx.Node, before: fx.
     other = next((a for a in node.args if a is not before), None)
     if isinstance(other, fx.Node):
         if not _is_number(other):
-            if strict and any(str(n.target).startswith(f"{BASE}.") for n in _ancestors(other)):
+            if strict and any(str(n.target).startswith(f"{BASE}.") for n in ancestors(other)):
                 raise _unclear("its scores are scaled by what is learned")
             return 1.0
         other = key.tracer.constant(other)
@@ -201,21 +201,12 @@ def _is_number(node: fx.Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and not all(isinstance(n, int) and n == 1 for n in value.shape):
         return False
-    return all(n.op != "placeholder" and not _is_parameter(n) for n in _ancestors(node))
+    return all(n.op != "placeholder" and not _is_parameter(n) for n in ancestors(node))
 
 
 def _is_parameter(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return node.op == "get_attr" and isinstance(value, Tensor) and bool(value.requires_grad)
-
-
-def _ancestors(node: fx.Node) -> Iterable[fx.Node]:
-    seen, todo = {node}, [node]
-    while todo:
-        yield (current := todo.pop())
-        new = [n for n in current.all_input_nodes if n not in seen]
-        seen.update(new)
-        todo += new
 
 
 def _number(value: object) -> float:

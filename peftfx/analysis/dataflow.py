@@ -8,7 +8,7 @@ never reaches the layers before the join.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,3 +203,14 @@ def is_depthwise(node: fx.Node) -> bool:
     assert isinstance(source, fx.Node)
     shapes = (source.meta["val"].shape, node.meta["val"].shape)
     return isinstance(groups, int) and groups > 1 and all(bool(shape[1] == groups) for shape in shapes)
+
+
+def ancestors(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield a node and all nodes that it is computed from, each once, going back from the node."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        new = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(new)
+        waiting += new

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.analysis.dataflow import ACTIVATIONS, ELEMENTWISE, MOVEMENT, PRODUCTS, Flow, data_of, names, op_name
 from peftfx.graph.graph import Graph
+from peftfx.graph.places import module_at
 
 _COUNTING = names("arange cumsum bucketize searchsorted")
 _CREATION = names("zeros ones full empty new_zeros new_ones new_full new_empty zeros_like ones_like full_like")
@@ -114,11 +115,7 @@ def is_codebook(graph: Graph, path: str, ops: Collection[fx.Node]) -> bool:
         path: the path of the weight's module.
         ops: the products.
     """
-    try:
-        owner = graph.base.get_submodule(path)
-    except AttributeError:
-        return False
-    if not isinstance(owner, nn.Embedding):
+    if not isinstance(module_at(graph.base, path), nn.Embedding):
         return False
     seen, todo = set(ops), list(ops)
     while todo:

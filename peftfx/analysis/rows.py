@@ -116,8 +116,8 @@ class RowTracer:
             return numbers[min(variant, len(numbers) - 1)]
 
         if op_name(node) in _RESHAPES:
-            return concrete(node.all_input_nodes[0]).reshape(_shape(node))  # type: ignore[no-any-return]
-        return _call(node, concrete)  # type: ignore[no-any-return]
+            return concrete(node.all_input_nodes[0]).reshape(_shape(node))
+        return _call(node, concrete)
 
     def _no_rows(self, node: fx.Node) -> torch.Tensor:
         return torch.zeros(_shape(node), dtype=torch.int64, device="cpu")

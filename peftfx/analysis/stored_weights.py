@@ -101,9 +101,9 @@ def _turns(node: fx.Node) -> bool:
     count = node.meta["val"].ndim
     last = [count - 2, count - 1]
     if op_name(node) == "transpose":
-        return sorted(axis % count for axis in node.args[1:3]) == last  # type: ignore[operator, type-var]
+        return sorted(axis % count for axis in node.args[1:3]) == last
     if op_name(node) == "permute":
-        return [axis % count for axis in node.args[1]] == [*range(count - 2), *reversed(last)]  # type: ignore[operator, union-attr]
+        return [axis % count for axis in node.args[1]] == [*range(count - 2), *reversed(last)]  # type: ignore[union-attr]
     return True
 
 

@@ -18,6 +18,7 @@ from types import CodeType, FunctionType, MethodType
 from torch import nn
 
 from peftfx.bases.guests import own_class, own_modules
+from peftfx.graph.capturing.described_values import names_in
 
 #: Names by which code reaches submodules without naming them. For code that reads one of these there is no proof.
 _WALKS = frozenset({"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "__dict__"})
@@ -93,7 +94,7 @@ def _names_of(
         if id(function.__code__) in seen:
             continue
         seen.add(id(function.__code__))
-        names, texts = set(_names_in(function.__code__)), set(_texts_in(function.__code__))
+        names, texts = set(names_in(function.__code__)), set(_texts_in(function.__code__))
         texts |= {text for name in names for text in members.get(name, ()) if isinstance(text, str) and text}
         computed = bool(names & {"getattr", "attrgetter", "__getattr__"})
         if names & _WALKS or (computed and not texts):
@@ -151,14 +152,6 @@ def _is_filled(cell: object) -> bool:
 
 def _is_general(module: str) -> bool:
     return module.partition(".")[0] in _GENERAL and not module.startswith(_MODELS)
-
-
-def _names_in(code: CodeType) -> Iterator[str]:
-    """Yield the names that code reads: attributes, globals, imports."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _names_in(inner)
 
 
 def _texts_in(code: CodeType) -> Iterator[str]:

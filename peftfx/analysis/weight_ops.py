@@ -12,6 +12,7 @@ from torch import fx, nn
 from peftfx.analysis.dataflow import is_depthwise, names, op_name
 from peftfx.analysis.stored_weights import CAST_OPS, TRANSPOSES, StackRead, parameter_of, stack_reads
 from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.places import module_at
 from peftfx.sites.site import EXPERTS
 
 _VIEWS = names("view reshape _unsafe_view flatten")
@@ -202,8 +203,5 @@ class _Paths:
 
 def own_name(base: nn.Module, path: str, tensor: torch.Tensor) -> str | None:
     """Return the name of a parameter in the module at a path; None if that module does not have it."""
-    try:
-        owner = base.get_submodule(path)
-    except AttributeError:
-        return None
-    return next((name for name, own in owner._parameters.items() if own is tensor), None)
+    owner = module_at(base, path)
+    return None if owner is None else next((name for name, own in owner._parameters.items() if own is tensor), None)

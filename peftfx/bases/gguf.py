@@ -86,14 +86,14 @@ def load_gguf(
         hint = f"name the task of the file's model (it was loaded as a {maker.__name__})"
         raise PeftfxError(f"the file lacks the weights of {', '.join(missing[:8])}", str(file), hint)
     model.config.architectures = [type(model).__name__]
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _whole(file: Path, maker: Any, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load the model dequantised by transformers. Return it with transformers' loading info."""
     from transformers import GgufConfig
 
-    return maker.from_pretrained(  # type: ignore[no-any-return]
+    return maker.from_pretrained(
         file.parent,
         gguf_file=file.name,
         config=config,

@@ -37,7 +37,7 @@ def _without_guests(_: nn.Module, keys: _IncompatibleKeys) -> None:
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's own class, without the class that hosts guests."""
     made = next((cls for cls in type(module).__mro__ if OWN_CLASS in vars(cls)), None)
-    return without_fsdp(type(module)) if made is None else vars(made)[OWN_CLASS]  # type: ignore[no-any-return]
+    return without_fsdp(type(module)) if made is None else vars(made)[OWN_CLASS]
 
 
 def is_guest(name: str) -> bool:

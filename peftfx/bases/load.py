@@ -15,7 +15,7 @@ from peftfx.bases.processors.padding import fill_padding, lacks_padding
 from peftfx.bases.quantised import QUANTISED, blank, load_quantised, outline
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config, understanding, without_initial_values
-from peftfx.errors import PeftfxError, nearest, shown
+from peftfx.errors import PeftfxError, listed, nearest, shown
 from peftfx.files import is_file, is_folder, read_json
 from peftfx.graph.lazy_weights import store
 from peftfx.quantisation.checkpoint import format_of
@@ -188,7 +188,7 @@ def _load_transformers(
     _refuse_random(model, info, given, directory)
     if wanted != on_disk:
         _present(model, blank(maker, config, wanted), dtype_plan(model, wanted))
-        model.config.dtype = wanted  # type: ignore[union-attr]
+        model.config.dtype = wanted
     return model
 
 
@@ -217,9 +217,9 @@ def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[
     shown = {**{name: name for name in info["missing_keys"]}, **other}
     random = sorted(shown[name] for name in shown.keys() - set(given))
     if random:
-        listed = ", ".join(random[:8]) + (f" and {len(random) - 8} more" if len(random) > 8 else "")
         hint = f"name the model's task, or give an adapter with these weights (this is a {type(model).__name__})"
-        raise PeftfxError(f"neither the base nor an adapter has the weights of {listed}", str(directory), hint)
+        what = f"neither the base nor an adapter has the weights of {listed(random, 8)}"
+        raise PeftfxError(what, str(directory), hint)
 
 
 def _refuse_integers(model: nn.Module, files: Sequence[Path]) -> None:
@@ -228,8 +228,7 @@ def _refuse_integers(model: nn.Module, files: Sequence[Path]) -> None:
     ours = {name for name, p in model.named_parameters() if p.is_floating_point()}
     found = [n for n in integers if any(n == p or n.endswith(f".{p}") or p.endswith(f".{n}") for p in ours)]
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        what = f"the weights of {found[0]}{more} are stored as {integers[found[0]]}"
+        what = f"the weights of {listed(found, 1)} are stored as {integers[found[0]]}"
         raise PeftfxError(what, str(files[0].parent), "use the unquantised model")
 
 
@@ -244,12 +243,12 @@ def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dty
 
     def blank() -> nn.Module:
         with without_initial_values():
-            made = kind.from_config(kind.load_config(directory, local_files_only=True))  # type: ignore[no-untyped-call]
-        return made.to(wanted)  # type: ignore[no-any-return]
+            made = kind.from_config(kind.load_config(directory, local_files_only=True))
+        return made.to(wanted)
 
     if on_disk is None:
         return blank()
-    model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, torch_dtype=on_disk)  # type: ignore[no-untyped-call]
+    model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, torch_dtype=on_disk)
     if wanted != on_disk:
         _present(model, blank(), lambda _: wanted)
     assert isinstance(model, nn.Module)

@@ -96,7 +96,7 @@ def quantise(model: nn.Module, table: str) -> None:
     check_choice(table, BASE_QUANTIZATIONS, "quantize_base", "unknown quantisation of a base:")
     if any(isinstance(p, Coded) for p in model.parameters()):
         raise PeftfxError("the base is quantised already", "quantize_base", "leave quantize_base out")
-    apart = set(get_keys_to_not_convert(model)) if hasattr(model, "config") else set()  # type: ignore[arg-type]
+    apart = set(get_keys_to_not_convert(model)) if hasattr(model, "config") else set()
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or any(f"{path}.".startswith(f"{key}.") for key in apart):
             continue

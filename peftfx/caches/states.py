@@ -24,8 +24,8 @@ class StateLayer(LinearAttentionCacheLayerMixin):
     Each state is a separate attribute, so that a comparison of attributes shows which states a call changed.
     """
 
-    is_compileable = False  # type: ignore[assignment]
-    is_croppable = False  # type: ignore[assignment]
+    is_compileable = False
+    is_croppable = False
 
     def __init__(self, number_of_states: int = 1) -> None:
         self.number_of_states = number_of_states
@@ -116,7 +116,7 @@ class StateLayer(LinearAttentionCacheLayerMixin):
             if state is not None:
                 setattr(self, name, change(state))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select the rows of these indices."""
         self._each(lambda state: state.index_select(0, beam_idx.to(state.device)))
 
@@ -140,7 +140,7 @@ class StateAndAttentionLayer(StateLayer, DynamicLayer):  # type: ignore[misc]
         """Initialise the keys and values."""
         DynamicLayer.lazy_initialization(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select the rows of these indices."""
         StateLayer.reorder_cache(self, beam_idx)
         DynamicLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]

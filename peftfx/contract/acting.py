@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfx.contract.completeness import asking, refuse_forward_output, refuse_forward_shape
 from peftfx.contract.method import Base, Op, Params
-from peftfx.contract.placement import WeightPlacement
+from peftfx.contract.placement import WeightPlacement, part_of
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Block, turned
@@ -41,10 +41,7 @@ class Acting(NamedTuple):
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
         """Return the stored `weight` and `bias` as the method sees them: [out, in], and only the block's rows."""
-        weight = turned(weight, self.transposed)
-        if self.block is None:
-            return Base(weight, bias)
-        return Base(self.block.take(weight, self.site.rows_axis), None if bias is None else self.block.take(bias, 0))
+        return part_of(Base(turned(weight, self.transposed), bias), self.block, self.site.rows_axis)
 
 
 def adapted(

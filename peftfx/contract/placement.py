@@ -106,11 +106,6 @@ class WeightPlacement(Placement):
         return self.site if self.part is None else part_site(self.site, self.part, self.block)  # type: ignore[arg-type]
 
     @property
-    def known_as(self) -> str:
-        """HF PEFT's path of the place, if that is the path of another module: a tied embedding's. Else empty."""
-        return ""
-
-    @property
     def on_weight(self) -> WeightPlacement | None:
         return None if self.method.unfoldable else self
 
@@ -137,10 +132,7 @@ class WeightPlacement(Placement):
 
     def base(self, weight: Tensor, bias: Tensor | None) -> Base:
         """Return the tensors as the method sees them: [out, in] or [experts, out, in], only the part's rows."""
-        weight = turned(weight, self.site.transposed)
-        if self.block is None:
-            return Base(weight, bias)
-        return Base(self.block.take(weight, self.site.rows_axis), None if bias is None else self.block.take(bias, 0))
+        return part_of(Base(turned(weight, self.site.transposed), bias), self.block, self.site.rows_axis)
 
     def whole(self, base: nn.Module, group: Mapping[Self, Params]) -> tuple[WeightMethod, Params]:
         if self.part is None:
@@ -226,8 +218,8 @@ class OverridePlacement(Placement):
     """A method that trains copies of the tensors of a site's module."""
 
     method: OverrideMethod
-    copies: tuple[Override, ...] = ()  # type: ignore[assignment]
-    known_as: str = ""  # type: ignore[assignment]
+    copies: tuple[Override, ...] = ()
+    known_as: str = ""
 
     @property
     def key(self) -> str:
@@ -240,6 +232,13 @@ class OverridePlacement(Placement):
     def suffixes(self) -> dict[str, str]:
         names = (override.key.rpartition(".")[2] for override in self.copies)
         return {name: self.method.suffix(name) for name in names}
+
+
+def part_of(base: Base, block: Block | None, axis: int) -> Base:
+    """Return only the block's rows of a weight, along `axis`, and of its bias; all rows if there is no block."""
+    if block is None:
+        return base
+    return Base(block.take(base.weight, axis), None if base.bias is None else block.take(base.bias, 0))
 
 
 def whole_tensors(base: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:

@@ -19,8 +19,9 @@ from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import task_of
 from peftfx.contract.method import PLACING, Method, Params
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, listed
 from peftfx.graph.graph import BASE
+from peftfx.graph.places import owns_weight
 from peftfx.sites.site import SEQUENCE, Call, SequenceSite, Site
 from peftfx.sites.sites import Sites
 from peftfx.views.entry import Entry, VirtualTokens
@@ -131,8 +132,7 @@ class PromptMethod(SequenceMethod):
     def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
         if not site.beside:
             return ""
-        more = f" and {len(site.beside) - 1} more" if len(site.beside) > 1 else ""
-        found = f"{site.beside[0]}{more}"
+        found = listed(site.beside, 1)
         return f"it gives the model embedded tokens and no ids: the text has nothing of {found}, or the call is refused"
 
 
@@ -145,7 +145,7 @@ def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
     Raises:
         PeftfxError: the model embeds no text.
     """
-    found = [s for s in sites if s.role == "embedding.token" and s.calls and _owns_weight(base, s.path)]
+    found = [s for s in sites if s.role == "embedding.token" and s.calls and owns_weight(base, s.path)]
     if not found:
         hint = "use a method that acts on weights, as LoRA"
         raise PeftfxError("the model embeds no text: a soft prompt has no place", type(base).__name__, hint)
@@ -263,13 +263,6 @@ def _special_tokens(base: nn.Module) -> Iterator[int]:
     yield from (i for i in padding if isinstance(i, int))
 
 
-def _owns_weight(base: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
-    except AttributeError:
-        return False
-
-
 def embedding_path(base: nn.Module) -> str | None:
     """Return the path of the module that embeds the model's text, or None if the model does not say."""
     wanted = input_embeddings(base)
@@ -279,6 +272,6 @@ def embedding_path(base: nn.Module) -> str | None:
 def input_embeddings(base: nn.Module) -> nn.Module | None:
     """Return the module that transformers calls the model's input embeddings, or None."""
     try:
-        return base.get_input_embeddings()  # type: ignore[operator, no-any-return]
+        return base.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None

@@ -97,7 +97,7 @@ class Generates:
         if isinstance(cache, GraphCache):
             cache.seen += input_ids.shape[1]
         logits = kept_logits(outputs["logits"], logits_to_keep)
-        return CausalLMOutputWithPast(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
+        return CausalLMOutputWithPast(logits=logits, cache=cache)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does. Where rows invoke adapters is found once, in the whole prompt."""

@@ -48,7 +48,7 @@ class SourceEncoder:
         rows = {} if adapter_ids is None else {IDS: adapter_ids}
         images = {} if image_features is None else {IMAGE_FEATURES: image_features}
         found = self.encode({self.main_input_name: given, **mask, **images, **rows}, None)
-        output = BaseModelOutput(last_hidden_state=found["last_hidden_state"])  # type: ignore[call-arg, arg-type]
+        output = BaseModelOutput(last_hidden_state=found["last_hidden_state"])
         for name, value in {**found, **mask}.items():
             output[name] = value  # stored in the output, as beams and samples repeat all parts of the output
         return output
@@ -116,9 +116,9 @@ class GeneratesFromSource(Generates):
         outputs = self.step(inputs, cache.self_attention_cache)
         own = self.view.layers.own
         made = [outputs[name] for name in cache_names(PRESENT, own, DECODED)]
-        cache_of(own, made, cache.self_attention_cache)  # type: ignore[arg-type]
+        cache_of(own, made, cache.self_attention_cache)
         logits = kept_logits(outputs["logits"], logits_to_keep)
-        return Seq2SeqLMOutput(logits=logits, cache=cache)  # type: ignore[call-arg, arg-type]
+        return Seq2SeqLMOutput(logits=logits, cache=cache)
 
     def _inputs(
         self, tokens: Tensor, mask: Tensor | None, encoded: BaseModelOutput, cache: EncoderDecoderCache
@@ -130,7 +130,7 @@ class GeneratesFromSource(Generates):
             if missing := [name for name in names if name not in encoded]:
                 hint = "make them by get_encoder() of this model, or pass input_ids"
                 raise PeftfxError("these encoder outputs lack the decoder's keys and values", missing[0], hint)
-            cache_of(layers.cross, [encoded[name] for name in names], cross)  # type: ignore[arg-type]
+            cache_of(layers.cross, [encoded[name] for name in names], cross)
         past = held(cache.self_attention_cache)
         if not past:
             past = [kept.empty(len(tokens), tokens.device) for kept in kept_by(layers.own)]

@@ -185,7 +185,7 @@ class GeneratesWithImages(EncodesImages, Generates):
         model_kwargs.setdefault(ENCODED_IMAGES, {})
         if pixels:
             # a list with one entry for each image, as beams and samples repeat the images of a text together
-            output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels, inputs_tensor))  # type: ignore[call-arg, arg-type]
+            output = BaseModelOutputWithPooling(pooler_output=self.encoded(pixels, inputs_tensor))  # type: ignore[arg-type]
             model_kwargs[ENCODED_IMAGES][self.images.kind] = output
         return model_kwargs
 
@@ -195,7 +195,7 @@ class GeneratesAsWriter(GeneratesWithImages):
 
     main_input_name = "input_ids"
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         pixel_values: Tensor | None = None,
         *,
@@ -212,7 +212,7 @@ class GeneratesAsWriter(GeneratesWithImages):
             raise PeftfxError("the graphs need a text with a token for each piece of its images", "input_ids", hint)
         images = {} if pixel_values is None else {self.images.inputs[0][0]: pixel_values}
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **images, **options}
-        return GenerationMixin.generate(self, **with_offsets(self.view, (), given))  # type: ignore[arg-type]
+        return GenerationMixin.generate(self, **with_offsets(self.view, (), given))
 
 
 def split_images(images: Images, inputs: Mapping[str, Tensor], *, empty: bool = False) -> list[dict[str, Tensor]]:

@@ -92,5 +92,5 @@ class GeneratesWithVideos(GeneratesWithImages):
         made = super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *rest)
         if given := self.images_in(made, self.videos):
             found = self.encoded_videos(given, inputs_tensor)
-            made[ENCODED_IMAGES][VIDEO] = BaseModelOutputWithPooling(pooler_output=found)  # type: ignore[call-arg, arg-type]
+            made[ENCODED_IMAGES][VIDEO] = BaseModelOutputWithPooling(pooler_output=found)  # type: ignore[arg-type]
         return made

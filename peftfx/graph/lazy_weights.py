@@ -184,7 +184,7 @@ def faked(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         for module, name, p in stored:
-            module._parameters[name] = p  # type: ignore[assignment]
+            module._parameters[name] = p
 
 
 def store(model: nn.Module, dtype: Callable[[str], torch.dtype]) -> None:

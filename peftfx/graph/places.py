@@ -11,7 +11,7 @@ import copy
 import functools
 import re
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from peftfx.graph.graph import BASE
 
@@ -40,11 +40,21 @@ def above(path: str) -> list[str]:
 
 def has_module(base: nn.Module, path: str) -> bool:
     """Return whether the base has a module at this path. There may be a weight, such as experts', instead."""
+    return module_at(base, path) is not None
+
+
+def module_at(base: nn.Module, path: str) -> nn.Module | None:
+    """Return the base's module at this path, or None."""
     try:
-        base.get_submodule(path)
+        return base.get_submodule(path)
     except AttributeError:
-        return False
-    return True
+        return None
+
+
+def owns_weight(base: nn.Module, path: str) -> bool:
+    """Return whether the base has a module at this path with a parameter `weight` of its own."""
+    module = module_at(base, path)
+    return module is not None and isinstance(module._parameters.get("weight"), Tensor)
 
 
 def twin(module: nn.Module) -> nn.Module:

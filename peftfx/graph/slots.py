@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -165,9 +165,3 @@ def _wrong(manifest: Manifest) -> list[str]:
     if not re.fullmatch(r"[0-9a-f]{64}", manifest.fingerprint):
         wrong.append(f"fingerprint={shown(manifest.fingerprint)}")
     return wrong
-
-
-def listed(slots: Iterable[Slot] | Sequence[str], most: int = 6) -> str:
-    """Return the first names as text, and how many more there are."""
-    names = [slot if isinstance(slot, str) else slot.at for slot in slots]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

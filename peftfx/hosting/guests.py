@@ -102,7 +102,7 @@ class AttentionGuest:
         """Return the output of the attention, or of the module, with the effect of this method."""
         p, (key, value) = self.params(), self.layers
         read = self.method.reads(p)
-        read = read if is_quantised(key) else read.to(key.weight.dtype)  # type: ignore[union-attr, arg-type]
+        read = read if is_quantised(key) else read.to(key.weight.dtype)  # type: ignore[arg-type]
         keys = key(read)
         values = keys if value is key else value(read)
         return attended(self.method, self.site, query, y, (keys, values), p, training=module.training)

@@ -128,7 +128,7 @@ class MiSS(DeltaMethod):
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[MiSS, dict[str, Tensor]]:
         """Return one matrix, with 0 at the rows of no part."""
         if self.init_weights in ("mini", "bat"):
-            return super().whole(site, base, parts)  # type: ignore[return-value]
+            return super().whole(site, base, parts)
         block = next(iter(parts.values()))[_BLOCK].new_zeros(self.r, base.weight.shape[0])
         for rows, p in parts.items():
             block[:, row_index(rows)] = p[_BLOCK]

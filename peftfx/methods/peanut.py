@@ -109,4 +109,4 @@ class PEANuT(WeightMethod):
             hidden = act(hidden @ p[name].T)
         for name in self._layers("decoders"):
             hidden = act(hidden @ p[name].T) + given.pop()
-        return hidden  # type: ignore[no-any-return]
+        return hidden

@@ -103,7 +103,7 @@ class RoAd(WeightMethod):
         """Return groups with the identity at the rows of no part, if parts start and end between groups."""
         size = self.group_size
         if len(base.weight) % size or any(end % size for rows in parts for part in rows for end in part):
-            return super().whole(site, base, parts)  # type: ignore[return-value]
+            return super().whole(site, base, parts)
         first = next(iter(parts.values()))[THETA]
         groups = first.new_zeros(len(base.weight) // size, size // 2 * _EACH[self.variant])
         p = {THETA: groups, ALPHA: torch.ones_like(groups)}

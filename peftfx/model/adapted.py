@@ -183,7 +183,7 @@ class AdaptedModel(AdapterCalls):
         """Print the adapted graph as Python code, and return the text."""
         return str(self.graph().module.print_readable())
 
-    def graph(  # type: ignore[override]
+    def graph(
         self,
         inputs: Mapping[str, object] | None = None,
         *,
@@ -291,7 +291,7 @@ class AdaptedModel(AdapterCalls):
         for adapter in adapters:
             adapter.moved_with_base = True
         try:
-            super()._apply(fn, recurse)  # type: ignore[arg-type]
+            super()._apply(fn, recurse)
         finally:
             for adapter in adapters:
                 adapter.moved_with_base = False

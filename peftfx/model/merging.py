@@ -41,7 +41,7 @@ class Merging(SavedAdapters):
         if self.source is not self.base and self._twin.offloaded:
             what = "weights of the base are offloaded: a merge would have nowhere to put them"
             raise PeftfxError(what, "merge", "export(merge=True) writes merged weights one at a time; or load it whole")
-        merged = self._merged()
+        merged = merged_graph(self)
         seated = {name: self.named[name] for name in self.modules_road.seatings}
         for name in seated:
             self.modules_road.leave(name)
@@ -54,18 +54,6 @@ class Merging(SavedAdapters):
             for name in seated.keys() & set(self.names()):
                 self.modules_road.enter(name, seated[name], self._seat(seated[name]))
         return report
-
-    def _merged(self) -> Graph:
-        """Return the graph of an example call, with the active adapters folded into its weights.
-
-        Raises:
-            PeftfxError: one of the adapters cannot be folded into weights.
-        """
-        refuse_unmergeable({name: self.adapter(name) for name in self.active})
-        with evaluating(self.base):
-            graph = self.graph()
-            refuse_unfolded(graph)
-            return Merge()(graph).graph
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
@@ -126,7 +114,7 @@ class Merging(SavedAdapters):
             hint = "merge() writes them in floating point for good, and export() writes a merged model"
             raise PeftfxError("weights of this base are quantised, or hooks fetch them", "merge_adapter", hint)
         with self.named.acting_as(names):
-            merged, acting = self._merged(), self.named.acting()
+            merged, acting = merged_graph(self), self.named.acting()
         seatings = dict(self.modules_road.seatings)
         for name in seatings:
             self.modules_road.leave(name)
@@ -157,3 +145,16 @@ class Merging(SavedAdapters):
             warn("nothing to unmerge: no adapter is merged")
             return
         self.named.unfold()
+
+
+def merged_graph(adapted: Merging) -> Graph:
+    """Return the graph of an example call, with the active adapters folded into its weights.
+
+    Raises:
+        PeftfxError: one of the adapters cannot be folded into weights.
+    """
+    refuse_unmergeable({name: adapted.adapter(name) for name in adapted.active})
+    with evaluating(adapted.base):
+        graph = adapted.graph()
+        refuse_unfolded(graph)
+        return Merge()(graph).graph

@@ -171,11 +171,11 @@ class PeftSurface(Merging):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's input embeddings."""
-        return self.base.get_input_embeddings()  # type: ignore[operator, no-any-return]
+        return self.base.get_input_embeddings()  # type: ignore[operator]
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the base's output embeddings, or None if the base has none."""
-        return self.base.get_output_embeddings()  # type: ignore[operator, no-any-return]
+        return self.base.get_output_embeddings()  # type: ignore[operator]
 
     def tie_weights(self, *args: object, **kwargs: object) -> None:
         """Tie the base's weights again, for example after some of its parameters were replaced."""

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_parameters
 from peftfx.contract.placed import Placed
+from peftfx.errors import listed
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.rules.resolution import place, where
 from peftfx.rules.text import write_rule
@@ -60,8 +61,7 @@ class RulePlan:
             yield f"{role:{width}}  {touched.places} {_plural(touched.places)}, {touched.parameters:,} parameters"
         if self.copies:
             names, size = list(self.copies), sum(self.copies.values())
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            yield f"copies of the base's tensors, {size:,} parameters: {', '.join(names[:3])}{more}"
+            yield f"copies of the base's tensors, {size:,} parameters: {listed(names, 3)}"
         for why, sites in self.skipped.items():
             counts = ", ".join(f"{role} {count}" for role, count in Counter(s.role for s in sites).items())
             yield f"skips {len(sites)} {_plural(len(sites))}, {why}: {counts}"

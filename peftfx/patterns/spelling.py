@@ -42,7 +42,7 @@ class Spelling:
     def output(self) -> fx.Node:
         """The node of the trace that the function returns."""
         (output,) = self.program.graph.find_nodes(op="output")
-        return output.args[0]  # type: ignore[no-any-return]
+        return output.args[0]
 
     def again(self, values: Mapping[str, Tensor], numbers: Mapping[str, float]) -> fx.GraphModule:
         """Trace the function again, at the sizes and with the numbers of a match."""

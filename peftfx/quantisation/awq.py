@@ -28,10 +28,7 @@ def read(packed: Packed) -> Blocks:
     version = str(packed.config.get("version", "gemm")).lower()
     if version != "gemm":
         raise packed.wrong(f"its version is {version!r}, but peftfx reads only gemm")
-    weight, zeros = packed.get("qweight", torch.int32), packed.get("qzeros", torch.int32)
-    scales = packed.get("scales", torch.float16, torch.bfloat16, torch.float32)
-    if weight.ndim != 2 or scales.ndim != 2:
-        raise packed.wrong(f"the shapes do not fit: qweight {list(weight.shape)}, scales {list(scales.shape)}")
+    weight, zeros, scales = packed.words_and_scales()
     columns, rows = weight.shape[0], weight.shape[1] * 8
     size = packed.integer("group_size")
     block = columns if size == -1 else size

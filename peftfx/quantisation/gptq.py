@@ -25,10 +25,7 @@ def read(packed: Packed) -> Blocks:
         PeftfxError: the number of bits is unknown, or the shapes do not fit.
     """
     bits = packed.integer("bits", 2, 3, 4, 8)
-    weight, zeros = packed.get("qweight", torch.int32), packed.get("qzeros", torch.int32)
-    scales = packed.get("scales", torch.float16, torch.bfloat16, torch.float32)
-    if weight.ndim != 2 or scales.ndim != 2:
-        raise packed.wrong(f"the shapes do not fit: qweight {list(weight.shape)}, scales {list(scales.shape)}")
+    weight, zeros, scales = packed.words_and_scales()
     columns, rows = weight.shape[0] * 32 // bits, weight.shape[1]
     if rows * bits % 32:
         raise packed.wrong(f"the {bits}-bit zeros of {rows} rows do not fill whole words")

@@ -52,6 +52,18 @@ class Packed:
             raise self.wrong(f"{name} is {value!r}{told}")
         return value
 
+    def words_and_scales(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `qweight`, `qzeros` and `scales`, in which AutoGPTQ and AutoAWQ keep a layer.
+
+        Raises:
+            PeftfxError: one is missing or of another dtype, or the weight or its scales are no matrix.
+        """
+        weight, zeros = self.get("qweight", torch.int32), self.get("qzeros", torch.int32)
+        scales = self.get("scales", torch.float16, torch.bfloat16, torch.float32)
+        if weight.ndim != 2 or scales.ndim != 2:
+            raise self.wrong(f"the shapes do not fit: qweight {list(weight.shape)}, scales {list(scales.shape)}")
+        return weight, zeros, scales
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuse the tensor `name` if it has another shape.
 

@@ -148,7 +148,7 @@ class Weights:
         if name in self._instead:
             return self._instead[name]
         try:
-            return self._file.get_tensor(self.names[name])  # type: ignore[no-any-return]
+            return self._file.get_tensor(self.names[name])
         except (SafetensorError, OSError) as error:
             raise PeftfxError(
                 f"cannot be read: {error}", f"{self.path}: {self.names[name]}", "save it again"

@@ -14,7 +14,7 @@ from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.sequence import encodes_and_decodes
-from peftfx.errors import PeftfxError, warn
+from peftfx.errors import PeftfxError, listed, warn
 from peftfx.graph.places import has_module
 from peftfx.rules.naming import as_named
 from peftfx.rules.torch_attention import cut_attentions, is_read_by_attention
@@ -58,13 +58,11 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
         raise PeftfxError(what, ", ".join(idle[:_MOST]), "exclude them, by exclude_modules or by narrower targets")
     reasons = {path: why_no_place(path, base, sites, method.kinds) for path in named if path not in idle}
     if reasons:
-        more = f"; and {len(reasons) - _MOST} more" if len(reasons) > _MOST else ""
-        listed = "; ".join(f"{path}: {why}" for path, why in [*reasons.items()][:_MOST])
+        told = listed([f"{path}: {why}" for path, why in reasons.items()], _MOST, "; ")
         hint = "narrow target_modules (exclude_modules), or, in Python, pass inputs= of a call that runs them"
-        raise PeftfxError(f"target_modules name modules that cannot be adapted here: {listed}{more}", "rules", hint)
+        raise PeftfxError(f"target_modules name modules that cannot be adapted here: {told}", "rules", hint)
     if idle:
-        listed = ", ".join(idle[:_MOST])
-        warn(f"no call of the model runs {listed}: nothing is adapted there")
+        warn(f"no call of the model runs {', '.join(idle[:_MOST])}: nothing is adapted there")
 
 
 def refuse_unasked(base: nn.Module, method: Method) -> None:
@@ -88,24 +86,21 @@ def tell_elsewhere(sites: Sites, adapted: Collection[str], wrapped: Collection[s
     """
     told = [f"{path} as {', '.join(sites.elsewhere[path])}" for path in sites.elsewhere if path in adapted]
     if told:
-        more = f"; and {len(told) - _MOST} more" if len(told) > _MOST else ""
-        warn(f"the model also runs {'; '.join(told[:_MOST])}{more}: nothing is adapted there, as in HF PEFT")
+        warn(f"the model also runs {listed(told, _MOST, '; ')}: nothing is adapted there, as in HF PEFT")
     unlike: dict[str, list[str]] = {}
     for path in sites.passed_by.keys() & set(adapted):
         if sites.passed_by[path] != READ_BY_ATTENTION or path not in wrapped:
             unlike.setdefault(sites.passed_by[path], []).append(path)
     for why, paths in sorted(unlike.items()):
-        more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
-        warn(f"HF PEFT may give other outputs at {', '.join(sorted(paths)[:_MOST])}{more}: {why}")
+        warn(f"HF PEFT may give other outputs at {listed(sorted(paths), _MOST)}: {why}")
 
 
 def tell_read_past(sites: Sites, trained: Iterable[Site]) -> None:
     """Warn of layers whose trained copy is read past their call too: HF PEFT's layer shows the base's tensor there."""
     paths = sorted(site.path for site in trained if site.parameter in sites.read_past)
     if paths:
-        more = f" and {len(paths) - _MOST} more" if len(paths) > _MOST else ""
         why = "the model's code also reads its weight past its call, where HF PEFT's is the base's until it is merged"
-        warn(f"HF PEFT may give other outputs at {', '.join(paths[:_MOST])}{more}: {why}")
+        warn(f"HF PEFT may give other outputs at {listed(paths, _MOST)}: {why}")
 
 
 def never_runs(path: str, base: nn.Module, sites: Sites) -> bool:

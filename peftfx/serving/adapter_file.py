@@ -13,10 +13,10 @@ from pathlib import Path
 import onnxruntime as ort
 from torch import Tensor
 
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError, first_line, listed
 from peftfx.files import is_file, is_folder
 from peftfx.formats import ADAPTER, VERSIONS, refuse_newer
-from peftfx.graph.slots import SLOTS_FILE, Manifest, listed
+from peftfx.graph.slots import SLOTS_FILE, Manifest
 from peftfx.rules.peft_files import CONFIG
 from peftfx.serving.onnx_model import to_ort, to_torch
 

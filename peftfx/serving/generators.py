@@ -236,7 +236,7 @@ def _has_own_generate(cls: type) -> bool:
     return "generate" in vars(cls) and cls is not GenerationMixin
 
 
-class _Sourced(Buffered, GeneratesFromSource):  # type: ignore[misc]
+class _Sourced(Buffered, GeneratesFromSource):
     """The forward of a stand-in for a model in ONNX Runtime. The stand-in's own tensors are empty."""
 
 

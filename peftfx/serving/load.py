@@ -6,7 +6,8 @@ model.generate(**model.tokenizer("Hello", return_tensors="pt"), max_new_tokens=2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnxruntime as ort
@@ -54,12 +55,6 @@ def load(
     Raises:
         PeftfxError: there is no such model, or ONNX Runtime cannot open it or lacks a provider.
     """
-    from peftfx.serving.beside_text.images import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
-    from peftfx.serving.beside_text.sounds import ServedWithSounds
-    from peftfx.serving.beside_text.videos import ServedWithVideos
-    from peftfx.serving.generators import ServedGenerator, ServedSeq2Seq
-    from peftfx.serving.sentences import ServedSentences
-
     directory = Path(directory)
     if is_adapter_file(directory):
         hint = "peftfx run GRAPH --adapter FILE; in Python, load the graph, and then model.load_adapter(file)"
@@ -68,36 +63,45 @@ def load(
         raise PeftfxError(
             "this is a file of an export, not the export", str(directory), "give the folder that it is in"
         )
-    if is_file(directory / ENCODER):
-        encoder, decoder = (
-            OnnxModel(directory / name, threads=threads, options=options, providers=providers)
-            for name in (ENCODER, DECODER)
-        )
-        if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in encoder.inputs:
-            vision = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
-            made: Served = ServedSeq2SeqWithImages(directory, decoder, encoder, vision)
-        else:
-            made = ServedSeq2Seq(directory, decoder, encoder)
-    else:
-        model = OnnxModel(directory, threads=threads, options=options, providers=providers)
-        if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in model.inputs:
-            encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
-            made = ServedWithImages(directory, model, encoder)
-            if is_file(directory / VIDEO_ENCODER):
-                videos = OnnxModel(directory / VIDEO_ENCODER, threads=threads, options=options, providers=providers)
-                made = ServedWithVideos(directory, model, encoder, videos)
-        elif is_file(directory / VISION_ENCODER) and CROSS_MASK in model.inputs:
-            encoder = OnnxModel(directory / VISION_ENCODER, threads=threads, options=options, providers=providers)
-            made = ServedOverImages(directory, model, encoder)
-        elif is_file(directory / AUDIO_ENCODER) and AUDIO_FEATURES in model.inputs:
-            encoder = OnnxModel(directory / AUDIO_ENCODER, threads=threads, options=options, providers=providers)
-            made = ServedWithSounds(directory, model, encoder)
-        elif any(name.startswith(f"{PAST}.") for name in model.inputs):
-            made = ServedGenerator(directory, model)
-        else:
-            made = (ServedSentences if SENTENCE in model.outputs else ServedForward)(directory, model)
+    opened = functools.partial(OnnxModel, threads=threads, options=options, providers=providers)
+    made = (_encoder_and_decoder if is_file(directory / ENCODER) else _one_graph)(directory, opened)
     if adapter is not None and made.row_adapters:
         made.set_adapter(str(adapter))
     elif adapter is not None:
         made.load_adapter(adapter)
     return made
+
+
+def _encoder_and_decoder(directory: Path, opened: Callable[[Path], OnnxModel]) -> Served:
+    """Return the model whose text is encoded by a graph of its own."""
+    from peftfx.serving.beside_text.images import ServedSeq2SeqWithImages
+    from peftfx.serving.generators import ServedSeq2Seq
+
+    encoder, decoder = opened(directory / ENCODER), opened(directory / DECODER)
+    if is_file(directory / VISION_ENCODER) and IMAGE_FEATURES in encoder.inputs:
+        return ServedSeq2SeqWithImages(directory, decoder, encoder, opened(directory / VISION_ENCODER))
+    return ServedSeq2Seq(directory, decoder, encoder)
+
+
+def _one_graph(directory: Path, opened: Callable[[Path], OnnxModel]) -> Served:
+    """Return the model whose text is read by one graph, with the encoders of what is beside the text."""
+    from peftfx.serving.beside_text.images import ServedOverImages, ServedWithImages
+    from peftfx.serving.beside_text.sounds import ServedWithSounds
+    from peftfx.serving.beside_text.videos import ServedWithVideos
+    from peftfx.serving.generators import ServedGenerator
+    from peftfx.serving.sentences import ServedSentences
+
+    model = opened(directory)
+    sees, hears = is_file(directory / VISION_ENCODER), is_file(directory / AUDIO_ENCODER)
+    if sees and IMAGE_FEATURES in model.inputs:
+        encoder = opened(directory / VISION_ENCODER)
+        if is_file(directory / VIDEO_ENCODER):
+            return ServedWithVideos(directory, model, encoder, opened(directory / VIDEO_ENCODER))
+        return ServedWithImages(directory, model, encoder)
+    if sees and CROSS_MASK in model.inputs:
+        return ServedOverImages(directory, model, opened(directory / VISION_ENCODER))
+    if hears and AUDIO_FEATURES in model.inputs:
+        return ServedWithSounds(directory, model, opened(directory / AUDIO_ENCODER))
+    if any(name.startswith(f"{PAST}.") for name in model.inputs):
+        return ServedGenerator(directory, model)
+    return (ServedSentences if SENTENCE in model.outputs else ServedForward)(directory, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
-from peftfx.bases.tasks import HEARING, task_of_class
+from peftfx.bases.tasks import HEARING, resolve_task, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file, read_json
 from peftfx.formats import REPORT, read_stamped
@@ -13,14 +13,17 @@ from peftfx.formats import REPORT, read_stamped
 _CLASSES_OF_TEXT, (_, _CLASSES_OF_SOUND) = "text-classification", HEARING
 
 
-def task_of_directory(directory: Path) -> str:
-    """Return the task of the model in an exported directory, by its report, or else by its config.
+def task_of_directory(directory: Path, asked: str | None = None) -> str:
+    """Return the task of the model in an exported directory: the one that is asked for, or what the files tell.
 
-    Classes that classify sequences are named alike for texts and for sound. The inputs in the report tell them apart.
+    The report tells it, or else the config. Classes that classify sequences are named alike for texts and for sound;
+    the inputs in the report tell them apart.
 
     Raises:
-        PeftfxError: neither file says the task.
+        PeftfxError: neither file says the task, or there is no task of the name that is asked for.
     """
+    if asked is not None:
+        return resolve_task(asked)
     for name, key in ((REPORT, "model"), ("config.json", "architectures")):
         path = directory / name
         if is_file(path):

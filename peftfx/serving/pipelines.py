@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peftfx.bases.tasks import FEATURES, HEARING, resolve_task
+from peftfx.bases.tasks import FEATURES, HEARING
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, first_line
 from peftfx.serving.load import load
@@ -35,7 +35,7 @@ def pipeline(model: str | Path | Served, task: str | None = None) -> Any:
     from transformers.utils import logging
 
     served = model if isinstance(model, Served) else load(model)
-    task = task_of_directory(served.directory) if task is None else resolve_task(task)
+    task = task_of_directory(served.directory, task)
     parts: dict[str, Any] = {}
     if sees := sees_alone(served, task):
         parts["image_processor"] = image_processor(served.directory)

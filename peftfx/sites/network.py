@@ -121,7 +121,7 @@ def _label(node: Mapping[str, object]) -> str:
 def _hash(layer: nx.DiGraph) -> str:
     with warnings.catch_warnings():  # networkx warns that hashes differ from those of 3.4; no hash is kept here
         warnings.simplefilter("ignore", UserWarning)
-        return nx.weisfeiler_lehman_graph_hash(layer, node_attr="label", edge_attr="ops")  # type: ignore[no-any-return]
+        return nx.weisfeiler_lehman_graph_hash(layer, node_attr="label", edge_attr="ops")
 
 
 def layer_ends(network: nx.DiGraph) -> dict[str, str]:
@@ -157,7 +157,7 @@ def _spine(above: Mapping[str, str | None], node: str, start: str) -> list[str]:
 
 def to_json(network: nx.DiGraph) -> dict[str, Any]:
     """Return the network as JSON-ready values, in networkx's node-link form."""
-    return nx.node_link_data(network, edges="edges")  # type: ignore[no-any-return]
+    return nx.node_link_data(network, edges="edges")
 
 
 def to_graphml(network: nx.DiGraph) -> str:

@@ -55,7 +55,7 @@ class TrainingRows:
         """The names of the classes, sorted, whole numbers by their size; empty if the rows have no labels."""
         given = [row["label"] for row in self.items] if self.kind == CLASSES else []
         by_size = all(type(label) is int for label in given)
-        return tuple(sorted(set(map(str, given)), key=int if by_size else str))  # type: ignore[arg-type]
+        return tuple(sorted(set(map(str, given)), key=int if by_size else str))
 
 
 def read_rows(file: Path) -> TrainingRows:

@@ -59,9 +59,7 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
     if found is None:
         return torchao.read(weight)  # type: ignore[arg-type]
     said = {**config, **{name: value for name, value in vars(module).items() if isinstance(value, int | str)}}
-    codes: Codes = found.read(  # type: ignore[attr-defined]
-        Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, _WHERE)
-    )
+    codes: Codes = found.read(Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, _WHERE))
     if has_rounded_scales(module):
         return dataclasses.replace(codes, format=f"{codes.format} {ROUNDED}")
     return codes

@@ -87,7 +87,7 @@ class Twin:
                     configs[id(config)] = plain = copy.copy(config)
                     del plain.quantization_config
                     plain.dtype = torch.float32
-                module.config = configs[id(config)]  # type: ignore[assignment]
+                module.config = configs[id(config)]
         return made.eval()
 
     def _make(self) -> nn.Module:

@@ -215,7 +215,7 @@ class Decoder:
             base,
             **mask,
             decoder_input_ids=given["input_ids"],
-            encoder_outputs=layers.output(last_hidden_state=encoded),  # type: ignore[call-arg]
+            encoder_outputs=layers.output(last_hidden_state=encoded),
             cache=EncoderDecoderCache(own, cross),
         )
         names = cache_names(PRESENT, layers.own, DECODED)

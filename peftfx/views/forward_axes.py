@@ -31,10 +31,11 @@ _SIDES = {"image": "image_batch", "video": "image_batch", "audio": "audio_batch"
 def axes_of_forward(model: nn.Module, inputs: Mapping[str, object]) -> Axes:
     """Return a name for each axis of each input of a call of the model's forward.
 
-    They are those of `name_axes`, but in a model that compares texts with images, the axis along images is
-    `image_batch` (along sounds `audio_batch`), and `images` (`sounds`) in one that writes encoded images into texts, if
-    the model's code takes other numbers of them than of texts. A contrastive loss (`return_loss`) is of pairs. Sounds
-    in texts have the length of the call: their number of tokens follows from it, and most processors make one length.
+    They are those of `name_axes`, unless the model's code takes other numbers of images or sounds than of texts. Then
+    the axis along these has a name of its own. In a model that compares them with texts it is `image_batch` or
+    `audio_batch`; in one that writes encoded images or sounds into texts, `images` or `sounds`. A contrastive loss
+    (`return_loss`) is of pairs. Sounds in texts have the length of the call: their number of tokens follows from it,
+    and most processors make one length.
 
     Args:
         model: the model.

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from support.command import Result, assert_refused
+from support.words import word_tokenizer
 
 from peftfx.export.command import export_directory
 
@@ -37,10 +37,7 @@ def with_tokenizer(model: hf.PreTrainedModel, root: Path, template: str | None =
         for value in model.parameters():
             value.add_(0.7 * torch.randn(value.shape))
     model.eval().save_pretrained(root)
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "</s>"}
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    fast = word_tokenizer(WORDS, unk_token="[UNK]", pad_token="[PAD]", eos_token="</s>")
     fast.chat_template = template
     fast.save_pretrained(root)
     return root

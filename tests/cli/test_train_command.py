@@ -8,11 +8,11 @@ from pathlib import Path
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from safetensors.torch import load_file
 from support.command import SIZES, Result, assert_refused
+from support.words import word_tokenizer
 
 from peftfx import PeftfxError
 from peftfx.export.writing.atomic_directory import publish
@@ -40,11 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_tokenizer(root: Path) -> hf.PreTrainedTokenizerFast:
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    plain = tokenizers.Tokenizer(model)
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    names = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "</s>"}
-    made = hf.PreTrainedTokenizerFast(tokenizer_object=plain, **names)
+    made = word_tokenizer(WORDS, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
     made.chat_template = TEMPLATE
     made.save_pretrained(root)
     return made

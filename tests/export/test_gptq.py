@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from support import quantised as q
+from support.words import word_tokenizer
 from torch import nn
 
 import peftfx as px
@@ -31,11 +32,7 @@ def words(count: int, seed: int = 0) -> str:
 
 def write_tokenizer(directory: Path) -> None:
     """A word is a token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0").save_pretrained(directory)
+    word_tokenizer(WORDS, unk_token="w0").save_pretrained(directory)
 
 
 @pytest.fixture(scope="module")

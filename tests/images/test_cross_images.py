@@ -10,13 +10,13 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from every_model.checks import build
 from PIL import Image
 from support.adapted import randomise
 from support.command import Result
+from support.words import word_tokenizer
 from torch import Tensor
 
 import peftfx as compiler
@@ -33,11 +33,8 @@ OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 def processor(image_token: int) -> hf.MllamaProcessor:
     table = {word: i for i, word in enumerate(["<unk>", "<pad>", "<s>", *(f"w{i}" for i in range(3, image_token))])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table | {IMAGE: image_token}, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens([IMAGE, "<pad>", "<s>"])
     ends = {"bos_token": "<s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **ends)
+    words = word_tokenizer(table | {IMAGE: image_token}, [IMAGE, "<pad>", "<s>"], padding_side="left", **ends)
     sizes = {"size": {"height": SIZE, "width": SIZE}, "max_image_tiles": TILES}
     return hf.MllamaProcessor(hf.MllamaImageProcessor(**sizes), words)
 

@@ -72,7 +72,7 @@ def test_texts_and_images_of_other_numbers(kind: str, tmp_path: Path) -> None:
         assert not got[0].isnan().any()
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("kind", [pytest.param("llava", marks=pytest.mark.further), "qwen2_vl"])
 def test_a_model_without_a_head_gives_hidden_states(kind: str, tmp_path: Path) -> None:
     model = adapted(kind, head=False)
     model.export(tmp_path / "out", view="forward")

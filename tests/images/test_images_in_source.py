@@ -10,13 +10,13 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from every_model.checks import build
 from PIL import Image
 from support.adapted import randomise
 from support.command import Result
+from support.words import picture, word_tokenizer
 
 import peftfx as compiler
 from peftfx import PeftfxError, runtime
@@ -32,11 +32,9 @@ OPTIONS = {"max_new_tokens": 7, "min_new_tokens": 5, "do_sample": False}
 
 def processor(image_token: int) -> hf.Florence2Processor:
     table = {word: i for i, word in enumerate(["<unk>", "<pad>", "<s>", "</s>", *(f"w{i}" for i in range(4, 98))])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table | {IMAGE: image_token}, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens([IMAGE, "<pad>", "<s>", "</s>"])
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, extra_special_tokens={"image_token": IMAGE}, **ends)
+    special = [IMAGE, "<pad>", "<s>", "</s>"]
+    words = word_tokenizer(table | {IMAGE: image_token}, special, extra_special_tokens={"image_token": IMAGE}, **ends)
     sizes = {"size": {"height": SIZE, "width": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     pictures = hf.CLIPImageProcessor(**sizes)
     pictures.image_seq_length = PIECES
@@ -82,8 +80,7 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
     model.save_pretrained(str(root / "adapter"))
     export_directory(root / "base", root / "out", adapter=root / "adapter", view="decode")
     for seed in (0, 1):
-        pixels = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).resize((70, 50)).save(root / f"{seed}.png")
+        picture(root / f"{seed}.png", seed)
     return Seeing(model, made, root)
 
 

@@ -43,10 +43,19 @@ def hold(want: peft.PeftModel, served: OnnxModel, inputs: dict[str, Tensor]) -> 
     torch.testing.assert_close(found[shown], expected[shown], atol=3e-5, rtol=3e-4)
 
 
-KINDS = ("gemma3", "internvl", "paligemma", "chameleon", "fuyu", "florence2", "aya_vision", "blip-2")
+KINDS, FURTHER = (
+    ("gemma3", "internvl", "paligemma", "chameleon", "fuyu", "florence2"),
+    ("aya_vision", "blip-2", "kosmos-2"),
+)
 
 
-@pytest.mark.parametrize("kind", [*but_for({"gemma3"}, KINDS), pytest.param("kosmos-2", marks=pytest.mark.further)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *but_for({"gemma3"}, KINDS),
+        *(pytest.param(kind, marks=pytest.mark.further) for kind in FURTHER),
+    ],
+)
 def test_a_text_has_any_number_of_images(kind: str, tmp_path: Path) -> None:
     want = saved(kind, tmp_path / "adapter")
     model = peftfx.load(build(TASK, kind), tmp_path / "adapter")
@@ -133,7 +142,7 @@ def test_a_decoder_takes_as_many_features_as_tokens(tmp_path: Path) -> None:
         served(**inputs, **pasts)
 
 
-@pytest.mark.parametrize("targets", [OF_TEXTS, "all-linear"])
+@pytest.mark.parametrize("targets", [pytest.param(OF_TEXTS, marks=pytest.mark.further), "all-linear"])
 def test_texts_with_images_choose_adapters(targets: str, tmp_path: Path) -> None:
     models = {name: saved("gemma3", tmp_path / name, targets, alpha) for name, alpha in (("a", 8), ("b", -6))}
     model = peftfx.load(build(TASK, "gemma3"), tmp_path / "a", adapter_name="a")

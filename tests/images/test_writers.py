@@ -10,13 +10,13 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from every_model.checks import build as tiny
 from PIL import Image
 from support.adapted import randomise
 from support.command import Result
+from support.words import picture, word_tokenizer
 from torch import Tensor
 
 import peftfx as compiler
@@ -57,11 +57,8 @@ def build(kind: str) -> hf.Blip2ForConditionalGeneration:
 
 def tokenizer(image: int = IMAGE) -> hf.PreTrainedTokenizerFast:
     words = ["<unk>", "<pad>", "<s>", *(f"w{i}" for i in range(3, image)), "<image>"]
-    table = {word: i for i, word in enumerate(words)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens(["<image>", "<pad>", "<s>"])
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>")
+    special = ["<image>", "<pad>", "<s>"]
+    return word_tokenizer(words, special, unk_token="<unk>", pad_token="<pad>", bos_token="<s>")
 
 
 def processor() -> hf.Blip2Processor:
@@ -70,12 +67,6 @@ def processor() -> hf.Blip2Processor:
 
 def pictures() -> hf.BlipImageProcessor:
     return hf.BlipImageProcessor(size={"height": SIZE, "width": SIZE})
-
-
-def picture(path: Path) -> Path:
-    pixels = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).resize((70, 50)).save(path)
-    return path
 
 
 @dataclass
@@ -137,7 +128,7 @@ def test_images_without_a_text_are_refused(writing: Writing) -> None:
 
 
 def test_the_command_goes_on_with_a_prompt(writing: Writing, peftfx: Run) -> None:
-    path, made = picture(writing.root / "0.png"), processor()
+    path, made = picture(writing.root / "0.png", 0), processor()
     given = made(text="w20 w21", images=Image.open(path), return_tensors="pt")
     tokens = writing.peft.generate(**given, max_new_tokens=NEW, do_sample=False)
     want = made.tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -172,7 +163,7 @@ def test_a_text_that_the_image_encoder_reads_may_have_any_length(tmp_path: Path,
     parts = {"tokenizer": tokenizer(base.config.image_token_id), "qformer_tokenizer": tokenizer(90)}
     made = hf.InstructBlipProcessor(pictures(), **parts, num_query_tokens=PIECES)
     made.save_pretrained(tmp_path / "out")
-    path = picture(tmp_path / "0.png")
+    path = picture(tmp_path / "0.png", 0)
     call = made(text="w20 w21", images=Image.open(path), return_tensors="pt")
     tokens = base.generate(**call, max_new_tokens=NEW, do_sample=False)[0, call["input_ids"].shape[1] :]
     asked = ("--image", path, "-p", "w20 w21", "--max-new-tokens", NEW, "--json")

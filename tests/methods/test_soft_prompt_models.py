@@ -23,6 +23,7 @@ from support.soft_cases import (
     heads,
     inputs_of,
 )
+from support.words import word_tokenizer
 from support.zoo import ZOO
 
 import peftfx
@@ -49,12 +50,7 @@ def test_the_start_of_a_prompt_is_embeddings_of_the_vocabulary_or_of_a_text(tmp_
 
 
 def _tokenizer(directory: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 4, "b": 5, "c": 6}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(directory)
+    word_tokenizer({"[UNK]": 0, "a": 4, "b": 5, "c": 6}, unk_token="[UNK]").save_pretrained(directory)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from support.adapted import adapt, both, gradients, our_name
+from support.adapted import adapt, both, gradients, our_name, step
 from support.zoo import ZOO
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -33,15 +33,6 @@ REENTRANT = [None, {"use_reentrant": False}, {"use_reentrant": True}]
 @pytest.fixture(scope="module")
 def adapted() -> AdaptedModel:
     return adapt("llama", EVERYWHERE).train()
-
-
-def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loss and the gradients of a call, from one seed."""
-    model.zero_grad()
-    torch.manual_seed(3)
-    loss = model(**inputs).loss
-    loss.backward()
-    return {"loss": loss.detach(), **{name: g.clone() for name, g in gradients(model).items()}}
 
 
 def example(model: AdaptedModel) -> dict[str, Tensor]:

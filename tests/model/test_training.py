@@ -12,24 +12,15 @@ import peft
 import pytest
 import torch
 import training
-from support.adapted import adapt, both, gradients, our_name, randomise
+from support.adapted import adapt, both, our_name, randomise, step
 from support.zoo import ZOO
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftfx
 from peftfx.model.adapted import AdaptedModel
 
 FIRST, SECOND = peftfx.LoRA(r=4, lora_alpha=6, target="all-linear"), peftfx.IA3(target="attention.key")
-
-
-def step(model: nn.Module, inputs: dict[str, Tensor], run: Callable[..., object] | None = None) -> dict[str, Tensor]:
-    """The loss and the gradients of a call, from one seed."""
-    model.zero_grad()
-    torch.manual_seed(3)
-    loss = (model if run is None else run)(**inputs).loss  # type: ignore[attr-defined]
-    loss.backward()
-    return {"loss": loss.detach(), **{name: g.clone() for name, g in gradients(model).items()}}
 
 
 class TestAutocast:

@@ -13,8 +13,8 @@ import transformers as hf
 from support.adapted import adapt
 from support.soft_cases import LSTM, MLP, PREFIX, PROJECTED, PROMPT_TUNING, Soft
 from support.soft_cases import trained as trained_by
+from support.words import word_tokenizer
 from support.zoo import ZOO
-from tokenizers import Tokenizer, models
 from torch import nn
 
 import peftfx
@@ -48,9 +48,8 @@ def rows(columns: dict[str, list[list[int]]]) -> object:
 
 
 def tokenizer() -> hf.PreTrainedTokenizerBase:
-    words = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghij"])}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    words = ["<pad>", "<eos>", "<unk>", *"abcdefghij"]
+    return word_tokenizer(words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
 def losses(trainer: hf.Trainer) -> list[float]:

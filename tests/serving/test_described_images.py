@@ -10,12 +10,12 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from PIL import Image
 from support.adapted import randomise
 from support.command import Result, assert_refused
+from support.words import picture, word_tokenizer
 
 from peftfx.bases.tasks import task_of_class
 from peftfx.export.command import export_directory
@@ -65,10 +65,8 @@ def describing(tmp_path_factory: pytest.TempPathFactory) -> Describing:
     root = tmp_path_factory.mktemp("describing")
     torch.manual_seed(0)
     base, prepare = build(), hf.ViTImageProcessor(size={"height": SIZE, "width": SIZE})
-    table = {word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", "<sot>", *(f"w{i}" for i in range(56))])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    made.add_special_tokens(["<pad>", "<eos>", "<sot>"])
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    table, special = ["<unk>", "<pad>", "<eos>", "<sot>", *(f"w{i}" for i in range(56))], ["<pad>", "<eos>", "<sot>"]
+    words = word_tokenizer(table, special, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     for part in (base, prepare, words):
         part.save_pretrained(root / "base")
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1"])).eval()
@@ -76,8 +74,7 @@ def describing(tmp_path_factory: pytest.TempPathFactory) -> Describing:
     model.save_pretrained(str(root / "adapter"))
     export_directory(root / "base", root / "out", adapter=root / "adapter", view="decode")
     for seed in (0, 1):
-        pixels = torch.randint(256, (5, 7, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).resize((70, 50)).save(root / f"{seed}.png")
+        picture(root / f"{seed}.png", seed)
     return Describing(model, prepare, words, root)
 
 

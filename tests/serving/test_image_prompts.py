@@ -11,12 +11,12 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from PIL import Image
 from support.adapted import randomise
 from support.command import Result, assert_refused
+from support.words import picture, word_tokenizer
 from torch import nn
 
 import peftfx as compiler
@@ -28,13 +28,9 @@ IMAGE, SIZE, NEW = "<image>", 32, 8
 
 
 def processor() -> hf.LlavaProcessor:
-    table = {
-        word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", IMAGE, "USER", *(f"w{i}" for i in range(90))])
-    }
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens([IMAGE, "<pad>", "<eos>"])
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    table = ["<unk>", "<pad>", "<eos>", IMAGE, "USER", *(f"w{i}" for i in range(90))]
+    special = [IMAGE, "<pad>", "<eos>"]
+    words = word_tokenizer(table, special, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     words.image_token, words.image_token_id = IMAGE, 3
     sizes = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     template = (
@@ -65,13 +61,6 @@ def build() -> hf.LlavaForConditionalGeneration:
         model.model.multi_modal_projector.linear_2.weight.mul_(20)
     model.generation_config = hf.GenerationConfig(pad_token_id=1, eos_token_id=2, bos_token_id=2)
     return model.eval()
-
-
-def picture(path: Path, seed: int) -> Path:
-    random = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(256, (5, 7, 3), generator=random, dtype=torch.uint8).numpy()
-    Image.fromarray(pixels).resize((70, 50)).save(path)
-    return path
 
 
 @dataclass

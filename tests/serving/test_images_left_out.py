@@ -78,7 +78,7 @@ def test_an_encoder_of_text_is_served_without_the_images_that_its_text_can_have(
     ("task", "kind", "view", "told"),
     [
         ("text2text-generation", "voxtral", "forward", ""),
-        ("text2text-generation", "voxtral", "decode", ""),
+        pytest.param("text2text-generation", "voxtral", "decode", "", marks=FURTHER),
         ("text2text-generation", "musicflamingo", "forward", "sounds are left out, and text alone is served: peftfx"),
         pytest.param(
             "image-text-to-text", "kosmos-2.5", "forward", "images are left out, and text alone", marks=FURTHER
@@ -86,7 +86,7 @@ def test_an_encoder_of_text_is_served_without_the_images_that_its_text_can_have(
         pytest.param(
             "image-text-to-text", "qwen2_vl", "forward", "videos are left out, and text with images", marks=FURTHER
         ),
-        ("speech-to-text", "whisper", "forward", ""),
+        pytest.param("speech-to-text", "whisper", "forward", "", marks=FURTHER),
         ("text-generation", "gemma3_text", "forward", ""),
     ],
 )

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from support.command import Result
 from support.decoding import Pair, make_pair, prompts
+from support.words import word_tokenizer
 from support.zoo import ZOO
 from torch import nn
 
@@ -29,9 +29,7 @@ Run = Callable[..., Result]
 
 def write_tokenizer(directory: Path) -> None:
     words = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 99)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", eos_token="w3")
+    fast = word_tokenizer(words, unk_token="[UNK]", pad_token="[PAD]", eos_token="w3")
     fast.chat_template = "{% for m in messages %}w9 {{ m['content'] }}{% endfor %}"
     fast.save_pretrained(directory)
 

@@ -16,6 +16,7 @@ import transformers as hf
 from safetensors.torch import save_file
 from support.adapted import randomise
 from support.command import Result, assert_refused
+from support.words import word_tokenizer
 from torch import Tensor, nn
 
 from peftfx import runtime
@@ -84,10 +85,7 @@ def exported(places: tuple[Path, Path, nn.Module, nn.Linear], tmp_path_factory: 
 
 def write_tokenizer(directory: Path) -> None:
     words = {"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 99)}}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]")
-    fast.save_pretrained(directory)
+    word_tokenizer(words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(directory)
 
 
 def embedded(eager: nn.Module, dense: nn.Linear, ids: Tensor, mask: Tensor) -> Tensor:

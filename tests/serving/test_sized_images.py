@@ -7,7 +7,6 @@ from pathlib import Path
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from every_model.checks import build
@@ -16,6 +15,7 @@ from PIL import Image
 from support.adapted import randomise
 from support.command import Result, assert_refused
 from support.few import but_for
+from support.words import picture, word_tokenizer
 
 import peftfx as compiler
 from peftfx import PeftfxError, runtime
@@ -31,19 +31,10 @@ WORDS = {"<|image_pad|>": 98, "<|video_pad|>": 97, "<unk>": 0, "<pad>": 1, "<eos
 
 def processor() -> hf.Qwen2VLProcessor:
     table = WORDS | {f"w{i}": i for i in range(5, 90)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens([word for word in WORDS if word != "<unk>"])
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    special = [word for word in WORDS if word != "<unk>"]
+    words = word_tokenizer(table, special, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     pictures = hf.AutoImageProcessor.from_pretrained(home_of("qwen2_vl"))
     return hf.Qwen2VLProcessor(image_processor=pictures, tokenizer=words, video_processor=hf.Qwen2VLVideoProcessor())
-
-
-def picture(path: Path, width: int, height: int) -> Path:
-    random = torch.Generator().manual_seed(width)
-    pixels = torch.randint(256, (5, 7, 3), generator=random, dtype=torch.uint8).numpy()
-    Image.fromarray(pixels).resize((width, height)).save(path)
-    return path
 
 
 def test_a_chosen_size_fixes_the_grid_of_an_images_patches(peftfx: Run, tmp_path: Path) -> None:
@@ -58,7 +49,7 @@ def test_a_chosen_size_fixes_the_grid_of_an_images_patches(peftfx: Run, tmp_path
     told = peftfx("export", *where, "--view", "decode", "--image-size", "48x64")
     assert told.code == 0, told.err
     for width, height in ((64, 48), (90, 30)):  # the second is resized
-        path = picture(tmp_path / "a.png", width, height)
+        path = picture(tmp_path / "a.png", width, (width, height))
         said = peftfx("run", tmp_path / "out", "--image", path, "--prompt", "w5 w6 w7", "--max-new-tokens", 8)
         assert said.code == 0, said.err
         resized = Image.open(path).convert("RGB").resize((64, 48))

@@ -9,7 +9,6 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from every_model.checks import SEEING, build, check
@@ -17,6 +16,7 @@ from every_model.checks import Result as Checked
 from PIL import Image
 from support.adapted import randomise
 from support.command import Result
+from support.words import picture, word_tokenizer
 from torch import nn
 
 from peftfx import PeftfxError, runtime
@@ -35,13 +35,9 @@ ENDS = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 6}
 
 
 def words() -> hf.PreTrainedTokenizerFast:
-    table = {word: i for i, word in enumerate([*WORDS, *(f"w{i}" for i in range(88))])}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens(WORDS)
     extra = {"image_token": IMAGE, "boi_token": "<boi>", "eoi_token": "<eoi>"}
     ends = {"unk_token": "<unk>", "pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, **ends, extra_special_tokens=extra)
+    return word_tokenizer([*WORDS, *(f"w{i}" for i in range(88))], WORDS, **ends, extra_special_tokens=extra)
 
 
 def images(**more: object) -> hf.SiglipImageProcessor:
@@ -105,9 +101,7 @@ def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     randomise(model)
     model.save_pretrained(str(root / "adapter"))
     export_directory(root / "base", root / "out", adapter=root / "adapter", view="decode")
-    pixels = torch.randint(256, (5, 7, 3), dtype=torch.uint8).numpy()
-    Image.fromarray(pixels).resize((70, 50)).save(root / "image.png")
-    return Seeing(model, processor, root / "out", root / "image.png", f"{token} w5 w6 w7")
+    return Seeing(model, processor, root / "out", picture(root / "image.png", 0), f"{token} w5 w6 w7")
 
 
 def test_the_tokens_are_transformers_own(seeing: Seeing, peftfx: Run) -> None:

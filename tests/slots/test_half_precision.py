@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def graph_with_slots(kind: torch.dtype, directory: Path, view: str = "forward") 
     return directory
 
 
+@pytest.fixture(scope="module")
+def forward_graph(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Path]:
+    """`forward_graph(kind)`: the directory of a forward graph with slots."""
+    return functools.cache(lambda kind: graph_with_slots(kind, tmp_path_factory.mktemp("forward") / "graph"))
+
+
 @pytest.mark.parametrize(
     ("kind", "rules"),
     [(torch.bfloat16, ("lora", "prompt")), *(pytest.param(k, tuple(RULES), marks=pytest.mark.further) for k in HALVES)],
@@ -66,7 +73,10 @@ def test_adapters_for_a_graph_are_held_without_rounding(
 
 @pytest.mark.parametrize("kind", FEW)
 def test_an_adapters_tensor_that_is_a_little_off_is_told(
-    kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: torch.dtype,
+    forward_graph: Callable[[torch.dtype], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     right = adapter_export.slot_tensors
 
@@ -75,7 +85,7 @@ def test_an_adapters_tensor_that_is_a_little_off_is_told(
         name = next(name for name in found["model"] if name.endswith(SLOT_B))
         return {"model": {**found["model"], name: found["model"][name] * 1.003}}
 
-    graph = graph_with_slots(kind, tmp_path / "graph")
+    graph = forward_graph(kind)
     monkeypatch.setattr(adapter_export, "slot_tensors", wrong)
     with pytest.warns(PeftfxWarning, match=OWN_CODE):
         peftfx.export_adapter(adapted(kind), graph, tmp_path / "x")
@@ -83,9 +93,12 @@ def test_an_adapters_tensor_that_is_a_little_off_is_told(
 
 @pytest.mark.parametrize("kind", FEW)
 def test_one_percent_at_one_layer_of_a_graph_is_seen_when_an_adapter_is_written(
-    kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: torch.dtype,
+    forward_graph: Callable[[torch.dtype], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    graph, right = graph_with_slots(kind, tmp_path / "graph"), adapter_check.with_rounded_numbers
+    graph, right = forward_graph(kind), adapter_check.with_rounded_numbers
     monkeypatch.setattr(adapter_check, "with_rounded_numbers", lambda graph: one_percent_more(right(graph)))
     with pytest.raises(VerificationError, match="without rounding to half precision"):
         peftfx.export_adapter(adapted(kind), graph, tmp_path / "x")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.few import but_for
 from support.slots import stirred
 from support.zoo import ZOO
 from torch import Tensor
@@ -47,12 +46,18 @@ GRAPHS = {
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param("llama", marks=pytest.mark.further), *but_for({"bert", "t5"}, [n for n in GRAPHS if n != "llama"])],
+    ("name", "rules"),
+    [
+        ("gpt2", ("lora",)),
+        *(pytest.param(name, GRAPHS[name][1], marks=pytest.mark.further) for name in ("llama", "gpt2")),
+        *(pytest.param(name, GRAPHS[name][1], marks=pytest.mark.slow) for name in ("bert", "t5")),
+    ],
 )
-def test_wrong_tensors_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_tensors_are_refused(
+    name: str, rules: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each tensor of an adapter, off by a tenth, changes less than int4 loses here; and is refused."""
-    view, rules = GRAPHS[name]
+    view = GRAPHS[name][0]
     model, graph = ZOO[name].build(), tmp_path / "graph"
     export_onnx(model, graph, view=view, slots="all-linear", quantize="int4")
     assert Manifest.read(graph).lost > 0.05

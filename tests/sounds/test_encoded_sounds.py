@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -37,19 +38,29 @@ def call(base: nn.Module, texts: int, sounds: int, length: int = 11) -> Inputs:
     return made
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
+def served_as(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[peft.PeftModel, ServedWithSounds]]:
+    """`served_as(kind)`: the model that `peft` adapted, and its export with a cache, which is made once."""
+
+    @functools.cache
+    def make(kind: str) -> tuple[peft.PeftModel, ServedWithSounds]:
+        root = tmp_path_factory.mktemp(kind)
+        want = adapted_by_peft(kind, root / "adapter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PeftfxWarning)  # nothing is left out
+            loaded(kind, root / "adapter").export(root / "onnx", view="decode")
+        found = runtime.load(root / "onnx")
+        assert isinstance(found, ServedWithSounds)
+        return want, found
+
+    return make
+
+
+@pytest.fixture(params=KINDS)
 def served(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, served_as: Callable[[str], tuple[peft.PeftModel, ServedWithSounds]]
 ) -> tuple[peft.PeftModel, ServedWithSounds]:
-    """The model that `peft` adapted, and its export with a cache."""
-    root = tmp_path_factory.mktemp(request.param)
-    want = adapted_by_peft(request.param, root / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", PeftfxWarning)  # nothing is left out
-        loaded(request.param, root / "adapter").export(root / "onnx", view="decode")
-    found = runtime.load(root / "onnx")
-    assert isinstance(found, ServedWithSounds)
-    return want, found
+    return served_as(request.param)
 
 
 def test_tokens_are_those_of_peft(served: tuple[peft.PeftModel, ServedWithSounds]) -> None:
@@ -108,10 +119,11 @@ def test_an_adapted_model_generates_over_its_graphs(kind: str, tmp_path: Path) -
         pytest.param("flamingo", "input_features_mask", marks=pytest.mark.further),
     ],
 )
-def test_masks_say_how_long_sounds_are(kind: str, mask: str, tmp_path: Path) -> None:
-    want = adapted_by_peft(kind, tmp_path / "adapter")
-    loaded(kind, tmp_path / "adapter").export(tmp_path / "onnx", view="decode")
-    model, inputs = runtime.load(tmp_path / "onnx"), call(want.get_base_model(), 2, 2)
+def test_masks_say_how_long_sounds_are(
+    kind: str, mask: str, served_as: Callable[[str], tuple[peft.PeftModel, ServedWithSounds]]
+) -> None:
+    want, model = served_as(kind)
+    inputs = call(want.get_base_model(), 2, 2)
     inputs[mask][1, 20:] = 0  # 5 of 8 tokens are left
     places = (inputs["input_ids"][1] == SOUND).nonzero().flatten()
     inputs["input_ids"][1, places[5:]] = torch.arange(20, 20 + len(places) - 5)
@@ -124,12 +136,11 @@ def test_masks_say_how_long_sounds_are(kind: str, mask: str, tmp_path: Path) -> 
     assert refused.value.where == mask
 
 
-@pytest.fixture(scope="module")
-def granite(tmp_path_factory: pytest.TempPathFactory) -> tuple[peft.PeftModel, ServedWithSounds]:
-    root = tmp_path_factory.mktemp("granite")
-    want = adapted_by_peft("granite", root / "adapter")
-    loaded("granite", root / "adapter").export(root / "onnx", view="decode")
-    return want, runtime.load(root / "onnx")
+@pytest.fixture
+def granite(
+    served_as: Callable[[str], tuple[peft.PeftModel, ServedWithSounds]],
+) -> tuple[peft.PeftModel, ServedWithSounds]:
+    return served_as("granite")
 
 
 def written(base: nn.Module, frames: int, pieces: int) -> Inputs:

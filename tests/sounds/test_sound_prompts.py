@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from sounds.hearing import configured
 from support.adapted import randomise
 from support.command import Result, assert_refused
+from support.words import word_tokenizer
 
 from peftfx.export.command import export_directory
 from peftfx.serving.sound import read_wav, resample
@@ -33,13 +33,9 @@ TEMPLATE = (
 
 
 def processor() -> hf.AudioFlamingo3Processor:
-    table = {
-        word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", "USER", *(f"w{i}" for i in range(92)), TOKEN])
-    }
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([TOKEN, "<pad>", "<eos>"])
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    table = ["<unk>", "<pad>", "<eos>", "USER", *(f"w{i}" for i in range(92)), TOKEN]
+    special = [TOKEN, "<pad>", "<eos>"]
+    words = word_tokenizer(table, special, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     extractor = hf.WhisperFeatureExtractor(feature_size=8, chunk_length=1, sampling_rate=RATE)
     return hf.AudioFlamingo3Processor(extractor, words, chat_template=TEMPLATE, audio_token=TOKEN)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,13 +35,25 @@ def hold(want: nn.Module, served: OnnxModel, inputs: Inputs) -> None:
     torch.testing.assert_close(served(**inputs)["logits"][shown], expected[shown], atol=3e-5, rtol=3e-4)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
-    """The model that `peft` adapted, and the directory of its forward graph."""
-    root = tmp_path_factory.mktemp(request.param)
-    want = adapted_by_peft(request.param, root / "adapter")
-    loaded(request.param, root / "adapter").export(root / "onnx", view="forward")
-    return want, root / "onnx"
+@pytest.fixture(scope="module")
+def export_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[nn.Module, Path]]:
+    """`export_of(kind)`: the model that `peft` adapted, and the directory of its forward graph, which is made once."""
+
+    @functools.cache
+    def make(kind: str) -> tuple[nn.Module, Path]:
+        root = tmp_path_factory.mktemp(kind)
+        want = adapted_by_peft(kind, root / "adapter")
+        loaded(kind, root / "adapter").export(root / "onnx", view="forward")
+        return want, root / "onnx"
+
+    return make
+
+
+@pytest.fixture(params=KINDS)
+def exported(
+    request: pytest.FixtureRequest, export_of: Callable[[str], tuple[nn.Module, Path]]
+) -> tuple[nn.Module, Path]:
+    return export_of(request.param)
 
 
 def test_a_graph_takes_any_number_of_sounds(exported: tuple[nn.Module, Path]) -> None:
@@ -59,15 +73,14 @@ def test_a_text_with_another_number_of_tokens_is_refused(exported: tuple[nn.Modu
         OnnxModel(directory)(**inputs)
 
 
-def test_masks_say_how_long_sounds_are(tmp_path: Path) -> None:
-    want = adapted_by_peft("flamingo", tmp_path / "adapter")
-    loaded("flamingo", tmp_path / "adapter").export(tmp_path / "onnx", view="forward")
+def test_masks_say_how_long_sounds_are(export_of: Callable[[str], tuple[nn.Module, Path]]) -> None:
+    want, directory = export_of("flamingo")
     inputs = call(want.get_base_model(), 2, 2)
     inputs["input_features_mask"][1, 20:] = 0  # 5 of 8 tokens are left
     ids = inputs["input_ids"]
     places = (ids[1] == SOUND).nonzero().flatten()
     ids[1, places[5:]] = torch.arange(20, 20 + len(places) - 5)
-    hold(want, OnnxModel(tmp_path / "onnx"), inputs)
+    hold(want, OnnxModel(directory), inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -66,6 +66,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def step(model: nn.Module, inputs: dict[str, Tensor], run: Callable[..., object] | None = None) -> dict[str, Tensor]:
+    """The loss and the gradients of a call, from one seed; `run` calls the model, as a compiled one does."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = (model if run is None else run)(**inputs).loss  # type: ignore[attr-defined]
+    loss.backward()
+    return {"loss": loss.detach(), **{name: g.clone() for name, g in gradients(model).items()}}
+
+
 CONVS = ("grouped", "dilated", "reflected")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,17 +41,22 @@ class Pair:
 
     @cached_property
     def greedy(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Prompts, and the tokens that `peft` generates from them, each clearly ahead of the next best.
+        """Prompts, and the tokens that `peft` generates from them, each clearly ahead of the next best."""
+        return clearly_greedy(self.peft, lambda seed: prompts(seed=seed))
 
-        Random weights make near-ties, and equal tokens say nothing where rounding decides.
-        """
-        for seed in range(20):
-            made = prompts(seed=seed)
-            found = self.peft.generate(**made, **GREEDY, return_dict_in_generate=True, output_scores=True)
-            best = torch.stack(found.scores).topk(2).values
-            if float((best[..., 0] - best[..., 1]).min()) > 1e-4:
-                return made, found.sequences
-        raise AssertionError("no prompts without near-ties")
+
+def clearly_greedy(model: nn.Module, texts: Callable[[int], dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Texts, and the tokens that a model generates from them, each clearly ahead of the next best.
+
+    Random weights make near-ties, and equal tokens say nothing where rounding decides.
+    """
+    for seed in range(20):
+        made = texts(seed)
+        found = model.generate(**made, **GREEDY, return_dict_in_generate=True, output_scores=True)
+        best = torch.stack(found.scores).topk(2).values
+        if float((best[..., 0] - best[..., 1]).min()) > 1e-4:
+            return made, found.sequences
+    raise AssertionError("no texts without near-ties")
 
 
 def make_pair(name: str, directory: Path) -> Pair:

@@ -8,10 +8,10 @@ from typing import Any
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from support.adapted import randomise, trained
+from support.words import word_tokenizer
 from torch import Tensor, nn
 
 import peftfx
@@ -128,10 +128,7 @@ def test_a_pipeline_of_transformers_writes_with_the_adapters() -> None:
     size = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     base = hf.LlamaForCausalLM(hf.LlamaConfig(**size, num_attention_heads=2, initializer_range=0.3)).eval()
     ours = peftfx.transform(base, peftfx.LoRA(r=2, init_lora_weights=False, lora_alpha=60), seed=0).eval()
-    words = tokenizers.models.WordLevel({f"w{number}": number for number in range(40)}, unk_token="w0")
-    made = tokenizers.Tokenizer(words)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w2")
+    tokenizer = word_tokenizer([f"w{number}" for number in range(40)], unk_token="w0", pad_token="w0", eos_token="w2")
     writes = hf.pipeline("text-generation", model=ours, tokenizer=tokenizer)
     ((found,),) = writes(["w5 w6"], max_new_tokens=5, do_sample=False, return_tensors=True)
     want = ours.generate(input_ids=torch.tensor([[5, 6]]), max_new_tokens=5, do_sample=False)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from support.command import SIZES, Result, assert_refused
+from support.words import word_tokenizer
 
 from peftfx import runtime
 from peftfx.training.rows import IGNORED, Padded, encoded, read_rows
@@ -31,10 +31,7 @@ COMPLETIONS = [{"prompt": "one is", "completion": "red"}, {"prompt": "two", "com
 
 
 def save_tokenizer(root: Path, **names: str) -> hf.PreTrainedTokenizerFast:
-    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    plain = tokenizers.Tokenizer(model)
-    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    made = hf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>", **names)
+    made = word_tokenizer(WORDS, unk_token="<unk>", eos_token="</s>", **names)
     made.save_pretrained(root)
     return made
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.command import Result
 from support.few import but_for
 from support.quantised import pack, unpack
+from support.words import word_tokenizer
 from support.zoo import ZOO
 from torch import Tensor, nn
 
@@ -363,14 +364,10 @@ class TestQuantised:
         adapted.export(tmp_path / "out", quantize="int8", max_error="top1=0.5")
 
     def test_a_text_of_the_users_is_what_it_is_compared_on(self, tmp_path: Path) -> None:
-        import tokenizers
-
         model = llama()
         model.save_pretrained(tmp_path / "base")
-        words = tokenizers.models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 96)}}, unk_token="[UNK]")
-        plain = tokenizers.Tokenizer(words)
-        plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        hf.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="[UNK]").save_pretrained(tmp_path / "base")
+        words = ["[UNK]", *(f"w{i}" for i in range(1, 96))]
+        word_tokenizer(words, unk_token="[UNK]").save_pretrained(tmp_path / "base")
         text = tmp_path / "text.txt"
         text.write_text(" ".join(f"w{1 + i * 7 % 95}" for i in range(300)))
         done = export_directory(

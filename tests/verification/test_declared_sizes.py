@@ -100,7 +100,7 @@ def test_an_example_of_whole_windows_is_captured_as_one_that_is_padded(length: i
         torch.testing.assert_close(served(x=x)["output"], model(x).detach(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("length", [24, 32, 45])
+@pytest.mark.parametrize("length", [24, *(pytest.param(n, marks=pytest.mark.further) for n in (32, 45))])
 def test_an_example_of_whole_windows_in_one_layer_alone_is_captured_as_one_that_is_padded_in_all(
     length: int, tmp_path: Path
 ) -> None:

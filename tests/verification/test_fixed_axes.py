@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.errors import PeftfxError
 from peftfx.export import OnnxModel, export_onnx
+from peftfx.export.verification.sizes.trial import Trial
+from peftfx.views.capture import capture
 
 
 class Masked(nn.Module):
@@ -74,3 +76,17 @@ def test_the_steps_of_a_loop_are_told(tmp_path: Path) -> None:
     assert told in str(report)
     with pytest.raises(PeftfxError, match="axis 1 of x is 5"):
         OnnxModel(tmp_path / "out")(x=torch.randn(2, 6, 8))
+
+
+class Strided(nn.Module):
+    """Code that asks how many steps strides leave, as encoders of recordings do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x if (x.shape[1] - 10) // 80 // 4 > 5 else x
+
+
+def test_what_is_tried_is_no_longer_than_the_example() -> None:
+    """Of the lengths that are tried for a condition, none but a million may meet it. The example meets it."""
+    graph = capture(Strided().eval(), {"x": torch.zeros(2, 6080)})
+    trial = Trial(graph, lambda sizes: {}, lambda feed: [], lambda name, feed, value: value, graph.sizes, 8)
+    assert trial.whole({}) == {"batch": 2, "x.1": 6080}

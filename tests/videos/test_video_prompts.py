@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers as hf
 from PIL import Image
 from support.command import Result
+from support.words import word_tokenizer
 from videos.clips import SIZE, made, saved, tokens_of
 
 from peftfx.export.command import export_directory
@@ -26,10 +26,7 @@ NEW = 6
 def processor(home: Path, image: int, video: int, vocabulary: int) -> hf.Qwen2VLProcessor:
     names = {image: "<|image_pad|>", video: "<|video_pad|>", 0: "<unk>", 1: "<pad>", 2: "<eos>"}
     table = {names.get(i, f"w{i}"): i for i in range(vocabulary)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(table, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.add_special_tokens(list(names.values()))
-    words = hf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    words = word_tokenizer(table, names.values(), unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     pictures = hf.AutoImageProcessor.from_pretrained(home, local_files_only=True)
     videos = hf.AutoVideoProcessor.from_pretrained(home, local_files_only=True)
     return hf.Qwen2VLProcessor(image_processor=pictures, tokenizer=words, video_processor=videos)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from peftfx.bases.processors.encoded_images import deeper_features, joined_features, main_features
+from peftfx.bases.processors.encoded_images import FoundFeatures, joined_features
 from peftfx.views.images.encoded import Images
 
 PIECES, WIDTH = 4, 3
@@ -36,16 +36,12 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS)
 def test_features_return_to_their_fields(output: BaseModelOutputWithPooling) -> None:
-    field, pooled = main_features(output)
-    listed = not isinstance(pooled, Tensor)
-    first = pooled[0] if listed else pooled
-    deeper = deeper_features(output, first)
-    joined = joined_features(output, deeper)
-    assert joined.shape[0] == PIECES
+    found = FoundFeatures.of(output)
+    joined = joined_features(output, found.deeper)
+    assert joined.shape == (PIECES, found.width)
 
-    images = Images(
-        0, joined.shape[1], joined.dtype, None if listed else PIECES, listed, (), deeper=deeper, field=field
-    )
+    each = None if found.listed else PIECES
+    images = Images(0, found.width, joined.dtype, each, found.listed, (), deeper=found.deeper, field=found.field)
     again = images.as_output(joined)
     for name in ("pooler_output", "last_hidden_state", "deep"):
         before, after = (pytree.tree_flatten(getattr(found, name, None)) for found in (output, again))
@@ -56,4 +52,4 @@ def test_features_return_to_their_fields(output: BaseModelOutputWithPooling) -> 
 
 def test_states_and_fields_of_another_shape_are_no_features() -> None:
     output = _output(pooler_output=_one(0, 1), sizes=[torch.zeros(2)], attentions_of_a_part=(None, None))
-    assert deeper_features(output, main_features(output)[1]) == ()
+    assert FoundFeatures.of(output).deeper == ()

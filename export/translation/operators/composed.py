@@ -61,7 +61,7 @@ def _ordered(x: Tensor, dim: int, *, keepdim: bool, place: Callable[[int], int])
     """Return the value at one place of each row in order, and where it was."""
     x, dim = (x, dim) if x.ndim else (x.reshape(1), 0)
     values, places = x.sort(dim)
-    at = torch.full((1,), place(x.shape[dim]), device=x.device)  # type: ignore[arg-type]
+    at = torch.full((1,), place(x.shape[dim]), device=x.device)
     found = [taken if keepdim else taken.squeeze(dim) for taken in (t.index_select(dim, at) for t in (values, places))]
     return found[0], found[1]
 

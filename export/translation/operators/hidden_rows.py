@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from peftfx.analysis.dataflow import ancestors
 from peftfx.errors import raise_if_memory_is_out
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
@@ -86,15 +87,12 @@ def _matters(mask: fx.Node, graph: Graph) -> bool:
 
 def _sources(mask: fx.Node, graph: Graph) -> set[fx.Node] | None:
     """Return the nodes that compute a mask, including it; None if they are many, or read weights."""
-    seen, waiting = {mask}, [mask]
-    while waiting:
-        node = waiting.pop()
-        if len(seen) > _MOST or (node.op == "get_attr" and isinstance(graph.get(str(node.target)), nn.Parameter)):
+    found = set[fx.Node]()
+    for node in ancestors(mask):
+        found.add(node)
+        if len(found) > _MOST or (node.op == "get_attr" and isinstance(graph.get(str(node.target)), nn.Parameter)):
             return None
-        new = [operand for operand in node.all_input_nodes if operand not in seen]
-        seen.update(new)
-        waiting += new
-    return seen
+    return found
 
 
 def _computed(mask: fx.Node, read: set[fx.Node], graph: Graph, text: Tensor) -> Tensor | None:

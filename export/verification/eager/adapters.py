@@ -22,7 +22,7 @@ from peftfx.contract.override import Override
 from peftfx.contract.placement import WeightPlacement, owner_of
 from peftfx.export.verification.eager.published import KNOWN, OnOutput, acting_where, on_output
 from peftfx.export.verification.eager.swapped_weight import CONV, AdapterStep, HeldTensors, SwappedWeight
-from peftfx.graph.places import places_of, twin
+from peftfx.graph.places import module_at, places_of, twin
 
 #: The modules whose forward is one product with their weight, and nothing else.
 _LINEAR = (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -121,10 +121,8 @@ def _watch(base: nn.Module, path: str, found: Applied, stack: contextlib.ExitSta
 
 def _holder(base: nn.Module, path: str) -> tuple[nn.Module, str]:
     """Return the module at a path and its weight's name; for a parameter's path, the module that holds it."""
-    try:
-        return base.get_submodule(path), "weight"
-    except AttributeError:
-        return owner_of(base, path)
+    module = module_at(base, path)
+    return owner_of(base, path) if module is None else (module, "weight")
 
 
 def _adapt(
@@ -226,7 +224,7 @@ def _op(module: nn.Module, kind: str) -> Op:
             return F.embedding(x, weight, module.padding_idx)
         groups, module.groups = module.groups, x.shape[1 - weight.ndim] // weight.shape[1]  # type: ignore[assignment]
         try:
-            return module._conv_forward(x, weight, bias)  # type: ignore[operator, no-any-return]
+            return module._conv_forward(x, weight, bias)  # type: ignore[operator]
         finally:
             module.groups = groups
 

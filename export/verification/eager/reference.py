@@ -22,7 +22,7 @@ from peftfx.export.verification.eager.kept_state import StateError, state_kept
 from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import leaf_names
-from peftfx.graph.places import above
+from peftfx.graph.places import above, owns_weight
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
 from peftfx.views.cache_prefix import Prefilled
@@ -71,7 +71,7 @@ class EagerReference:
         self.named |= state.named
         self.seen |= state.seen
         _refuse_lost(adapters, self.seen - self._spared(base, adapters, feed, output))
-        idle = {path for path in state.named - self.seen - self.read_elsewhere if _has_weight(base, path)}
+        idle = {path for path in state.named - self.seen - self.read_elsewhere if owns_weight(base, path)}
         if idle:  # if code reads the weight of a module that does not run, the code has to read the adapted weight
             self.read_elsewhere |= idle
             with applied(base, adapters, self.read_elsewhere, feed):
@@ -155,13 +155,6 @@ def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:
         if lost:
             what = f"the adapter's file has tensors for {len(lost)} modules that run, and that nothing was done at"
             raise VerificationError(what, ", ".join(lost[:3]), "report this model, or leave these modules out")
-
-
-def _has_weight(base: nn.Module, path: str) -> bool:
-    try:
-        return isinstance(base.get_submodule(path)._parameters.get("weight"), Tensor)
-    except AttributeError:
-        return False
 
 
 def _prompt(adapted: AdaptedModel, adapters: Sequence[Adapter]) -> tuple[Entry | None, Tensor | None]:

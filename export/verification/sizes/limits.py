@@ -98,9 +98,9 @@ EVERY = Sizes()
 def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
     """Try every condition of a graph on its other side: does the model take such sizes, and is the graph right there?
 
-    A condition that makes no difference is dropped. A condition that divides the sizes that the model takes is refused;
-    if it is on the sizes of images, or holds for all texts that the model is made for, or for most lengths of
-    recordings, it is only reported.
+    A condition that makes no difference is dropped. A condition that divides the sizes that the model takes is refused.
+    It is only reported if it is on the sizes of images, holds for all texts that the model is made for, or holds for
+    most lengths of recordings.
 
     Raises:
         OneSidedError: the graph is right on one side of a branch in the model's code, and the model takes the other;

@@ -109,13 +109,14 @@ class Trial:
 
     @functools.cached_property
     def _small(self) -> dict[str, int]:
-        """The least size of each axis, from 2, that meets the conditions on this axis alone."""
+        """The least size of each axis, from 2, that is known to meet the conditions on this axis alone."""
         small = dict.fromkeys(self.usual, 2)
         for condition in self.graph.conditions:
             if len(condition.axes) == 1 and not condition.met(small):
                 (axis,) = condition.axes
-                met = (tried[axis] for tried in condition.tried() if condition.met(tried))
-                small[axis] = min((size for size in met if size > small[axis]), default=self.usual[axis])
+                met = [tried[axis] for tried in condition.tried() if condition.met(tried)]
+                larger = (size for size in (*met, self.usual[axis]) if size > small[axis])
+                small[axis] = min(larger, default=self.usual[axis])
         return small
 
     def reach(self, condition: Condition, sizes: Sized) -> Fed | None:

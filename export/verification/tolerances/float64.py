@@ -125,7 +125,7 @@ def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:
     if not isinstance(first, Tensor) or not first.is_floating_point():
         return args
     wanted = first.dtype
-    return pytree.tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, args)  # type: ignore[no-any-return]
+    return pytree.tree_map_only(Tensor, lambda t: t.to(wanted) if t.is_floating_point() else t, args)
 
 
 def _product(func: object, args: tuple[Any, ...]) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from peftfx.adapters.files.names import module_of
 from peftfx.contract.method import Method
 from peftfx.contract.override import TOKENS
-from peftfx.errors import warn
+from peftfx.errors import listed, warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import never_runs
@@ -33,11 +33,15 @@ _SAVED = (re.compile(r"\.(?:modules_to_save|original_module)(?=\.)"), re.compile
 def repeats(weights: Weights, taken: Collection[str], base: nn.Module, method: Method) -> set[str]:
     """Return the names of tensors that are not taken and only repeat a tensor of the base or of the file.
 
-    HF PEFT repeats these tensors: the frozen weight of an adapted embedding; with `bias="all"` each bias in a saved
-    module, three times; the rows of trained tokens, once for each module that has the tensor; and RandLoRA's bases,
-    once for each module, although all modules share them. What a saved module was before its training
-    (`original_module`) may have other values than the base: the trained copy acts in its place. A copy of a norm also
-    has what the modules in the norm have.
+    HF PEFT repeats these tensors:
+
+    - the frozen weight of an adapted embedding;
+    - with `bias="all"`, each bias in a saved module, three times;
+    - the rows of trained tokens, once for each module that has the tensor;
+    - RandLoRA's bases, once for each module, although all modules share them;
+    - what a saved module was before its training (`original_module`). It may have other values than the base, as the
+      trained copy acts in its place;
+    - in a copy of a norm, what the modules in the norm have.
     """
     return {
         name
@@ -192,8 +196,7 @@ class Idle:
         ):
             names = sorted(name for name, path in self.by_module.items() if path in paths)
             if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 warn(
-                    f"{where}: {why} the modules of {', '.join(names[:3])}{more}; these tensors "
+                    f"{where}: {why} the modules of {listed(names, 3)}; these tensors "
                     "change nothing, here and in HF PEFT. They are kept, and saved again"
                 )

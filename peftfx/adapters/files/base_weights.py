@@ -111,7 +111,7 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
         _read_tables([base.get_submodule(path) for path in paths])
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
         for path, value in found.items():
-            base.get_submodule(path).weight.data[before:rows].copy_(value[before:rows])  # type: ignore[index, union-attr, operator]
+            base.get_submodule(path).weight.data[before:rows].copy_(value[before:rows])  # type: ignore[index]
 
 
 def _read_tables(modules: Sequence[nn.Module]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -114,17 +115,8 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     """Return the adapter of a method; its placements are the sites that the file has tensors for."""
     directory = weights.path.parent
     refuse_unasked(base, method)
-    able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
-    possible = [placement_at(method, base, site) for site in able]
-    marks = {end.partition(".")[0] for p in (*possible, *_other_kinds(possible)) for end in p.file_suffixes().values()}
-    placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
-    targeted = _targeted(base, method, sites)
-    left_out = _left_out(placements, targeted, method, base)
-    placements = [p for p in placements if p not in left_out]
-    if not marks:  # the placements save no tensors of their own: only the config says which placements there are
-        placements = list(chosen_placements(method, base, sites))
-        refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
-    placements = as_modules(base, method, without_ties(placements))
+    found = _places_in(weights, method, base, sites)
+    placements, left_out = found.placements, {_path(p, base) for p in found.left_out}
     warn_of_bare_keys(weights, method, placements)  # not of prompts: HF PEFT writes these without a prefix
     exchange_read(base, weights, placements)
     saved = saved_modules(base, method)
@@ -139,22 +131,23 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     with without_memory(not fit(rule, weights, base)):  # a rule that does not fit is refused below
         adapter.create(base, None)
         make_room(adapter)
-    within = set(inner_layers(weights.names)) - {_path(p, base) for p in left_out}
+    within = set(inner_layers(weights.names)) - left_out
     wanted = _wanted(adapter, placements, overrides, base, within) | _shared(adapter, method, weights)
     again = repeats(weights, wanted, base, method)
     rest = weights.names.keys() - wanted.keys() - again
-    idle = Idle.among(rest, weights, method, marks, base, sites, {_path(p, base) for p in left_out})
+    idle = Idle.among(rest, weights, method, found.marks, base, sites, left_out)
     _refuse_unknown_share(adapter, method, idle.by_module.keys(), directory)
-    targeted = {path for path in targeted if not is_inside(path, saved)}
+    targeted = {path for path in found.targeted if found.marks and not is_inside(path, saved)}
     refuse_mismatch(
         *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle.by_module.keys() | again, directory),
-        expected={path for path in targeted if marks and wrapper_of(base, method, path) is None},
-        module_of=lambda name: module_of(name, marks),
+        expected={path for path in targeted if wrapper_of(base, method, path) is None},
+        module_of=lambda name: module_of(name, found.marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
         modules=[name for name, _ in own_modules(base)],
     )
     if left_out and not placements:
-        what = f"the config's target_modules leave out every module of the file, such as {_path(left_out[0], base)}"
+        first = _path(found.left_out[0], base)
+        what = f"the config's target_modules leave out every module of the file, such as {first}"
         raise PeftfxError(what, str(directory / CONFIG), "correct target_modules: HF PEFT does not load it either")
     if not wanted and not idle.by_module:
         what = f"the file holds no tensor of {type(method).__name__} for a module that this model runs"
@@ -171,6 +164,41 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     adapter.named = named_modules(names - idle.outside, base)
     idle.tell(directory)
     return adapter
+
+
+@dataclass(frozen=True)
+class _Places:
+    """The places of a method that a file has tensors for.
+
+    Attributes:
+        placements: the method's placements there.
+        left_out: those that the config leaves out.
+        targeted: the paths that the config's own targets match.
+        marks: the first words of the names of a placement's tensors; empty if it saves none.
+    """
+
+    placements: list[Placement]
+    left_out: list[Placement]
+    targeted: set[str]
+    marks: set[str]
+
+
+def _places_in(weights: Weights, method: Method, base: nn.Module, sites: Sites) -> _Places:
+    """Return the places of a method that a file has tensors for.
+
+    If the method's placements save no tensors of their own, only the config says which placements there are.
+    """
+    able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
+    possible = [placement_at(method, base, site) for site in able]
+    marks = {end.partition(".")[0] for p in (*possible, *_other_kinds(possible)) for end in p.file_suffixes().values()}
+    placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
+    targeted = _targeted(base, method, sites)
+    left_out = _left_out(placements, targeted, method, base)
+    placements = [p for p in placements if p not in left_out]
+    if not marks:
+        placements = list(chosen_placements(method, base, sites))
+        refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
+    return _Places(as_modules(base, method, without_ties(placements)), left_out, targeted, marks)
 
 
 @_read_as.register

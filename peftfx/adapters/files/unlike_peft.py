@@ -16,7 +16,7 @@ from peftfx.contract.method import Method
 from peftfx.contract.placed import Placements
 from peftfx.contract.placement import Placement
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import warn
+from peftfx.errors import listed, warn
 from peftfx.rules.peft_conversion import taken_for_experts
 from peftfx.rules.peft_files import Weights
 
@@ -36,14 +36,12 @@ def warn_unlike_peft(base: nn.Module, adapter: Adapter, where: str) -> None:
             warn(f"{where}: HF PEFT gives other outputs under {type(prompt.method).__name__}: {why}")
     for why, paths in found.items():
         if why and paths:
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            warn(f"{where}: HF PEFT gives other outputs at {', '.join(paths[:3])}{more}: {why}")
+            warn(f"{where}: HF PEFT gives other outputs at {listed(paths, 3)}: {why}")
     _tell_taken_for_experts(base, placements, where)
     lost = [p.site.path for p in placements.weights if without_place(base, p.method, p.site)]
     if lost:
-        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
         what = "HF PEFT has no layer there, and loads these files without what they have of it"
-        warn(f"{where}: {', '.join(lost[:3])}{more}: {what}")
+        warn(f"{where}: {listed(lost, 3)}: {what}")
 
 
 def _without_bias(base: nn.Module, adapter: Adapter) -> list[str]:
@@ -63,9 +61,8 @@ def _tell_taken_for_experts(base: nn.Module, placements: Placements, where: str)
     names = taken_for_experts(base, {p.site.path.rpartition(".")[2] for p in own})
     paths = [p.site.path for p in own if p.site.path.endswith(tuple(f".{name}" for name in names))] if names else []
     if paths:
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         what = "HF PEFT cannot load this LoRA as it is: it takes the names for those of experts' stacked weights"
-        warn(f"{where}: {', '.join(paths[:3])}{more}: {what}. Merge it here, or leave these layers out")
+        warn(f"{where}: {listed(paths, 3)}: {what}. Merge it here, or leave these layers out")
 
 
 #: Inputs that HF PEFT's class for question answering takes and does not give to the model.
@@ -88,9 +85,8 @@ def warn_of_bare_keys(weights: Weights, method: Method, placements: Sequence[Pla
     prefix, shared = method.prefix, set(method.shared_keys([p.site for p in placements]).values())
     bare = [key for name, key in weights.names.items() if prefix and name == key and key not in shared]
     if bare:
-        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
         why = "HF PEFT would not load these tensors, and here they act"
-        warn(f"{weights.path}: no {prefix!r} ahead of {bare[0]}{more}: {why}")
+        warn(f"{weights.path}: no {prefix!r} ahead of {listed(bare, 1)}: {why}")
 
 
 @contextmanager

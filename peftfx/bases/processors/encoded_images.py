@@ -7,6 +7,7 @@ layer: features, or a pair of the layer's number and features.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,38 @@ _OTHERS = {*_FIRST, "hidden_states", "attentions"}
 Deeper = tuple[tuple[str, tuple[int | None, ...]], ...]
 
 
+@dataclass(frozen=True)
+class FoundFeatures:
+    """Where the features are in the output of an encoder that has run.
+
+    Attributes:
+        field: the field with the text's features; empty if there are those for deeper layers alone.
+        listed: whether they are a list with an entry for each image.
+        first: the features of the first image, or of all images if they are one tensor.
+        deeper: the fields with features for deeper layers.
+        idle: other fields, which hold no tensor.
+    """
+
+    field: str
+    listed: bool
+    first: Tensor
+    deeper: Deeper
+    idle: tuple[str, ...]
+
+    @staticmethod
+    def of(output: Any) -> FoundFeatures:
+        """Return where the features are in an output."""
+        field, pooled = main_features(output)
+        listed = not isinstance(pooled, Tensor)
+        first = pooled[0] if listed else pooled
+        return FoundFeatures(field, listed, first, _deeper_features(output, first), _idle_fields(output))
+
+    @property
+    def width(self) -> int:
+        """The width of a piece: that of its features for the text, and of those for each deeper layer."""
+        return int(self.first.shape[-1]) * (bool(self.field) + sum(len(layers) for _, layers in self.deeper))
+
+
 def main_features(output: Any) -> tuple[str, Any]:
     """Return the name of the field that the text's features are in, and what it holds.
 
@@ -33,13 +66,13 @@ def main_features(output: Any) -> tuple[str, Any]:
     return "", _numbered(layers[0])[1]
 
 
-def idle_fields(output: Any) -> tuple[str, ...]:
+def _idle_fields(output: Any) -> tuple[str, ...]:
     """Return the names of fields of an encoder's output that hold nothing, or the whole output of a part of it."""
     others = {name: value for name, value in vars(output).items() if name not in _OTHERS}
     return tuple(name for name, value in others.items() if value is None or isinstance(value, ModelOutput))
 
 
-def deeper_features(output: Any, first: Tensor) -> Deeper:
+def _deeper_features(output: Any, first: Tensor) -> Deeper:
     """Return the fields that are lists of features for layers, of the shape of `first`."""
     fields = [
         (n, [_numbered(v) for v in value]) for n, value in vars(output).items() if n not in _OTHERS and _is_list(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import ceil
 from pathlib import Path
 
@@ -28,11 +28,7 @@ def image_size_of(model: object) -> Size | None:
     Args:
         model: a model of transformers.
     """
-    home = getattr(getattr(model, "config", None), "name_or_path", None)
-    for name in _FILES:
-        path = _found(home, name) if isinstance(home, str) and home else None
-        if path is None:
-            continue
+    for path in _files_of(model):
         try:
             size = _size(_image_part(read_json(path)))
         except PeftfxError:  # whoever loads the processor is told that its file is broken
@@ -44,10 +40,14 @@ def image_size_of(model: object) -> Size | None:
 
 def processor_file(model: object) -> Path | None:
     """Return the file of a model's own processor, or None if none is found where the model was loaded from."""
+    return next(_files_of(model), None)
+
+
+def _files_of(model: object) -> Iterator[Path]:
+    """Yield the files of a model's own processor that are found where the model was loaded from."""
     home = getattr(getattr(model, "config", None), "name_or_path", None)
-    if not isinstance(home, str) or not home:
-        return None
-    return next((path for name in _FILES if (path := _found(home, name)) is not None), None)
+    if isinstance(home, str) and home:
+        yield from (path for name in _FILES if (path := _found(home, name)) is not None)
 
 
 def write_image_size(directory: Path, size: Size) -> None:

@@ -20,7 +20,8 @@ from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, sound_encode
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.graph.capturing.known_values import known_values
 
-_TOKENS = ("image_token_id", "image_token_index")  #: the fields of a config that name the token of an image's piece
+#: The fields of a config that name the token of an image's piece.
+IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
 _MOST = 256  #: numbers of a tensor whose values the model's code may read
 _Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 _found: WeakKeyDictionary[nn.Module, dict[tuple[_Shapes, tuple[int, ...]], int | None]] = WeakKeyDictionary()
@@ -61,7 +62,7 @@ def token_and_count(
         edge: the height and width of a patch.
     """
     config = model.config
-    token = first_of(config, *(SOUND_TOKENS if image is not None and is_sound(image) else _TOKENS))
+    token = first_of(config, *(SOUND_TOKENS if image is not None and is_sound(image) else IMAGE_TOKEN_FIELDS))
     if not isinstance(token, int):
         if not told:
             return None, 0

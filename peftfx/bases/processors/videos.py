@@ -74,7 +74,7 @@ def video_of(base: nn.Module, frames: int, size: Size, seed: int = 0) -> dict[st
                 return made
         part = seeing(base.config)
         channels, own = number_of(part, "num_channels", 3), first_of(part, "image_size")
-        size = size if own is None else tuple(own) if isinstance(own, list | tuple) else (own, own)  # type: ignore[assignment]
+        size = size if own is None else tuple(own) if isinstance(own, list | tuple) else (own, own)
         return {VIDEO_VALUES: torch.randn(1, frames, channels, *size, generator=random)}
 
 

@@ -120,7 +120,7 @@ def without_gradient(y: Tensor, p: Params) -> Tensor:
 
     An optimizer passes such parameters by. The result still has a gradient, also if nothing else in the model has one.
     """
-    return _Aside.apply(y, *p.values())  # type: ignore[no-any-return, no-untyped-call]
+    return _Aside.apply(y, *p.values())
 
 
 class _Aside(torch.autograd.Function):
@@ -130,7 +130,7 @@ class _Aside(torch.autograd.Function):
         return y.clone()  # the model's code may change a layer's output in place, and a view here would refuse that
 
     @staticmethod
-    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:
         return (back, *(None,) * ctx.count)
 
 

@@ -62,7 +62,7 @@ def run_lstm(name: str, layers: int, p: Params, x: Tensor, dropout: float, train
     weights = [p[f"{name}_{key}"] for key in _lstm_names(layers)]
     start = x.new_zeros(2 * layers, 1, weights[1].shape[1])
     # As torch.nn.LSTM calls it: there a trace puts an operator in its place, which has a translation to ONNX.
-    y: Tensor = torch._VF.lstm(x[None], (start, start), weights, True, layers, dropout, training, True, True)[0]  # type: ignore[attr-defined]
+    y: Tensor = torch._VF.lstm(x[None], (start, start), weights, True, layers, dropout, training, True, True)[0]
     return y[0]
 
 

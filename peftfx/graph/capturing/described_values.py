@@ -225,7 +225,7 @@ def _names_read_by(functions: Iterable[FunctionType]) -> _Places:
         if function.__code__ in seen or (function.__module__ or "").startswith("torch."):
             continue
         seen.add(function.__code__)
-        names, outer = set(_names_in(function.__code__)), function.__globals__
+        names, outer = set(names_in(function.__code__)), function.__globals__
         values = [outer[name] for name in names & outer.keys()]
         left += [inspect.unwrap(value) for value in values if isinstance(value, FunctionType)]
         for place in (outer, *(vars(value) for value in values if hasattr(value, "__dict__"))):
@@ -241,12 +241,12 @@ def _code_of(value: object) -> Iterator[FunctionType]:
     return (part for part in (value, *parts, *own) if isinstance(part, FunctionType))
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
     """Yield the names that code reads, and the functions and comprehensions within it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)
 
 
 def contents(container: object) -> list[object]:

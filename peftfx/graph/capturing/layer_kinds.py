@@ -1,9 +1,9 @@
 """Kinds of layers: tells which layers of a model, and which of their calls, are equal but for weights and inputs.
 
-A kind is described by all that a layer's code can read: class, mode and attributes of each module in it, shapes and
-dtypes of weights, arguments by value, tensors by shape, the layer's part of the cache, and the modes of torch. The
-layer's own number is left out of the description, but the entries at that number in lists are included: see
-`layer_numbers.py`.
+A kind is described by all that a layer's code can read. Of each module in the layer that is its class, mode and
+attributes, and the shapes and dtypes of its weights. Of a call it is the arguments by value, tensors by shape, the
+layer's part of the cache, and the modes of torch. The layer's own number is left out of the description, but the
+entries at that number in lists are included: see `layer_numbers.py`.
 """
 
 from __future__ import annotations

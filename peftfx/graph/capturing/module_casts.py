@@ -32,7 +32,7 @@ def casting_in_graph() -> Iterator[None]:
                         tensors[name] = change(tensor)  # type: ignore[assignment]
         return self
 
-    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    nn.Module._apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -57,7 +57,7 @@ def _concatenate(rewriter: Rewriter, empty: fx.Node) -> None:
         while isinstance(view, fx.Node) and view is not empty and not view.users:
             source = view.args[0]
             rewriter.erase(view)
-            view = source  # type: ignore[assignment]
+            view = source
 
 
 def _piece(empty: fx.Node, view: fx.Node) -> _Piece | None:

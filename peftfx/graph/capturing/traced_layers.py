@@ -213,7 +213,7 @@ def _again(
     with torch._C.DisableTorchFunction(), _disable_current_modes(), leaf.fake_mode:  # type: ignore[attr-defined]
         if leaf.requires_grad:
             with torch.enable_grad():
-                made = _Result.apply(leaf)  # type: ignore[no-untyped-call]
+                made = _Result.apply(leaf)
         else:
             made = _empty_as(leaf)
     proxy_tensor.track_tensor(made, fx.Proxy(node, tracer), constant=None, tracer=tracer)

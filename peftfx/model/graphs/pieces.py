@@ -66,7 +66,7 @@ class Pieces:
                 values.pop(name, None)
             values.update(zip(piece.outputs, self._run(piece, given), strict=True))
             del given
-        return list(fx.node.map_aggregate(self.results, lambda x: values[x.name] if isinstance(x, _Name) else x))  # type: ignore[call-overload]
+        return list(fx.node.map_aggregate(self.results, lambda x: values[x.name] if isinstance(x, _Name) else x))
 
     def _run(self, piece: Piece, given: Sequence[Any]) -> tuple[Any, ...]:
         if not piece.layer or not torch.is_grad_enabled():
@@ -74,7 +74,7 @@ class Pieces:
         starts = not any(isinstance(value, Tensor) and value.requires_grad for value in given)
         if starts and self.options["use_reentrant"]:  # a reentrant checkpoint would lose the gradients inside
             return piece.run(*given)
-        return checkpoint(piece.run, *given, **self.options)  # type: ignore[no-any-return]
+        return checkpoint(piece.run, *given, **self.options)
 
 
 def layers_end(graph: Graph) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.beside_text import CROSS_MASK
 from peftfx.bases.processors.fixed_values import IMAGES_KEY, from_text
+from peftfx.bases.processors.image_tokens import IMAGE_TOKEN_FIELDS
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.processors.writers import writer_of
 from peftfx.caches.held import KEY, VALUE, Held, KeptTensor
@@ -101,7 +102,7 @@ class ServedSeq2SeqWithImages(GeneratesFromImages, ServedSeq2Seq):  # type: igno
         return {**super().parts, "encode": self.encode, "images": self.images, "numbers": self.numbers}
 
 
-class _FromImages(Buffered, GeneratesFromImages):  # type: ignore[misc]
+class _FromImages(Buffered, GeneratesFromImages):
     """The forward of an encoder-decoder's own class, which calls the graphs. The class's tensors are empty."""
 
 
@@ -145,9 +146,7 @@ def _of_one_image(encoder: OnnxModel, layer: int) -> Held:
     return Held(tuple(KeptTensor(name, shapes[name], ONNX_DTYPES[encoder.types[own]]) for name, own in made.items()))
 
 
-def token_of(
-    served: Served, names: Sequence[str] = ("image_token_id", "image_token_index"), kind: str = "image"
-) -> int:
+def token_of(served: Served, names: Sequence[str] = IMAGE_TOKEN_FIELDS, kind: str = "image") -> int:
     """Return the token that stands for a piece of an image, or of a video.
 
     Args:
@@ -174,13 +173,13 @@ def inputs_of(encoder: OnnxModel) -> tuple[tuple[tuple[str, tuple[int, ...]], ..
     )
 
 
-class _OverImages(Buffered, GeneratesOverImages):  # type: ignore[misc]
+class _OverImages(Buffered, GeneratesOverImages):
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""
 
 
-class _OwnClass(Buffered, GeneratesWithImages):  # type: ignore[misc]
+class _OwnClass(Buffered, GeneratesWithImages):
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""
 
 
-class _OwnWriter(Buffered, GeneratesAsWriter):  # type: ignore[misc]
+class _OwnWriter(Buffered, GeneratesAsWriter):
     """The same, for a class whose own `generate` runs its parts."""

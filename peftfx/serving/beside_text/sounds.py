@@ -74,5 +74,5 @@ class ServedWithSounds(ByOwnClass, GeneratesWithSounds, ServedGenerator):  # typ
         return Sounds(token, width, dtype, heard, recording, shape, masks, picks=picks)
 
 
-class _OwnClass(Buffered, GeneratesWithSounds):  # type: ignore[misc]
+class _OwnClass(Buffered, GeneratesWithSounds):
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""

@@ -53,5 +53,5 @@ class ServedWithVideos(GeneratesWithVideos, ServedWithImages):  # type: ignore[m
         return over_graphs(skeleton(self), _OwnClass, **parts, generation_config=self.generation_config)
 
 
-class _OwnClass(Buffered, GeneratesWithVideos):  # type: ignore[misc]
+class _OwnClass(Buffered, GeneratesWithVideos):
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""

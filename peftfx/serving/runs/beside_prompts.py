@@ -14,7 +14,7 @@ from peftfx.bases.chats import filled_template
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.runs.asked import Asked, Found
-from peftfx.serving.runs.streaming import Writer, generation_options, room
+from peftfx.serving.runs.streaming import Writer
 
 TEXT = ("input_ids", "attention_mask")
 
@@ -140,11 +140,7 @@ def written_after(
         beside: the files beside the prompt, by the name that the result has for them.
         out: the file; None writes nothing.
     """
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
-    options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
     writer = Writer(model, tokenizer, out)
-    tokens = writer.generate(**inputs, **options)
-    text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
+    text, _ = writer.follow(asked, inputs)
     files = {name: [str(path) for path in paths] for name, paths in beside.items()}
     return Found({"prompt": asked.prompt, **files, "text": text}, writer.words(text))

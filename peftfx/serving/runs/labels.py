@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TextIO
 
-from peftfx.bases.tasks import FEATURES, HEARING, resolve_task
+from peftfx.bases.tasks import FEATURES, HEARING
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.load import load
@@ -18,6 +18,7 @@ from peftfx.serving.runs.image_prompts import read_image
 from peftfx.serving.runs.image_prompts import run as describe
 from peftfx.serving.runs.prompts import continued
 from peftfx.serving.runs.segments import SEGMENTS, counted, write_mask
+from peftfx.serving.served import Served
 
 #: The tasks whose results can be shown as JSON.
 _TOLD = (
@@ -41,7 +42,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     from transformers.pipelines.base import PipelineException
 
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
-    task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
+    task = task_of_directory(served.directory, asked.task)
     if task in HEARING:
         raise PeftfxError("this model takes sound, not texts and images", task, "pass --audio FILE.wav")
     if asked.output is not None and (task != SEGMENTS or len(asked.images) != 1):
@@ -56,6 +57,23 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         for text in asked.texts:
             yield from continued(served, asked, text, out)
         return
+    _refuse_unfit(asked, served, task)
+    found = pipeline(served, task)
+    options = _options(found.task, asked.most_labels)
+    hint = "pass --verbose to see the cause" if asked.task is None else "leave --task out, or pass --verbose"
+    for name, item in (*zip(asked.texts, asked.texts), *((str(path), read_image(path)) for path in asked.images)):
+        with understanding(name, f"the {found.task} pipeline does not take this", hint, also=PipelineException):
+            value = found(item, **options)
+        if task == SEGMENTS:
+            if asked.output is not None:
+                numbers = dict(getattr(served.config, "label2id", None) or {})
+                write_mask(asked.output, value, numbers)
+            value = counted(value)
+        yield Found(value)
+
+
+def _refuse_unfit(asked: Asked, served: Served, task: str) -> None:
+    """Refuse a task whose results cannot be shown, inputs of another kind than the model takes, and idle options."""
     if task == _ANSWERING:
         raise PeftfxError("this model answers a question by a text", task, "pass --query QUESTION with --text")
     if task not in _TOLD:
@@ -71,18 +89,6 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         hint = f"leave --task out, or export the model with --task {FEATURES}"
         raise PeftfxError("this export gives logits, and no features", str(asked.directory), hint)
     refuse_idle(asked, f"does the task {task}", *(("top",) if task in _RANKED else ()))
-    found = pipeline(served, task)
-    options = _options(found.task, asked.most_labels)
-    hint = "pass --verbose to see the cause" if asked.task is None else "leave --task out, or pass --verbose"
-    for name, item in (*zip(asked.texts, asked.texts), *((str(path), read_image(path)) for path in asked.images)):
-        with understanding(name, f"the {found.task} pipeline does not take this", hint, also=PipelineException):
-            value = found(item, **options)
-        if task == SEGMENTS:
-            if asked.output is not None:
-                numbers = dict(getattr(served.config, "label2id", None) or {})
-                write_mask(asked.output, value, numbers)
-            value = counted(value)
-        yield Found(value)
 
 
 def _options(task: str, top: int) -> dict[str, object]:

@@ -13,7 +13,7 @@ from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.fitting import WRITING, refuse_idle, refuse_task_of_prompt
-from peftfx.serving.runs.streaming import Writer, generation_options, room
+from peftfx.serving.runs.streaming import Writer
 from peftfx.serving.served import Served
 from peftfx.views.encoder_decoder import TEXT_INPUT
 
@@ -52,12 +52,9 @@ def continued(model: Served, asked: Asked, prompt: str, out: TextIO | None) -> I
     if not inputs["input_ids"].shape[1]:
         flag = "--text" if asked.texts else "--prompt"
         raise PeftfxError("the prompt has no tokens, and the model continues one", flag, "give a text")
-    before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
-    options = generation_options(asked, room(model, before)) | {"pad_token_id": tokenizer.pad_token_id}
     writer = Writer(model, tokenizer, out)
-    tokens = writer.generate(**inputs, **options)
-    _tell_length(model.config, tokens.shape[1])
-    text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
+    text, length = writer.follow(asked, inputs)
+    _tell_length(model.config, length)
     yield Found({"prompt": prompt, "text": text}, writer.words(text))
 
 

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from peftfx.bases.tasks import HEARING, resolve_task
+from peftfx.bases.tasks import HEARING
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.beside_text.sounds import ServedWithSounds
@@ -38,7 +38,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     if isinstance(served, ServedWithSounds):
         what = "this model writes about sounds that are in a prompt"
         raise PeftfxError(what, str(served.directory), 'pass --prompt too, such as --prompt "What is said?"')
-    task = task_of_directory(served.directory) if asked.task is None else resolve_task(asked.task)
+    task = task_of_directory(served.directory, asked.task)
     if task not in HEARING:
         raise PeftfxError("this model does not take sound", task, "pass --text, --prompt or --image")
     extractor = feature_extractor(served.directory)

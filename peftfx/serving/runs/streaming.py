@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -63,6 +64,20 @@ class Writer:
         own = self.model.generation_config
         several = (own.num_beams or 1) > 1 or (own.num_return_sequences or 1) > 1 or own.force_words_ids is not None
         return self.out is not None and not several
+
+    def follow(self, asked: Asked, inputs: Mapping[str, Tensor]) -> tuple[str, int]:
+        """Generate what follows a prompt. Return the text, and how many tokens were made and given in all.
+
+        Args:
+            asked: what the user asks for.
+            inputs: the prompt's tokens and mask, and what is beside them.
+        """
+        own = self.tokenizer
+        before = inputs["input_ids"].shape[1] if self.model.pads_left else 1  # a decoder begins with a start token
+        pad = own.eos_token_id if own.pad_token_id is None else own.pad_token_id
+        options = generation_options(asked, room(self.model, before)) | {"pad_token_id": pad}
+        tokens = self.generate(**inputs, **options)
+        return str(own.decode(tokens[0, before:], skip_special_tokens=True)), tokens.shape[1]
 
     def generate(self, *args: Any, **options: Any) -> Tensor:
         """Generate the tokens of a text by the model's `generate`, alone also where the config asks for more.

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.beside_text import CROSS_MASK
+from peftfx.bases.processors.image_tokens import IMAGE_TOKEN_FIELDS
 from peftfx.caches.cache import cache_of, empty_cache, held
 from peftfx.caches.held import KEY, VALUE, Held, KeptTensor, cache_names
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
@@ -215,7 +216,7 @@ def find_cross_images(base: nn.Module) -> CrossImages:
     if not crosses(base):
         raise PeftfxError(what, where, _FORWARD)
     made = example_inputs(base, sizes={"batch": 1})
-    token = first_of(base.config, "image_token_id", "image_token_index")
+    token = first_of(base.config, *IMAGE_TOKEN_FIELDS)
     if CROSS_MASK not in made or not isinstance(token, int):
         raise PeftfxError("peftfx cannot make an example of an image", where, _FORWARD)
     with fake_run(base) as fake:

@@ -139,7 +139,7 @@ class ForwardWithImages:
                 given[POSITIONS] = self.placed.of(given[MODALITIES], given["attention_mask"])  # type: ignore[arg-type]
             if not takes_encoded(base):
                 with unchanged(base):
-                    setattr(base.base_model, ENCODE, lambda *_, **__: output)  # type: ignore[arg-type]
+                    setattr(base.base_model, ENCODE, lambda *_, **__: output)
                     return output_of_text(base(**given))
             given = {name: value for name, value in given.items() if name not in own}
             given[ENCODED_IMAGES] = {"image": output}

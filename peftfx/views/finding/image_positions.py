@@ -79,7 +79,7 @@ def find_image_positions(base: nn.Module, made: Mapping[str, Tensor], token: int
             return None
         start, end = own[:, 0, 3 : 3 + pieces] - 3, own[:, 0, 3 + pieces] - 3
         found = ImagePositions(tuple(map(tuple, start.tolist())), tuple(end.tolist()))
-        ids = [i for i in special_tokens(base.config) if i != token]  # type: ignore[arg-type]
+        ids = [i for i in special_tokens(base.config) if i != token]
         return found if _agrees(base, found, call, plain, ids) else None
 
 

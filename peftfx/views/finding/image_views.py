@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,20 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.encoded_images import by_image, deeper_features, idle_fields, main_features
+from peftfx.bases.processors.encoded_images import FoundFeatures, by_image, main_features
 from peftfx.bases.processors.fixed_values import FixedValues
-from peftfx.bases.processors.image_tokens import split_known
+from peftfx.bases.processors.image_tokens import IMAGE_TOKEN_FIELDS, split_known
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary, told_size
 from peftfx.bases.processors.readers import ENCODE
 from peftfx.bases.processors.token_types import makes_masks, reads_types
-from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
+from peftfx.errors import PeftfxError, first_line, listed, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
-from peftfx.graph.slots import listed
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.image_positions import own_positions
 from peftfx.views.images.encoded import Images
+
+_LITTLE = 0.05  #: a difference of features that is rounding, by how far those of two images differ
 
 
 def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
@@ -39,41 +40,50 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
             pictures matters and none is chosen.
     """
     accepted = inspect.signature(base.base_model.get_image_features).parameters  # type: ignore[union-attr, arg-type]
-    token = first_of(base.config, "image_token_id", "image_token_index")
+    token = first_of(base.config, *IMAGE_TOKEN_FIELDS)
     made = example_inputs(base, sizes={"batch": 1})
     given = {name: value for name, value in made.items() if name in accepted}
     if not isinstance(token, int) or not given:
         what = "the model's config names no image token" if given else "peftfx cannot make an example of an image"
         raise PeftfxError(what, type(base).__name__, "export its forward view, with inputs=... of a call")
-    if not of_any_size and chosen_size() is None and pictures_vary(base, accepted):
-        what = "the size of a picture decides how many pieces it has, and no size is chosen"
-        raise PeftfxError(what, type(base).__name__, "pass --image-size HEIGHTxWIDTH (image_size=)")
-    if not of_any_size and told_size(base) is None:
-        told = "neither the model's config nor a processor beside it tells the size of pictures"
-        what = f"{told}, which --image-size HEIGHTxWIDTH (image_size=) chooses"
-        raise PeftfxError(what, type(base).__name__, "pass it, or put the model's processor files beside the model")
+    if not of_any_size:
+        _refuse_unchosen_size(base, accepted)
     typed = reads_types(base)
     if typed and not makes_masks(base):
         what = "the model's attention finds images by token types, and its class has no function that makes such masks"
         raise PeftfxError(what, type(base).__name__, "export its forward view")
     output, fixed, reads = encoded_on_fakes(base, given, ENCODE)
-    field, pooled = main_features(output)
-    several = not isinstance(pooled, Tensor)
-    first = pooled[0] if several else pooled
-    each = int(first.shape[-2]) if not several and first.ndim > 2 else None
+    found = FoundFeatures.of(output)
     names = {value.name for value in fixed}
-    inputs = tuple((name, tuple(value.shape)) for name, value in given.items() if name not in names)
-    deeper = deeper_features(output, first)
-    width = int(first.shape[-1]) * (bool(field) + sum(len(layers) for _, layers in deeper))
-    sections = _sections(base, made)
+    inputs = {name: tuple(value.shape) for name, value in given.items() if name not in names}
     return Images(
-        *(token, width, first.dtype, each, several, inputs, typed),
-        *(fixed, reads, sections, deeper),
-        chosen_size() or (),
-        field,
-        idle_fields(output),
-        tuple(name for name, _ in inputs if _beside(name, dict(inputs))),
+        token,
+        found.width,
+        found.first.dtype,
+        each=int(found.first.shape[-2]) if not found.listed and found.first.ndim > 2 else None,
+        listed=found.listed,
+        inputs=tuple(inputs.items()),
+        typed=typed,
+        fixed=fixed,
+        reads=reads,
+        sections=_sections(base, made),
+        deeper=found.deeper,
+        picture=chosen_size() or (),
+        field=found.field,
+        idle=found.idle,
+        beside=tuple(name for name in inputs if _beside(name, inputs)),
     )
+
+
+def _refuse_unchosen_size(base: nn.Module, accepted: Collection[str]) -> None:
+    """Refuse a model whose pictures have no size of their own, if the user has chosen none."""
+    if chosen_size() is None and pictures_vary(base, accepted):
+        what = "the size of a picture decides how many pieces it has, and no size is chosen"
+        raise PeftfxError(what, type(base).__name__, "pass --image-size HEIGHTxWIDTH (image_size=)")
+    if told_size(base) is None:
+        told = "neither the model's config nor a processor beside it tells the size of pictures"
+        what = f"{told}, which --image-size HEIGHTxWIDTH (image_size=) chooses"
+        raise PeftfxError(what, type(base).__name__, "pass it, or put the model's processor files beside the model")
 
 
 def _beside(name: str, names: Collection[str]) -> bool:
@@ -125,6 +135,14 @@ def encoded_on_fakes(
                 what, type(base).__name__, "export its forward view, with inputs=... of a call"
             ) from error
     return output, tuple(FixedValues.of(name, value) for name, value in known.items()), True
+
+
+def are_apart(alone: Sequence[Tensor], together: Tensor) -> bool:
+    """Return whether images encoded together have the features that each has alone, but for rounding."""
+    joined = torch.cat(list(alone))
+    if together.shape != joined.shape or any(one.shape != alone[0].shape for one in alone):
+        return False
+    return float((joined - together).abs().max()) <= _LITTLE * float((alone[0] - alone[1]).abs().max())
 
 
 def _has_read(fake: Callable[[Tensor], Tensor]) -> bool:

@@ -19,11 +19,9 @@ from peftfx.graph.decisions import has_values
 from peftfx.graph.graph import Graph
 from peftfx.views.finding.image_forward import ForwardWithImages
 from peftfx.views.finding.image_positions import find_image_positions
-from peftfx.views.finding.image_views import find_images
+from peftfx.views.finding.image_views import are_apart, find_images
 from peftfx.views.images.encoded import Images
 from peftfx.views.images.views import ImageEncoder
-
-_LITTLE = 0.05  #: a difference of features that is rounding, by how far those of two images differ
 
 
 def forward_with_images(base: nn.Module, captured: Callable[[ImageEncoder], Graph]) -> ForwardWithImages:
@@ -71,11 +69,8 @@ def _apart(base: nn.Module, images: Images) -> bool:
     except Exception as error:  # whatever the model's code raises for two images
         raise_if_memory_is_out(error)
         return False
-    one, other, together = (joined_features(output, images.deeper) for output in made)
-    if together.shape != (2 * one.shape[0], one.shape[1]):
-        return False
-    wrong = (torch.cat([one, other]) - together).abs().max()
-    return float(wrong) <= _LITTLE * float((one - other).abs().max())
+    *alone, together = (joined_features(output, images.deeper) for output in made)
+    return are_apart(alone, together)
 
 
 def _features(encoder: Graph) -> fx.Node:

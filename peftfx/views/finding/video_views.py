@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
-from peftfx.bases.processors.encoded_images import (
-    by_image,
-    deeper_features,
-    idle_fields,
-    joined_features,
-    main_features,
-)
+from peftfx.bases.processors.encoded_images import FoundFeatures, by_image, joined_features
 from peftfx.bases.processors.image_size import Size
 from peftfx.bases.processors.pictures import chosen_size, told_size
 from peftfx.bases.processors.token_types import reads_types
@@ -23,10 +17,9 @@ from peftfx.bases.processors.videos import ENCODE_VIDEO, VIDEO_TOKENS, video_of,
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.graph.contexts import unchanged
 from peftfx.graph.decisions import has_values
-from peftfx.views.finding.image_views import encoded_on_fakes
+from peftfx.views.finding.image_views import are_apart, encoded_on_fakes
 from peftfx.views.images.videos import Videos
 
-_LITTLE = 0.05  #: a difference of features that is rounding, by how far those of two slices differ
 _FEW, _MORE = 2, 4  #: numbers of frames whose examples are compared
 _PLACES = "get_placeholder_mask"  #: transformers' name of the function that finds the places of features
 _WHERE = "leave --videos (videos=True) out: texts are then served with images"
@@ -59,11 +52,8 @@ def find_videos(base: nn.Module) -> Videos:
         what = "the features of a slice of a video depend on the other slices"
         raise PeftfxError(what, type(base).__name__, _WHERE)
     output, fixed, reads = encoded_on_fakes(base, one, ENCODE_VIDEO)
-    field, pooled = main_features(output)
-    several = not isinstance(pooled, Tensor)
-    first = pooled[0] if several else pooled
-    deeper = deeper_features(output, first)
-    if not _has_place(base, token, int(first.shape[-1])):
+    found = FoundFeatures.of(output)
+    if not _has_place(base, token, int(found.first.shape[-1])):
         what = "the model's code finds no video at the video token of its config"
         raise PeftfxError(what, type(base).__name__, _WHERE)
     known = {value.name for value in fixed}
@@ -71,20 +61,20 @@ def find_videos(base: nn.Module) -> Videos:
         raise PeftfxError(f"the model's code reads no numbers of {counted}", type(base).__name__, _WHERE)
     return Videos(
         token,
-        int(first.shape[-1]) * (bool(field) + sum(len(layers) for _, layers in deeper)),
-        first.dtype,
+        found.width,
+        found.first.dtype,
         each=None,
-        listed=several,
+        listed=found.listed,
         inputs=tuple((name, tuple(value.shape)) for name, value in one.items() if name not in known),
         fixed=fixed,
         reads=reads,
-        deeper=deeper,
+        deeper=found.deeper,
         picture=chosen_size() or (),
-        field=field,
-        idle=idle_fields(output),
+        field=found.field,
+        idle=found.idle,
         counted=counted,
         place=place,
-        axes=first.ndim,
+        axes=found.first.ndim,
     )
 
 
@@ -149,7 +139,4 @@ def _apart(base: nn.Module, slices: list[dict[str, Tensor]], video: Mapping[str,
             f"the model's video encoder does not run by itself: {first_line(error)}", type(base).__name__, _WHERE
         ) from error
     *alone, together = (torch.cat(by_image(joined_features(output))) for output in made)
-    if together.shape != torch.cat(alone).shape:
-        return False
-    wrong = (torch.cat(alone) - together).abs().max()
-    return float(wrong) <= _LITTLE * float((alone[0] - alone[1]).abs().max())
+    return are_apart(alone, together)

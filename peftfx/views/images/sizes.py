@@ -74,8 +74,8 @@ def with_fixed_sizes(axes: Axes, model: nn.Module, inputs: Mapping[str, object])
 
     A free side of such a model is at best fixed by a capture, and what windows or tables of positions make of it can
     take minutes, or more than torch can solve. So the model is run on fake tensors, with larger images and smaller
-    ones. An input counts as images if peftfx does not know its name, its type is a float's, it has four axes or more,
-    and its sides are larger than 1 and as long as no axis of another input, on which they may depend.
+    ones. An input counts as images if it is of a float type, has four axes or more, and peftfx does not know its name.
+    Its sides must be larger than 1. None may be as long as an axis of another input, on which it may depend.
 
     Args:
         axes: the names of the axes of a call's tensors.

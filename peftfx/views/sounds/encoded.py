@@ -99,7 +99,7 @@ def encoded_already(base: nn.Module, features: Tensor) -> Iterator[list[None]]:
 
     def encoded(*_: object, **__: object) -> BaseModelOutputWithPooling:
         calls.append(None)
-        return BaseModelOutputWithPooling(pooler_output=features)  # type: ignore[arg-type]
+        return BaseModelOutputWithPooling(pooler_output=features)
 
     own[ENCODE_SOUND] = encoded
     try:

@@ -48,7 +48,7 @@ def scaled_linear(
     where a value of m is about zero, `(W + s B A) x` is kept instead.
     """
     rows = x.reshape(-1, x.shape[-1])
-    y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)  # type: ignore[no-untyped-call]
+    y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)
     return y.view(*x.shape[:-1], len(b))
 
 
@@ -82,7 +82,7 @@ class _Scaled(torch.autograd.Function):
         return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, magnitude, norms, gains, kept = ctx.saved_tensors
         s, (for_x, _, _, for_a, for_b, for_m, _) = ctx.scaling, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of gradients is asked for, and what follows has none

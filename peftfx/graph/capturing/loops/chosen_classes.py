@@ -37,7 +37,7 @@ def chosen_classes(numbers: fx.Node | None) -> int | None:
     made, order = numbers.args
     if not isinstance(made, fx.Node) or made.target is not aten.one_hot.default:
         return None
-    if order[0] % made.meta["val"].ndim != made.meta["val"].ndim - 1:  # type: ignore[index, operator]
+    if order[0] % made.meta["val"].ndim != made.meta["val"].ndim - 1:  # type: ignore[index]
         return None
     chosen = made.args[0]
     while isinstance(chosen, fx.Node) and chosen.target in _KEEPS:

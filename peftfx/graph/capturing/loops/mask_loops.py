@@ -139,7 +139,7 @@ def over_masks() -> Iterator[None]:
         yield
     finally:
         torch.nonzero = nonzero  # type: ignore[assignment]
-        del Tensor.nonzero  # type: ignore[misc]
+        del Tensor.nonzero
         Tensor.__iter__, Tensor.__format__ = iterate, write  # type: ignore[method-assign]
         own, loops[before:] = loops[before:], []
     if not all(_is_harmless(loop) for loop in own):

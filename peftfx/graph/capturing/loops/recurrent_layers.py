@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 FUNCTIONS = ("lstm", "gru", "rnn_tanh", "rnn_relu")  #: torch's names of the functions
-_VF: Any = torch._VF  # type: ignore[attr-defined]
+_VF: Any = torch._VF
 
 Layer = tuple[Tensor, Tensor, Tensor]
 
@@ -118,7 +118,7 @@ def _stacked(
         outputs = []
         for at, reverse in enumerate(directions, first):
             own: list[Tensor | None] = [*weights[at * each : (at + 1) * each], None, None]
-            y, *ends = recurrent_layer(x, hidden[at], cell[at], *own[:4], kind, reverse)  # type: ignore[arg-type]
+            y, *ends = recurrent_layer(x, hidden[at], cell[at], *own[:4], kind, reverse)
             outputs.append(y)
             last.append((ends[0], ends[1]))
         x = torch.cat(outputs, -1) if both else outputs[0]

@@ -31,7 +31,7 @@ def contiguous_views() -> Iterator[None]:
         if threading.get_ident() == own and _plain((*value.shape, *shape)) and is_contiguous_or_false(value):
             strides = [*accumulate(reversed(shape[1:]), operator.mul, initial=1)][::-1]
             return torch.as_strided(value, shape, strides)
-        return search(value, shape, allow_copy)  # type: ignore[no-any-return]
+        return search(value, shape, allow_copy)
 
     setattr(_refs, _SEARCH, viewed)
     try:

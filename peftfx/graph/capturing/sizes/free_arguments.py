@@ -63,7 +63,7 @@ def _roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     for shift, dim in pairs:
         size = input.shape[dim]
         places = torch.arange(size, device=input.device) - shift
-        input = input.index_select(dim, torch.remainder(places, _number(size, input)))  # type: ignore[arg-type]
+        input = input.index_select(dim, torch.remainder(places, _number(size, input)))
     return input
 
 

@@ -193,7 +193,7 @@ def _substituted(holds: sympy.Basic, known: Mapping[sympy.Basic, sympy.Basic]) -
 def _follows(condition: Condition, found: Sequence[Condition]) -> bool:
     """Return whether a statement is true at all tried sizes; an operator's: at all that meet the other conditions."""
     if not condition.axes:
-        return condition.holds is sympy.true  # type: ignore[no-any-return]
+        return condition.holds is sympy.true
     tried = list(condition.tried())
     if all(map(condition.met, tried)):
         return True
