@@ -126,6 +126,7 @@ def test_as_many_features_as_tokens(kind: str, tmp_path: Path) -> None:
                 model.graph()(**inputs)
 
 
+@pytest.mark.further
 def test_a_decoder_takes_as_many_features_as_tokens(tmp_path: Path) -> None:
     model = peftfx.transform(build(TASK, "gemma3"), peftfx.LoRA(r=2))
     model.export(tmp_path / "out", view="decode")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 import transformers as hf
 from every_model.checks import build
@@ -30,6 +31,7 @@ def _instruct_blip() -> hf.InstructBlipForConditionalGeneration:
     return hf.InstructBlipForConditionalGeneration(config).eval()
 
 
+@pytest.mark.further
 def test_a_part_reads_tokens_of_its_own_vocabulary(tmp_path: Path) -> None:
     base = _instruct_blip()
     made = example_inputs(base, sizes={"batch": 3, "sequence": 9})

@@ -94,6 +94,7 @@ class TestCompiled:
             assert not torch.allclose(before, want)
             torch.testing.assert_close(compiled(**inputs).logits, before)
 
+    @pytest.mark.further
     def test_it_may_be_compiled_before_any_other_call_of_its_thread(self, adapted: AdaptedModel) -> None:
         torch._dynamo.reset()
         adapted.set_adapter("default")

@@ -290,6 +290,7 @@ def test_rows_of_a_forward_view_name_their_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(got[0], base(x).detach()[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.further
 def test_windows_of_images_are_their_rows(tmp_path: Path) -> None:
     """Swin's attentions have the windows of all images on one axis, one image's behind the other's."""
     low = LoRA(r=2, target="all-linear", init_lora_weights=False)

@@ -77,6 +77,7 @@ def test_wrong_tensors_are_refused(
     assert not list(tmp_path.glob("*wrong*"))
 
 
+@pytest.mark.further
 def test_a_right_adapter_under_which_the_base_loses_more_is_written(tmp_path: Path) -> None:
     model, graph = ZOO["llama"].build(), tmp_path / "graph"
     export_onnx(model, graph, view="forward", slots="all-linear", quantize="int8")

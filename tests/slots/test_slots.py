@@ -75,6 +75,7 @@ RULES = {
 }
 
 
+@pytest.mark.further
 def test_convs_and_embeddings_have_slots_and_rows_of_their_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Layers().eval()

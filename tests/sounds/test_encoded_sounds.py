@@ -217,6 +217,7 @@ def test_the_views_together_are_the_forward(kind: str) -> None:
     torch.testing.assert_close(got[shown], want[shown])
 
 
+@pytest.mark.further
 def test_a_prefix_comes_before_a_text_with_sounds(tmp_path: Path) -> None:
     torch.manual_seed(0)
     options = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", num_layers=2, token_dim=16)

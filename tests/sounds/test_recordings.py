@@ -47,7 +47,7 @@ def test_a_joined_model_takes_what_its_encoder_takes() -> None:
     }
 
 
-@pytest.mark.parametrize("frames", [18, 19])
+@pytest.mark.parametrize("frames", [pytest.param(18, marks=pytest.mark.further), 19])
 def test_frames_that_are_joined_in_pairs_may_leave_one_over(frames: int, tmp_path: Path) -> None:
     """Whatever the example's length is: its other side is thousands of samples away from the least recordings."""
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}

@@ -73,6 +73,7 @@ def test_a_text_with_another_number_of_tokens_is_refused(exported: tuple[nn.Modu
         OnnxModel(directory)(**inputs)
 
 
+@pytest.mark.further
 def test_masks_say_how_long_sounds_are(export_of: Callable[[str], tuple[nn.Module, Path]]) -> None:
     want, directory = export_of("flamingo")
     inputs = call(want.get_base_model(), 2, 2)
@@ -114,6 +115,7 @@ def test_labels_are_masked_at_the_tokens_of_sounds() -> None:
     assert bool((made["labels"] != -100).any())
 
 
+@pytest.mark.further
 def test_each_text_has_a_sound_where_adapters_act_in_its_encoder_by_row(tmp_path: Path) -> None:
     wants = {name: adapted_by_peft("voxtral", tmp_path / name, alpha) for name, alpha in (("a", 8), ("b", 3))}
     model = loaded("voxtral", tmp_path / "a")

@@ -175,6 +175,7 @@ def test_an_encoders_output_keeps_its_class() -> None:
     assert "router_probs" in {field.name for field in dataclasses.fields(layers.output)}
 
 
+@pytest.mark.further
 def test_a_table_of_positions_that_grows_limits_texts_to_what_the_model_is_made_for(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99, "max_position_embeddings": 16}
