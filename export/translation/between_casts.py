@@ -60,17 +60,21 @@ def scale_exactly(rewriter: Rewriter, node: fx.Node) -> None:
     would be off by the same factor.
     """
     value, (x, number, *_) = node.meta.get("val"), (*node.args, None, None)
-    if op_name(node) not in _SCALED or not isinstance(number, float) or not isinstance(value, torch.Tensor):
+    if op_name(node) not in _SCALED or not isinstance(value, Tensor) or value.dtype not in HALF_DTYPES:
         return
-    if (
-        value.dtype not in HALF_DTYPES
-        or not isinstance(x, fx.Node)
-        or torch.tensor(number, dtype=value.dtype).item() == number
-    ):
+    if not isinstance(x, fx.Node) or rounded(number, value.dtype) == number:
         return
     node.replace_input_with(x, rewriter.before(node).call(_cast, x, dtype=_WIDE))
     rewriter.revalue(node, value.to(_WIDE))
     rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=value.dtype))
+
+
+def rounded(one: Any, dtype: torch.dtype) -> Any:
+    """Return a number as it is in a dtype. One that the dtype has, and what is no number, is returned unchanged."""
+    if type(one) not in (int, float):
+        return one
+    near = torch.tensor(float(one), dtype=dtype).item()
+    return one if near == one else near
 
 
 def scale_queries(rewriter: Rewriter) -> None:
@@ -87,6 +91,22 @@ def scale_queries(rewriter: Rewriter) -> None:
             scaled = rewriter.before(node).call(torch.ops.aten.mul.Tensor, query, scale)
             node.args, node.kwargs = (scaled, *node.args[1:]), {**node.kwargs, "scale": 1.0}
             scale_exactly(rewriter, scaled)
+
+
+def attend_in_float32(rewriter: Rewriter, node: fx.Node) -> None:
+    """Compute an attention in half precision in float32, between casts, if its mask is in float32, as torch does it.
+
+    ONNX has no operator for both. A mask in half precision would lose numbers such as -1e9, which float16 lacks.
+    """
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    value = node.meta["val"]
+    if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != _WIDE or value.dtype not in HALF_DTYPES:
+        return
+    at = rewriter.before(node)
+    for given in dict.fromkeys(node.args[:3]):
+        node.replace_input_with(given, at.call(_cast, given, dtype=_WIDE))  # type: ignore[arg-type]
+    rewriter.revalue(node, value.to(_WIDE))
+    rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=value.dtype))
 
 
 def is_narrow(base: nn.Module) -> bool:
@@ -121,9 +141,7 @@ def _widened(arguments: Any, at: Cursor, *, rounds: bool) -> Any:
     def widen(one: Any) -> Any:
         if isinstance(one, fx.Node):
             return at.call(_cast, one, dtype=_WIDE) if _is_narrow(one) else one
-        if rounds and isinstance(one, float):
-            return torch.tensor(one, dtype=_NARROW).item()
-        return _WIDE if one is _NARROW else one
+        return _WIDE if one is _NARROW else rounded(one, _NARROW) if rounds else one
 
     return fx.node.map_aggregate(arguments, widen)
 
