@@ -27,12 +27,12 @@ from peftfx.graph.rewriter import Cursor, Rewriter
 from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
-#: Operations for which torch rounds a number in the code to the dtype of their result. It multiplies and divides by the
-#: number itself.
+#: Operations for which torch rounds a number in the code to the dtype of their result.
 ROUNDS_NUMBERS = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
 LOST_HINT = "this is a fault of peftfx: report this model; export it in float32 until then"
 _cast = torch.ops.aten._to_copy.default
-_SCALED = names("mul div")
+#: Operations in which torch takes the number itself. Others that do have it as an attribute in ONNX, in float32.
+_SCALED = names("mul div addcmul addcdiv baddbmm lerp softplus")
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _REINTERPRETS = torch.ops.aten.view.dtype  #: reads the same bits as numbers of another dtype
 
@@ -54,17 +54,19 @@ def put_between_casts(rewriter: Rewriter) -> None:
 
 
 def scale_exactly(rewriter: Rewriter, node: fx.Node) -> None:
-    """Multiply or divide a value in half precision by a number that half precision lacks, in float32 between casts.
+    """Multiply or divide values in half precision by a number that half precision lacks, in float32 between casts.
 
     torch computes with the number itself, as with `1 / sqrt(width)` of heads. In ONNX it would be rounded: each result
     would be off by the same factor.
     """
-    value, (x, number, *_) = node.meta.get("val"), (*node.args, None, None)
+    value, given = node.meta.get("val"), (*node.args, *node.kwargs.values())
     if op_name(node) not in _SCALED or not isinstance(value, Tensor) or value.dtype not in HALF_DTYPES:
         return
-    if not isinstance(x, fx.Node) or rounded(number, value.dtype) == number:
+    if all(rounded(one, value.dtype) == one for one in given if not isinstance(one, fx.Node)):
         return
-    node.replace_input_with(x, rewriter.before(node).call(_cast, x, dtype=_WIDE))
+    at = rewriter.before(node)
+    for x in [one for one in node.all_input_nodes if _float_dtype(one.meta["val"]) == value.dtype]:
+        node.replace_input_with(x, at.call(_cast, x, dtype=_WIDE))
     rewriter.revalue(node, value.to(_WIDE))
     rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=value.dtype))
 

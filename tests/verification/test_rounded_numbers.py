@@ -25,6 +25,16 @@ _WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+#: With numbers that neither has.
+_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "addcmul": lambda h: torch.addcmul(h, h, h, value=0.37),
+    "baddbmm": lambda h: torch.baddbmm(h[:, None], h[:, None], h[:, None] * h[:, :, None], beta=0.37, alpha=0.77),
+    "hardtanh": lambda h: F.hardtanh(h, -0.37, 0.77),
+    "lerp": lambda h: torch.lerp(h, h * h, 0.37),
+    "softplus": lambda h: F.softplus(h, beta=1.37),
+}
+
+
 class Computes(nn.Module):
     """A layer, and what is computed of it, in a dtype."""
 
@@ -46,6 +56,14 @@ def test_whole_numbers_are_rounded_as_torch_rounds_them(name: str, tmp_path: Pat
     peftfx.export_onnx(mixed, tmp_path / "mixed", inputs={"x": x})
     (found,) = peftfx.export.OnnxModel(tmp_path / "mixed")(x=x).values()
     assert torch.equal(found, mixed(x).detach())
+
+
+@pytest.mark.parametrize("kind", HALVES)
+@pytest.mark.parametrize("name", _NUMBERS)
+def test_numbers_are_rounded_where_torch_rounds_them(name: str, kind: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8).to(kind)
+    peftfx.export_onnx(Computes(_NUMBERS[name]).eval().to(kind), tmp_path / "out", inputs={"x": x})
 
 
 def over_a_table(h: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from peftfx.graph.rewriter import Rewriter
 
 #: Operations whose numbers torch rounds to half precision, and ONNX, too.
 _ROUNDED = ROUNDS_NUMBERS | names(
-    "full full_like new_full fill scalar_tensor masked_fill where clamp clamp_min clamp_max"
+    "full full_like new_full fill scalar_tensor masked_fill where clamp clamp_min clamp_max hardtanh"
 )
 #: The types of arguments for which a model's code may give a number.
 _NUMBERS = ("number", "Optional[number]", "Tensor")
