@@ -34,13 +34,13 @@ from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
 from peftfx.export.verification.sizes.limits import OneSidedError, Sizes
 from peftfx.export.verification.sizes.search import examples_beyond
+from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.verify import verify
 from peftfx.export.verification.without_rounding import (
     graph_of,
     hold_without_rounding,
     runs_without_rounding,
-    with_rounded_numbers,
 )
 from peftfx.export.writing.finite import may_be_infinite
 from peftfx.export.writing.weights import Written, save_together

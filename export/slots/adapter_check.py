@@ -14,13 +14,13 @@ from peftfx.export.slots.reopened import reopened
 from peftfx.export.slots.served_as import served_as
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.sizes.search import sizes_of
+from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.verify import verify
 from peftfx.export.verification.without_rounding import (
     CodeAndGraph,
     hold_without_rounding,
     runs_without_rounding,
-    with_rounded_numbers,
 )
 from peftfx.graph.slots import PREFIX, Manifest, Slot
 from peftfx.model.adapted import AdaptedModel

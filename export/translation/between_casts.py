@@ -27,12 +27,12 @@ from peftfx.graph.rewriter import Cursor, Rewriter
 from peftfx.passes.optimization.cleanup import CASTS
 
 _NARROW, _WIDE = torch.bfloat16, torch.float32
-#: Operations for which torch rounds a number in the code to the dtype of their result. It multiplies and divides by the
-#: number itself.
+#: Operations for which torch rounds a number in the code to the dtype of their result.
 ROUNDS_NUMBERS = names("add sub rsub remainder fmod pow eq ne lt le gt ge")
 LOST_HINT = "this is a fault of peftfx: report this model; export it in float32 until then"
 _cast = torch.ops.aten._to_copy.default
-_SCALED = names("mul div")
+#: Operations in which torch takes the number itself. Others that do have it as an attribute in ONNX, in float32.
+_SCALED = names("mul div addcmul addcdiv baddbmm lerp softplus")
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _REINTERPRETS = torch.ops.aten.view.dtype  #: reads the same bits as numbers of another dtype
 
@@ -54,23 +54,29 @@ def put_between_casts(rewriter: Rewriter) -> None:
 
 
 def scale_exactly(rewriter: Rewriter, node: fx.Node) -> None:
-    """Multiply or divide a value in half precision by a number that half precision lacks, in float32 between casts.
+    """Multiply or divide values in half precision by a number that half precision lacks, in float32 between casts.
 
     torch computes with the number itself, as with `1 / sqrt(width)` of heads. In ONNX it would be rounded: each result
     would be off by the same factor.
     """
-    value, (x, number, *_) = node.meta.get("val"), (*node.args, None, None)
-    if op_name(node) not in _SCALED or not isinstance(number, float) or not isinstance(value, torch.Tensor):
+    value, given = node.meta.get("val"), (*node.args, *node.kwargs.values())
+    if op_name(node) not in _SCALED or not isinstance(value, Tensor) or value.dtype not in HALF_DTYPES:
         return
-    if (
-        value.dtype not in HALF_DTYPES
-        or not isinstance(x, fx.Node)
-        or torch.tensor(number, dtype=value.dtype).item() == number
-    ):
+    if all(rounded(one, value.dtype) == one for one in given if not isinstance(one, fx.Node)):
         return
-    node.replace_input_with(x, rewriter.before(node).call(_cast, x, dtype=_WIDE))
+    at = rewriter.before(node)
+    for x in [one for one in node.all_input_nodes if _float_dtype(one.meta["val"]) == value.dtype]:
+        node.replace_input_with(x, at.call(_cast, x, dtype=_WIDE))
     rewriter.revalue(node, value.to(_WIDE))
     rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=value.dtype))
+
+
+def rounded(one: Any, dtype: torch.dtype) -> Any:
+    """Return a number as it is in a dtype. One that the dtype has, and what is no number, is returned unchanged."""
+    if type(one) not in (int, float):
+        return one
+    near = torch.tensor(float(one), dtype=dtype).item()
+    return one if near == one else near
 
 
 def scale_queries(rewriter: Rewriter) -> None:
@@ -87,6 +93,22 @@ def scale_queries(rewriter: Rewriter) -> None:
             scaled = rewriter.before(node).call(torch.ops.aten.mul.Tensor, query, scale)
             node.args, node.kwargs = (scaled, *node.args[1:]), {**node.kwargs, "scale": 1.0}
             scale_exactly(rewriter, scaled)
+
+
+def attend_in_float32(rewriter: Rewriter, node: fx.Node) -> None:
+    """Compute an attention in half precision in float32, between casts, if its mask is in float32, as torch does it.
+
+    ONNX has no operator for both. A mask in half precision would lose numbers such as -1e9, which float16 lacks.
+    """
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    value = node.meta["val"]
+    if not isinstance(mask, fx.Node) or mask.meta["val"].dtype != _WIDE or value.dtype not in HALF_DTYPES:
+        return
+    at = rewriter.before(node)
+    for given in dict.fromkeys(node.args[:3]):
+        node.replace_input_with(given, at.call(_cast, given, dtype=_WIDE))  # type: ignore[arg-type]
+    rewriter.revalue(node, value.to(_WIDE))
+    rewriter.extend(node, rewriter.after(node).call(_cast, node, dtype=value.dtype))
 
 
 def is_narrow(base: nn.Module) -> bool:
@@ -121,9 +143,7 @@ def _widened(arguments: Any, at: Cursor, *, rounds: bool) -> Any:
     def widen(one: Any) -> Any:
         if isinstance(one, fx.Node):
             return at.call(_cast, one, dtype=_WIDE) if _is_narrow(one) else one
-        if rounds and isinstance(one, float):
-            return torch.tensor(one, dtype=_NARROW).item()
-        return _WIDE if one is _NARROW else one
+        return _WIDE if one is _NARROW else rounded(one, _NARROW) if rounds else one
 
     return fx.node.map_aggregate(arguments, widen)
 

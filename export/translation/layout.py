@@ -16,7 +16,7 @@ from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from peftfx.export.metadata import PERM, PERMUTED, PIECES, SCOPE
 from peftfx.export.translation.scopes import hand_scope
 
-_SMALL = 256  #: the most elements of a folded constant
+SMALL = 256  #: the most elements of a folded constant
 
 
 def tidy(model: ir.Model) -> None:
@@ -32,7 +32,7 @@ def tidy(model: ir.Model) -> None:
     with contextlib.suppress(
         RuntimeError
     ):  # onnxscript's pass fails at a split with computed sizes: nothing more is folded then
-        FoldConstantsPass(shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL)(model)
+        FoldConstantsPass(shape_inference=False, input_size_limit=SMALL, output_size_limit=SMALL)(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.IdentityEliminationPass(),

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from peftfx.export.translation.between_casts import is_narrow, put_between_casts, scale_exactly
+from peftfx.export.translation.between_casts import attend_in_float32, is_narrow, put_between_casts, scale_exactly
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers
@@ -59,6 +59,7 @@ def prepare(graph: Graph) -> Graph:
         if node.target in _BY_INDICES:
             _widen_indices(rewriter, node)
         if node.target is _SDPA:
+            attend_in_float32(rewriter, node)
             _repeat(rewriter, node)
         if node.target is _SDPA and _rank(node) == 3:
             _widen(rewriter, node)

@@ -18,16 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from peftfx.analysis.dataflow import names, op_name
-from peftfx.bases.dtypes import HALF_DTYPES, is_half
+from peftfx.bases.dtypes import is_half
 from peftfx.errors import raise_if_memory_is_out, warn
-from peftfx.export.translation.between_casts import ROUNDS_NUMBERS
 from peftfx.export.verification.choices import Following, shown_choices
 from peftfx.export.verification.comparison import (
     Comparison,
@@ -49,10 +46,6 @@ from peftfx.serving.onnx_model import OnnxModel
 _NEAR = 1e-6  #: of the largest magnitude: two programs in float64
 _ALIKE = 0.9  #: the least share of equal numbers of two programs that round at the same places
 _LOST = 1 / 32  #: of the noise: what numbers in the code may lose, which ONNX holds in half precision
-#: Operations whose numbers torch rounds to half precision, and ONNX, too.
-_ROUNDED = ROUNDS_NUMBERS | names(
-    "full full_like new_full fill scalar_tensor masked_fill where clamp clamp_min clamp_max"
-)
 _TOLD = "without rounding to half precision, ONNX Runtime disagrees with the graph"
 
 
@@ -134,20 +127,6 @@ def hold_without_rounding(
                 raise
     _hold_captured(captured, call, choose, path)
     return True
-
-
-def with_rounded_numbers(graph: Graph) -> Graph:
-    """Return a graph whose code's own numbers are rounded to half precision where torch rounds them."""
-    copy = graph.clone()
-    for node in copy.nodes():
-        value = node.meta.get("val")
-        if op_name(node) in _ROUNDED and isinstance(value, Tensor) and value.dtype in HALF_DTYPES:
-            node.args = fx.node.map_aggregate(node.args, functools.partial(_rounded, value.dtype))
-    return copy
-
-
-def _rounded(dtype: torch.dtype, one: Any) -> Any:
-    return torch.tensor(one, dtype=dtype).item() if isinstance(one, float) else one
 
 
 def _under_its_choices(
