@@ -144,7 +144,9 @@ def written_after(
     before = inputs["input_ids"].shape[1] if model.pads_left else 1  # a decoder begins with a start token
     options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
     writer = Writer(model, tokenizer, out)
-    tokens = writer.generate(**inputs, **options)
+    hint = "put their tokens into the prompt, with text between them, or pass --chat; --verbose shows the cause"
+    with understanding(asked.directory, f"the model's code does not take this prompt with its {' and '.join(beside)}", hint):
+        tokens = writer.generate(**inputs, **options)
     text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
     files = {name: [str(path) for path in paths] for name, paths in beside.items()}
     return Found({"prompt": asked.prompt, **files, "text": text}, writer.words(text))
