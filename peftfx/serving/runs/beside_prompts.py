@@ -145,7 +145,9 @@ def written_after(
     options = generation_options(asked, room(model, before)) | {"pad_token_id": pad}
     writer = Writer(model, tokenizer, out)
     hint = "put their tokens into the prompt, with text between them, or pass --chat; --verbose shows the cause"
-    with understanding(asked.directory, f"the model's code does not take this prompt with its {' and '.join(beside)}", hint):
+    with understanding(
+        asked.directory, f"the model's code does not take this prompt with its {' and '.join(beside)}", hint
+    ):
         tokens = writer.generate(**inputs, **options)
     text = str(tokenizer.decode(tokens[0, before:], skip_special_tokens=True))
     files = {name: [str(path) for path in paths] for name, paths in beside.items()}
