@@ -10,12 +10,14 @@ from typing import Unpack
 import torch
 
 from peftfx.bases.load import load_base
+from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.sentences.encoder import as_sentence_encoder
 from peftfx.bases.sentences.modules import SentenceModules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.slots.served_as import pictured, served_as
 from peftfx.export.stages import OnStage
 from peftfx.export.tensor_counts import Destination, count_tensors
 from peftfx.export_options.adapter import AdapterDirectoryChanges, AdapterDirectoryOptions
@@ -76,15 +78,15 @@ def export_adapter_directories(
         adapted.set_adapter(names)
     say("write and verify" if asked.check else "write")
     made = export_adapter(adapted, graph, output, asked)
-    say(_counted(adapted, manifest, names))
+    say(_counted(adapted, Path(graph), manifest, names))
     return made
 
 
-def _counted(adapted: AdaptedModel, manifest: Manifest, names: Sequence[str]) -> str:
+def _counted(adapted: AdaptedModel, directory: Path, manifest: Manifest, names: Sequence[str]) -> str:
     """Say in a line where the tensors of the adapters' files went, with a count for each destination."""
-    with adapted.named.acting_as(tuple(names)), in_eval(adapted):
-        views = (adapted.view(kind) for kind in manifest.views.values())
-        graphs = [adapted.graph() if view is None else adapted.graph(view=view) for view in views]
+    picture, example = pictured(adapted, manifest)
+    with pictures_of(picture), adapted.named.acting_as(tuple(names)), in_eval(adapted):
+        graphs = [served_as(adapted, directory, name, kind, example)[1] for name, kind in manifest.views.items()]
     counts = count_tensors({name: adapted.adapter(name) for name in names}, graphs, Destination.SLOTS)
     return f"{sum(counts.values())} tensors in the files: {', '.join(f'{n} {place}' for place, n in counts.items())}"
 

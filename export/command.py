@@ -21,7 +21,7 @@ from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import check_output
-from peftfx.export.writing.earlier_output import FilesOf, of_export
+from peftfx.export.writing.earlier_output import FilesOf, of_export, refuse_inputs
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
 from peftfx.export_options.directory import DirectoryChanges, DirectoryOptions
@@ -125,9 +125,7 @@ def refuse_output(
 ) -> None:
     """Refuse at once an output that would otherwise be refused after minutes of work."""
     target = Path(output).resolve()
-    inputs = [base.resolve(), *(adapter.resolve() for adapter in adapters)]
-    if any(target == i or target in i.parents for i in inputs):
-        raise PeftfxError("the output would replace an input", str(output), "choose another output directory")
+    refuse_inputs(Path(output), [base, *adapters])
     check_output(output, force, made)
     free = shutil.disk_usage(next(p for p in (target, *target.parents) if os.path.exists(p))).free
     needed = sum(p.stat().st_size for p in base.glob("*.safetensors")) if is_folder(base) else 0

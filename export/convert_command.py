@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from peftfx.adapters.adapter import Adapter
@@ -17,6 +18,7 @@ from peftfx.adapters.single_files.writing import DIFFUSERS, KOHYA, as_single_fil
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.directories import load_directories
+from peftfx.export.writing.earlier_output import refuse_inputs
 from peftfx.files import write_file, writing
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
@@ -55,7 +57,7 @@ def convert_directory(
             already, or a single file, may have none: it is not changed.
         to: `peft`, `kohya` or `diffusers`.
         prefix: how the keys of a single file begin.
-        force: replace what is at `output`.
+        force: replace the adapter, or the safetensors file, at `output`.
 
     Returns:
         A line that says what was written, of which ranks, and which share of the energy is kept if some was cut.
@@ -73,6 +75,10 @@ def convert_directory(
         )
     if to == PEFT and target.is_file():
         raise PeftfxError("the output is a file, and a directory is to be made", str(target), "choose another path")
+    refuse_inputs(target, [Path(source) for source in (base, adapter, tuned, file) if source is not None])
+    if to != PEFT and target.is_file() and not _has_tensors(target):
+        what = "the file there is not a safetensors file, so it is not replaced"
+        raise PeftfxError(what, str(target), "delete it yourself, or choose another output")
     kept, change = 1.0, None
     if adapter is not None:
         adapted = load_directories(Path(base), {_LORA: Path(adapter)})
@@ -105,6 +111,14 @@ def convert_directory(
     cut = "" if kept > 1 - _ROUNDING else f"; it keeps {100 * kept:.2f}% of the energy"
     kind = type(made.rules[0]).__name__
     return f"{target}: a {kind} of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"
+
+
+def _has_tensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _ranks(made: Adapter) -> str:

@@ -77,7 +77,7 @@ def load_directories(
         model = load_base(base, task=task, dtype=dtype)
         if quantize_base is not None:
             quantise(model, quantize_base)
-        return _bare(_with_steps(model, task, sentences), view, road)
+        return _bare(_with_steps(model, task, sentences), view, road, sized=sized)
     folders = [folder for adapter in adapters.values() for folder in rule_folders(adapter)]
     configs = {folder: read_adapter_config(folder) for folder in folders}
     methods = {folder: method_of_file(own, str(folder / CONFIG)) for folder, own in configs.items()}

@@ -23,7 +23,6 @@ from peftfx.export.slots.adapter_tensors import adapter_tensors
 from peftfx.export.slots.initializers import untied_heads
 from peftfx.export.slots.served_as import idle_in, pictured
 from peftfx.export.writing.atomic_directory import publish
-from peftfx.export.writing.earlier_output import files_in
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes
 from peftfx.files import already_there, write_file, writing
@@ -113,18 +112,23 @@ def export_adapter(
             tensors = slot_tensors(adapted, manifest, idle_in(adapted, directory, manifest))
         write = functools.partial(_write_checked, adapted, directory, manifest, tensors, asked.check, example)
         if len(manifest.views) > 1:
-            with publish(output, asked.force, _of_adapter) as temporary:
+            with publish(output, asked.force, functools.partial(_of_adapter, tuple(manifest.views))) as temporary:
                 write(temporary)
             return output
+        if output.is_dir():
+            hint = "delete it yourself, or choose another output"
+            raise PeftfxError(
+                "there is an adapter for several graphs, and this one is for one graph", str(output), hint
+            )
         with writing(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(output, write, replace=asked.force)
     return output
 
 
-def _of_adapter(directory: Path) -> list[str] | None:
+def _of_adapter(graphs: tuple[str, ...], directory: Path) -> list[str] | None:
     """Return the files of an adapter for several graphs; None if the directory is none."""
-    return files_in(directory) if holds_adapter(directory) else None
+    return [file_of(directory, graph, graphs).name for graph in graphs] if holds_adapter(directory) else None
 
 
 def adapter_path(output: Path, force: bool) -> Path:

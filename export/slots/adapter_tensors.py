@@ -43,12 +43,31 @@ def adapter_tensors(adapted: AdaptedModel, *, decodes: bool) -> AdapterTensors:
         adapted: the model.
         decodes: whether the graph is a decode view, in which every soft prompt is a prefix of keys and values.
     """
-    whole = ((name, override) for name, override in _overrides(adapted) if not override.rows)
-    own = {o.key.removeprefix(f"{SAVED}."): adapted.adapter(n).get(o.key) for n, o in whole}
-    updates = _updates_of(adapted, own)
+    own = {_named(o): adapted.adapter(n).get(o.key) for n, o in _overrides(adapted) if not o.rows}
+    weights = {path: own[name] for path, name in replaced_layers(adapted).items()}
+    updates = _updates_of(adapted, own, weights)
     wanted = {(name, SLOT_OWN): value for name, value in own.items() if not _unchanged(adapted, name, value)}
     wanted |= _updated(adapted, updates)  # after the copies: the updated bias of a layer replaces its trained copy
-    return wanted | _beside(adapted, updates, own) | ahead(adapted, decodes)
+    return wanted | _beside(adapted, updates, own, weights) | ahead(adapted, decodes)
+
+
+def replaced_layers(adapted: AdaptedModel) -> dict[str, str]:
+    """Return the paths of layers whose whole weight the active adapters replace, each with the name of the copy.
+
+    A copy within a module is for the layers in it; the other layers that share the weight keep the base's.
+    """
+    found: dict[str, str] = {}
+    for override in (o for _, o in _overrides(adapted) if not o.rows):
+        table = getattr(*owner_of(adapted.base, _named(override)), None)
+        within = override.module
+        inside = (s for s in adapted.sites.weights if f"{s.path}.".startswith(f"{within}." if within else ""))
+        paths = (s.path for s in inside if table is not None and site_tensors(adapted.base, s)[0] is table)
+        found |= dict.fromkeys(paths, _named(override))
+    return found
+
+
+def _named(override: Override) -> str:
+    return override.key.removeprefix(f"{SAVED}.")
 
 
 def _overrides(adapted: AdaptedModel) -> Iterator[tuple[str, Override]]:
@@ -59,24 +78,25 @@ def _placements(adapted: AdaptedModel) -> Iterator[tuple[str, Placements]]:
     return ((name, adapted.adapter(name).placements) for name in adapted.active)
 
 
-def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
+def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Update]:
     """Compute what the active adapters do at each site with a weight, composed in order.
 
     Args:
         adapted: the model with the adapters.
         own: the tensors that replace the base's, by their names.
+        weights: the whole weights among them, by the paths of the layers that read them.
     """
     updates = _rows_of(adapted)
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.weights):
         site = placement.site
         before = updates.get(site.path, Update())
         p = adapted.adapter(name).params(placement)
-        updates[site.path] = before.then(_update_at(placement, _base(adapted, site, before, own), p))
+        updates[site.path] = before.then(_update_at(placement, _base(adapted, site, before, own, weights), p))
     if any(placements.patterns for _, placements in _placements(adapted)):
         graph = adapted.graph()
         for site, step in (pair for match in _matches(graph) for pair in match.steps()):
             before = updates.get(site.path, Update())
-            updates[site.path] = before.then(step.update(_base(adapted, site, before, own), graph.get))
+            updates[site.path] = before.then(step.update(_base(adapted, site, before, own, weights), graph.get))
     return updates
 
 
@@ -113,13 +133,15 @@ def _matches(graph: Graph) -> list[Folds]:
     return found
 
 
-def _base(adapted: AdaptedModel, site: Site, before: Update, own: Mapping[str, Tensor]) -> Base:
-    """Return a site's tensors, [out, in]: the stored weight, and the bias after the updates in `before`."""
+def _base(
+    adapted: AdaptedModel, site: Site, before: Update, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> Base:
+    """Return a site's weight, [out, in], as the adapters replace it, and the bias after the updates in `before`."""
     weight, bias = site_tensors(adapted.base, site)
     bias = before.bias if before.bias is not None else bias
     if site.bias is not None and before.bias is None:
         bias = own.get(site.bias.partition(".")[2], bias)
-    stored = exact(weight)
+    stored = exact(weights.get(site.path, weight))
     return Base(stored.T if site.transposed else stored, None if bias is None else exact(bias).float())
 
 
@@ -147,7 +169,9 @@ def _updated(adapted: AdaptedModel, updates: Mapping[str, Update]) -> AdapterTen
     return found
 
 
-def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[str, Tensor]) -> AdapterTensors:
+def _beside(
+    adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> AdapterTensors:
     """Compute the keys and values beside attentions, through the projections with their updates."""
     found: AdapterTensors = {}
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.attentions):
@@ -156,7 +180,7 @@ def _beside(adapted: AdaptedModel, updates: Mapping[str, Update], own: Mapping[s
         made = []
         for path, rows in ((heads.key, heads.key_rows), (heads.value, heads.value_rows)):
             update = updates.get(path, Update())
-            base = _base(adapted, adapted.sites.by_path(path), update, own)
+            base = _base(adapted, adapted.sites.by_path(path), update, own, weights)
             y = F.linear(method.reads(p), update.apply(base.weight.float()), base.bias)
             made.append(split_heads(y, rows, heads.kept))
         keys, values = method.beside(placement.site, made[0], made[1], p)

@@ -6,7 +6,7 @@ The first entry changes nothing. Ranks and soft prompts are padded to the larges
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from peftfx.contract.attention import key_weight
 from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
-from peftfx.export.slots.adapter_tensors import AdapterTensors, adapter_tensors
+from peftfx.export.slots.adapter_tensors import AdapterTensors, adapter_tensors, replaced_layers
 from peftfx.graph.graph import BASE
 from peftfx.graph.lazy_weights import exact
 from peftfx.graph.slots import INNER, KEYS, OUTER, PREFIX, SLOT_A, SLOT_B, SLOT_OWN, SLOT_PROMPT, VALUES
@@ -31,10 +31,11 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
     """Compute what the adapter `name` does: its prefix, and updates at layers, with trained copies as updates."""
     with adapted.named.acting_as((name,)):
         told = adapter_tensors(adapted, decodes=decodes)
+        replaced = replaced_layers(adapted)
     layers = [site for site in adapted.sites if site.kind in WEIGHT_KINDS]
-    tables = [site for site in layers if site.kind in ("linear", "embedding")]
-    sites = {site.weight.removeprefix(f"{BASE}."): site for site in tables}
-    sites |= {f"{site.path}.weight": site for site in tables}  # a tied weight has one name in the graph
+    tables: dict[str, list[Site]] = {}
+    for site in (s for s in layers if s.kind in ("linear", "embedding") and s.path in replaced):
+        tables.setdefault(replaced[site.path], []).append(site)
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
     norms = {str(name).removeprefix(f"{BASE}.") for s in adapted.sites.norms for name in (s.weight, s.bias)}
     made: dict[tuple[str, str], Tensor] = {}
@@ -45,17 +46,17 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
             made[biases[at].path, BIAS_STACK] = value
         elif at.endswith(".bias") and at.removesuffix(".bias") in {site.path for site in layers}:
             made[at.removesuffix(".bias"), BIAS_STACK] = value
-        elif at in sites:
-            made |= _replaced(adapted, sites[at], value)
         elif at in norms:
             made[at, SLOT_OWN] = value
-        else:
+        elif at not in tables:
             what, hint = f"rows cannot each have a trained copy of {at}", "export the adapter merged"
             raise PeftfxError(what, name, hint)
+    for site, value in ((s, told[n, SLOT_OWN]) for n, sites in tables.items() if (n, SLOT_OWN) in told for s in sites):
+        made |= _in_stacks(site, _replaced(adapted, site, value).then(_update_in(made, site)))
     return made
 
 
-def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[str, str], Tensor]:
+def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> Update:
     """Express another weight for a site, such as a head's, as an update: a scale of 0, and a sum that is the weight."""
     stored = site_tensors(adapted.base, site)[0]
     if weight.shape != stored.shape:
@@ -63,15 +64,21 @@ def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> dict[tuple[s
         raise PeftfxError(what, site.path, "adapters of one graph have heads and embeddings of one size")
     own = weight.T if site.transposed or site.kind == "embedding" else weight
     rows, columns = own.shape
-    square = torch.eye(min(rows, columns), dtype=own.dtype)
-    update = Update(a=own, b=square) if rows <= columns else Update(a=square, b=own)
-    assert update.a is not None
-    assert update.b is not None
-    return {
-        (site.path, OUTER): own.new_zeros(rows),
-        (site.path, SLOT_A): update.a.T.contiguous(),
-        (site.path, SLOT_B): update.b.T.contiguous(),
-    }
+    square, none = torch.eye(min(rows, columns), dtype=own.dtype), own.new_zeros(rows)
+    return Update(outer=none, a=own, b=square) if rows <= columns else Update(outer=none, a=square, b=own)
+
+
+def _update_in(made: Mapping[tuple[str, str], Tensor], site: Site) -> Update:
+    """Return the update that these tensors tell for a site with a matrix."""
+    inner, outer, a, b = (made.get((site.path, what)) for what in (INNER, OUTER, SLOT_A, SLOT_B))
+    return Update(inner, outer, None if a is None else a.T, None if b is None else b.T)
+
+
+def _in_stacks(site: Site, update: Update) -> dict[tuple[str, str], Tensor]:
+    """Return the tensors that tell an update for a site with a matrix."""
+    a, b = (None if factor is None else factor.T.contiguous() for factor in (update.a, update.b))
+    values = {INNER: update.inner, OUTER: update.outer, SLOT_A: a, SLOT_B: b}
+    return {(site.path, what): value for what, value in values.items() if value is not None}
 
 
 def stacks_of_rows(

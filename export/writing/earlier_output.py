@@ -68,6 +68,18 @@ def refuse_standing(target: Path, force: bool, made: FilesOf) -> None:
         raise already_there(target)
 
 
+def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is an input, holds one, or is a file that stands in one.
+
+    Raises:
+        PeftfxError: it would replace what is read.
+    """
+    target = output.resolve()
+    for place in (given.resolve() for given in inputs):
+        if target == place or target in place.parents or (target.is_file() and place in target.parents):
+            raise PeftfxError("the output would replace an input", str(output), "choose another output")
+
+
 def _is_empty(directory: Path) -> bool:
     with writing(directory):
         return not any(directory.iterdir())

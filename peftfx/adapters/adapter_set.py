@@ -64,6 +64,11 @@ class AdapterSet:
         else:
             self._here.names = names
 
+    @property
+    def disabled(self) -> bool:
+        """Whether this thread is inside `acting_as` without adapters: calls are of the base, whatever they name."""
+        return self._here.names == ()
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all adapters."""
         return tuple(name for name, _ in self.module.named_children())

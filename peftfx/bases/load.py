@@ -15,7 +15,7 @@ from peftfx.bases.processors.padding import fill_padding, lacks_padding
 from peftfx.bases.quantised import QUANTISED, blank, load_quantised, outline
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config, understanding, without_initial_values
-from peftfx.errors import PeftfxError, listed, nearest, shown
+from peftfx.errors import PeftfxError, listed, nearest, shown, warn
 from peftfx.files import is_file, is_folder, read_json
 from peftfx.graph.lazy_weights import store
 from peftfx.quantisation.checkpoint import format_of
@@ -24,6 +24,7 @@ _WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 _MOST = {"labels": 10**7, "layer": 10**4, "layers": 10**4}
 """The largest counts that a config may have, by the ends of field names. Otherwise transformers would build modules
 without end."""
+_ADAPTER = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -58,6 +59,9 @@ def load_base(
     """
     directory = Path(directory)
     model = _load(directory, task, num_labels, weights, dtype, given)
+    if weights and is_file(directory / _ADAPTER) and directory.resolve() not in {path.resolve() for path in beside}:
+        what = f"the base's directory has an adapter, too ({_ADAPTER}), which does not act"
+        warn(f"{directory}: {what}: give the directory as an adapter as well, if it should")
     if lacks_padding(model):
         fill_padding(model, (*beside, directory))
     return model
@@ -104,7 +108,7 @@ def read_base_config(directory: Path) -> dict[str, object]:
         raise PeftfxError("there is no such directory", str(directory), "download the base model and pass its folder")
     path = directory / "config.json"
     if not is_file(path):
-        if is_file(directory / "adapter_config.json"):
+        if is_file(directory / _ADAPTER):
             hint = "give it with --adapter, and the folder of its base with --base (in Python: load(base, adapter))"
             raise PeftfxError("this is an adapter, and not a base", str(directory), hint)
         below = (p.parent for depth in ("*", "snapshots/*") for p in directory.glob(f"{depth}/config.json"))
@@ -183,6 +187,7 @@ def _load_transformers(
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         dtype=on_disk,
+        adapter_kwargs={"subfolder": "config.json"},  # no folder: transformers would put an adapter into the base
     )
     assert isinstance(model, nn.Module)
     _refuse_random(model, info, given, directory)

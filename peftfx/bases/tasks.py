@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftfx.errors import PeftfxError, nearest
 
@@ -94,16 +94,23 @@ def resolve_task(task: str | None, *, peft_task_type: str | None = None, config:
 
     PEFT calls a model that generates text CAUSAL_LM or SEQ_2_SEQ_LM, even if it reads images or speech. For such a
     model the architecture decides.
+
+    Args:
+        task: the task that is asked for.
+        peft_task_type: the `task_type` of an adapter.
+        config: the base's config, of transformers or as its file has it.
     """
     if task is not None:
         return check_task(task)
-    own = next((t for name in getattr(config, "architectures", None) or () if (t := task_of_class(name))), None)
+    read = config.get if isinstance(config, Mapping) else functools.partial(_attribute, config)
+    own = next((t for name in read("architectures") or () if (t := task_of_class(name))), None)
     if peft_task_type is not None:
         if peft_task_type not in PEFT_TASKS:
             hint = nearest(peft_task_type, PEFT_TASKS) or f"PEFT's types are {', '.join(PEFT_TASKS)}"
             raise PeftfxError(f"unknown PEFT task type {peft_task_type!r}", "task_type", hint)
         found = PEFT_TASKS[peft_task_type]
-        return own if own in _MULTIMODAL and found in _LANGUAGE else found
+        writes = own in _MULTIMODAL or (own in _LANGUAGE and not _has_class(found, read("model_type")))
+        return own if own is not None and writes and found in _LANGUAGE else found
     if own is None:
         raise PeftfxError(
             "neither the adapter nor the model tells the task",
@@ -151,6 +158,17 @@ def _makes(task: str, name: str) -> bool:
 
     made = (getattr(transformers, auto)._model_mapping._model_mapping.values() for auto in TASKS[task].auto)
     return any(name == v or (isinstance(v, tuple | list) and name in v) for values in made for v in values)
+
+
+def _attribute(config: object, name: str) -> Any:
+    return getattr(config, name, None)
+
+
+def _has_class(task: str, model_type: object) -> bool:
+    """Say whether one of the task's `Auto` classes has a class for this type of model."""
+    import transformers
+
+    return any(model_type in getattr(transformers, auto)._model_mapping._model_mapping for auto in TASKS[task].auto)
 
 
 def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:

@@ -23,7 +23,7 @@ from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
 from peftfx.model.graphs.runs import Checkpoints
-from peftfx.model.own_generation import NAMES, rows_of_each
+from peftfx.model.own_generation import NAMES, refuse_other_count, rows_of_each
 from peftfx.model.peft_surface import PeftSurface
 from peftfx.model.processes.gathered import gathered_for, refuse_graph
 from peftfx.views.arguments import named_arguments
@@ -118,12 +118,18 @@ class AdapterCalls(PeftSurface):
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Run a call in which each row of the batch has the adapter of its name."""
-        with self._by_row(names, 1):
+        with self._by_row(names, 1, (args, kwargs)):
             return self.base(*args, **kwargs)
 
     @contextmanager
-    def _by_row(self, names: object, times: int) -> Iterator[None]:
-        """Let each row have the adapter of its name; each name stands for `times` rows in turn."""
+    def _by_row(self, names: object, times: int, given: object) -> Iterator[None]:
+        """Let each row have the adapter of its name; inside `disable_adapter` none, as in HF PEFT.
+
+        Args:
+            names: the names.
+            times: for how many rows each name stands in turn.
+            given: the call's arguments.
+        """
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise PeftfxError(f"not a list of names: {shown(names)}", NAMES, "give one adapter's name for each row")
         if self.named.folded:
@@ -132,6 +138,8 @@ class AdapterCalls(PeftSurface):
             raise PeftfxError(f"{NAMES} works in eval mode only", NAMES, "call eval() first")
         for name in set(names) - {NO_ADAPTER}:
             self.adapter(name)
+        refuse_other_count(names, given)
+        names = [NO_ADAPTER] * len(names) if self.named.disabled else names
         rows = self.modules_road.rows([name for name in names for _ in range(times)])
         with self.modules_road.acting(()), acting_by_row(rows):
             yield
@@ -150,7 +158,7 @@ class AdapterCalls(PeftSurface):
         names, rows = kwargs.get(NAMES), functools.partial(rows_of_each, self.base, kwargs)
         own = {name: value for name, value in kwargs.items() if name != NAMES}
         if names is not None:
-            with self._by_row(names, rows(NAMES)):
+            with self._by_row(names, rows(NAMES), (args, own)):
                 return self.base.generate(*args, **own)  # type: ignore[operator]
         with self._in_modules(own, rows) as own:
             return self.base.generate(*args, **own)  # type: ignore[operator]

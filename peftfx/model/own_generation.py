@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
@@ -22,6 +23,18 @@ def refuse_names(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get(NAMES) is not None:
         what = "rows choose among adapters only where the base's own modules run all of them"
         raise PeftfxError(what, NAMES, "generate for the rows of each adapter by themselves, or export(batched=...)")
+
+
+def refuse_other_count(names: Sequence[str], given: object) -> None:
+    """Refuse adapters' names of which there are more or fewer than rows in any tensor of a call.
+
+    Raises:
+        PeftfxError: the call's arguments, `given`, have tensors, and none of them has a row for each name.
+    """
+    tensors = [value for value in pytree.tree_leaves(given) if isinstance(value, Tensor) and value.ndim]
+    if tensors and all(len(value) != len(names) for value in tensors):
+        what = f"{len(names)} names are given, and the call has {len(tensors[0])} rows"
+        raise PeftfxError(what, NAMES, "give one adapter's name for each row")
 
 
 def rows_of_each(base: nn.Module, kwargs: Mapping[str, Any], asked: str) -> int:

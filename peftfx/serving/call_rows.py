@@ -85,7 +85,7 @@ class RowAdapters:
         if unknown is not None:
             hint = nearest(str(unknown), known) or f"adapters here: {', '.join(known) or 'none'}"
             raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
-        return torch.tensor([-1 if name is None else known.index(name) for name in names])
+        return torch.tensor([-1 if name is None else known.index(name) for name in names], dtype=torch.long)
 
     @cached_property
     def row_adapters(self) -> list[str]:
@@ -123,7 +123,7 @@ class RowAdapters:
         if isinstance(ids, str):
             hint = f"pass [{ids!r}, ...]: a name, or None, for each row; or set_adapter({ids!r}) for all rows"
             raise PeftfxError(f"one name is no list of names: {shown(ids)}", IDS, hint)
-        named = isinstance(ids, list | tuple) and not all(type(number) is int for number in ids)
+        named = isinstance(ids, list | tuple) and not (ids and all(type(number) is int for number in ids))
         if ids is None or isinstance(ids, Tensor):
             return dict(inputs)
         return {**inputs, IDS: self.adapter_ids(ids) if named else torch.as_tensor(ids)}

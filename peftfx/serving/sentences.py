@@ -25,8 +25,8 @@ class ServedSentences(ServedForward):
     The prompts, the longest text and the measure of similarity come from sentence-transformers' files in the directory.
     """
 
-    def encode(self, texts: Sequence[str], *, prompt: str | None = None, batch_size: int = _BATCH) -> Tensor:
-        """Compute the embeddings of texts: float32 [texts, width].
+    def encode(self, texts: str | Sequence[str], *, prompt: str | None = None, batch_size: int = _BATCH) -> Tensor:
+        """Compute the embeddings of texts: float32 [texts, width]. That of one text, given by itself, is [width].
 
         Where the settings beside the model tell a `truncate_dim`, embeddings have this width.
 
@@ -41,7 +41,11 @@ class ServedSentences(ServedForward):
         """
         return self._encoded(texts, prompt, batch_size)
 
-    def _encoded(self, texts: Sequence[str], prompt: str | None, batch_size: int = _BATCH, kind: str = "") -> Tensor:
+    def _encoded(
+        self, texts: str | Sequence[str], prompt: str | None, batch_size: int = _BATCH, kind: str = ""
+    ) -> Tensor:
+        if isinstance(texts, str):
+            return self._encoded([texts], prompt, batch_size, kind)[0]
         prompts, default = prompts_of(self.directory)
         name = default if prompt is None else prompt
         if name is not None and name not in prompts:
@@ -54,17 +58,17 @@ class ServedSentences(ServedForward):
         made = torch.cat(found) if found else torch.empty(0, int(self.model.axes[SENTENCE][-1]))
         return made[:, : self._settings.get("truncate_dim")]
 
-    def encode_query(self, texts: Sequence[str], **options: int) -> Tensor:
+    def encode_query(self, texts: str | Sequence[str], **options: int) -> Tensor:
         """Compute the embeddings of queries `texts`, with the prompt for queries, if there is one."""
         return self._encoded(texts, self._prompt_of(_QUERIES), kind="query", **options)
 
-    def encode_document(self, texts: Sequence[str], **options: int) -> Tensor:
+    def encode_document(self, texts: str | Sequence[str], **options: int) -> Tensor:
         """Compute the embeddings of documents `texts`, with the prompt for documents, if there is one."""
         return self._encoded(texts, self._prompt_of(_DOCUMENTS), kind="document", **options)
 
     def similarity(self, some: Tensor, others: Tensor) -> Tensor:
         """Compute the similarity [some, others] of each pair of embeddings, for example by their cosine."""
-        return _MEASURES[self.measure](some, others)
+        return _MEASURES[self.measure](torch.atleast_2d(some), torch.atleast_2d(others))
 
     @property
     def measure(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -11,6 +13,7 @@ import torch
 import transformers as hf
 from every_model.checks import build
 from support.adapted import randomise
+from support.command import Result
 from support.few import but_for
 from support.slots import stirred
 
@@ -23,6 +26,7 @@ from peftfx.errors import PeftfxWarning
 pytestmark = pytest.mark.further
 
 TASK = "image-text-to-text"
+Run = Callable[..., Result]
 
 
 @pytest.mark.parametrize("kind", but_for({"paligemma", "qwen2_vl"}, ["llava", "paligemma", "qwen2_vl", "gemma3"]))
@@ -140,3 +144,28 @@ def test_each_row_has_a_prefix_of_its_own_length_beside_images(kind: str, tmp_pa
     for row, name in enumerate(names):
         model.set_adapter(name or ())
         assert torch.equal(said[row], model.generate(**given, **options)[row]), name
+
+
+def test_the_command_swaps_adapters_where_pictures_have_a_chosen_size(tmp_path: Path, peftfx: Run) -> None:
+    """Layers of the image encoder have slots, and the adapter is counted in the graphs that it is for."""
+    base, size = build(TASK, "qwen2_vl"), (64, 64)
+    shutil.copytree(base.config.name_or_path, tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    options = peft.LoraConfig(r=3, target_modules=r".*(qkv|fc1|q_proj)", task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base, options).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "a"))
+    made = ("--swappable", "--view", "decode", "--image-size", "64x64", "--output", tmp_path / "out")
+    result = peftfx("export", "--base", tmp_path / "base", *made)
+    assert result.code == 0, result.err
+    result = peftfx(
+        "export-adapter", "--adapter", tmp_path / "a", "--for", tmp_path / "out", "--output", tmp_path / "b"
+    )
+    assert result.code == 0, result.err
+    count = sum("lora_" in name for name, _ in theirs.named_parameters())
+    assert f"{count} tensors in the files: {count} put into slots" in result.err
+    served = runtime.load(tmp_path / "out", adapter=tmp_path / "b.onnx_adapter")
+    with pictures_of(size):
+        given = example_inputs(theirs, sizes={"batch": 2, "sequence": 9, "images": 2}, seed=1)
+    said = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(served.generate(**given, **said), theirs.generate(**given, **said))

@@ -135,10 +135,22 @@ def test_each_row_with_its_adapter(pair: tuple[AdaptedModel, peft.PeftModel]) ->
             close(got[row : row + 1], ours(**alone).logits)
     with pytest.raises(PeftfxError, match="no adapter named 'three'"):
         ours(**given, adapter_names=["three"] * 5)
-    with pytest.raises(PeftfxError, match="one tensor of 4 rows"):
-        ours(**given, adapter_names=["one"] * 4)
+    for count in (0, 4):
+        with pytest.raises(PeftfxError, match=f"{count} names are given, and the call has 5 rows"):
+            ours(**given, adapter_names=["__base__"] * count)
     with pytest.raises(PeftfxError, match="eval"):
         ours.train()(**given, adapter_names=names)
+
+
+def test_no_row_has_an_adapter_while_adapters_are_disabled(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
+    ours, theirs = pair
+    given, names = inputs(ours.base), ["two", "__base__", "one", "one", "two"]
+    with torch.no_grad(), ours.disable_adapter(), theirs.disable_adapter():
+        want, got = (model(**given, adapter_names=names).logits for model in (theirs, ours))
+        assert torch.equal(got, ours(**given).logits)
+        with pytest.raises(PeftfxError, match="no adapter named 'three'"):
+            ours(**given, adapter_names=["three"] * 5)
+    close(got, want)
 
 
 def test_each_row_has_its_own_copies_of_modules_and_embeddings() -> None:

@@ -96,3 +96,19 @@ def test_what_is_not_to_be_converted_is_refused(folder: Path, tmp_path: Path) ->
         convert_directory(base, tmp_path / "x")
     with pytest.raises(PeftfxError, match="did you mean 'kohya'"):
         convert_directory(base, tmp_path / "x", adapter=folder / "lora", to="koya")
+
+
+def test_force_replaces_no_input_and_no_other_file(folder: Path, tmp_path: Path) -> None:
+    base, lora, notes = folder / "base", folder / "lora", tmp_path / "notes.txt"
+    notes.write_text("years")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    places = ((base, "peft"), (lora, "peft"), (folder, "peft"), (base / "model.safetensors", "kohya"))
+    for output, to in places:
+        with pytest.raises(PeftfxError, match="would replace an input"):
+            convert_directory(base, output, adapter=lora, rank=1, to=to, force=True)
+    with pytest.raises(PeftfxError, match="not a safetensors file"):
+        convert_directory(base, notes, adapter=lora, to="kohya", force=True)
+    assert notes.read_text() == "years"
+    for _ in range(2):
+        convert_directory(base, tmp_path / "one.safetensors", adapter=lora, to="kohya", force=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

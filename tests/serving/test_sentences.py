@@ -142,6 +142,15 @@ def test_embeddings_are_cut_where_the_settings_say_so(
     assert cut.encode([]).shape == (0, 5)
 
 
+def test_one_text_has_one_embedding(exported: Path) -> None:
+    """As in sentence-transformers; its letters are no texts."""
+    served = runtime.load(exported)
+    one, (two,) = served.encode("w5 w6"), served.encode(["w5 w6"])
+    assert one.equal(two)
+    assert served.encode_query("w5 w6").equal(served.encode_query(["w5 w6"])[0])
+    assert served.similarity(one, two).shape == (1, 1)
+
+
 def test_texts_are_cut_where_the_config_ends(tmp_path: Path) -> None:
     """As sentence-transformers cuts them, where neither the tokenizer nor its file tells a length."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,16 @@ def test_an_encoder_decoder_with_a_file_for_each_graph_is_the_merged_model(
         base = adapted.generate(**texts(), **GREEDY)
     assert torch.equal(served.generate(**texts(), **GREEDY), base)
     assert not torch.equal(adapted.generate(**texts(), **GREEDY), base)
+
+
+def test_force_replaces_the_files_of_these_graphs_alone(t5: Deployed, tmp_path: Path) -> None:
+    adapted = t5.with_rule(PROMPTED["prompt and lora"])
+    path = export_adapter(adapted, t5.root / "graph", tmp_path / "adapter", check=False)
+    export_adapter(adapted, t5.root / "graph", path, check=False, force=True)
+    mine = shutil.copy(path / "encoder_model.onnx_adapter", path / "mine.onnx_adapter")
+    with pytest.raises(PeftfxError, match=r"files were added .*: mine\.onnx_adapter"):
+        export_adapter(adapted, t5.root / "graph", path, check=False, force=True)
+    assert Path(mine).is_file()
 
 
 def test_onnx_runtime_itself_puts_each_file_in(t5: Deployed, tmp_path: Path) -> None:

@@ -107,3 +107,28 @@ def test_two_adapters_train_rows_of_one_table(trained: Trained, tmp_path: Path) 
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     peftfx.export_onnx(trained.base, tmp_path / "graph", view=FORWARD, slots="all-linear | embedding.token | head")
     peftfx.export_adapter(adapted, tmp_path / "graph", tmp_path / "both")  # verified as it is written
+
+
+@pytest.mark.parametrize("more", [{}, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}], ids=str)
+def test_rows_have_the_embeddings_of_their_files(more: dict[str, Any], trained: Trained, tmp_path: Path) -> None:
+    """Each adapter was trained on a base with an embedding of its own, which its file has; a tied head has it, too."""
+    wants: dict[str | None, Tensor] = {None: trained.wants(None, IDS)}
+    for seed, name in enumerate(("one", "two")):
+        base = hf.LlamaForCausalLM.from_pretrained(trained.home / "base")
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            base.get_input_embeddings().weight[3:9].normal_()
+        options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM", **more}
+        model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+        model.save_pretrained(tmp_path / name, save_embedding_layers=True)
+        with torch.no_grad():
+            wants[name] = model(input_ids=IDS).logits
+    adapted = peftfx.load(trained.base, tmp_path / "one", "one")
+    adapted.load_adapter(tmp_path / "two", "two")
+    adapted.export(tmp_path / "out", view=FORWARD, batched=["one", "two"])
+    adapted.remove()
+    served, names = runtime.load(tmp_path / "out"), ["two", None, "one"]
+    ids = IDS.expand(len(names), -1)
+    got = served(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_ids=names).logits
+    for row, name in zip(got, names, strict=True):
+        torch.testing.assert_close(row[None], wants[name], atol=1e-4, rtol=1e-4, msg=str(name))

@@ -23,13 +23,16 @@ Run = Callable[..., Result]
 NEW = 6
 
 
-def processor(home: Path, image: int, video: int, vocabulary: int) -> hf.Qwen2VLProcessor:
+WORDS = {"qwen2_vl": hf.Qwen2VLProcessor, "qwen2_5_vl": hf.Qwen2_5_VLProcessor}
+
+
+def processor(kind: str, home: Path, image: int, video: int, vocabulary: int) -> hf.ProcessorMixin:
     names = {image: "<|image_pad|>", video: "<|video_pad|>", 0: "<unk>", 1: "<pad>", 2: "<eos>"}
     table = {names.get(i, f"w{i}"): i for i in range(vocabulary)}
     words = word_tokenizer(table, names.values(), unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     pictures = hf.AutoImageProcessor.from_pretrained(home, local_files_only=True)
     videos = hf.AutoVideoProcessor.from_pretrained(home, local_files_only=True)
-    return hf.Qwen2VLProcessor(image_processor=pictures, tokenizer=words, video_processor=videos)
+    return WORDS[kind](image_processor=pictures, tokenizer=words, video_processor=videos)
 
 
 def frames_in(folder: Path, count: int) -> np.ndarray:
@@ -42,14 +45,16 @@ def frames_in(folder: Path, count: int) -> np.ndarray:
     return np.stack([np.asarray(Image.open(path).resize((SIZE[1], SIZE[0]))) for path in paths])
 
 
-def test_the_command_answers_a_prompt_about_a_video(tmp_path: Path, peftfx: Run) -> None:
-    plain = made("qwen2_vl", tmp_path)
+@pytest.mark.parametrize("kind", WORDS)
+def test_the_command_answers_a_prompt_about_a_video(kind: str, tmp_path: Path, peftfx: Run) -> None:
+    """The processor of Qwen 2.5 VL tells how long a slice of a video lasts, too."""
+    plain = made(kind, tmp_path)
     image, video = tokens_of(plain.config)
-    words = processor(tmp_path / "home", image, video, plain.config.get_text_config().vocab_size)
+    words = processor(kind, tmp_path / "home", image, video, plain.config.get_text_config().vocab_size)
     plain.generation_config = hf.GenerationConfig(pad_token_id=1, eos_token_id=None)
     for part in (plain, words):
         part.save_pretrained(tmp_path / "base")
-    want = saved("qwen2_vl", tmp_path)
+    want = saved(kind, tmp_path)
     options = {"adapter": tmp_path / "adapter", "view": "decode", "image_size": SIZE}
     export_directory(tmp_path / "base", tmp_path / "out", videos=True, **options)
     clip = frames_in(tmp_path / "clip", 6)

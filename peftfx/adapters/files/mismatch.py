@@ -36,7 +36,8 @@ def refuse_mismatch(
         why: returns why the module at a path cannot be adapted, or an empty text if no reason is known.
     """
     left = weights.names.keys() - wanted.keys() - set(harmless)
-    reasons = {path: why(path) for path in {module_of(name) for name in left} - left}
+    odd = {name: told for name in sorted(left) if (told := _told_of_state(name, module_of(name), modules))}
+    reasons = {path: why(path) for path in {module_of(name) for name in left - odd.keys()} - left}
     homeless: dict[str, int] = {}
     for name in (name for name in left if reasons.get(module_of(name))):
         homeless[module_of(name)] = homeless.get(module_of(name), 0) + 1
@@ -60,11 +61,31 @@ def refuse_mismatch(
         return
     lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
     hint = "load it on the model that it was trained on (the same size, the same number of labels)"
-    if homeless and not unexpected:
+    if odd:
+        hint = next(iter(odd.values()))
+    elif homeless and not unexpected:
         hint = "merge the adapter into the base with HF PEFT; or, in Python, pass inputs= of a call that runs them"
     elif unexpected and len(unexpected) < len(weights.names):  # a file of which nothing fits is of another model
         hint = nearest(module_of(unexpected[0]), modules) or hint
     raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
+
+
+def _told_of_state(name: str, path: str, modules: Collection[str]) -> str:
+    """Return what to do about a name that a model's whole state has, and HF PEFT's files have not; empty for others."""
+    inside = name.startswith("module.") and "module" not in modules
+    wrapper = next((word for word in name.split(".") if word in _WRAPPERS), "module" * inside)
+    if wrapper:
+        what = f"{wrapper!r} in the keys is of a wrapper of torch"
+        return f"{what}: save the model inside it by save_pretrained, or take the word out of the keys"
+    inner = name.removeprefix(f"{path}.").split(".")
+    if len(inner) == 3 and inner[2] in ("weight", "bias") and inner[1] not in _OF_PEFT and path in modules:
+        what = f"{inner[1]!r} in the keys is an adapter's name, as state_dict() has it"
+        return f"{what}: save the adapter by save_pretrained, or take the name out of the keys"
+    return ""
+
+
+_OF_PEFT = ("base_layer", "original_module")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def _count(what: str, items: Sequence[str], homeless: Mapping[str, int]) -> int:

@@ -47,6 +47,12 @@ class ServedWithVideos(GeneratesWithVideos, ServedWithImages):  # type: ignore[m
         """The names of the arguments that are tensors, also of those that no graph takes."""
         return super().tensors | {*self.videos.names}
 
+    @property
+    def of_positions(self) -> tuple[str, ...]:
+        """The names of the arguments from which the model's own class computes positions alone."""
+        found: tuple[str, ...] = self._stand_in.of_positions
+        return found
+
     @cached_property
     def _stand_in(self) -> Any:
         parts = parts_of(self) | {"encode_video": self.encode_video}

@@ -141,6 +141,9 @@ def written_after(
         out: the file; None writes nothing.
     """
     writer = Writer(model, tokenizer, out)
-    text, _ = writer.follow(asked, inputs)
+    hint = "put their tokens into the prompt, with text between them, or pass --chat; --verbose shows the cause"
+    what = f"the model's code does not take this prompt with its {' and '.join(beside)}"
+    with understanding(asked.directory, what, hint):
+        text, _ = writer.follow(asked, inputs)
     files = {name: [str(path) for path in paths] for name, paths in beside.items()}
     return Found({"prompt": asked.prompt, **files, "text": text}, writer.words(text))

@@ -58,3 +58,26 @@ def test_two_keys_of_one_tensor_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match="two keys are one tensor") as raised:
         peftfx.load(model(), tmp_path)
     assert first in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("base_model.", "module.base_model.", "'module' in the keys is of a wrapper of torch"),
+        ("base_model.model.", "base_model.model._orig_mod.", "'_orig_mod' in the keys is of a wrapper of torch"),
+        (
+            "layers.0.",
+            "layers.0._checkpoint_wrapped_module.",
+            "'_checkpoint_wrapped_module' in the keys is of a wrapper",
+        ),
+        (".weight", ".default.weight", "'default' in the keys is an adapter's name"),
+    ],
+)
+def test_keys_of_a_whole_state_are_told(old: str, new: str, told: str, tmp_path: Path) -> None:
+    """HF PEFT loads such a file without these tensors."""
+    peft.get_peft_model(model(), peft.LoraConfig(**LORA)).save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key.replace(old, new, 1): t for key, t in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(PeftfxError, match="unexpected") as raised:
+        peftfx.load(model(), tmp_path)
+    assert raised.value.hint.startswith(told)

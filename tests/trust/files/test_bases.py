@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -13,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftfx.bases.load import load_base
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.assets import copy_assets
 from peftfx.export.command import export_directory
+from peftfx.export.directories import load_directories
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -59,6 +62,22 @@ class TestWeightsThatAreNoNumbers:
     def test_without_weights_none_is_read(self, base: Path) -> None:
         save_file({}, base / "model.safetensors", metadata={"format": "pt"})
         assert load_base(base, weights=False).config.vocab_size == SIZES["vocab_size"]
+
+
+class TestAnAdapterInTheBasesDirectory:
+    def test_it_does_not_act_unless_it_is_given(self, base: Path, tmp_path: Path) -> None:
+        """transformers would put it into the base that it loads from there, if `peft` is installed."""
+        plain = hf.LlamaForCausalLM.from_pretrained(base).eval()
+        rule = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        theirs = peft.get_peft_model(hf.LlamaForCausalLM.from_pretrained(base), rule).eval()
+        theirs.save_pretrained(str(base))
+        ids = torch.tensor([[3, 5, 8, 1]])
+        with pytest.warns(PeftfxWarning, match=r"has an adapter, too \(adapter_config\.json\), which does not act"):
+            assert torch.equal(load_base(base)(input_ids=ids).logits, plain(input_ids=ids).logits)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PeftfxWarning)
+            adapted = load_directories(base, {"a": base})
+        torch.testing.assert_close(adapted(input_ids=ids).logits, theirs(input_ids=ids).logits)
 
 
 class TestWhatIsCopied:
