@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,10 @@ from peftfx.export.onnx_directory import export_onnx
 from peftfx.export.reports.report import Report
 from peftfx.export.stages import OnStage
 from peftfx.export.writing.atomic_directory import publish
-from peftfx.export.writing.earlier_output import of_folders
+from peftfx.export.writing.earlier_output import FILES, files_in, listed_in
 from peftfx.export_options.directory import DirectoryOptions
 from peftfx.files import is_file, is_folder, read_json
-from peftfx.formats import REPORT
+from peftfx.formats import PIPELINE, with_version
 from peftfx.model.api import bare
 from peftfx.rules.peft_files import CONFIG, WEIGHTS
 
@@ -91,15 +92,14 @@ def export_pipeline(
         for name in rest:
             shutil.copytree(base / name, temporary / name)
         shutil.copyfile(base / INDEX, temporary / INDEX)
+        record = with_version(PIPELINE, {FILES: [*files_in(temporary), PIPELINE]})
+        (temporary / PIPELINE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return reports
 
 
-def _of_pipeline(directory: Path) -> list[str] | None:
+def _of_pipeline(directory: Path) -> Collection[str] | None:
     """Return the files that an export of a pipeline wrote into a directory; None if it is none."""
-    index = directory / INDEX
-    if not is_file(index) or not any(directory.glob(f"*/{REPORT}")):
-        return None
-    return [INDEX, *of_folders(part for part in directory.iterdir() if part.name in {*read_json(index), _DECODER})]
+    return listed_in(directory, PIPELINE) if is_file(directory / PIPELINE) else None
 
 
 def _parts(base: Path) -> tuple[list[str], list[str]]:

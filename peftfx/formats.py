@@ -16,6 +16,7 @@ from peftfx.version import __version__
 FORMAT = "format"  #: the field that holds the version
 SLOTS, BATCHED, REPORT = "peftfx_slots.json", "peftfx_adapters.json", "peftfx_report.json"  #: files beside a model
 LABELS = "peftfx_labels.json"  #: in an adapter's directory: the names of its head's classes
+PIPELINE = "peftfx_pipeline.json"  #: in the directory of an exported pipeline: its files
 RULES = "peftfx_rules.json"  #: in an adapter's directory: the folders of its rules, if several rules made the adapter
 SIZES_KEY = "peftfx.sizes"  #: metadata key: the conditions on a call's sizes under which the model is right
 POSITIONS_KEY = "peftfx.positions"  #: metadata key: how the model's code counts positions that a call leaves out
@@ -23,7 +24,7 @@ FROM_MASK, FROM_ONE, OWN_WAY = "mask", "one", "own"  #: its values: tokens that 
 ADAPTER = ".onnx_adapter"  #: the ending of a file's name; the format is ONNX Runtime's, the version that of peftfx
 
 #: The versions that this peftfx writes, and the newest that it reads. A change that breaks an older reader adds 1.
-VERSIONS: Mapping[str, int] = {SLOTS: 3, BATCHED: 1, REPORT: 1, RULES: 1, LABELS: 1, ADAPTER: 1}
+VERSIONS: Mapping[str, int] = {SLOTS: 3, BATCHED: 1, REPORT: 1, RULES: 1, LABELS: 1, PIPELINE: 1, ADAPTER: 1}
 
 
 def with_version(name: str, values: Mapping[str, object]) -> dict[str, object]:

@@ -31,12 +31,12 @@ def files_in(directory: Path) -> list[str]:
 
 
 def listed_in(directory: Path, record: str) -> Collection[str]:
-    """Return the files of an output by the list in its JSON file `record`; without such a list, all that are there."""
+    """Return the files of an output by the list in its JSON file `record`. Without such a list, only that is known."""
     with suppress(PeftfxError):
         listed = read_json(directory / record).get(FILES)
         if isinstance(listed, list):
             return [str(name) for name in listed]
-    return files_in(directory)
+    return [record]
 
 
 def of_export(directory: Path) -> Collection[str] | None:

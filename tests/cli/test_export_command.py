@@ -166,7 +166,10 @@ class TestExport:
         refused = peftfx(*words, "--force")
         assert refused.code == 2
         assert "what is there is not an earlier output" in refused.err
-        (output / "peftfx_report.json").write_text("{}", encoding="utf-8")  # the mark of an export
+        report = output / "peftfx_report.json"
+        report.write_text("{}", encoding="utf-8")  # an export's, of whose files nothing is known
+        assert_refused(peftfx(*words, "--force"), "would be lost: old.txt")
+        report.write_text('{"files": ["old.txt", "peftfx_report.json"]}', encoding="utf-8")
         # The classifier has a pooler, and a head that this task does not need.
         done = peftfx(*words, "--force")
         assert done.code == 0, done.err

@@ -271,7 +271,7 @@ def test_publish_replaces_only_with_force_and_only_after_success(tmp_path: Path)
     target = tmp_path / "out"
     with publish(target) as directory:
         (directory / "a").write_text("first")
-        (directory / "peftfx_report.json").write_text("{}")
+        (directory / "peftfx_report.json").write_text('{"files": ["a", "peftfx_report.json"]}')
     with pytest.raises(PeftfxError, match="--force"), publish(target):
         pass
     with pytest.raises(KeyboardInterrupt), publish(target, force=True) as directory:  # noqa: PT012

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,6 +122,9 @@ def test_each_model_of_a_pipeline_is_exported_with_its_lora(
     assert (tmp_path / "out" / "scheduler" / "scheduler_config.json").is_file()
     assert (tmp_path / "out" / "tokenizer" / "vocab.json").is_file()
     assert (tmp_path / "out" / "model_index.json").is_file()
+    record = json.loads((tmp_path / "out" / "peftfx_pipeline.json").read_text())
+    there = (path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert set(record["files"]) == {path.relative_to(tmp_path / "out").as_posix() for path in there}
 
 
 def test_what_is_no_parts_is_refused(pipeline: Path, tmp_path: Path, peftfx: Run) -> None:
@@ -138,15 +140,18 @@ def test_what_is_no_parts_is_refused(pipeline: Path, tmp_path: Path, peftfx: Run
 
 def test_an_earlier_export_may_be_replaced_unless_files_were_added(pipeline: Path, tmp_path: Path, peftfx: Run) -> None:
     words, output = ("export", "--base", pipeline, "--output", tmp_path / "out"), tmp_path / "out"
-    for name in ("unet/peftfx_report.json", "vae_decoder/peftfx_report.json", "scheduler/scheduler_config.json"):
+    names = ("unet/peftfx_report.json", "vae_decoder/peftfx_report.json", "scheduler/scheduler_config.json")
+    for name in names:
         (output / name).parent.mkdir(parents=True)
         (output / name).write_text('{"files": ["peftfx_report.json"]}')
-    shutil.copy(pipeline / "model_index.json", output)
+    (output / "peftfx_pipeline.json").write_text(json.dumps({"files": [*names, "peftfx_pipeline.json"]}))
     assert_refused(peftfx(*words), "pass --force")
     (output / "unet" / "notes.md").write_text("mine")
     (output / "more").mkdir()
     (output / "more" / "a.onnx_adapter").write_text("mine")
-    assert_refused(peftfx(*words, "--force"), "would be lost: more/a.onnx_adapter, unet/notes.md")
+    (output / "scheduler" / "mine.json").write_text("mine")
+    lost = "would be lost: more/a.onnx_adapter, scheduler/mine.json, unet/notes.md"
+    assert_refused(peftfx(*words, "--force"), lost)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def an_export(directory: Path, text: str) -> Path:
 
 
 def into(directory: Path, text: str) -> Path:
-    (directory / REPORT).write_text("{}")
+    (directory / REPORT).write_text(json.dumps({"files": [REPORT, "model.onnx"]}))
     (directory / "model.onnx").write_text(text)
     return directory
 
