@@ -87,7 +87,8 @@ def hold_without_rounding(
 ) -> bool:
     """Compare a saved model with its graphs and its reference where nothing is rounded to half precision, in one call.
 
-    Return False for a model in float32, or if the graphs cannot run in float64: then nothing is compared.
+    Return False for a model in float32, or if the graphs or the model's own code cannot run in float64: then not all is
+    compared.
 
     Args:
         path: the model's file.
@@ -125,8 +126,7 @@ def hold_without_rounding(
         except VerificationError:
             if not _under_its_choices(twin, run, call, wide, put or {}, hold):
                 raise
-    _hold_captured(captured, call, choose, path)
-    return True
+    return _hold_captured(captured, call, choose, path)
 
 
 def _under_its_choices(
@@ -152,20 +152,24 @@ def _under_its_choices(
     return True
 
 
-def _hold_captured(captured: CodeAndGraph, call: Tensors, shown: Shown, path: Path) -> None:
-    """Warn if the captured graph is not the model's own code, neither in float64 nor in its own dtype, as rounded."""
+def _hold_captured(captured: CodeAndGraph, call: Tensors, shown: Shown, path: Path) -> bool:
+    """Warn if the captured graph is not the model's own code, neither in float64 nor in its own dtype, as rounded.
+
+    Return False if they cannot be compared so.
+    """
     for mode, same, pair in ((float64, _near, captured), (nullcontext, _alike, captured.rounded or captured)):
         want, got = _in(mode, pair.code, call), _in(mode, pair.graph, call)
         if want is None or got is None:
-            return
+            return False
         shared = {name: (value, got[name]) for name, value in _numbers(want).items() if name in got}
         far = [name for name, both in shared.items() if not same(*(shown(name, call, value) for value in both))]
         if not far:
-            return
+            return True
     what = (
         f"the model's own code and its graph differ in {far[0]} by more than rounding does, but less than the tolerance"
     )
     warn(f"{path.name}: {what}")
+    return True
 
 
 def _in(mode: Callable[[], AbstractContextManager[object]], run: Reference, call: Tensors) -> Tensors | None:

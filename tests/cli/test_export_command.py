@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers as hf
+from every_model.checks import build
 from safetensors.torch import load_file
 from support.adapted import randomise
 from support.command import LABELS, Inputs, Result, assert_refused, typed
@@ -192,3 +193,12 @@ class TestExport:
         adapted = load_directories(inputs.classifier, {"default": inputs.adapter})
         assert adapted(**text_inputs()).logits.shape == (3, LABELS)
         assert adapted.config.num_labels == LABELS
+
+
+def test_a_base_without_its_processor_is_told_so_once(tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+    build("image-text-to-text", "qwen2_vl").save_pretrained(tmp_path / "base")
+    words = ("export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+    assert_refused(peftfx(*words), "cannot capture this model", "copy the files of its processor")
+    done = peftfx(*words, "--view", "decode")
+    assert done.code == 0, done.err
+    assert done.err.count("images are left out, and text alone is served") == 1

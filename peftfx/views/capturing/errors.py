@@ -8,8 +8,9 @@ import re
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftfx.bases.processors.image_size import processor_file
 from peftfx.bases.processors.padding import lacks_padding
-from peftfx.bases.processors.readers import SIZED, reads_sized_images
+from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.capturing.raised import line_of, raised_at, said_by
 from peftfx.views.dry_run import fake_run
@@ -50,12 +51,19 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
         hint, line = "write a forward with an argument for each of them", ""
     elif str(error).strip():
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
+        if getattr(call, "inputs", None) is None and _lacks_processor(model):
+            hint = "copy the files of its processor (preprocessor_config.json) into its folder, or pass --view decode"
         if lacks_padding(model) and "padding" in str(error):
             hint = "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
         why, line = f"its code asserts `{asserted}`", raised_at(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
+
+
+def _lacks_processor(model: nn.Module) -> bool:
+    """Return whether a model reads images, and no processor beside it makes an example of one."""
+    return isinstance(model, PreTrainedModel) and reads_images(model) and processor_file(model) is None
 
 
 def _nameless(model: nn.Module, error: BaseException) -> str:
