@@ -16,7 +16,7 @@ from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph, Inputs
 from peftfx.export.deployment.image_size import capture_free
-from peftfx.export.deployment.parts import GraphPart, views_of
+from peftfx.export.deployment.parts import GraphPart, is_forward
 from peftfx.export.own_passes import behind, run_own, shown_of
 from peftfx.export.quantised import agreement_of, round_weights
 from peftfx.export.reports import facts
@@ -47,7 +47,6 @@ from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.values import ANY_SIZE
 from peftfx.model.adapted import AdaptedModel
-from peftfx.options import FORWARD
 from peftfx.passes.adaptation.constants import freeze_solutions
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.base import Pass
@@ -122,7 +121,7 @@ class ExportSteps:
         try:
             return self, self.capture()
         except OneSidedError as refusal:
-            if set(views_of(self.adapted.base, self.asked.view, self.inputs).values()) == {FORWARD}:
+            if is_forward(self.adapted.base, self.asked.view, self.inputs):
                 for example in examples_beyond(self.adapted, self.example, refusal.condition):
                     with suppress(PeftfxError):
                         steps = replace(self, inputs=example, example=example)

@@ -10,10 +10,9 @@ from torch import nn
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary
 from peftfx.bases.processors.readers import encodes_in_forward
 from peftfx.errors import PeftfxError
-from peftfx.export.deployment.parts import FREE, GraphPart, capture_parts, refuse_fixed, views_of
+from peftfx.export.deployment.parts import FREE, GraphPart, capture_parts, is_forward, refuse_fixed
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
-from peftfx.options import FORWARD
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.finding.one_image import forward_with_images
 from peftfx.views.view import View
@@ -29,7 +28,7 @@ def capture_with_images(adapted: AdaptedModel, view: str, inputs: Mapping[str, o
         PeftfxError: see `capture_parts`.
     """
     base = adapted.base
-    if inputs is not None or FORWARD not in views_of(base, view, inputs).values() or not encodes_in_forward(base):
+    if inputs is not None or not is_forward(base, view, inputs) or not encodes_in_forward(base):
         return capture_parts(adapted, view, inputs)
     failure: PeftfxError | None = None
     if reads_numbers(base) or _joins_patches(base):

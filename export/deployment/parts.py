@@ -130,17 +130,27 @@ def _finds(find: Callable[[nn.Module], object], base: nn.Module) -> bool:
     return True
 
 
+def is_forward(base: nn.Module, view: str, inputs: Mapping[str, object] | None) -> bool:
+    """Return whether a model is served by its forward in a view; see `capture_parts`.
+
+    Raises:
+        PeftfxError: the view does not exist; or it is the forward, or `inputs` are given, and videos are asked for.
+    """
+    check_view(view)
+    forward = view == FORWARD or (view == AUTO and (inputs is not None or not generates(base)))
+    if takes_videos() and (forward or inputs is not None):
+        what, hint = "a graph of videos goes with one that writes text", "pass --view decode, or leave --videos out"
+        raise PeftfxError(what, type(base).__name__, hint)
+    return forward
+
+
 def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) -> dict[str, str]:
     """Return the files that a model is served by in a view, and the view in each file; see `capture_parts`.
 
     Raises:
         PeftfxError: the view does not exist.
     """
-    check_view(view)
-    if takes_videos() and (view == FORWARD or inputs is not None or (view == AUTO and not generates(base))):
-        what, hint = "a graph of videos goes with one that writes text", "pass --view decode, or leave --videos out"
-        raise PeftfxError(what, type(base).__name__, hint)
-    if view == FORWARD or (view == AUTO and (inputs is not None or not generates(base))):
+    if is_forward(base, view, inputs):
         return {"model.onnx": FORWARD}
     both = encodes_and_decodes(base)
     files = {"encoder_model.onnx": "encoder", "decoder_model.onnx": "decoder"} if both else {"model.onnx": DECODE}

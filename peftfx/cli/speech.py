@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
@@ -43,7 +43,7 @@ def quiet() -> Iterator[None]:
         fake.setLevel(standard.CRITICAL)  # it also logs errors that it raises
         warnings.filterwarnings("ignore")
         warnings.simplefilter("always", PeftfxWarning)
-        warnings.showwarning = _show_warnings()
+        warnings.showwarning = _show_warning
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         yield
@@ -68,16 +68,9 @@ def _logged() -> Iterator[None]:
         LOG.setLevel(level)
 
 
-def _show_warnings() -> Callable[..., None]:
-    """Return a function that prints each warning once, as a line without its place in the code."""
-    said: set[str] = set()
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        if str(message) not in said:
-            said.add(str(message))
-            typer.echo(f"warning: {message}", err=True)
-
-    return show
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print a warning as a line, without its place in the code."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 def print_report(report: object, output: Path) -> None:
