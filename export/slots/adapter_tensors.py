@@ -29,7 +29,7 @@ from peftfx.options import DECODE
 from peftfx.passes.adaptation.attention import split_heads
 from peftfx.passes.adaptation.pattern_weights import Folds, foldable
 from peftfx.passes.adaptation.prefill import NAME
-from peftfx.sites.site import Site
+from peftfx.sites.site import Site, WeightSite
 from peftfx.views.entry import VirtualTokens
 
 AdapterTensors = dict[tuple[str, str], Tensor]
@@ -59,11 +59,14 @@ def replaced_layers(adapted: AdaptedModel) -> dict[str, str]:
     found: dict[str, str] = {}
     for override in (o for _, o in _overrides(adapted) if not o.rows):
         table = getattr(*owner_of(adapted.base, _named(override)), None)
-        within = override.module
-        inside = (s for s in adapted.sites.weights if f"{s.path}.".startswith(f"{within}." if within else ""))
-        paths = (s.path for s in inside if table is not None and site_tensors(adapted.base, s)[0] is table)
-        found |= dict.fromkeys(paths, _named(override))
+        found |= dict.fromkeys((s.path for s in _readers(adapted, override.module, table)), _named(override))
     return found
+
+
+def _readers(adapted: AdaptedModel, module: str, table: object) -> Iterator[WeightSite]:
+    """Yield the layers in a module, by its path, whose weight is this tensor."""
+    inside = (site for site in adapted.sites.weights if f"{site.path}.".startswith(f"{module}." if module else ""))
+    return (site for site in inside if table is not None and site_tensors(adapted.base, site)[0] is table)
 
 
 def _named(override: Override) -> str:
@@ -112,11 +115,9 @@ def _rows_of(adapted: AdaptedModel) -> dict[str, Update]:
         table = getattr(*owner_of(adapted.base, f"{module}.{override.name}".removeprefix(".")))
         change = adapted.adapter(name).get(override.key).float() - exact(table[tokens]).float()
         update = Update(a=F.one_hot(tokens, len(table)).to(change.dtype), b=change.T)
-        inside = (site for site in adapted.sites.weights if f"{site.path}.".startswith(f"{module}." if module else ""))
-        for site in inside if change.any() else ():
-            if site_tensors(adapted.base, site)[0] is table:
-                turned = update if site.kind == "embedding" else update.turned()
-                found[site.path] = found.get(site.path, Update()).then(turned)
+        for site in _readers(adapted, module, table) if change.any() else ():
+            turned = update if site.kind == "embedding" else update.turned()
+            found[site.path] = found.get(site.path, Update()).then(turned)
     return found
 
 

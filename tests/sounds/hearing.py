@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxWarning
 
 SOUND = 96  # the token of a sound's piece
 _TEXT = {
@@ -114,6 +118,21 @@ def adapted_by_peft(kind: str, directory: Path, alpha: int = 8) -> peft.PeftMode
 def loaded(kind: str, directory: Path) -> peftfx.AdaptedModel:
     torch.manual_seed(0)
     return peftfx.load(MODELS[kind](), directory)
+
+
+def exported_once(view: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[peft.PeftModel, Path]]:
+    """A function of a kind: the model that `peft` adapted, and the directory of its export, which is made once."""
+
+    @functools.cache
+    def make(kind: str) -> tuple[peft.PeftModel, Path]:
+        root = tmp_path_factory.mktemp(kind)
+        want = adapted_by_peft(kind, root / "adapter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PeftfxWarning)  # nothing is left out
+            loaded(kind, root / "adapter").export(root / "onnx", view=view)
+        return want, root / "onnx"
+
+    return make
 
 
 def prompts_with_sounds(model: nn.Module, texts: int) -> dict[str, Tensor]:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from sounds.hearing import KINDS, MODELS, SOUND, adapted_by_peft, loaded
+from sounds.hearing import KINDS, MODELS, SOUND, adapted_by_peft, exported_once, loaded
 from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError, runtime
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxWarning
 from peftfx.serving.beside_text.sounds import ServedWithSounds
 from peftfx.views.finding.named_views import find_view
 from peftfx.views.finding.sound_views import find_sounds
@@ -42,14 +40,12 @@ def call(base: nn.Module, texts: int, sounds: int, length: int = 11) -> Inputs:
 def served_as(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[peft.PeftModel, ServedWithSounds]]:
     """`served_as(kind)`: the model that `peft` adapted, and its export with a cache, which is made once."""
 
+    exported = exported_once("decode", tmp_path_factory)
+
     @functools.cache
     def make(kind: str) -> tuple[peft.PeftModel, ServedWithSounds]:
-        root = tmp_path_factory.mktemp(kind)
-        want = adapted_by_peft(kind, root / "adapter")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", PeftfxWarning)  # nothing is left out
-            loaded(kind, root / "adapter").export(root / "onnx", view="decode")
-        found = runtime.load(root / "onnx")
+        want, directory = exported(kind)
+        found = runtime.load(directory)
         assert isinstance(found, ServedWithSounds)
         return want, found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from every_model.checks import build
-from sounds.hearing import KINDS, MODELS, SOUND, adapted_by_peft, loaded, voxtral
+from sounds.hearing import KINDS, MODELS, SOUND, adapted_by_peft, exported_once, loaded, voxtral
 from torch import Tensor, nn
 
 import peftfx
@@ -38,15 +37,7 @@ def hold(want: nn.Module, served: OnnxModel, inputs: Inputs) -> None:
 @pytest.fixture(scope="module")
 def export_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[nn.Module, Path]]:
     """`export_of(kind)`: the model that `peft` adapted, and the directory of its forward graph, which is made once."""
-
-    @functools.cache
-    def make(kind: str) -> tuple[nn.Module, Path]:
-        root = tmp_path_factory.mktemp(kind)
-        want = adapted_by_peft(kind, root / "adapter")
-        loaded(kind, root / "adapter").export(root / "onnx", view="forward")
-        return want, root / "onnx"
-
-    return make
+    return exported_once("forward", tmp_path_factory)
 
 
 @pytest.fixture(params=KINDS)

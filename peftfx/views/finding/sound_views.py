@@ -18,6 +18,7 @@ from peftfx.bases.processors.sounds.in_forward import (
     ENCODE_SOUND,
     SOUND_TOKENS,
     hears_in_forward,
+    needed_by,
     sound_encoder,
 )
 from peftfx.bases.processors.sounds.in_text import sounds_in_text
@@ -53,17 +54,12 @@ def why_no_sound(base: nn.Module) -> str:
     unknown = "peftfx makes no example of them beside a text"
     if (encode := sound_encoder(base)) is None:
         return unknown
-    needed = [name for name, p in inspect.signature(encode).parameters.items() if p.default is p.empty and _is_named(p)]
-    if more := [name for name in needed if name not in RECORDINGS and not name.endswith("mask")]:
+    if more := [name for name in needed_by(encode) if name not in RECORDINGS and not name.endswith("mask")]:
         return f"the model's sound encoder needs {', '.join(more)} too, beside a recording and its masks"
     *_, why = ["", *(_encoded(base, s) for s in sounds_in_text(base, inspect.signature(base.forward).parameters))]
     if why and isinstance(why, str):  # of the last shape: a graph knows a mask's shape, and not its values
         return f"the model's sound encoder does not run on an example: {why}"
     return unknown
-
-
-def _is_named(parameter: inspect.Parameter) -> bool:
-    return parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
 
 
 def hears(base: nn.Module) -> bool:

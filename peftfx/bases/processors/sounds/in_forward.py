@@ -38,6 +38,12 @@ def sound_encoder(model: nn.Module) -> Encode | None:
     return own if own is not None or inner is None else _forward_up_to_text(inner)
 
 
+def needed_by(encode: Encode) -> list[str]:
+    """Return the names of the arguments that a function which encodes sounds does not run without."""
+    parameters = inspect.signature(encode).parameters.items()
+    return [name for name, p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+
+
 def hears_in_forward(model: nn.Module) -> bool:
     """Return whether a model has no method that encodes sounds, and its forward does."""
     return not hasattr(model.base_model, ENCODE_SOUND) and sound_encoder(model) is not None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
-from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, sound_encoder
+from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, needed_by, sound_encoder
 from peftfx.bases.processors.sounds.recordings import RECORDINGS, fitted_shape, recording_shape
 
 #: Lengths in tokens, where the config tells no number of frames. The last is half a minute.
@@ -37,8 +37,7 @@ def sounds_in_text(model: nn.Module, accepted: Collection[str]) -> Iterator[dict
     taken = inspect.signature(encode).parameters
     name = next((name for name in RECORDINGS if name in taken and name in accepted), None)
     masks = [other for other in taken if other in accepted and other.endswith("mask")]
-    needed = {other for other, p in taken.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
-    if name is None or not needed <= {name, *masks}:
+    if name is None or not {*needed_by(encode)} <= {name, *masks}:
         return
     for tokens in _TOKENS:
         shape = recording_shape(model.config, name, tokens)
