@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from peftfx.contract.common.lora.dora import gain, updated_norms
 
 #: From this many values on the output is kept, because a second tensor of its size costs more than to watch it.
-_LARGE = 2**18
+_LARGE = 2**16
 #: Magnitudes below it are not divided by.
 _LEAST = 1e-12
 
