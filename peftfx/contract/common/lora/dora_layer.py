@@ -91,22 +91,24 @@ class _Scaled(torch.autograd.Function):
             found = iter(torch.autograd.grad(output, needed, back, create_graph=True))
             to_x, to_a, to_b, to_m = (next(found) if needs else None for needs in (for_x, for_a, for_b, for_m))
             return to_x, None, None, to_a, to_b, to_m, None
-        scales = (s * gains)[:, None]
+        scales = s * gains
+        scaled = scales[:, None] * b
         to_x = to_a = to_b = to_m = None
+        # What reads `back` and `x` comes first, while a CPU's cache has them.
         if for_x or for_a:
-            through = (scales * b).T @ back.T
+            through = scaled.T @ back.T
             to_a = through @ x
-        if for_x and ctx.updates:
-            to_x = back @ torch.addmm(weight, b, a, alpha=s).mul_(gains[:, None])
-        elif for_x:
-            to_x = ((back * gains) @ weight).addmm_(through.T, a)
         if for_b:
-            to_b = ((a @ x.T) @ back).T * scales
+            to_b = (((a @ x.T) @ back) * scales).T
         if for_m and ctx.output is not None and not ctx.output.is_changed():
             to_m = ((back * kept).sum(0) / magnitude.flatten()).view_as(magnitude)
         elif for_m:
             inner = kept if ctx.output is None else _product(x, weight, a, b, s)
             to_m = ((back * inner).sum(0) / norms).view_as(magnitude)
+        if for_x and ctx.updates:
+            to_x = back @ torch.mul(weight, gains[:, None]).addmm_(scaled, a)
+        elif for_x:
+            to_x = ((back * gains) @ weight).addmm_(through.T, a)
         return to_x, None, None, to_a, to_b, to_m, None
 
 
