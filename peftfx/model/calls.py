@@ -28,6 +28,7 @@ from peftfx.model.peft_surface import PeftSurface
 from peftfx.model.processes.gathered import gathered_for, refuse_graph
 from peftfx.views.arguments import named_arguments
 
+_CACHES = ("use_cache", "past_key_values")  #: arguments by which a model's own code reads or returns a cache
 LOSS = "loss"  #: the output that methods add their penalties to
 
 
@@ -200,6 +201,12 @@ class AdapterCalls(PeftSurface):
         try:
             return self._run_graph(args, kwargs)
         except PeftfxError as error:
+            named = named_arguments(self.base, args, kwargs)
+            asked = next((name for name in _CACHES if named.get(name) not in (None, False)), None)
+            if asked is not None:
+                what = "calls run a graph here, which takes and returns no cache of keys and values"
+                hint = 'leave it out; generate has a cache; or take the other road: transform(..., road="modules")'
+                raise PeftfxError(what, asked, hint) from error
             if type(error) is not PeftfxError or not self._runs_in_modules():
                 raise
             hint = f"{error.hint}; or " if error.hint else ""
