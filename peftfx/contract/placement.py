@@ -116,7 +116,7 @@ class WeightPlacement(Placement):
                 own = self.base(*whole_tensors(base, self.site))
             try:
                 params = self.method.init(self.view, own, rng)
-            except torch.linalg.LinAlgError as error:
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 why = str(error) if own.weight.isfinite().all() else "it holds NaN or an infinity"
                 what = (
                     f"{type(self.method).__name__} starts from parts of this weight, which torch does not find: {why}"

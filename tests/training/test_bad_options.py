@@ -76,3 +76,17 @@ def test_a_graph_s_call_that_is_given_or_asked_for_a_cache_says_that_it_has_none
         model(input_ids=IDS, **{asked: given})
     assert 'road="modules"' in str(told.value)
     model(input_ids=IDS, use_cache=False, past_key_values=None)
+
+
+@pytest.mark.parametrize("given", [{}, {"input_ids": [[3, 4]]}])
+def test_a_graph_s_call_without_a_tensor_says_so(given: dict[str, object]) -> None:
+    model = peftfx.transform(llama(), peftfx.LoRA(r=2), road="graph")
+    with pytest.raises(PeftfxError, match="the call gives no tensor"):
+        model(**given)
+
+
+def test_the_weight_of_an_embedding_among_target_parameters_is_told_as_that() -> None:
+    rule = peftfx.LoRA(r=2, target_parameters=["embed_tokens.weight"])
+    with pytest.raises(PeftfxError, match=r"this is one of embedding \[model.embed_tokens.weight\]") as told:
+        peftfx.transform(llama(), rule)
+    assert "target_modules: embed_tokens" in str(told.value)
