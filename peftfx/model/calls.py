@@ -75,7 +75,7 @@ class AdapterCalls(PeftSurface):
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
-            refuse_graph(self, self.obstacle)
+            refuse_graph(self, self.obstacle, hosted=self._runs_in_modules())
             with acting(None):  # a forward that other code set lets adapters act, and a capture is of the base
                 return self._run_graph_or_tell(args, kwargs)
         names = self.named.called
