@@ -19,6 +19,7 @@ from peftfx.contract.override import SAVED, Override, OverrideMethod
 from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.weight import WeightMethod
+from peftfx.errors import PeftfxError
 from peftfx.sharding import full
 from peftfx.sites.blocks import Block, part_site, turned
 from peftfx.sites.site import ATTENTION, SEQUENCE, HeadedSite, Part, PatternSite, SequenceSite, Site, WeightSite
@@ -113,7 +114,14 @@ class WeightPlacement(Placement):
         with asking(self.method, "init", self.site.path):
             with unset_fake_temporarily():  # views of real tensors stay real where new tensors are fake
                 own = self.base(*whole_tensors(base, self.site))
-            params = self.method.init(self.view, own, rng)
+            try:
+                params = self.method.init(self.view, own, rng)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                why = str(error) if own.weight.isfinite().all() else "it holds NaN or an infinity"
+                what = (
+                    f"{type(self.method).__name__} starts from parts of this weight, which torch does not find: {why}"
+                )
+                raise PeftfxError(what, self.site.path, "look at the base's weights") from error
             more = self.method.start(self.view, own, shared or {}, rng)
             params = {**params, **more} if more else params
         refuse_parameters(self.method, self.site.path, params, self._suffixes_at(self.view), beside=shared or ())

@@ -101,16 +101,31 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore all attributes of the model after the context, whatever its code sets inside.
 
     Otherwise code that keeps a tensor for the next call would keep a fake tensor after a capture. Restored are the
-    attributes of every module and of the plain objects in them, and the contents of their lists, dicts and sets.
+    attributes of every module and of the plain objects in them, the contents of their lists, dicts and sets, and the
+    memory of parameters whose `data` the code replaces, as bitsandbytes does where it repacks a layer.
     """
     before: dict[int, tuple[object, object]] = {}
     for module in model.modules():
         _remember(vars(module), before, _DEPTH)
+    held = [(p, data) for p in model.parameters() if _has_memory(data := p.data)]
     try:
         yield
     finally:
         for container, contents in before.values():
             _restore(container, contents)
+        for parameter, data in held:
+            if _place(parameter.data) != _place(data):
+                parameter.data = data
+
+
+def _has_memory(data: torch.Tensor) -> bool:
+    """Return whether a tensor is torch's own, and has one memory: a sparse one has several, a part of a whole none."""
+    return type(data) is torch.Tensor and data.layout is torch.strided
+
+
+def _place(data: torch.Tensor) -> tuple[object, ...]:
+    """Return what tells a tensor's memory, and its place there."""
+    return data.untyped_storage()._cdata, data.storage_offset(), data.shape
 
 
 _DEPTH = 4  #: how deep into an attribute's value

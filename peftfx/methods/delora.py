@@ -17,11 +17,10 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import dropped
-from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.common.patterns import by_path, pattern_of, refuse_ranks
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 A, B, LENGTH, NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
@@ -59,8 +58,7 @@ class DeLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "DeLoRA(r=8)")
+        refuse_ranks(self.r, self.rank_pattern, "DeLoRA")
 
     @property
     def neutral(self) -> bool:

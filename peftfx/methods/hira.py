@@ -18,7 +18,7 @@ from torch import Tensor
 from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.low_rank import product
-from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.common.patterns import by_path, pattern_of, refuse_ranks
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -58,8 +58,7 @@ class HiRA(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "HiRA(r=32)")
+        refuse_ranks(self.r, self.rank_pattern, "HiRA")
 
     @property
     def neutral(self) -> bool:

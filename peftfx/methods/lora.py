@@ -38,6 +38,7 @@ from peftfx.contract.common.lora.kasa import DIAG, with_diagonal
 from peftfx.contract.common.lora.refusals import REFUSED, refuse_together
 from peftfx.contract.common.lora.starts import begin, doubt_of, known_start, obstacle_of
 from peftfx.contract.common.low_rank import A, B, dense, padding_in_peft, product
+from peftfx.contract.common.patterns import refuse_ranks
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.errors import PeftfxError
@@ -102,8 +103,7 @@ class LoRA(LoraForms):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "LoRA(r=8)")
+        refuse_ranks(self.r, self.rank_pattern, "LoRA")
         object.__setattr__(self, "init_lora_weights", known_start(self.init_lora_weights))
         refuse_together(self.use_dora, self.alora_invocation_tokens, self.use_bdlora, self.kasa_config)
         if self._linear_alone and self.init_lora_weights not in (True, False, "gaussian"):

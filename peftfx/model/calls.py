@@ -28,6 +28,7 @@ from peftfx.model.peft_surface import PeftSurface
 from peftfx.model.processes.gathered import gathered_for, refuse_graph
 from peftfx.views.arguments import named_arguments
 
+_CACHES = ("use_cache", "past_key_values")  #: arguments by which a model's own code reads or returns a cache
 LOSS = "loss"  #: the output that methods add their penalties to
 
 
@@ -74,7 +75,7 @@ class AdapterCalls(PeftSurface):
         if names is not None:
             return self._run_by_row(names, args, kwargs)
         if self.road == "graph":
-            refuse_graph(self, self.obstacle)
+            refuse_graph(self, self.obstacle, hosted=self._runs_in_modules())
             with acting(None):  # a forward that other code set lets adapters act, and a capture is of the base
                 return self._run_graph_or_tell(args, kwargs)
         names = self.named.called
@@ -200,6 +201,12 @@ class AdapterCalls(PeftSurface):
         try:
             return self._run_graph(args, kwargs)
         except PeftfxError as error:
+            named = named_arguments(self.base, args, kwargs)
+            asked = next((name for name in _CACHES if named.get(name) not in (None, False)), None)
+            if asked is not None:
+                what = "calls run a graph here, which takes and returns no cache of keys and values"
+                hint = 'leave it out; generate has a cache; or take the other road: transform(..., road="modules")'
+                raise PeftfxError(what, asked, hint) from error
             if type(error) is not PeftfxError or not self._runs_in_modules():
                 raise
             hint = f"{error.hint}; or " if error.hint else ""

@@ -60,6 +60,10 @@ def refuse_unknown_parameters(base: nn.Module, method: Method, sites: Sites) -> 
         left = next((parameter for parameter in named if parameter not in known), None)
         if left is not None:
             owner = left.rpartition(".")[0]
+            kind = next((site.kind for site in sites if site.parameter == left and site.kind in method.kinds), None)
+            if kind is not None:
+                what = f"target_parameters name weights of {' or '.join(BY_PARAMETER)}, and this is one of {kind}"
+                raise PeftfxError(what, left, f"name its module in target_modules: {owner.rpartition('.')[2]}")
             why = why_no_place(owner, base, sites, method.kinds) or "it is no linear weight"
             hint = "experts can where only products read them: model.set_experts_implementation('grouped_mm')"
             raise PeftfxError(f"this parameter cannot be adapted here: {why}", left, hint)

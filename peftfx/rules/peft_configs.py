@@ -18,7 +18,7 @@ from peftfx.sites.expression import ALL_LINEAR
 
 def is_peft_config(rule: object) -> bool:
     """Return whether a rule is a config object like HF PEFT's."""
-    return hasattr(rule, "peft_type") and hasattr(rule, "to_dict")
+    return hasattr(rule, "peft_type") and hasattr(rule, "to_dict") and not isinstance(rule, type)
 
 
 def method_from_object(config: Any, base: nn.Module) -> Method:

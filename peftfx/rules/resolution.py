@@ -34,7 +34,7 @@ from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, tell_read_past
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
 from peftfx.sites.sites import Sites
-from peftfx.sites.target import Where, select, unknown_words
+from peftfx.sites.target import Where, names_path, select, unknown_words
 
 _M = TypeVar("_M", bound=Method)
 
@@ -80,6 +80,8 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     own = [p for p in chosen_placements(method, base, sites) if not is_inside(p.site.path, saved)]
     for word, near in unknown_words(sites, where(method)).items():
         warn(f"{word!r} is no role and no module that this model runs: it picks nothing. {near}".strip())
+    if method.exclude_modules and not _excluded(base, method, sites):
+        warn(f"exclude_modules={method.exclude_modules!r} names no layer of this model: it excludes nothing")
     own = as_modules(base, method, own)
     if any(p.key.endswith(".") for p in own):  # a copy is kept under its site's path
         what = "the model itself is a targeted layer, and a copy of its tensors has no name: no path leads to it"
@@ -92,6 +94,13 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
         done |= set(_inside_of(base, saved))
         refuse_unplaced(base, method, sites, where(method), done)
     return Placed(method, Placements(own), tuple(overrides_of(base, method, saved, [p.site for p in own])))
+
+
+def _excluded(base: nn.Module, method: Method, sites: Sites) -> bool:
+    """Return whether `exclude_modules` names a site, or a layer that this call does not run."""
+    named = names_path(method.exclude_modules or (), "exclude_modules")
+    paths = (as_named(base, method, site).path for site in sites)
+    return any(map(named, paths)) or any(named(path) for path, m in own_modules(base) if m._parameters)
 
 
 def _inside_of(base: nn.Module, modules: Sequence[str]) -> Iterable[str]:

@@ -165,11 +165,17 @@ def _modules(modules: Modules) -> Picker:
 
 
 def _named(modules: Modules, option: str) -> Callable[[Site], bool]:
+    names = names_path(modules, option)
+    return lambda site: names(site.path)
+
+
+def names_path(modules: Modules, option: str) -> Callable[[str], bool]:
+    """Return the function that says whether modules, given as in HF PEFT in this `option`, name a module's path."""
     if isinstance(modules, str):
         pattern = compiled(modules, option)
-        return lambda site: bool(pattern.fullmatch(site.path))
+        return lambda path: bool(pattern.fullmatch(path))
     names = frozenset(modules)
-    return lambda site: not names.isdisjoint(ends_of(site.path))
+    return lambda path: not names.isdisjoint(ends_of(path))
 
 
 _LAYER = r"(?:^|.*?\.)(?:{})\.(?P<layer>\d+)\."
@@ -223,6 +229,9 @@ def _asked(where: Where) -> list[str]:
 
 
 def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:
+    if where.get("target_modules") is not None and not (where["target_modules"] or where.get("target_parameters")):
+        what = "it names no module, and there are no target_parameters"
+        return PeftfxError(what, "target_modules", "name modules, or leave it out: the method then takes its own")
     texts = _asked(where)
     sites = [reason.site for reason in reasons]
     names = {end for site in sites for end in (site.path, site.path.rpartition(".")[2])}

@@ -89,6 +89,9 @@ def capture(
     leaves, in_spec = pytree.tree_flatten_with_path(dict(inputs))
     refuse_hidden_tensors(leaves)
     tensors = {path_name(path): leaf for path, leaf in leaves if isinstance(leaf, torch.Tensor)}
+    if not tensors:
+        given = ", ".join(inputs) or type(model).__name__
+        raise PeftfxError("the call gives no tensor, and a graph has tensors for inputs", given, "pass tensors")
     if axes is None:
         axes = with_fixed_sizes(axes_of_forward(model, inputs), model, inputs)
         freed = free_images(axes, model, inputs)

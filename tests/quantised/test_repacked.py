@@ -19,6 +19,7 @@ from peftfx.errors import PeftfxWarning
 from peftfx.model.adapted import AdaptedModel
 from peftfx.twins.layers import codes_in
 from peftfx.twins.repacked import ROUNDED, is_repacked
+from peftfx.views.prefix import cache_shape
 
 bnb = pytest.importorskip("bitsandbytes")
 packing = pytest.mark.skipif(
@@ -166,3 +167,19 @@ def test_repacked_codes_are_read_exactly_and_the_layer_left_alone(kind: str, dou
     assert torch.equal(found.packed(), codes)
     assert torch.equal(found.magnitudes(), scales.bfloat16().float())
     assert found.format.endswith(ROUNDED)
+
+
+@packing
+@pytest.mark.parametrize("training", [True, False])
+def test_a_prefix_is_measured_on_layers_that_stay_as_they_are(training: bool, tmp_path: Path) -> None:
+    rule = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(base(), rule)
+    theirs.save_pretrained(tmp_path)
+    model = peftfx.load(base(), tmp_path)
+    layer = model.base.model.layers[0].self_attn.q_proj
+    before = layer.weight.data
+    cache_shape(model.base, False)
+    assert layer.weight.data.shape == before.shape
+    assert not is_repacked(layer)
+    losses = [m.train(training)(input_ids=IDS, labels=IDS).loss for m in (theirs, model)]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=0)

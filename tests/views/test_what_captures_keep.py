@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.views.dry_run import fake_run
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
 
@@ -80,3 +81,21 @@ def test_attributes_of_parameters_and_buffers_are_read_in_a_capture() -> None:
         torch.testing.assert_close(graph.run(x)[0], layers(x))
     with pytest.raises(AttributeError, match="gain"):
         torch.ones(2).gain  # type: ignore[attr-defined]  # noqa: B018
+
+
+class Repacking(nn.Linear):
+    """A layer whose code puts its weight into another form when it first runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.data
+        self.weight.data = weight.flatten()
+        return x @ weight.T
+
+
+def test_a_parameter_whose_data_the_code_replaces_has_its_own_after_a_run_on_fake_tensors() -> None:
+    layer = Repacking(3, 2, bias=False)
+    memory = layer.weight.data_ptr()
+    with fake_run(layer) as fake:
+        layer(fake(torch.ones(4, 3)))
+    assert layer.weight.shape == (2, 3)
+    assert layer.weight.data_ptr() == memory

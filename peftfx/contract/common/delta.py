@@ -14,10 +14,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.contract.common.low_rank import dense
-from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.common.patterns import by_path, pattern_of, refuse_ranks
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 
@@ -73,8 +72,7 @@ class LycorisMethod(DeltaMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1 or any(r < 1 for r in self.rank_pattern.values()):
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", f"{type(self).__name__}(r=8)")
+        refuse_ranks(self.r, self.rank_pattern, type(self).__name__)
 
     @property
     def scaling(self) -> float:

@@ -7,9 +7,33 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 from peftfx.contract.method import Method
+from peftfx.errors import PeftfxError
 from peftfx.sites.patterns import compiled
 
 N = TypeVar("N", int, float)
+
+
+def refuse_ranks(r: int, rank_pattern: Mapping[str, int], method: str) -> None:
+    """Refuse a rank, or a rank of some modules, that is below 1."""
+    refuse_small("the rank", "r", r, rank_pattern, f"{method}(r=8)", "rank_pattern")
+
+
+def refuse_small(what: str, option: str, value: int, pattern: Mapping[str, int], hint: str, of_pattern: str) -> None:
+    """Refuse a value of an option, or one of its pattern, that is below 1.
+
+    Args:
+        what: the option, as a message names it.
+        option, value: its name and its value.
+        pattern: its values for the module paths that match a key.
+        hint: what is said to do about `value`.
+        of_pattern: the name of the option that holds `pattern`.
+    """
+    if value < 1:
+        raise PeftfxError(f"{what} must be 1 or more, not {value}", option, hint)
+    for key, own in pattern.items():
+        if own < 1:
+            hint = "to leave modules out, name them in exclude_modules"
+            raise PeftfxError(f"{what} must be 1 or more, not {own}", f"{of_pattern}, {key}", hint)
 
 
 def by_path(patterns: Mapping[str, float], option: str, path: str, default: float) -> float:

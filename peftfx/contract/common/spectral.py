@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import DeltaMethod
-from peftfx.contract.common.patterns import by_path, pattern_of
+from peftfx.contract.common.patterns import by_path, pattern_of, refuse_small
 from peftfx.contract.method import Base, Method
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -48,9 +48,11 @@ class SpectralMethod(DeltaMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_frequency < 1 or any(n < 1 for n in self.n_frequency_pattern.values()):
-            what = f"the number of coefficients must be 1 or more, not {self.n_frequency}"
-            raise PeftfxError(what, "n_frequency", f"{type(self).__name__}(n_frequency=1000)")
+        hint = f"{type(self).__name__}(n_frequency=1000)"
+        pattern = self.n_frequency_pattern
+        refuse_small(
+            "the number of coefficients", "n_frequency", self.n_frequency, pattern, hint, "n_frequency_pattern"
+        )
 
     @property
     def neutral(self) -> bool:

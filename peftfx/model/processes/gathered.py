@@ -35,14 +35,21 @@ def gathering(model: nn.Module, what: str) -> bool:
     return True
 
 
-def refuse_graph(model: nn.Module, obstacle: str) -> None:
+def refuse_graph(model: nn.Module, obstacle: str, *, hosted: bool) -> None:
     """Refuse the graph road for a sharded model, because FSDP2 gathers weights only for the calls of modules.
+
+    Args:
+        model: the model.
+        obstacle: why calls run a graph.
+        hosted: whether the modules could run the adapters too, if that was asked for.
 
     Raises:
         PeftfxError: the model is sharded.
     """
     if is_sharded(model):
         what = f"each process has a part of this model's weights, and calls run a graph, which gathers none: {obstacle}"
+        if hosted:
+            raise PeftfxError(what, "road", 'take the other road: peftfx.transform(..., road="modules")')
         raise PeftfxError(what, "road", "adapt places that modules can host, or train under DDP")
 
 

@@ -52,13 +52,19 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     elif str(error).strip():
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
         if getattr(call, "inputs", None) is None and _lacks_processor(model):
-            hint = "copy the files of its processor (preprocessor_config.json) into its folder, or pass --view decode"
+            hint = _PROCESSOR
         if lacks_padding(model) and "padding" in str(error):
             hint = "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
         why, line = f"its code asserts `{asserted}`", raised_at(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
+
+
+_PROCESSOR = (
+    "copy the files of its processor (preprocessor_config.json) into its folder; or pass --view decode, or, in Python, "
+    "inputs= of a text without images, to adapt the layers that it runs"
+)
 
 
 def _lacks_processor(model: nn.Module) -> bool:
