@@ -80,7 +80,9 @@ def _rows_in_outputs(graph: Graph) -> dict[str, int]:
     rows = str(placeholders[numbered].meta["val"].shape[0])
     values = pytree.tree_leaves(graph.module.graph.output_node().args[0])
     made = {
-        name: value.meta["val"] for name, value in zip(onnx_outputs(graph), values, strict=True) if hasattr(value, "meta")
+        name: value.meta["val"]
+        for name, value in zip(onnx_outputs(graph), values, strict=True)
+        if hasattr(value, "meta")
     }
     sizes = {name: [*map(str, value.shape)] for name, value in made.items() if isinstance(value, Tensor)}
     return {name: own.index(rows) for name, own in sizes.items() if rows in own}
