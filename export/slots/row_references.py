@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from peftfx.export.deployment.deployment import Inputs
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.slots.encoders import ENCODED_APART
+from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import named_in
@@ -79,7 +80,9 @@ def _rows_in_outputs(graph: Graph) -> dict[str, int]:
     rows = str(placeholders[numbered].meta["val"].shape[0])
     values = pytree.tree_leaves(graph.module.graph.output_node().args[0])
     made = {
-        name: value.meta["val"] for name, value in zip(graph.outputs, values, strict=True) if hasattr(value, "meta")
+        name: value.meta["val"]
+        for name, value in zip(onnx_outputs(graph), values, strict=True)
+        if hasattr(value, "meta")
     }
     sizes = {name: [*map(str, value.shape)] for name, value in made.items() if isinstance(value, Tensor)}
     return {name: own.index(rows) for name, own in sizes.items() if rows in own}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import linecache
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +21,11 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.loops.recurrent_layers import recurrent_layers
 
 _TORCH = str(Path(torch.__file__).parent)
+_DEF = re.compile(r"\s*def (\w+)")
 _ASSERTS = str(Path(torch.nn.modules.module.__file__))  #: runs the module with a program's own guards
 
-_OF_STRIDES = ("contiguous", "strides", "dense")  #: words in the names of torch's functions that compare strides
+#: Words in the names of torch's functions that compare strides. `should_fold` does so to pick a kernel of a product.
+_OF_STRIDES = ("contiguous", "strides", "dense", "should_fold")
 
 
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
@@ -106,7 +110,7 @@ def _binds(guard: ShapeGuard) -> bool:
     compare strides: those of an image that has become one pixel are equal.
     """
     inside = _asking_file(guard).startswith(_TORCH)
-    if inside and any(word in str(getattr(guard.sloc.framework_loc, "name", "")) for word in _OF_STRIDES):
+    if inside and any(word in _asking_function(guard) for word in _OF_STRIDES):
         return False
     expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
     return not inside or isinstance(expr, sympy.Eq)
@@ -116,6 +120,16 @@ def _asking_file(guard: ShapeGuard) -> str:
     """Return the file of torch that asked."""
     place = guard.sloc.framework_loc
     return str(getattr(place, "filename", place))
+
+
+def _asking_function(guard: ShapeGuard) -> str:
+    """Return the name of torch's function that asked; of what has none, such as `<genexpr>`, of the one around it."""
+    place = guard.sloc.framework_loc
+    name = str(getattr(place, "name", ""))
+    if not name.startswith("<"):
+        return name
+    before = linecache.getlines(_asking_file(guard))[: place.lineno]  # type: ignore[union-attr]
+    return next((found[1] for line in reversed(before) if (found := _DEF.match(line))), name)
 
 
 def _always(expr: sympy.Basic, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]) -> bool:

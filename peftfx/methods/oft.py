@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.skew import skew_matrix
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -126,10 +127,7 @@ class OFT(WeightMethod):
     def _rotation(self, base: Base, p: Params) -> Tensor:
         """Return the blocks of `R`, [blocks, size, size]."""
         size = self._block(base.weight.shape[1])
-        upper = torch.triu_indices(size, size, 1, device=p[R].device)
-        skew = p[R].new_zeros(len(p[R]), size * size).index_copy(1, upper[0] * size + upper[1], p[R])
-        skew = skew.view(-1, size, size)
-        skew = skew - skew.transpose(1, 2)
+        skew = skew_matrix(p[R], size)
         if self.coft:
             most = self.eps * len(skew) ** -0.5
             length = skew.norm(dim=(1, 2), keepdim=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import dropped
+from peftfx.contract.common.skew import skew_matrix
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
@@ -134,9 +135,7 @@ class PSOFT(WeightMethod):
 
     def _orthogonal(self, upper: Tensor, eye: Tensor) -> Tensor:
         """Return Cayley's form `(I + Q) (I - Q)^-1` of the skew matrix `Q` with upper entries `upper`."""
-        rows, columns = torch.triu_indices(self.r, self.r, 1, device=upper.device)
-        skew = upper.new_zeros(self.r * self.r).index_copy(0, rows * self.r + columns, upper).view(self.r, self.r)
-        skew = skew - skew.T
+        skew = skew_matrix(upper, self.r)
         if not self.use_cayley_neumann:
             return torch.linalg.solve(eye - skew, eye + skew, left=False)
         if self.cayley_neumann_eps is not None:

@@ -43,6 +43,7 @@ _FORMATS = {
     "fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
     "fbgemm_fp8": Format(fp8.MARKS, fp8.NAMES, fp8.read),
 }
+_WEIGHTS = ("weight", "bias")  #: whose integers mean nothing without scales; other integers are a model's buffers
 _KNOWN = ("bitsandbytes", *(name for name in _FORMATS if " " not in name))
 
 
@@ -96,8 +97,9 @@ def read_checkpoint(
         what = "the files have no layer that is quantised as the config says"
         raise PeftfxError(what, str(where), f"the names of such tensors end in {' or '.join(layers.marks)}")
     _refuse_left(tensors, layers, where)
-    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    return found | {n: t if t.dtype == dtype else Stored(t, dtype) for n, t in floating.items()}
+    plain = {name: t for name, t in tensors.items() if t.is_floating_point() or not name.endswith(_WEIGHTS)}
+    narrow = {n: Stored(t, dtype) for n, t in plain.items() if t.is_floating_point() and t.dtype != dtype}
+    return found | plain | narrow
 
 
 def _mapped(files: Iterable[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:

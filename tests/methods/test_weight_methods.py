@@ -253,3 +253,23 @@ def test_doras_layer_is_not_at_once_where_a_weight_would_round_the_update_away_o
     assert not is_scaled_at_once(x, nn.Parameter(weight), None, a)
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_scaled_at_once(x, weight, None, a)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [peft.OFTConfig(r=0, oft_block_size=2), peft.PsoftConfig(r=1, use_cayley_neumann=True)],
+    ids=["oft", "psoft"],
+)
+def test_a_rotation_of_one_number_has_no_entries(config: peft.PeftConfig, tmp_path: Path) -> None:
+    """HF PEFT makes blocks of one number of a layer with one feature; ONNX has no list of no places."""
+    torch.manual_seed(0)
+    base, given = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 6)), {"input": torch.randn(3, 1)}
+    config = copy.deepcopy(config)
+    config.target_modules = ["0"]
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    adapted = peftfx.load(base.eval(), tmp_path / "adapter", inputs=given)
+    adapted.export(tmp_path / "out", inputs=given, merge=False)
+    (got,) = OnnxModel(tmp_path / "out")(**given).values()
+    torch.testing.assert_close(got, theirs(given["input"]).detach(), atol=1e-5, rtol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 import sympy
 import torch
 from torch import Tensor
+from torch._decomp.decompositions import should_fold
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
@@ -13,7 +14,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from peftfx import PeftfxError
-from peftfx.graph.trace import _always, asked_of_sizes, splits, trace
+from peftfx.graph.trace import _always, _binds, asked_of_sizes, splits, trace
 
 
 @pytest.fixture
@@ -62,3 +63,15 @@ def test_a_statement_that_is_true_for_large_sizes_splits_nothing(rows: Tensor) -
         (sympy.Eq(size, 7), {}, True),
     ):
         assert (splits([guard._replace(expr=expr)], axes) is not None) == found, expr
+
+
+def test_torchs_choice_of_a_kernel_for_a_product_by_strides_is_no_branch() -> None:
+    """Torch asks it inside a generator expression, which has no name of its own."""
+    mode, free = FakeTensorMode(shape_env=ShapeEnv()), StatelessSymbolicContext([DimDynamic.DYNAMIC] * 3)  # type: ignore[list-item, var-annotated]
+    rows, tokens, stride = mode.from_tensor(torch.zeros(3, 6, 24), symbolic_context=free).shape
+    with mode:
+        x, factor = torch.empty_strided((rows, tokens, 4), (stride, 4, 1)), torch.zeros(4, 2)
+    with asked_of_sizes([x]) as asked:
+        assert should_fold(x, factor, is_out=False)
+    assert asked
+    assert not any(map(_binds, asked))

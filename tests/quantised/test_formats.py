@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from quantised.formats import FORMATS, IDS, METADATA, on_identity, picked
 from support import quantised as q
 
@@ -76,3 +77,16 @@ def test_a_base_is_exported_as_it_is(name: str, tmp_path: Path) -> None:
         want = adapted(IDS).logits
     got = served(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max())))
+
+
+def test_integers_that_are_no_codes_are_the_files_too(tmp_path: Path) -> None:
+    config = hf.MraConfig(**q.SIZES, vocab_size=50, max_position_embeddings=32, block_per_row=2)
+    torch.manual_seed(0)
+    model = hf.MraForSequenceClassification(config).eval()
+    model.mra.embeddings.position_ids.copy_(model.mra.embeddings.position_ids.flip(1))
+    said, pack, _ = FORMATS["fp8"]
+    q.write(tmp_path / "base", model, said, pack)
+    loaded = load_base(tmp_path / "base")
+    assert torch.equal(loaded.get_buffer("mra.embeddings.position_ids"), model.mra.embeddings.position_ids)
+    ids = torch.arange(32).unsqueeze(0)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -9,8 +9,10 @@ import torch
 import transformers as hf
 from support.slots import GREEDY, adapted_by, stirred, texts
 from support.zoo import TOKENS, ZOO
+from torch import nn
 
 from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning, PTuning, runtime, transform
+from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.row_adapters import IDS, lay
 
@@ -80,6 +82,31 @@ def test_token_types_are_dropped_in_rows_that_have_a_prompt_alone(tmp_path: Path
         with torch.no_grad():
             want = adapted(**{key: value[row : row + 1] for key, value in inputs.items()}).last_hidden_state
         torch.testing.assert_close(got[row : row + 1, : want.shape[1]], want, atol=1e-4, rtol=1e-4)
+
+
+class Denoises(nn.Module):
+    """Returns what it takes, by the same name, as denoisers do; in ONNX the output is `sample.output`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, sample: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sample": self.outer(self.inner(sample)).sigmoid()}
+
+
+def test_rows_of_an_output_with_the_name_of_an_input_are_each_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"sample": torch.randn(3, 6)}
+    low = LoRA(r=2, target="all-linear", init_lora_weights=False)
+    adapted = transform(Denoises().eval(), low, "one", inputs=inputs)
+    adapted.add_adapter("two", low, seed=1)
+    assert made_by_sigmoids(adapted.graph(inputs)) == {"sample.output"}
+    adapted.export(tmp_path / "out", inputs=inputs, batched=["one", "two"])  # held against each alone
+    got = runtime.load(tmp_path / "out")(**inputs, adapter_ids=["two", None, "one"])["sample.output"]
+    for row, name in enumerate(("two", (), "one")):
+        adapted.set_adapter(name)
+        torch.testing.assert_close(got[row], adapted(**inputs)["sample"].detach()[row], atol=1e-5, rtol=1e-5)
 
 
 def test_a_row_has_its_prompt_its_text_and_then_padding() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from peftfx.export.translation.program import onnx_outputs
 from peftfx.graph.graph import Graph
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ def made_by_sigmoids(graph: Graph) -> frozenset[str]:
     seen: dict[fx.Node, bool] = {}
     return frozenset(
         name
-        for name, node in zip(graph.outputs, results, strict=True)
+        for name, node in zip(onnx_outputs(graph), results, strict=True)
         if isinstance(node, fx.Node) and _from_sigmoid(node, seen)
     )
 
