@@ -89,7 +89,13 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
             "hidden_size": 32,
             "intermediate_size": 48,
             "position_embedding_size": 16,
-        }
+        },
+        "audio_config": {
+            "model_type": "gemma4_audio",
+            "subsampling_conv_channels": [16, 4],
+            "output_proj_dims": 24,
+            **dict.fromkeys(("attention_chunk_size", "attention_context_left"), 4),
+        },
     },
     "pix2struct_vision_model": {"patch_embed_hidden_size": 192, "seq_len": 32},
     "florence_vision": {
@@ -166,6 +172,14 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "projector_hidden_size": 32,
         "vision_hidden_size": 32,
         "vision_config": {"video_temporal_patch_size": 2},
+        "audio_config": {
+            "model_type": "parakeet_encoder",
+            "subsampling_conv_channels": 8,
+            "num_mel_bins": 16,
+            "projection_hidden_size": 24,
+            "projection_bias": True,
+        },
+        "audio_token_id": 96,
     },
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
@@ -181,7 +195,8 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
             "patch_size": 8,
             "pooling_kernel_size": 2,
             "mm_posemb_size": 16,
-        }
+        },
+        "audio_config": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 40},
     },
     "granite4_vision": {
         **_TILES,

@@ -116,7 +116,13 @@ def shrunk(kind: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedCo
             made[name] = shrunk(part_kind, {**OWN_SIZES.get(named, {}), **part})
         elif (small := _small(name, value, default)) is not None:
             made[name] = small
-    made |= {name: value for name, value in own.items() if name not in made and name not in kind.sub_configs}
+    for name, value in own.items():
+        if name not in made and name not in kind.sub_configs:
+            made[name] = value
+        elif name not in made and "model_type" in value:  # a part that is left out by default
+            named = value["model_type"]
+            rest = {field: own for field, own in value.items() if field != "model_type"}
+            made[name] = shrunk(CONFIG_MAPPING[named], {**OWN_SIZES.get(named, {}), **rest})
     return kind(**made)
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.bases.processors.readers import reads_images
 from peftfx.bases.processors.sounds.in_forward import (
     ENCODE_SOUND,
     SOUND_TOKENS,
+    heard_and_seen,
     hears_in_forward,
     needed_by,
     sound_encoder,
@@ -27,6 +27,8 @@ from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.capturing.raised import line_of
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.embedded_sounds import why_not_embedded
+from peftfx.views.finding.handed_sounds import why_not_handed
+from peftfx.views.finding.image_views import find_images
 from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, picking
 
 #: How many times as long as an example's a recording is in a capture: code that cuts recordings into blocks then has
@@ -40,13 +42,15 @@ def why_not_heard(base: nn.Module) -> str:
     """Return why a model's sounds cannot be encoded apart from its text, or nothing if they can."""
     if sound_encoder(base) is None:
         return f"the model's class has no sound encoder that runs by itself (`{ENCODE_SOUND}`)"
-    if reads_images(base):
-        return "the views with a cache take images beside a text, or sounds, not both"
     accepted = inspect.signature(base.forward).parameters
     if "cache" not in accepted:
         return "the model's forward takes no cache"
-    made = example_inputs(base, sizes={"batch": 1})
-    return "" if any(name in made for name in RECORDINGS) else why_no_sound(base)
+    if heard_and_seen(base):
+        try:
+            find_images(base, of_any_size=True)
+        except PeftfxError as error:
+            return f"sounds go with images here, and {error.what}"
+    return "" if _one_sound(base) else why_no_sound(base)
 
 
 def why_no_sound(base: nn.Module) -> str:
@@ -60,6 +64,15 @@ def why_no_sound(base: nn.Module) -> str:
     if why and isinstance(why, str):  # of the last shape: a graph knows a mask's shape, and not its values
         return f"the model's sound encoder does not run on an example: {why}"
     return unknown
+
+
+def _one_sound(base: nn.Module) -> dict[str, Tensor]:
+    """Return an example of the arguments of one sound; nothing if there is none."""
+    if heard_and_seen(base):  # an example of a call has an image in its text
+        tried = sounds_in_text(base, inspect.signature(base.forward).parameters)
+        return next((sound for sound in tried if not isinstance(_encoded(base, sound), str)), {})
+    made = example_inputs(base, sizes={"batch": 1})
+    return made if any(name in made for name in RECORDINGS) else {}
 
 
 def hears(base: nn.Module) -> bool:
@@ -86,7 +99,7 @@ def find_sounds(base: nn.Module) -> Sounds:
 def _find(base: nn.Module) -> Sounds:
     if why := why_not_heard(base):
         raise PeftfxError(why, type(base).__name__, _HINT)
-    made = example_inputs(base, sizes={"batch": 1})
+    made, both = _one_sound(base), heard_and_seen(base)
     encode = sound_encoder(base)
     assert encode is not None  # there is an example
     taken = inspect.signature(encode).parameters
@@ -108,11 +121,29 @@ def _find(base: nn.Module) -> Sounds:
     token = first_of(base.config, *SOUND_TOKENS)
     assert isinstance(token, int)  # there is an example
     width, heard = int(features.shape[-1]), given[recording].dtype
-    embedded = hears_in_forward(base)
-    sounds = Sounds(token, width, features.dtype, heard, recording, tuple(shape), masks, lengths, embedded=embedded)
-    if why := (why_not_embedded if embedded else _why_not_already)(base, made, sounds):
+    embedded = hears_in_forward(base) and not both
+    sounds = Sounds(
+        *(token, width, features.dtype, heard, recording, tuple(shape), masks, lengths),
+        embedded=embedded,
+        handed=both,
+        flags=made[masks[0]].dtype if masks else torch.long,
+    )
+    if both:
+        why = why_not_handed(base, _text_with(base, token, features), given, sounds)
+    else:
+        why = (why_not_embedded if embedded else _why_not_already)(base, made, sounds)
+    if why:
         raise PeftfxError(f"the model's forward takes no encoded sounds: {why}", type(base).__name__, _HINT)
+    if both:
+        return sounds
     return dataclasses.replace(sounds, picks=picking(inspect.signature(base.forward).parameters, taken, recording))
+
+
+def _text_with(base: nn.Module, token: int, features: Tensor) -> Tensor:
+    """Return a text, int64[1, sequence], with a token of text on both sides of those of a sound."""
+    pieces = features.shape[0] if isinstance(features.shape[0], int) else 2  # one number is as good as another
+    text = example_inputs(base, sizes={"batch": 1, "sequence": 2})["input_ids"][:, -2:]
+    return torch.cat((text[:, :1], torch.full((1, pieces), token), text[:, 1:]), 1)
 
 
 def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> Tensor | str:
