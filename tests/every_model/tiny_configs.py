@@ -107,7 +107,7 @@ def shrunk(kind: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedCo
         default = kind(**{name: value for name, value in own.items() if not isinstance(value, Mapping)})
     made: Fields = {}
     for name, value in _fields(default).items():
-        if name in own and not isinstance(value, PreTrainedConfig):
+        if name in own and not isinstance(value, PreTrainedConfig) and name not in kind.sub_configs:
             made[name] = own[name]
         elif isinstance(value, PreTrainedConfig):
             part = {**own.get(name, {})}
@@ -116,13 +116,11 @@ def shrunk(kind: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedCo
             made[name] = shrunk(part_kind, {**OWN_SIZES.get(named, {}), **part})
         elif (small := _small(name, value, default)) is not None:
             made[name] = small
-    for name, value in own.items():
-        if name not in made and name not in kind.sub_configs:
-            made[name] = value
-        elif name not in made and "model_type" in value:  # a part that is left out by default
-            named = value["model_type"]
-            rest = {field: own for field, own in value.items() if field != "model_type"}
-            made[name] = shrunk(CONFIG_MAPPING[named], {**OWN_SIZES.get(named, {}), **rest})
+    made |= {name: value for name, value in own.items() if name not in made and name not in kind.sub_configs}
+    for name in (name for name in kind.sub_configs if name in own and name not in made):  # left out by default
+        part = {**own[name]}
+        named = part.pop("model_type", None)
+        made[name] = part if named is None else shrunk(CONFIG_MAPPING[named], {**OWN_SIZES.get(named, {}), **part})
     return kind(**made)
 
 
