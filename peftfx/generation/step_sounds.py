@@ -12,7 +12,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from peftfx.errors import PeftfxError
 from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates, Step
+from peftfx.generation.step_images import GeneratesWithImages
+from peftfx.generation.step_videos import GeneratesWithVideos
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds
+from peftfx.views.sounds.beside_images import Hears
 from peftfx.views.sounds.views import DecodeWithSounds
 
 
@@ -25,7 +28,7 @@ class GeneratesWithSounds(Generates):
         encode_sounds: the function that runs the view of sounds.
     """
 
-    view: DecodeWithSounds
+    view: DecodeWithSounds | Hears  # type: ignore[assignment]
     encode_sounds: Step
     _heard = OfThread()
 
@@ -88,6 +91,14 @@ class GeneratesWithSounds(Generates):
         """Return the features of this call's sounds."""
         assert self._heard is not None
         return {**super().beside(), AUDIO_FEATURES: self._heard.to(self.sounds.dtype)}
+
+
+class GeneratesWithImagesAndSounds(GeneratesWithSounds, GeneratesWithImages):  # type: ignore[misc]
+    """A mixin for a class that generates with the views of a model of text, images and sounds."""
+
+
+class GeneratesWithVideosAndSounds(GeneratesWithSounds, GeneratesWithVideos):  # type: ignore[misc]
+    """A mixin for a class that generates with the views of a model of text, images, videos and sounds."""
 
 
 def _picked(features: Tensor, counts: Tensor, sounds: int, name: str) -> Tensor:
