@@ -34,6 +34,7 @@ from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, 
 #: How many times as long as an example's a recording is in a capture: code that cuts recordings into blocks then has
 #: several blocks. One frame more leaves a rest in the last block, as most recordings do.
 _LONGER = 7
+_BRANCHES = "its code branches on a mask's values"
 _known: WeakKeyDictionary[nn.Module, dict[torch.dtype, Sounds]] = WeakKeyDictionary()
 _HINT = "export its forward view (--view forward)"
 
@@ -60,8 +61,10 @@ def why_no_sound(base: nn.Module) -> str:
         return unknown
     if more := [name for name in needed_by(encode) if name not in RECORDINGS and not name.endswith("mask")]:
         return f"the model's sound encoder needs {', '.join(more)} too, beside a recording and its masks"
-    *_, why = ["", *(_encoded(base, s) for s in sounds_in_text(base, inspect.signature(base.forward).parameters))]
-    if why and isinstance(why, str):  # of the last shape: a graph knows a mask's shape, and not its values
+    tried = [_encoded(base, sound) for sound in sounds_in_text(base, inspect.signature(base.forward).parameters)]
+    whys = [why for why in tried if isinstance(why, str)]
+    if whys and len(whys) == len(tried):  # in a shape that fits, the code comes as far as to read a mask's values
+        why = next((why for why in whys if why.startswith(_BRANCHES)), whys[-1])
         return f"the model's sound encoder does not run on an example: {why}"
     return unknown
 
@@ -154,9 +157,7 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> Tensor | str:
         except Exception as error:  # whatever the model's code raises
             raise_if_memory_is_out(error)
             of_values = "data-dependent" in str(error)
-            return (
-                f"its code branches on a mask's values, at {line_of(error, base)}" if of_values else first_line(error)
-            )
+            return f"{_BRANCHES}, at {line_of(error, base)}" if of_values else first_line(error)
 
 
 def _takes(base: nn.Module, given: Mapping[str, Tensor], recording: str, axis: int, length: int) -> bool:
