@@ -14,8 +14,8 @@ from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_images import GeneratesWithImages
 from peftfx.generation.step_videos import GeneratesWithVideos
-from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds
 from peftfx.views.sounds.beside_images import Hears
+from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds
 from peftfx.views.sounds.views import DecodeWithSounds
 
 

@@ -35,12 +35,11 @@ from peftfx.views.sounds.beside_images import DecodeWithImagesAndSounds, DecodeW
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds, picking
 from peftfx.views.sounds.views import DecodeWithSounds
 
-
 _Base: Any = ServedGenerator if TYPE_CHECKING else object
 
 
 class Hearing(_Base):
-    """A mixin, before the steps of a served model, for one with a graph of its own that encodes the sounds of a call."""
+    """A mixin, before the steps of a served model, for one whose sounds are encoded by a graph of their own."""
 
     _hearing: OnnxModel
 

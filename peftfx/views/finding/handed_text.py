@@ -142,5 +142,3 @@ def ignores(base: nn.Module, name: str, ids: Tensor) -> bool:
             raise_if_memory_is_out(error)
             return False
     return one is not None and one == other
-
-

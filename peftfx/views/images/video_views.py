@@ -19,7 +19,7 @@ from peftfx.bases.processors.videos import video_of
 from peftfx.views.images.encoded import Images
 from peftfx.views.images.videos import FRAMES, VIDEO, Videos
 from peftfx.views.images.views import DecodeWithImages, ImageEncoder
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes
 from peftfx.views.written_features import WrittenFeatures
 
 _FEW = 2  #: the frames of an example; enough for a slice of a video

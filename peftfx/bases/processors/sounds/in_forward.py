@@ -108,6 +108,11 @@ class _AtPlaces:
         return _AnyNumber()
 
 
+def _is_number(value: object) -> bool:
+    """Return whether code may compare a number of tokens with this one of features: any but 0, that of no tokens."""
+    return isinstance(value, torch.SymInt) or (type(value) is int and value != 0)
+
+
 class _UpToText(TorchFunctionMode):
     """Ends a forward where it writes into embedded text, and keeps what it writes.
 
@@ -143,7 +148,7 @@ class _UpToText(TorchFunctionMode):
             if func in _SPREADS and self._is_places(args[0]):
                 self._spread[id(made)] = made
             return made
-        if func in COMPARES and not args[0].ndim:  # a number of tokens
+        if func in COMPARES and not args[0].ndim and _is_number(args[1]):  # a number of tokens
             with _disable_current_modes(), torch._C.DisableTorchFunction():
                 return torch.tensor(True)
         with _disable_current_modes(), torch._C.DisableTorchFunction():
