@@ -57,7 +57,11 @@ def gemma3n() -> hf.Gemma3nConfig:
 def _home() -> str:
     home = tempfile.TemporaryDirectory()
     _HOMES.append(home)
-    told = {"feature_extractor": json.loads(hf.Gemma3nAudioFeatureExtractor(feature_size=16).to_json_string())}
+    parts = {
+        "image_processor": hf.SiglipImageProcessor(size={"height": SIZE[0], "width": SIZE[1]}),
+        "feature_extractor": hf.Gemma3nAudioFeatureExtractor(feature_size=16),
+    }
+    told = {name: json.loads(part.to_json_string()) for name, part in parts.items()}
     (Path(home.name) / "processor_config.json").write_text(json.dumps(told), encoding="utf-8")
     return home.name
 
