@@ -81,6 +81,27 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 24,
         "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
     },
+    "gemma3n": {  # its embedding has tokens of images from 60 on, and of sounds from 80 on
+        "vision_config": {
+            "architecture": "test_byobnet",
+            "hidden_size": 256,
+            "vocab_offset": 60,
+            "vocab_size": 20,
+        },
+        "audio_config": {
+            "vocab_offset": 80,
+            "vocab_size": 19,
+            "input_feat_size": 16,
+            **dict.fromkeys(("conf_attention_chunk_size", "conf_num_attention_heads"), 4),
+            **dict.fromkeys(("conf_num_hidden_layers", "conf_reduction_factor"), 2),
+            "conf_attention_context_left": 5,
+            "sscp_conv_channel_size": [8, 4],
+        },
+        "audio_soft_tokens_per_image": 60,
+        "vision_soft_tokens_per_image": 4,
+        "image_token_id": 65,
+        "audio_token_id": 85,
+    },
     "gemma4": {
         "vision_config": {
             **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),

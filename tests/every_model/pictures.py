@@ -47,6 +47,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
         "use_thumbnail": False,
     },
     "gemma4": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    "gemma3n": {"class": "SiglipImageProcessor", "size": {"height": 64, "width": 64}},
     "florence2": {"class": "CLIPImageProcessor", **_SQUARE},
     "chameleon": _SQUARE,
     "gemma4_unified": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
@@ -72,6 +73,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
 
 #: The class of a type's extractor of sounds and its fields, where texts have sounds too.
 _HEARD: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gemma3n": ("Gemma3nAudioFeatureExtractor", {"feature_size": 16}),
     "gemma4": ("Gemma4AudioFeatureExtractor", {"feature_size": 16}),
     "gemma4_unified": ("Gemma4UnifiedAudioFeatureExtractor", {"feature_size": 40, "audio_samples_per_token": 40}),
 }

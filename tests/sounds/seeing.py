@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import peft
 import torch
-import transformers as hf
-from every_model.checks import _noisy, build
-from every_model.own_sizes import OWN_SIZES
-from every_model.tiny_configs import shrunk
+from every_model.checks import build
 from support.adapted import randomise
 from torch import Tensor, nn
 
@@ -25,7 +19,7 @@ from peftfx.bases.processors.sounds.in_forward import sound_encoder
 
 TASK, SIZE = "image-text-to-text", (64, 64)
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-BUILT = ("gemma4_unified", "gemma4", "nemotron_h_omni", "muse_spark")  #: those of the page of all models
+KINDS = ("gemma4_unified", "gemma4", "gemma3n", "nemotron_h_omni", "muse_spark")
 LONGEST = 96  #: frames, or tokens of samples, of the longest recording of a call
 
 Part = tuple[str, int, int] | int  #: an image with a seed, or a sound with a length and a seed; or a token of text
@@ -33,40 +27,7 @@ Part = tuple[str, int, int] | int  #: an image with a seed, or a sound with a le
 
 def made(kind: str) -> nn.Module:
     """A tiny model, the same each time."""
-    return build(TASK, kind) if kind in BUILT else _noisy(lambda: hf.Gemma3nForConditionalGeneration(gemma3n()))
-
-
-def gemma3n() -> hf.Gemma3nConfig:
-    """Its embedding has tokens of images from 60 on, and of sounds from 80 on. Each sound is filled up to 60 pieces."""
-    heard = {
-        **{"vocab_offset": 80, "vocab_size": 19, "input_feat_size": 16, "conf_attention_chunk_size": 4},
-        **{"conf_num_attention_heads": 4, "conf_num_hidden_layers": 2, "conf_attention_context_left": 5},
-        **{"sscp_conv_channel_size": [8, 4], "conf_reduction_factor": 2},
-    }
-    seen = {"architecture": "test_byobnet", "hidden_size": 256, "vocab_offset": 60}
-    counts = {"audio_soft_tokens_per_image": 60, "vision_soft_tokens_per_image": 4}
-    tokens = {"image_token_id": 65, "audio_token_id": 85}
-    own = {**OWN_SIZES.get("gemma3n", {}), "vision_config": seen, "audio_config": heard, **counts, **tokens}
-    config = shrunk(hf.Gemma3nConfig, own)
-    config.vision_config.vocab_size = 20
-    config.name_or_path = _home()
-    return config
-
-
-@functools.cache
-def _home() -> str:
-    home = tempfile.TemporaryDirectory()
-    _HOMES.append(home)
-    parts = {
-        "image_processor": hf.SiglipImageProcessor(size={"height": SIZE[0], "width": SIZE[1]}),
-        "feature_extractor": hf.Gemma3nAudioFeatureExtractor(feature_size=16),
-    }
-    told = {name: json.loads(part.to_json_string()) for name, part in parts.items()}
-    (Path(home.name) / "processor_config.json").write_text(json.dumps(told), encoding="utf-8")
-    return home.name
-
-
-_HOMES: list[tempfile.TemporaryDirectory[str]] = []  #: removed when the process ends
+    return build(TASK, kind)
 
 
 def saved(kind: str, directory: Path, alpha: int = 8, targets: str = "all-linear") -> peft.PeftModel:

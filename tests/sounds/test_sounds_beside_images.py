@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_model.checks import build
-from sounds.seeing import BUILT, OPTIONS, SIZE, TASK, call, loaded, made, saved
+from sounds.seeing import KINDS, OPTIONS, SIZE, TASK, call, loaded, made, saved
 from support.few import but_for
 
 import peftfx
@@ -20,10 +20,10 @@ from peftfx.views.finding.sound_views import find_sounds, why_not_heard
 from peftfx.views.images.encoded import encode_images
 from peftfx.views.sounds.encoded import encode_sounds
 
-I, S = ("image", 0, 1), ("sound", 57, 2)
-BOTH = [[5, 6, I, 7, S, 8, 9], [4, ("sound", 90, 3), ("image", 0, 4), 3]]
-APART = [[5, I, 7], [4, ("sound", 71, 5), 3], [9, 8, 7]]
-SEVERAL = [[S, 5, ("sound", 31, 6), I], [3, ("image", 0, 2), 4, ("image", 0, 3)]]
+SEEN, HEARD = ("image", 0, 1), ("sound", 57, 2)
+BOTH = [[5, 6, SEEN, 7, HEARD, 8, 9], [4, ("sound", 90, 3), ("image", 0, 4), 3]]
+APART = [[5, SEEN, 7], [4, ("sound", 71, 5), 3], [9, 8, 7]]
+SEVERAL = [[HEARD, 5, ("sound", 31, 6), SEEN], [3, ("image", 0, 2), 4, ("image", 0, 3)]]
 TEXT = [[4, 5, 9], [7, 8, 3]]
 
 
@@ -50,7 +50,7 @@ def test_a_view_with_both_encoded_gives_what_the_forward_gives() -> None:
 
 
 @pytest.mark.further
-@pytest.mark.parametrize("kind", but_for({"gemma4", "gemma3n"}, (*BUILT, "gemma3n")))
+@pytest.mark.parametrize("kind", but_for({"gemma4", "gemma3n"}, KINDS))
 def test_what_is_written_about_both_is_what_peft_writes(kind: str, tmp_path: Path) -> None:
     if kind == "gemma3n":
         pytest.importorskip("timm")
@@ -61,7 +61,7 @@ def test_what_is_written_about_both_is_what_peft_writes(kind: str, tmp_path: Pat
     assert set(served.graphs) == {"vision_encoder", "audio_encoder", "model"}
     asked = {**OPTIONS, "output_logits": True, "return_dict_in_generate": True}
     said = set()
-    for rows in (BOTH, APART, SEVERAL, TEXT, [[5, I, 7]], [[5, S, 7]]):
+    for rows in (BOTH, APART, SEVERAL, TEXT, [[5, SEEN, 7]], [[5, HEARD, 7]]):
         given = call(want.get_base_model(), rows)
         for beams in (1, 2) if rows in (BOTH, TEXT) else (1,):
             expected = want.generate(**given, **asked, num_beams=beams)
@@ -71,7 +71,7 @@ def test_what_is_written_about_both_is_what_peft_writes(kind: str, tmp_path: Pat
                 torch.testing.assert_close(own, logits, atol=5e-4, rtol=1e-3)
         said.add(tuple(found.sequences[0, -5:].tolist()))
     assert len(said) > 2
-    few = call(want.get_base_model(), [[5, S, 7]])
+    few = call(want.get_base_model(), [[5, HEARD, 7]])
     with pytest.raises(PeftfxError, match="tokens of sounds"):
         served.generate(**{**few, "input_ids": few["input_ids"][:, :-2], "attention_mask": None}, **OPTIONS)
 
