@@ -14,9 +14,7 @@ from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates, Step
 from peftfx.generation.step_images import GeneratesWithImages
 from peftfx.generation.step_videos import GeneratesWithVideos
-from peftfx.views.sounds.beside_images import Hears
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds
-from peftfx.views.sounds.views import DecodeWithSounds
 
 
 class GeneratesWithSounds(Generates):
@@ -28,14 +26,15 @@ class GeneratesWithSounds(Generates):
         encode_sounds: the function that runs the view of sounds.
     """
 
-    view: DecodeWithSounds | Hears  # type: ignore[assignment]
     encode_sounds: Step
     _heard = OfThread()
 
     @property
     def sounds(self) -> Sounds:
         """How the model reads sounds."""
-        return self.view.sounds
+        view: Any = self.view
+        sounds: Sounds = view.sounds
+        return sounds
 
     def forward(  # type: ignore[override]
         self,

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache
@@ -35,12 +35,12 @@ from peftfx.views.sounds.beside_images import DecodeWithImagesAndSounds, DecodeW
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds, picking
 from peftfx.views.sounds.views import DecodeWithSounds
 
-_Base: Any = ServedGenerator if TYPE_CHECKING else object
 
-
-class Hearing(_Base):
+class Hearing(GeneratesWithSounds):
     """A mixin, before the steps of a served model, for one whose sounds are encoded by a graph of their own."""
 
+    directory: Path
+    config: Any
     _hearing: OnnxModel
 
     def encode_sounds(self, inputs: dict[str, Tensor], _: Cache | None) -> Mapping[str, Tensor]:
@@ -57,7 +57,8 @@ class Hearing(_Base):
     @property
     def tensors(self) -> frozenset[str]:
         """The names of the arguments that are tensors, also of those that no graph takes."""
-        return super().tensors | {*self.sounds.names}
+        found: frozenset[str] = super().tensors  # type: ignore[misc]
+        return found | {*self.sounds.names}
 
     def _sounds_of(self, model: OnnxModel) -> Sounds:
         """Return how the model reads sounds, as its graphs and its config tell."""
@@ -70,13 +71,13 @@ class Hearing(_Base):
         width, dtype = int(model.axes[AUDIO_FEATURES][-1]), ONNX_DTYPES[model.types[AUDIO_FEATURES]]
         shape = tuple(size if isinstance(size, int) else None for size in axes[recording][1:])
         masks = tuple(name for name in taken if name != recording)
-        accepted = inspect.signature(class_of(self).forward).parameters  # type: ignore[attr-defined]
+        accepted = inspect.signature(class_of(self).forward).parameters  # type: ignore[arg-type, attr-defined]
         picks = picking(accepted, masks, recording)
         heard = ONNX_DTYPES[self._hearing.types[recording]]
         return Sounds(token, width, dtype, heard, recording, shape, masks, picks=picks)
 
 
-class ServedWithSounds(Hearing, ByOwnClass, GeneratesWithSounds, ServedGenerator):  # type: ignore[misc]
+class ServedWithSounds(Hearing, ByOwnClass, ServedGenerator):  # type: ignore[misc]
     """A model of text and sounds in ONNX Runtime. A graph of its own encodes the sounds once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel) -> None:
@@ -91,7 +92,7 @@ class ServedWithSounds(Hearing, ByOwnClass, GeneratesWithSounds, ServedGenerator
         return over_graphs(skeleton(self), _OwnClass, **parts, generation_config=self.generation_config)
 
 
-class ServedWithImagesAndSounds(Hearing, GeneratesWithSounds, ServedWithImages):  # type: ignore[misc]
+class ServedWithImagesAndSounds(Hearing, ServedWithImages):  # type: ignore[misc]
     """A model of text, images and sounds in ONNX Runtime. Graphs of their own encode images and sounds once."""
 
     def __init__(self, directory: Path, model: OnnxModel, encoder: OnnxModel, sounds: OnnxModel) -> None:
@@ -107,7 +108,7 @@ class ServedWithImagesAndSounds(Hearing, GeneratesWithSounds, ServedWithImages):
         return over_graphs(skeleton(self), _Seeing, **parts, generation_config=self.generation_config)
 
 
-class ServedWithVideosAndSounds(Hearing, GeneratesWithSounds, ServedWithVideos):  # type: ignore[misc]
+class ServedWithVideosAndSounds(Hearing, ServedWithVideos):  # type: ignore[misc]
     """A model of text, images, videos and sounds in ONNX Runtime. Graphs of their own encode all but the text once."""
 
     def __init__(
@@ -130,9 +131,9 @@ class _OwnClass(Buffered, GeneratesWithSounds):
     """The forward of the model's own class, which calls the graphs. The class's tensors are empty."""
 
 
-class _Seeing(Buffered, GeneratesWithImagesAndSounds):
+class _Seeing(Buffered, GeneratesWithImagesAndSounds):  # type: ignore[misc]
     """The same, with images."""
 
 
-class _Watching(Buffered, GeneratesWithVideosAndSounds):
+class _Watching(Buffered, GeneratesWithVideosAndSounds):  # type: ignore[misc]
     """The same, with images and videos."""

@@ -46,7 +46,7 @@ WITH_SOUNDS = Beside("audio", "sounds", "audio", ("feature_extractor", "audio_pr
 
 
 @dataclass(frozen=True)
-class Given:
+class GivenBeside:
     """What a run gives beside its prompt.
 
     Attributes:
@@ -77,7 +77,7 @@ def processor_of(directory: Path, *kinds: Beside) -> Any:
     return found
 
 
-def processed(processor: Any, asked: Asked, *given: Given, **options: object) -> Any:
+def processed(processor: Any, asked: Asked, *given: GivenBeside, **options: object) -> Any:
     """Return what a processor makes of the prompt and of what is beside it.
 
     Some processors put tokens for images before a prompt themselves, and others want them in it. With a chat template,
@@ -100,7 +100,7 @@ def processed(processor: Any, asked: Asked, *given: Given, **options: object) ->
     return dict(processor(text=_with_tokens(processor, asked.prompt, given), **beside))
 
 
-def _with_tokens(processor: Any, prompt: str, given: Sequence[Given]) -> str:
+def _with_tokens(processor: Any, prompt: str, given: Sequence[GivenBeside]) -> str:
     """Return the prompt with a token before it for each image or sound, unless it has such tokens already."""
     before = ""
     for one in given:
@@ -110,7 +110,7 @@ def _with_tokens(processor: Any, prompt: str, given: Sequence[Given]) -> str:
     return before + prompt
 
 
-def _templated(processor: Any, asked: Asked, given: Sequence[Given]) -> str:
+def _templated(processor: Any, asked: Asked, given: Sequence[GivenBeside]) -> str:
     beside = [{"type": one.kind.word} for one in given for _ in one.values]
     content = [*beside, {"type": "text", "text": asked.prompt}]
     said = [{"role": "user", "content": content}]

@@ -23,7 +23,7 @@ from peftfx.serving.runs.beside_prompts import (
     TEXT,
     WITH_IMAGES,
     WITH_VIDEOS,
-    Given,
+    GivenBeside,
     idle_outputs,
     processed,
     processor_of,
@@ -66,7 +66,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     images = [sized(read_image(path), model.images.picture) for path in asked.images]
     hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these images", hint):
-        made = processed(processor, asked, Given(WITH_IMAGES, images, model.images.token))
+        made = processed(processor, asked, GivenBeside(WITH_IMAGES, images, model.images.token))
     masks = (CROSS_MASK,) if isinstance(model, ServedOverImages) else ()
     known = (*TEXT, *types_in(model.images, made), *masks, *model.images.names)
     inputs = taken_by_graphs(made, known, asked.directory, idle_outputs(model.images, made))
@@ -82,7 +82,7 @@ def _about_videos(model: object, asked: Asked, out: TextIO | None) -> Found:
     videos = [np.stack(_frames(path, model.videos.picture)) for path in asked.videos]
     hint = "give as many videos as the prompt has video tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these videos", hint):
-        given = Given(WITH_VIDEOS, videos, model.videos.token)
+        given = GivenBeside(WITH_VIDEOS, videos, model.videos.token)
         made = processed(processor, asked, given, do_sample_frames=False)
     places = tuple(name for name in model.of_positions if name in made)
     kinds = (MODALITIES,) if model.images.sections and MODALITIES in made else ()

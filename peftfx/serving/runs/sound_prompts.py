@@ -15,7 +15,7 @@ from peftfx.serving.runs.beside_prompts import (
     TEXT,
     WITH_IMAGES,
     WITH_SOUNDS,
-    Given,
+    GivenBeside,
     idle_outputs,
     processed,
     processor_of,
@@ -50,10 +50,10 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
     images = model.images if isinstance(model, ServedWithImages) else None
     kinds = (WITH_IMAGES, WITH_SOUNDS) if asked.images else (WITH_SOUNDS,)
     processor = processor_of(asked.directory, *kinds)
-    given = [Given(WITH_SOUNDS, _heard(asked, processor), model.sounds.token)]
+    given = [GivenBeside(WITH_SOUNDS, _heard(asked, processor), model.sounds.token)]
     if images is not None and asked.images:
         pictures = [sized(read_image(path), images.picture) for path in asked.images]
-        given.insert(0, Given(WITH_IMAGES, pictures, images.token))
+        given.insert(0, GivenBeside(WITH_IMAGES, pictures, images.token))
     beside = {kind.plural: kind for kind in kinds}
     hint = "give as many {0} as the prompt has tokens of {0}, and no more than one if the processor takes no more"
     words = " and ".join(beside)

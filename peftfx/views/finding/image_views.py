@@ -22,7 +22,7 @@ from peftfx.errors import PeftfxError, first_line, listed, raise_if_memory_is_ou
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
 from peftfx.views.dry_run import fake_run
-from peftfx.views.finding.handed_text import ignores
+from peftfx.views.finding.handed.text import ignores
 from peftfx.views.finding.image_positions import own_positions
 from peftfx.views.images.encoded import Images
 

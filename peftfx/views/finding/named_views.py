@@ -98,17 +98,17 @@ def _decode(base: nn.Module) -> Decode:
         with suppress(PeftfxError):
             images = find_images(base)
     view = decode_view(base, images)
-    text, new_mask = (view.layers, view.positions), {"new_mask": view.new_mask}
+    text, new = (view.layers, view.positions), view.new_mask
     if images is None:
-        return view if sounds is None else DecodeWithSounds(*text, sounds, **new_mask)
+        return view if sounds is None else DecodeWithSounds(*text, sounds, new_mask=new)
     if takes_videos():
         videos = find_videos(base)
         if sounds is None:
-            return DecodeWithVideos(*text, images, videos, **new_mask)
-        return DecodeWithVideosAndSounds(*text, images, videos, sounds, **new_mask)
+            return DecodeWithVideos(*text, images, videos, new_mask=new)
+        return DecodeWithVideosAndSounds(*text, images, videos, sounds, new_mask=new)
     if sounds is None:
-        return DecodeWithImages(*text, images, **new_mask)
-    return DecodeWithImagesAndSounds(*text, images, sounds, **new_mask)
+        return DecodeWithImages(*text, images, new_mask=new)
+    return DecodeWithImagesAndSounds(*text, images, sounds, new_mask=new)
 
 
 def _sounds(base: nn.Module) -> Sounds | None:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from peftfx.bases.config_fields import first_of
 from peftfx.bases.dtypes import floating_dtype
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.image_size import Size
+from peftfx.bases.processors.pictures import chosen_size
 from peftfx.bases.processors.sounds.in_forward import (
     ENCODE_SOUND,
     SOUND_TOKENS,
     heard_and_seen,
     hears_in_forward,
-    needed_by,
+    needed_for_sounds,
     sound_encoder,
 )
 from peftfx.bases.processors.sounds.in_text import sounds_in_text
@@ -27,7 +29,7 @@ from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.views.capturing.raised import line_of
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.embedded_sounds import why_not_embedded
-from peftfx.views.finding.handed_sounds import why_not_handed
+from peftfx.views.finding.handed.sounds import why_not_handed
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, picking
 
@@ -35,7 +37,7 @@ from peftfx.views.sounds.encoded import Sounds, encode_sounds, encoded_already, 
 #: several blocks. One frame more leaves a rest in the last block, as most recordings do.
 _LONGER = 7
 _BRANCHES = "its code branches on a mask's values"
-_known: WeakKeyDictionary[nn.Module, dict[torch.dtype, Sounds]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, Size | None], Sounds | PeftfxError]] = WeakKeyDictionary()
 _HINT = "export its forward view (--view forward)"
 
 
@@ -57,9 +59,9 @@ def why_not_heard(base: nn.Module) -> str:
 def why_no_sound(base: nn.Module) -> str:
     """Return why peftfx makes no example of a sound beside a text, if it makes none."""
     unknown = "peftfx makes no example of them beside a text"
-    if (encode := sound_encoder(base)) is None:
+    if sound_encoder(base) is None:
         return unknown
-    if more := [name for name in needed_by(encode) if name not in RECORDINGS and not name.endswith("mask")]:
+    if more := [name for name in needed_for_sounds(base) if name not in RECORDINGS and not name.endswith("mask")]:
         return f"the model's sound encoder needs {', '.join(more)} too, beside a recording and its masks"
     tried = [_encoded(base, sound) for sound in sounds_in_text(base, inspect.signature(base.forward).parameters)]
     whys = [why for why in tried if isinstance(why, str)]
@@ -78,6 +80,15 @@ def _one_sound(base: nn.Module) -> dict[str, Tensor]:
     return made if any(name in made for name in RECORDINGS) else {}
 
 
+def why_left_out(base: nn.Module) -> str:
+    """Return why a graph of a model that reads images and sounds takes no sounds."""
+    try:
+        find_sounds(base)
+    except PeftfxError as error:
+        return error.what
+    return "the graphs of --view decode take them"
+
+
 def hears(base: nn.Module) -> bool:
     """Return whether a model reads sounds in its text, which can be encoded apart."""
     try:
@@ -88,15 +99,22 @@ def hears(base: nn.Module) -> bool:
 
 
 def find_sounds(base: nn.Module) -> Sounds:
-    """Return how a model reads sounds. It is found once for a model in a dtype, as it takes several runs.
+    """Return how a model reads sounds. It is found once for a model in a dtype and a size of pictures, as it takes
+    several runs.
 
     Raises:
         PeftfxError: it reads none in its text, or its forward does not take encoded sounds in place of recordings.
     """
-    known, dtype = _known.setdefault(base, {}), floating_dtype(base)
-    if dtype not in known:
-        known[dtype] = _find(base)
-    return known[dtype]
+    known, key = _known.setdefault(base, {}), (floating_dtype(base), chosen_size())
+    if key not in known:
+        try:
+            known[key] = _find(base)
+        except PeftfxError as error:
+            known[key] = PeftfxError(error.what, error.where, error.hint)  # without a traceback, which holds the model
+    found = known[key]
+    if isinstance(found, PeftfxError):
+        raise PeftfxError(found.what, found.where, found.hint)
+    return found
 
 
 def _find(base: nn.Module) -> Sounds:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 from peftfx.views.images.video_views import DecodeWithVideos
 from peftfx.views.images.views import DecodeWithImages
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds, written_where_handed_on
-from peftfx.views.written_features import WrittenFeatures
-
-_View = DecodeWithImages if TYPE_CHECKING else object
+from peftfx.views.written_features import DecodeWithFeatures, WrittenFeatures
 
 
-class Hears(_View):
+class Hears(DecodeWithFeatures):
     """A mixin, before a decode view with images, for a model that reads sounds in its text too.
 
     Attributes:

@@ -45,8 +45,10 @@ def sound_encoder(model: nn.Module) -> Encode | None:
     return _forward_up_to_text(inner)
 
 
-def needed_by(encode: Encode) -> list[str]:
-    """Return the names of the arguments that a function which encodes sounds does not run without."""
+def needed_for_sounds(model: nn.Module) -> list[str]:
+    """Return the names of the arguments that a model's sounds are not encoded without: of its method, if it has one."""
+    encode = getattr(model.base_model, ENCODE_SOUND, None) or sound_encoder(model)
+    assert encode is not None
     parameters = inspect.signature(encode).parameters.items()
     return [name for name, p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
-from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, heard_and_seen, needed_by, sound_encoder
+from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, heard_and_seen, needed_for_sounds, sound_encoder
 from peftfx.bases.processors.sounds.own_extractor import extracted
 from peftfx.bases.processors.sounds.recordings import RECORDINGS, fitted_shape, recording_shape
 
@@ -39,7 +39,7 @@ def sounds_in_text(model: nn.Module, accepted: Collection[str]) -> Iterator[dict
     taken = inspect.signature(encode).parameters
     name = next((name for name in RECORDINGS if name in taken and name in accepted), None)
     masks = [other for other in taken if other in accepted and other.endswith("mask")]
-    if name is None or not {*needed_by(encode)} <= {name, *masks}:
+    if name is None or not {*needed_for_sounds(model)} <= {name, *masks}:
         return
     both = heard_and_seen(model)
     if both and (own := extracted(model, {name, *masks})) is not None:

@@ -30,7 +30,7 @@ class _HandedOn(Exception):
     """Ends a forward where it hands embedded text on to a part of the model."""
 
 
-class Keys(TorchDispatchMode):
+class ValueKeys(TorchDispatchMode):
     """Keys of what a model's code computes, each of an operator and of the keys of its operands.
 
     What is written into a tensor in place is a part of the keys of all that share its memory.
@@ -83,7 +83,7 @@ class Keys(TorchDispatchMode):
         return made
 
 
-def handed_on(base: nn.Module, keys: Keys, given: Mapping[str, Tensor]) -> dict[str, object] | None:
+def handed_on(base: nn.Module, keys: ValueKeys, given: Mapping[str, Tensor]) -> dict[str, object] | None:
     """Return the keys of the arguments with which a forward first calls a part that takes embedded text, by name."""
     found = dict[str, object]()
 
@@ -136,7 +136,7 @@ def ignores(base: nn.Module, name: str, ids: Tensor) -> bool:
         text = {"input_ids": fake(ids), "attention_mask": fake(torch.ones_like(ids))}
         given = fake(torch.ones_like(ids))
         try:
-            with Keys() as keys:
+            with ValueKeys() as keys:
                 one, other = (handed_on(base, keys, more) for more in (text, {**text, name: given}))
         except Exception as error:  # whatever the model's code raises
             raise_if_memory_is_out(error)

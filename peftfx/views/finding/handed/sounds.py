@@ -18,7 +18,7 @@ from peftfx.bases.processors.sounds.in_forward import COMPARES
 from peftfx.errors import first_line, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.dry_run import fake_run
-from peftfx.views.finding.handed_text import Keys, handed_on
+from peftfx.views.finding.handed.text import ValueKeys, handed_on
 from peftfx.views.sounds.encoded import EMBEDDED, Sounds
 
 _TEXT, _MASK = "input_ids", "attention_mask"
@@ -51,7 +51,7 @@ def why_not_handed(base: nn.Module, ids: Tensor, given: Mapping[str, Tensor], so
     with fake_run(base) as fake:
         mask, heard = fake(torch.ones_like(ids)), {name: fake(value) for name, value in given.items()}
         try:
-            with known_values([ids]), _AnyNumber(), Keys() as keys:
+            with known_values([ids]), _AnyNumber(), ValueKeys() as keys:
                 own = handed_on(base, keys, {_TEXT: ids, _MASK: mask, **heard})
                 other = handed_on(base, keys, {_TEXT: ids, _MASK: mask})
         except Exception as error:  # whatever the model's code raises
