@@ -86,6 +86,17 @@ class GeneratesWithSounds(Generates):
             found if sounds.picks not in heard else _picked(found, heard[sounds.picks], len(recordings), sounds.picks)
         )
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *rest: object
+    ) -> dict[str, Any]:
+        """Leave images as they are where no graph takes them: a step then refuses them."""
+        if not isinstance(self, GeneratesWithImages):
+            return model_kwargs
+        made: dict[str, Any] = super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]
+            inputs_tensor, model_kwargs, *rest
+        )
+        return made
+
     def beside(self) -> dict[str, Tensor]:
         """Return the features of this call's sounds."""
         assert self._heard is not None

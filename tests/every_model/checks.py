@@ -341,7 +341,7 @@ def _far(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
 def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) -> float:
     """How far the logits of generated tokens are from `peft`'s: of a prompt, padded on the left, or of a source."""
     got = peftfx.runtime.load(directory)
-    if isinstance(got, ServedWithSounds):
+    if isinstance(got, ServedWithSounds) and not reads_images(model):
         return _generated(want, got, [prompts_with_sounds(model, texts) for texts in (2, 1)])
     inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
     sources = _SOURCES[:2] if "input_ids" in inputs else _SOURCES
@@ -351,7 +351,8 @@ def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
     if "decoder_input_ids" not in example_inputs(model):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :2] = 0
-    return _generated(want, got, [inputs, {name: value[:1] for name, value in inputs.items()}])
+    heard = [_with_sounds(model, inputs)] if isinstance(got, Hearing) else []
+    return _generated(want, got, [inputs, {name: value[:1] for name, value in inputs.items()}, *heard])
 
 
 def _generated(want: nn.Module, got: Any, cases: list[dict[str, Tensor]]) -> float:

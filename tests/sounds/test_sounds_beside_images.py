@@ -14,6 +14,7 @@ from support.few import but_for
 import peftfx
 from peftfx import PeftfxError, runtime
 from peftfx.bases.processors.pictures import pictures_of
+from peftfx.errors import PeftfxWarning
 from peftfx.views.decode import positions
 from peftfx.views.finding.named_views import find_view
 from peftfx.views.finding.sound_views import find_sounds, why_not_heard
@@ -141,3 +142,21 @@ def test_a_forward_that_does_more_with_sounds_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(type(base.model), "forward", louder)
     with pictures_of(SIZE), pytest.raises(PeftfxError, match="other arguments with them"):
         find_sounds(base)
+
+
+@pytest.mark.further
+def test_sounds_are_heard_where_images_are_left_out(tmp_path: Path) -> None:
+    """Without a size of pictures, only sounds have a graph; an image is then refused in plain words."""
+    kind = "gemma4_unified"
+    want = saved(kind, tmp_path / "adapter")
+    model = peftfx.load(made(kind), tmp_path / "adapter")
+    with pytest.warns(PeftfxWarning, match="images are left out, and text with sounds is served"):
+        model.export(tmp_path / "out", view="decode")
+    served, base = runtime.load(tmp_path / "out"), want.get_base_model()
+    assert set(served.graphs) == {"audio_encoder", "model"}
+    for rows in ([[HEARD, 5, 6], [7, ("sound", 33, 4), 8]], TEXT):
+        given = {name: value for name, value in call(base, rows).items() if name != "mm_token_type_ids"}
+        assert torch.equal(served.generate(**given, **OPTIONS), want.generate(**given, **OPTIONS))
+    seen = {name: value for name, value in call(base, [[SEEN, 5]]).items() if name != "mm_token_type_ids"}
+    with pytest.raises(PeftfxError, match="does not take this argument"):
+        served.generate(**seen, **OPTIONS)
