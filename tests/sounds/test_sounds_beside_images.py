@@ -10,6 +10,7 @@ import torch
 from every_model.checks import build
 from sounds.seeing import KINDS, OPTIONS, SIZE, TASK, call, loaded, made, saved
 from support.few import but_for
+from videos.clips import call as clip_call
 
 import peftfx
 from peftfx import PeftfxError, runtime
@@ -160,3 +161,16 @@ def test_sounds_are_heard_where_images_are_left_out(tmp_path: Path) -> None:
     seen = {name: value for name, value in call(base, [[SEEN, 5]]).items() if name != "mm_token_type_ids"}
     with pytest.raises(PeftfxError, match="does not take this argument"):
         served.generate(**seen, **OPTIONS)
+
+
+@pytest.mark.further
+def test_a_text_has_a_video_and_a_sound(tmp_path: Path) -> None:
+    kind = "muse_spark"
+    want = saved(kind, tmp_path / "adapter")
+    loaded(kind, tmp_path / "adapter").export(tmp_path / "out", view="decode", image_size=SIZE, videos=True)
+    served, base = runtime.load(tmp_path / "out"), want.get_base_model()
+    assert set(served.graphs) == {"vision_encoder", "video_encoder", "audio_encoder", "model"}
+    seen, heard = clip_call(base, [[5, ("video", 4, 1), 7, 8]]), call(base, [[HEARD, 9]])
+    texts = {name: torch.cat((seen[name], heard[name]), 1) for name in ("input_ids", "attention_mask")}
+    given = {**heard, **seen, **texts}
+    assert torch.equal(served.generate(**given, **OPTIONS), want.generate(**given, **OPTIONS))
