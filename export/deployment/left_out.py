@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.sounds.in_forward import heard_and_seen
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.bases.processors.videos import why_no_videos
 from peftfx.errors import warn
 from peftfx.export.deployment.parts import PATCHES, GraphPart
 from peftfx.options import FORWARD
-from peftfx.views.finding.sound_views import why_no_sound, why_not_heard
+from peftfx.views.finding.sound_views import why_left_out, why_no_sound, why_not_heard
 
 #: What people call each kind of input, by transformers' word, and the arguments that hold it.
 _KINDS: Mapping[str, tuple[str, frozenset[str]]] = {
@@ -52,6 +53,10 @@ def _why(base: nn.Module, left: Sequence[str]) -> str:
     """Return why no graph takes these kinds of inputs."""
     if list(left) == ["videos"] and not why_no_videos(base):
         return "pass --videos (videos=True) for them, with --view decode"
+    if "sounds" in left and heard_and_seen(base):
+        why = why_left_out(base)
+        videos = ["pass --videos (videos=True) for videos, with --view decode"] if "videos" in left else []
+        return "; ".join([why, *(videos if not why_no_videos(base) else [])])
     made = set(example_inputs(base))
     if all(names & made for word, names in _KINDS.values() if word in left):
         why = why_not_heard(base) or "their encoder does not run apart from the text"

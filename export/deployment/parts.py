@@ -165,15 +165,18 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
     if why and not both and crosses(base):
         why = why_not_crossed(base)
     if why and sees:
-        warn(f"images are left out, and text alone is served: {why}")
+        rest = "text alone" if both or not hears(base) else "text with sounds"
+        warn(f"images are left out, and {rest} is served: {why}")
     if takes_videos():
         if why or both:
             raise PeftfxError(f"videos go beside images: {why or 'this model encodes its text'}", type(base).__name__)
         find_videos(base)  # which says why there can be none
-        return {"vision_encoder.onnx": VISION, "video_encoder.onnx": VIDEO, **files}
-    if not why:
-        return {"vision_encoder.onnx": VISION, **files}
-    return files if both or not hears(base) else {"audio_encoder.onnx": AUDIO, **files}
+    encoders = {} if why else {"vision_encoder.onnx": VISION}
+    if takes_videos():
+        encoders["video_encoder.onnx"] = VIDEO
+    if not both and hears(base):
+        encoders["audio_encoder.onnx"] = AUDIO
+    return {**encoders, **files}
 
 
 def sites_view(base: nn.Module, view: str, *, sized: bool = False) -> str:

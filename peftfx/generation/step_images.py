@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -131,6 +132,8 @@ class GeneratesWithImages(EncodesImages, Generates):
         before = 0 if cache is None else cache.get_seq_length()
         encoded = (mm_encoder_outputs or {}).get(self.images.kind)
         features = self.features_of(self.images, given, encoded, self.encoded, input_ids, position_ids, before)
+        if not self.images.typed and TYPES in inspect.signature(self.masking.forward).parameters:
+            others.pop(TYPES, None)  # its code ignores them
         if input_ids is not None and self.images.typed:
             self._types = whole_types(self.masking, others.pop(TYPES, kinds), input_ids, before)
         self._features = features

@@ -12,25 +12,29 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from peftfx.errors import PeftfxError
 from peftfx.generation.of_thread import OfThread
 from peftfx.generation.step import Generates, Step
+from peftfx.generation.step_images import GeneratesWithImages
+from peftfx.generation.step_videos import GeneratesWithVideos
 from peftfx.views.sounds.encoded import AUDIO_FEATURES, Sounds
-from peftfx.views.sounds.views import DecodeWithSounds
 
 
 class GeneratesWithSounds(Generates):
     """A mixin for a class that generates with the views of a model of text and sounds.
 
+    Before a mixin for images, it adds sounds to the images of a text.
+
     Attributes:
-        encode: the function that runs the view of sounds.
+        encode_sounds: the function that runs the view of sounds.
     """
 
-    view: DecodeWithSounds
-    encode: Step
-    _features = OfThread()
+    encode_sounds: Step
+    _heard = OfThread()
 
     @property
     def sounds(self) -> Sounds:
         """How the model reads sounds."""
-        return self.view.sounds
+        view: Any = self.view
+        sounds: Sounds = view.sounds
+        return sounds
 
     def forward(  # type: ignore[override]
         self,
@@ -47,20 +51,20 @@ class GeneratesWithSounds(Generates):
         before = 0 if cache is None else cache.get_seq_length()
         if before and self.sounds.recording not in heard:
             heard = {}  # `generate` of some classes hands masks on to every step
-        features = self.encoded(heard)
+        features = self.encoded_sounds(heard)
         if input_ids is not None:
             wanted = int((input_ids == self.sounds.token).sum())
             if wanted != len(features) and (len(features) or not before):  # later, such a token is text
                 what = f"the text has {wanted} tokens of sounds, and its sounds {len(features)} pieces"
                 where = ", ".join(("input_ids", *self.sounds.names))
                 raise PeftfxError(what, where, "make all of them by the model's processor")
-        self._features = features
+        self._heard = features
         try:
             return super().forward(input_ids, attention_mask, position_ids, cache, logits_to_keep, **others)
         finally:
-            self._features = None
+            self._heard = None
 
-    def encoded(self, heard: dict[str, Tensor]) -> Tensor:
+    def encoded_sounds(self, heard: dict[str, Tensor]) -> Tensor:
         """Return the features of all sounds of a call, [pieces, width]; none for a call without sounds.
 
         Args:
@@ -77,15 +81,34 @@ class GeneratesWithSounds(Generates):
         if missing:
             what = "the graph of sounds needs to know how long each sound is"
             raise PeftfxError(what, ", ".join(missing), "pass what the model's processor makes")
-        found = self.encode(inputs, None)[AUDIO_FEATURES]
+        found = self.encode_sounds(inputs, None)[AUDIO_FEATURES]
         return (
             found if sounds.picks not in heard else _picked(found, heard[sounds.picks], len(recordings), sounds.picks)
         )
 
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *rest: object
+    ) -> dict[str, Any]:
+        """Leave images as they are where no graph takes them: a step then refuses them."""
+        if not isinstance(self, GeneratesWithImages):
+            return model_kwargs
+        made: dict[str, Any] = super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]
+            inputs_tensor, model_kwargs, *rest
+        )
+        return made
+
     def beside(self) -> dict[str, Tensor]:
         """Return the features of this call's sounds."""
-        assert self._features is not None
-        return {AUDIO_FEATURES: self._features.to(self.sounds.dtype)}
+        assert self._heard is not None
+        return {**super().beside(), AUDIO_FEATURES: self._heard.to(self.sounds.dtype)}
+
+
+class GeneratesWithImagesAndSounds(GeneratesWithSounds, GeneratesWithImages):  # type: ignore[misc]
+    """A mixin for a class that generates with the views of a model of text, images and sounds."""
+
+
+class GeneratesWithVideosAndSounds(GeneratesWithSounds, GeneratesWithVideos):  # type: ignore[misc]
+    """A mixin for a class that generates with the views of a model of text, images, videos and sounds."""
 
 
 def _picked(features: Tensor, counts: Tensor, sounds: int, name: str) -> Tensor:

@@ -21,7 +21,7 @@ from peftfx.generation.step_cross_images import GeneratesOverImages
 from peftfx.generation.step_encoder_decoder import GeneratesFromSource, SourceEncoder
 from peftfx.generation.step_image_source import GeneratesFromImages
 from peftfx.generation.step_images import GeneratesAsWriter, GeneratesWithImages
-from peftfx.generation.step_sounds import GeneratesWithSounds
+from peftfx.generation.step_sounds import GeneratesWithImagesAndSounds, GeneratesWithSounds
 from peftfx.graph.conditions import unmet
 from peftfx.graph.decisions import opposed
 from peftfx.graph.graph import Graph
@@ -30,6 +30,7 @@ from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.finding.image_source import EncoderWithImages
 from peftfx.views.images.encoded import VISION
 from peftfx.views.images.views import DecodeWithImages
+from peftfx.views.sounds.beside_images import Hears
 from peftfx.views.sounds.encoded import AUDIO
 from peftfx.views.sounds.views import DecodeWithSounds
 from peftfx.views.view import View
@@ -58,13 +59,16 @@ def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_o
             encode = _runner(view_named(VISION), graph_of)
             return over_graphs(base, GeneratesOverImages, view=decode, step=_runner(decode, graph_of), encode=encode)
         if isinstance(decode, DecodeWithSounds):
-            encode = _runner(view_named(AUDIO), graph_of)
-            return over_graphs(base, GeneratesWithSounds, view=decode, step=_runner(decode, graph_of), encode=encode)
+            heard = {"encode_sounds": _runner(view_named(AUDIO), graph_of)}
+            return over_graphs(base, GeneratesWithSounds, view=decode, step=_runner(decode, graph_of), **heard)
         if not isinstance(decode, DecodeWithImages):
             return over_graphs(base, Generates, view=decode, step=_runner(decode, graph_of))
         writer = writer_of(base)
-        way = GeneratesWithImages if writer is base else GeneratesAsWriter
+        way: type[Generates] = GeneratesWithImages if writer is base else GeneratesAsWriter
         own = {"encode": _runner(view_named(VISION), graph_of), "generation_config": writer.generation_config}
+        if isinstance(decode, Hears):
+            way = GeneratesWithImagesAndSounds
+            own["encode_sounds"] = _runner(view_named(AUDIO), graph_of)
         return over_graphs(base, way, view=decode, step=_runner(decode, graph_of), **own)
     encoder, decoder = view_named("encoder"), view_named("decoder")
     assert isinstance(decoder, Decoder)

@@ -211,7 +211,8 @@ _LIMITS = re.compile(r"(?:^|; )(\w+)(?: % (\d+))? (<=|<|>=|>) (\d+) \(")
 def fitted(value: Tensor, kind: str) -> Tensor:
     """Return a tensor in the dtype that a graph takes.
 
-    Whole numbers and booleans become whole numbers of 64 bits. Floating-point numbers become those of the graph.
+    Whole numbers and booleans become whole numbers of 64 bits, or booleans. Floating-point numbers become those of the
+    graph.
 
     Args:
         value: the tensor of a call.
@@ -220,6 +221,8 @@ def fitted(value: Tensor, kind: str) -> Tensor:
     wanted = ONNX_DTYPES.get(kind)
     if kind == "tensor(int64)" and not value.is_floating_point() and not value.is_complex():
         return value.long()
+    if wanted is torch.bool and not value.is_floating_point() and not value.is_complex():
+        return value != 0
     return value.to(wanted) if wanted is not None and value.is_floating_point() else value
 
 

@@ -86,21 +86,28 @@ def _encoder_and_decoder(directory: Path, opened: Callable[[Path], OnnxModel]) -
 def _one_graph(directory: Path, opened: Callable[[Path], OnnxModel]) -> Served:
     """Return the model whose text is read by one graph, with the encoders of what is beside the text."""
     from peftfx.serving.beside_text.images import ServedOverImages, ServedWithImages
-    from peftfx.serving.beside_text.sounds import ServedWithSounds
+    from peftfx.serving.beside_text.sounds import (
+        ServedWithImagesAndSounds,
+        ServedWithSounds,
+        ServedWithVideosAndSounds,
+    )
     from peftfx.serving.beside_text.videos import ServedWithVideos
     from peftfx.serving.generators import ServedGenerator
     from peftfx.serving.sentences import ServedSentences
 
     model = opened(directory)
-    sees, hears = is_file(directory / VISION_ENCODER), is_file(directory / AUDIO_ENCODER)
+    sees = is_file(directory / VISION_ENCODER)
+    hears = AUDIO_FEATURES in model.inputs and is_file(directory / AUDIO_ENCODER)
     if sees and IMAGE_FEATURES in model.inputs:
         encoder = opened(directory / VISION_ENCODER)
+        sounds = (opened(directory / AUDIO_ENCODER),) if hears else ()
         if is_file(directory / VIDEO_ENCODER):
-            return ServedWithVideos(directory, model, encoder, opened(directory / VIDEO_ENCODER))
-        return ServedWithImages(directory, model, encoder)
+            watches = ServedWithVideosAndSounds if sounds else ServedWithVideos
+            return watches(directory, model, encoder, opened(directory / VIDEO_ENCODER), *sounds)
+        return (ServedWithImagesAndSounds if sounds else ServedWithImages)(directory, model, encoder, *sounds)
     if sees and CROSS_MASK in model.inputs:
         return ServedOverImages(directory, model, opened(directory / VISION_ENCODER))
-    if hears and AUDIO_FEATURES in model.inputs:
+    if hears:
         return ServedWithSounds(directory, model, opened(directory / AUDIO_ENCODER))
     if any(name.startswith(f"{PAST}.") for name in model.inputs):
         return ServedGenerator(directory, model)

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from peftfx.views.decode import Decode
 from peftfx.views.view import Axes, RunView
 
+_SOME = 5  #: pieces of an example beside images; enough for a slice of a video
+
 
 @dataclass(frozen=True)
 class WrittenFeatures:
@@ -74,18 +76,32 @@ class DecodeWithFeatures(Decode, ABC):
         """What the view takes beside a text."""
 
     @property
+    def more(self) -> tuple[WrittenFeatures, ...]:
+        """What the view takes beside a text too, each in a text behind what is before it."""
+        return ()
+
+    @property
     def axes(self) -> Axes:
         """The names of each input's axes."""
-        return {**super().axes, self.written.name: (self.written.axis, None)}
+        return {**super().axes, **{own.name: (own.axis, None) for own in (self.written, *self.more)}}
 
     @property
     def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Sizes for texts without features and with features."""
+        """Sizes for texts without features, with those of each kind, and with all."""
         axis, few = self.written.axis, self.written.few
+        none = {own.axis: 0 for own in self.more}
+        alone = (
+            *({**sizes, axis: 0, **none} for sizes in super().trials[:3]),
+            {"batch": 1, "sequence": few + 4, "past": 0, axis: few, **none},
+            {"batch": 3, "sequence": few + 2, "past": 2, axis: 2 * few, **none},
+        )
+        if not self.more:
+            return alone
+        all_kinds = {axis: 2 * few, **{own.axis: _SOME for own in self.more}}
         return (
-            *({**sizes, axis: 0} for sizes in super().trials[:3]),
-            {"batch": 1, "sequence": few + 4, "past": 0, axis: few},
-            {"batch": 3, "sequence": few + 2, "past": 2, axis: 2 * few},
+            *alone,
+            {"batch": 2, "sequence": few + 2 + _SOME * len(self.more), "past": 0, **all_kinds},
+            *({"batch": 3, "sequence": 6, "past": 2, axis: 0, **none, own.axis: _SOME + 2} for own in self.more),
         )
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -94,15 +110,20 @@ class DecodeWithFeatures(Decode, ABC):
         If `sizes` are given, there are only as many pieces as the sizes say and as fit after the first token of a row.
         A text without pieces that goes on from a past ends with a token of a piece, if the model can write one.
         """
-        written = self.written
-        usual = {"batch": 2, "sequence": written.few + 4, written.axis: 2 * written.few}
-        wanted: dict[str, int] = usual if sizes is None else {**sizes}
-        count = wanted.pop(written.axis, 0)
+        written, more = self.written, self.more
+        length = written.few + 2 + _SOME * len(more) if more else written.few + 4
+        usual = {"batch": 2, "sequence": length, written.axis: 2 * written.few}
+        wanted: dict[str, int] = usual | {own.axis: _SOME + 1 for own in more} if sizes is None else {**sizes}
+        count, counts = wanted.pop(written.axis, 0), [wanted.pop(own.axis, 0) for own in more]
         made = super().inputs(base, sizes=wanted, seed=seed)
         with unset_fake_temporarily():
             ids, made[written.name] = written.in_text(made["input_ids"], slice(1, None), count, seed)
             if not count and wanted.get("past") and written.token < _embedded(base):
                 ids[0, -1] = written.token  # the model wrote it, so it is text
+            start = 1 + int((ids == written.token).sum(1).max()) if count else 1
+            for place, (own, pieces) in enumerate(zip(more, counts, strict=True)):
+                ids, made[own.name] = own.in_text(ids, slice(start, None), pieces, seed + 1 + place)
+                start += int((ids == own.token).sum(1).max())
             made["input_ids"] = ids
         return made
 
@@ -110,8 +131,9 @@ class DecodeWithFeatures(Decode, ABC):
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
     ) -> dict[str, Tensor]:
         """Return the inputs with the past that the model computes for a random text."""
-        name = self.written.name
-        return {**super().with_past(base, {**inputs, name: inputs[name][:0]}, run, seed), name: inputs[name]}
+        own = {kind.name: inputs[kind.name] for kind in (self.written, *self.more)}
+        none = {name: features[:0] for name, features in own.items()}
+        return {**super().with_past(base, {**inputs, **none}, run, seed), **own}
 
 
 def _embedded(base: nn.Module) -> int:

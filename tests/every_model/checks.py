@@ -36,7 +36,10 @@ from peftfx.bases.processors.readers import reads_images
 from peftfx.errors import PeftfxWarning
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import path_name
-from peftfx.serving.beside_text.sounds import ServedWithSounds
+from peftfx.serving.beside_text.sounds import Hearing, ServedWithSounds
+from peftfx.views.finding.sound_views import find_sounds
+from peftfx.views.sounds.encoded import SOUND_LENGTH, SOUNDS, encode_sounds
+from peftfx.views.sounds.views import SoundEncoder
 
 SEEING = "image-text-to-text"
 PICTURE = (64, 64)  #: the size of pictures in decode views
@@ -206,7 +209,22 @@ def _seen(want: nn.Module, got: peftfx.AdaptedModel, directory: Path) -> Result:
         inputs = example_inputs(got.base, sizes={"batch": 2, "sequence": 6}, seed=3)
     if "attention_mask" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    return _result(_generated(want, peftfx.runtime.load(directory), [inputs]))
+    served = peftfx.runtime.load(directory)
+    both = [_with_sounds(got.base, inputs)] if isinstance(served, Hearing) else []
+    return _result(_generated(want, served, [inputs, *both]))
+
+
+def _with_sounds(base: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A call with a sound too at the end of each text, and a token behind it."""
+    sounds, ids = find_sounds(base), inputs["input_ids"]
+    heard = SoundEncoder(sounds).inputs(base, sizes={SOUNDS: len(ids), SOUND_LENGTH: sounds.lengths[-1]}, seed=3)
+    heard |= {name: torch.ones_like(heard[name]) for name in sounds.masks}
+    with torch.no_grad():
+        pieces = len(encode_sounds(base, heard)) // len(ids)
+    more = torch.cat((torch.full((len(ids), pieces), sounds.token), ids[:, -1:]), 1)
+    texts = {"input_ids": more, "attention_mask": torch.ones_like(more), "mm_token_type_ids": more * 0}
+    longer = {name: torch.cat((inputs[name], texts[name]), 1) for name in texts if name in inputs}
+    return {**inputs, **longer, **heard}
 
 
 def _exported(got: peftfx.AdaptedModel, directory: Path, view: str, **options: Any) -> str:
@@ -323,7 +341,7 @@ def _far(got: Tensor, want: Tensor, mask: Tensor | None) -> float:
 def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) -> float:
     """How far the logits of generated tokens are from `peft`'s: of a prompt, padded on the left, or of a source."""
     got = peftfx.runtime.load(directory)
-    if isinstance(got, ServedWithSounds):
+    if isinstance(got, ServedWithSounds) and not reads_images(model):
         return _generated(want, got, [prompts_with_sounds(model, texts) for texts in (2, 1)])
     inputs = example_inputs(model, sizes={"batch": 2, "sequence": 6}, seed=3)
     sources = _SOURCES[:2] if "input_ids" in inputs else _SOURCES
@@ -333,7 +351,8 @@ def _steps(want: nn.Module, directory: Path, model: nn.Module, base: nn.Module) 
     if "decoder_input_ids" not in example_inputs(model):
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         inputs["attention_mask"][1, :2] = 0
-    return _generated(want, got, [inputs, {name: value[:1] for name, value in inputs.items()}])
+    heard = [_with_sounds(model, inputs)] if isinstance(got, Hearing) else []
+    return _generated(want, got, [inputs, {name: value[:1] for name, value in inputs.items()}, *heard])
 
 
 def _generated(want: nn.Module, got: Any, cases: list[dict[str, Tensor]]) -> float:

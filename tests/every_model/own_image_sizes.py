@@ -81,6 +81,27 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 24,
         "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
     },
+    "gemma3n": {  # its embedding has tokens of images from 60 on, and of sounds from 80 on
+        "vision_config": {
+            "architecture": "test_byobnet",
+            "hidden_size": 256,
+            "vocab_offset": 60,
+            "vocab_size": 20,
+        },
+        "audio_config": {
+            "vocab_offset": 80,
+            "vocab_size": 19,
+            "input_feat_size": 16,
+            **dict.fromkeys(("conf_attention_chunk_size", "conf_num_attention_heads"), 4),
+            **dict.fromkeys(("conf_num_hidden_layers", "conf_reduction_factor"), 2),
+            "conf_attention_context_left": 5,
+            "sscp_conv_channel_size": [8, 4],
+        },
+        "audio_soft_tokens_per_image": 60,
+        "vision_soft_tokens_per_image": 4,
+        "image_token_id": 65,
+        "audio_token_id": 85,
+    },
     "gemma4": {
         "vision_config": {
             **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
@@ -89,7 +110,13 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
             "hidden_size": 32,
             "intermediate_size": 48,
             "position_embedding_size": 16,
-        }
+        },
+        "audio_config": {
+            "model_type": "gemma4_audio",
+            "subsampling_conv_channels": [16, 4],
+            "output_proj_dims": 24,
+            **dict.fromkeys(("attention_chunk_size", "attention_context_left"), 4),
+        },
     },
     "pix2struct_vision_model": {"patch_embed_hidden_size": 192, "seq_len": 32},
     "florence_vision": {
@@ -166,6 +193,14 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "projector_hidden_size": 32,
         "vision_hidden_size": 32,
         "vision_config": {"video_temporal_patch_size": 2},
+        "audio_config": {
+            "model_type": "parakeet_encoder",
+            "subsampling_conv_channels": 8,
+            "num_mel_bins": 16,
+            "projection_hidden_size": 24,
+            "projection_bias": True,
+        },
+        "audio_token_id": 96,
     },
     "ernie4_5_vl_moe_text": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
@@ -181,7 +216,8 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
             "patch_size": 8,
             "pooling_kernel_size": 2,
             "mm_posemb_size": 16,
-        }
+        },
+        "audio_config": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 40},
     },
     "granite4_vision": {
         **_TILES,

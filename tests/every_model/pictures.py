@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,6 +47,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
         "use_thumbnail": False,
     },
     "gemma4": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
+    "gemma3n": {"class": "SiglipImageProcessor", "size": {"height": 64, "width": 64}},
     "florence2": {"class": "CLIPImageProcessor", **_SQUARE},
     "chameleon": _SQUARE,
     "gemma4_unified": {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2},
@@ -69,6 +71,14 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+#: The class of a type's extractor of sounds and its fields, where texts have sounds too.
+_HEARD: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gemma3n": ("Gemma3nAudioFeatureExtractor", {"feature_size": 16}),
+    "gemma4": ("Gemma4AudioFeatureExtractor", {"feature_size": 16}),
+    "gemma4_unified": ("Gemma4UnifiedAudioFeatureExtractor", {"feature_size": 40, "audio_samples_per_token": 40}),
+}
+
+
 def has_pictures(model_type: str) -> bool:
     """Whether a type has a processor here: its pictures are more than pixels of one size."""
     return model_type in _FIELDS
@@ -82,7 +92,14 @@ def home_of(model_type: str) -> str:
     kind = fields.pop("class", None) or names.get("torchvision") or names["pil"]
     home = tempfile.TemporaryDirectory()
     _HOMES.append(home)
-    getattr(hf, kind)(**fields).save_pretrained(home.name)
+    made = getattr(hf, kind)(**fields)
+    if model_type not in _HEARD:
+        made.save_pretrained(home.name)
+        return str(Path(home.name))
+    heard, options = _HEARD[model_type]
+    parts = {"image_processor": made, "feature_extractor": getattr(hf, heard)(**options)}
+    told = {name: json.loads(part.to_json_string()) for name, part in parts.items()}
+    (Path(home.name) / "processor_config.json").write_text(json.dumps(told), encoding="utf-8")
     return str(Path(home.name))
 
 

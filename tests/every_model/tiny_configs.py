@@ -107,7 +107,7 @@ def shrunk(kind: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedCo
         default = kind(**{name: value for name, value in own.items() if not isinstance(value, Mapping)})
     made: Fields = {}
     for name, value in _fields(default).items():
-        if name in own and not isinstance(value, PreTrainedConfig):
+        if name in own and not isinstance(value, PreTrainedConfig) and name not in kind.sub_configs:
             made[name] = own[name]
         elif isinstance(value, PreTrainedConfig):
             part = {**own.get(name, {})}
@@ -117,6 +117,10 @@ def shrunk(kind: type[PreTrainedConfig], own: Mapping[str, Any]) -> PreTrainedCo
         elif (small := _small(name, value, default)) is not None:
             made[name] = small
     made |= {name: value for name, value in own.items() if name not in made and name not in kind.sub_configs}
+    for name in (name for name in kind.sub_configs if name in own and name not in made):  # left out by default
+        part = {**own[name]}
+        named = part.pop("model_type", None)
+        made[name] = part if named is None else shrunk(CONFIG_MAPPING[named], {**OWN_SIZES.get(named, {}), **part})
     return kind(**made)
 
 

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused(hearing: Hearing, peftfx: Run, tmp_path: P
     idle = peftfx("run", hearing.directory, "--audio", path, "--prompt", "w1", "--timestamps")
     assert_refused(idle, "--timestamps has no effect here: this run writes a text about sounds")
     both = peftfx("run", hearing.directory, "--audio", path, "--image", path, "--prompt", "w1")
-    assert_refused(both, "a prompt may have images, or recordings")
+    assert_refused(both, "this export has no graph of images that a prompt could have beside sounds")
     bare = tmp_path / "bare"
     shutil.copytree(hearing.directory, bare)
     for name in ("processor_config.json", "preprocessor_config.json"):

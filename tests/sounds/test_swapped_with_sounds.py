@@ -61,7 +61,7 @@ def test_a_call_is_one_adapter_s_in_both_graphs(tmp_path: Path) -> None:
     """Another thread makes an adapter active between the graph of sounds and that of the text."""
     served, wants = swapped("voxtral", "decode", tmp_path)
     inputs = example_inputs(MODELS["voxtral"](), sizes={"batch": 1, "sequence": 9}, seed=2)
-    encode = served.encode
+    encode = served.encode_sounds
 
     def switching(*given: object) -> object:
         features = encode(*given)
@@ -70,7 +70,7 @@ def test_a_call_is_one_adapter_s_in_both_graphs(tmp_path: Path) -> None:
         return features
 
     served.set_adapter("a")
-    served.encode = switching
+    served.encode_sounds = switching
     with torch.no_grad():
         torch.testing.assert_close(served(**inputs)["logits"], wants["a"](**inputs).logits, atol=3e-5, rtol=3e-4)
     assert served.active == "b"

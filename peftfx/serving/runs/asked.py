@@ -79,10 +79,10 @@ class Asked:
             raise PeftfxError("there are no texts to compare with the query", "run", "pass --text or --texts too")
         self._check_videos()
         seen = self.images or self.videos
-        described = self.prompt is not None and bool(seen) != bool(self.sounds) and not self.texts
+        described = self.prompt is not None and bool(seen or self.sounds) and not self.texts
         given = (self.prompt is not None, bool(self.texts or self.images), bool(self.sounds))
         if sum(given) != 1 and not described:
-            hint = "pass --prompt, or --text, or --image, or --audio; a prompt may have images, or recordings"
+            hint = "pass --prompt, or --text, or --image, or --audio; a prompt may have images and recordings"
             raise PeftfxError("run takes exactly one of a prompt, texts, images and recordings", "run", hint)
         for kind, paths in (("image", self.images), ("recording", self.sounds)):
             missing = next((path for path in paths if not os.path.isfile(path)), None)

@@ -1,4 +1,4 @@
-"""What prompts with images and prompts with sounds have in common: the processor, and what it makes of both."""
+"""What prompts with images and prompts with sounds have in common: the processor, and what it makes of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from peftfx.bases.chats import filled_template
+from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.runs.asked import Asked, Found
 from peftfx.serving.runs.streaming import Writer
+from peftfx.views.images.encoded import Images
 
 TEXT = ("input_ids", "attention_mask")
 
@@ -43,8 +45,23 @@ WITH_VIDEOS = Beside("video", "videos", "videos", ("video_processor",), "video_t
 WITH_SOUNDS = Beside("audio", "sounds", "audio", ("feature_extractor", "audio_processor"), "audio_token")
 
 
-def processor_of(directory: Path, kind: Beside) -> Any:
-    """Load the processor of text and images, or of text and sounds, in a directory.
+@dataclass(frozen=True)
+class GivenBeside:
+    """What a run gives beside its prompt.
+
+    Attributes:
+        kind: what it is.
+        values: the images, videos or sounds, as processors take them.
+        token: the token that stands for a piece of one.
+    """
+
+    kind: Beside
+    values: Sequence[Any]
+    token: int
+
+
+def processor_of(directory: Path, *kinds: Beside) -> Any:
+    """Load the processor of text and of what is beside it, such as images, in a directory.
 
     Raises:
         PeftfxError: the directory has no such processor.
@@ -54,12 +71,13 @@ def processor_of(directory: Path, kind: Beside) -> Any:
     hint = "put the base model's processor files there"
     with understanding(directory, "no processor can be loaded", hint):
         found = AutoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    if not any(hasattr(found, part) for part in kind.parts) or not hasattr(found, "tokenizer"):
-        raise PeftfxError(f"the directory has no processor of text and {kind.plural}", str(directory), hint)
+    for kind in kinds:
+        if not any(hasattr(found, part) for part in kind.parts) or not hasattr(found, "tokenizer"):
+            raise PeftfxError(f"the directory has no processor of text and {kind.plural}", str(directory), hint)
     return found
 
 
-def processed(processor: Any, asked: Asked, kind: Beside, given: Sequence[Any], token: int, **options: object) -> Any:
+def processed(processor: Any, asked: Asked, *given: GivenBeside, **options: object) -> Any:
     """Return what a processor makes of the prompt and of what is beside it.
 
     Some processors put tokens for images before a prompt themselves, and others want them in it. With a chat template,
@@ -68,35 +86,54 @@ def processed(processor: Any, asked: Asked, kind: Beside, given: Sequence[Any], 
     Args:
         processor: the processor.
         asked: what the user asks for.
-        kind: what is beside the prompt.
-        given: the images or sounds.
-        token: the token that stands for a piece of one.
+        given: what is beside the prompt.
         options: more arguments of the processor's call.
     """
     assert asked.prompt is not None
-    beside = {kind.argument: given, **options, "return_tensors": "pt"}
+    beside = {**{one.kind.argument: one.values for one in given}, **options, "return_tensors": "pt"}
     if asked.chat:
-        return dict(processor(text=_templated(processor, asked, kind, len(given)), **beside))
+        return dict(processor(text=_templated(processor, asked, given), **beside))
     with suppress(Exception):  # whatever a processor raises for a prompt without these tokens
         made = dict(processor(text=asked.prompt, **beside))
-        if bool((made["input_ids"] == token).any()):
+        if all(bool((made["input_ids"] == one.token).any()) for one in given):
             return made
-    return dict(processor(text=_with_tokens(processor, asked.prompt, kind, len(given)), **beside))
+    return dict(processor(text=_with_tokens(processor, asked.prompt, given), **beside))
 
 
-def _with_tokens(processor: Any, prompt: str, kind: Beside, count: int) -> str:
+def _with_tokens(processor: Any, prompt: str, given: Sequence[GivenBeside]) -> str:
     """Return the prompt with a token before it for each image or sound, unless it has such tokens already."""
-    token = getattr(processor, kind.written, None)
-    if not isinstance(token, str) or token in prompt:
-        return prompt
-    return token * count + prompt
+    before = ""
+    for one in given:
+        token = getattr(processor, one.kind.written, None)
+        if isinstance(token, str) and token not in prompt:
+            before += token * len(one.values)
+    return before + prompt
 
 
-def _templated(processor: Any, asked: Asked, kind: Beside, count: int) -> str:
-    content = [*({"type": kind.word} for _ in range(count)), {"type": "text", "text": asked.prompt}]
+def _templated(processor: Any, asked: Asked, given: Sequence[GivenBeside]) -> str:
+    beside = [{"type": one.kind.word} for one in given for _ in one.values]
+    content = [*beside, {"type": "text", "text": asked.prompt}]
     said = [{"role": "user", "content": content}]
     options = {"add_generation_prompt": True, "tokenize": False}
     return str(filled_template(processor, said, str(asked.directory), "leave --chat out", **options))
+
+
+def idle_outputs(images: Images | None, made: Mapping[str, Tensor]) -> set[str]:
+    """Return the outputs of a processor that change nothing: labels, and types of tokens that the model does not read.
+
+    Args:
+        images: how the model reads images; None if it reads none.
+        made: the outputs.
+    """
+    unread = set() if images is None or images.typed or images.sections else {MODALITIES, TYPES}
+    return unread | {name for name in made if name.endswith(TYPES) and not made[name].any()} | {"labels"}
+
+
+def types_in(images: Images, made: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of the types of tokens that the graphs take, or that positions are computed from."""
+    if (images.sections or images.typed) and MODALITIES in made:
+        return (MODALITIES,)
+    return (TYPES,) if images.typed else ()
 
 
 def taken_by_graphs(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from peftfx.bases.processors.beside_text import CROSS_MASK
-from peftfx.bases.processors.token_types import MODALITIES, TYPES
+from peftfx.bases.processors.token_types import MODALITIES
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
 from peftfx.serving.beside_text.images import ServedOverImages, ServedSeq2SeqWithImages, ServedWithImages
@@ -23,14 +23,16 @@ from peftfx.serving.runs.beside_prompts import (
     TEXT,
     WITH_IMAGES,
     WITH_VIDEOS,
+    GivenBeside,
+    idle_outputs,
     processed,
     processor_of,
     taken_by_graphs,
+    types_in,
     written_after,
 )
 from peftfx.serving.runs.fitting import WRITING, refuse_idle, refuse_task_of_prompt
 from peftfx.serving.runs.streaming import Writer, generation_options
-from peftfx.views.images.encoded import Images
 
 PIXELS = "pixel_values"
 
@@ -61,13 +63,13 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
         return
     processor = processor_of(asked.directory, WITH_IMAGES)
     assert asked.prompt is not None
-    images = [_sized(read_image(path), model.images.picture) for path in asked.images]
+    images = [sized(read_image(path), model.images.picture) for path in asked.images]
     hint = "give as many images as the prompt has image tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these images", hint):
-        made = processed(processor, asked, WITH_IMAGES, images, model.images.token)
+        made = processed(processor, asked, GivenBeside(WITH_IMAGES, images, model.images.token))
     masks = (CROSS_MASK,) if isinstance(model, ServedOverImages) else ()
-    idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {"labels"}
-    inputs = taken_by_graphs(made, _known(model.images, made, masks), asked.directory, idle)
+    known = (*TEXT, *types_in(model.images, made), *masks, *model.images.names)
+    inputs = taken_by_graphs(made, known, asked.directory, idle_outputs(model.images, made))
     yield written_after(model, processor.tokenizer, inputs, asked, {"images": asked.images}, out)
 
 
@@ -80,19 +82,19 @@ def _about_videos(model: object, asked: Asked, out: TextIO | None) -> Found:
     videos = [np.stack(_frames(path, model.videos.picture)) for path in asked.videos]
     hint = "give as many videos as the prompt has video tokens, or pass --verbose to see the cause"
     with understanding(asked.directory, "the processor does not take these videos", hint):
-        made = processed(processor, asked, WITH_VIDEOS, videos, model.videos.token, do_sample_frames=False)
+        given = GivenBeside(WITH_VIDEOS, videos, model.videos.token)
+        made = processed(processor, asked, given, do_sample_frames=False)
     places = tuple(name for name in model.of_positions if name in made)
     kinds = (MODALITIES,) if model.images.sections and MODALITIES in made else ()
-    idle = {name for name in made if name.endswith(TYPES) and not made[name].any()} | {"labels"}
     known = (*TEXT, *kinds, *places, *model.videos.names)
-    inputs = taken_by_graphs(made, known, asked.directory, idle)
+    inputs = taken_by_graphs(made, known, asked.directory, idle_outputs(model.images, made))
     return written_after(model, processor.tokenizer, inputs, asked, {"videos": asked.videos}, out)
 
 
 def _frames(folder: Path, picture: tuple[int, ...]) -> list[Any]:
     """Return the frames of a video, [height, width, channels] each."""
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    frames = [_sized(read_image(path), picture) for path in paths]
+    frames = [sized(read_image(path), picture) for path in paths]
     if not frames or len({frame.size for frame in frames}) > 1:
         what = "the frames of this video have different sizes" if frames else "this folder has no images"
         raise PeftfxError(what, str(folder), "put the frames of one video there, as PNG or JPEG")
@@ -139,15 +141,8 @@ def read_image(path: Path) -> Any:
         raise PeftfxError(f"this image cannot be read: {error}", str(path), "give a PNG or a JPEG") from error
 
 
-def _sized(image: Any, picture: tuple[int, ...]) -> Any:
+def sized(image: Any, picture: tuple[int, ...]) -> Any:
     """Return an image resized to the height and width of the export, if these were chosen."""
     if not picture or (image.height, image.width) == picture:
         return image
     return image.resize((picture[1], picture[0]))
-
-
-def _known(images: Images, made: dict[str, Any], masks: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the outputs of a processor that the graphs take, with these masks of images."""
-    kinds = (MODALITIES,) if (images.sections or images.typed) and MODALITIES in made else ()
-    types = (TYPES,) if images.typed and not kinds else ()
-    return (*TEXT, *types, *kinds, *masks, *images.names)

@@ -17,11 +17,12 @@ from peftfx.bases.processors.fixed_values import FixedValues
 from peftfx.bases.processors.image_tokens import IMAGE_TOKEN_FIELDS, split_known
 from peftfx.bases.processors.pictures import chosen_size, pictures_vary, told_size
 from peftfx.bases.processors.readers import ENCODE
-from peftfx.bases.processors.token_types import makes_masks, reads_types
+from peftfx.bases.processors.token_types import TYPES, makes_masks, reads_types
 from peftfx.errors import PeftfxError, first_line, listed, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.graph.contexts import unchanged
 from peftfx.views.dry_run import fake_run
+from peftfx.views.finding.handed.text import ignores
 from peftfx.views.finding.image_positions import own_positions
 from peftfx.views.images.encoded import Images
 
@@ -49,6 +50,8 @@ def find_images(base: nn.Module, *, of_any_size: bool = False) -> Images:
     if not of_any_size:
         _refuse_unchosen_size(base, accepted)
     typed = reads_types(base)
+    if typed and not makes_masks(base):
+        typed = not ignores(base, TYPES, made["input_ids"])
     if typed and not makes_masks(base):
         what = "the model's attention finds images by token types, and its class has no function that makes such masks"
         raise PeftfxError(what, type(base).__name__, "export its forward view")

@@ -21,7 +21,7 @@ from peftfx.views.finding.cross_images import (
 from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_source import EncoderWithImages
-from peftfx.views.finding.image_text import IMAGE_TEXT, ImageText
+from peftfx.views.finding.image_text import IMAGE_TEXT, image_text
 from peftfx.views.finding.image_views import find_images
 from peftfx.views.finding.sound_views import find_sounds
 from peftfx.views.finding.video_views import find_videos
@@ -29,7 +29,8 @@ from peftfx.views.images.encoded import VISION
 from peftfx.views.images.video_views import DecodeWithVideos, VideoEncoder
 from peftfx.views.images.videos import VIDEO
 from peftfx.views.images.views import DecodeWithImages, ImageEncoder
-from peftfx.views.sounds.encoded import AUDIO
+from peftfx.views.sounds.beside_images import DecodeWithImagesAndSounds, DecodeWithVideosAndSounds
+from peftfx.views.sounds.encoded import AUDIO, Sounds
 from peftfx.views.sounds.views import DecodeWithSounds, SoundEncoder
 from peftfx.views.view import View
 
@@ -55,7 +56,7 @@ def find_view(base: nn.Module, name: str) -> View | None:
     if name == AUDIO:
         return SoundEncoder(find_sounds(base))
     if name == IMAGE_TEXT:
-        return ImageText(find_images(base, of_any_size=True))
+        return image_text(base, find_images(base, of_any_size=True), _sounds(base))
     if name in ("encoder", "decoder"):
         layers = find_layers(base)
         return _encoder(base, layers) if name == "encoder" else Decoder(layers)
@@ -68,11 +69,12 @@ def _crossed(base: nn.Module) -> bool:
 
 def view_of_sites(base: nn.Module) -> str:
     """Return the name of the view that runs all of a model: its forward, or, if the model's code reads values of an
-    image's arguments, a call in which these are constants.
+    image's arguments, a call in which these are constants, or, if it reads sounds too, a call with both.
     """
     if encodes_in_forward(base):
         with suppress(PeftfxError):
-            return IMAGE_TEXT if find_images(base, of_any_size=True).reads else _NAMES[0]
+            images = find_images(base, of_any_size=True)
+            return IMAGE_TEXT if images.reads or _sounds(base) is not None else _NAMES[0]
     return _NAMES[0]
 
 
@@ -91,15 +93,26 @@ def _decode(base: nn.Module) -> Decode:
 
     Otherwise the view takes only text, and the export warns of this.
     """
-    images = None
+    images, sounds = None, _sounds(base)
     if reads_images(base):
         with suppress(PeftfxError):
             images = find_images(base)
     view = decode_view(base, images)
+    text, new = (view.layers, view.positions), view.new_mask
     if images is None:
-        with suppress(PeftfxError):
-            return DecodeWithSounds(view.layers, view.positions, find_sounds(base), new_mask=view.new_mask)
-        return view
+        return view if sounds is None else DecodeWithSounds(*text, sounds, new_mask=new)
     if takes_videos():
-        return DecodeWithVideos(view.layers, view.positions, images, find_videos(base), new_mask=view.new_mask)
-    return DecodeWithImages(view.layers, view.positions, images, new_mask=view.new_mask)
+        videos = find_videos(base)
+        if sounds is None:
+            return DecodeWithVideos(*text, images, videos, new_mask=new)
+        return DecodeWithVideosAndSounds(*text, images, videos, sounds, new_mask=new)
+    if sounds is None:
+        return DecodeWithImages(*text, images, new_mask=new)
+    return DecodeWithImagesAndSounds(*text, images, sounds, new_mask=new)
+
+
+def _sounds(base: nn.Module) -> Sounds | None:
+    try:
+        return find_sounds(base)
+    except PeftfxError:
+        return None

@@ -19,7 +19,7 @@ from peftfx.bases.processors.videos import video_of
 from peftfx.views.images.encoded import Images
 from peftfx.views.images.videos import FRAMES, VIDEO, Videos
 from peftfx.views.images.views import DecodeWithImages, ImageEncoder
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes
 from peftfx.views.written_features import WrittenFeatures
 
 _FEW = 2  #: the frames of an example; enough for a slice of a video
@@ -68,43 +68,11 @@ class DecodeWithVideos(DecodeWithImages):
     videos: Videos
 
     @property
-    def axes(self) -> Axes:
-        """The names of each input's axes."""
-        return {**super().axes, self._clips.name: (self._clips.axis, None)}
-
-    @property
-    def _clips(self) -> WrittenFeatures:
-        return self.videos.written
-
-    @property
-    def trials(self) -> tuple[Mapping[str, int], ...]:
-        """Sizes for texts without features, with those of images, of videos, and of both."""
-        few, axis = self.written.few, self._clips.axis
-        plain = tuple({**sizes, axis: 0} for sizes in super().trials)
-        both = {"batch": 2, "sequence": few + 7, "past": 0, self.written.axis: 2 * few, axis: 5}
-        return (*plain, both, {"batch": 3, "sequence": 6, "past": 2, self.written.axis: 0, axis: 7})
-
-    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
-        """Return valid inputs: a text with tokens of images and then of videos in each row, and random features."""
-        few, clips = self.written.few, self._clips
-        usual = {"batch": 2, "sequence": few + 7, self.written.axis: 2 * few, clips.axis: 6}
-        wanted: dict[str, int] = usual if sizes is None else {**sizes}
-        count = wanted.pop(clips.axis, 0)
-        made = super().inputs(base, sizes=wanted, seed=seed)
-        ids = made["input_ids"]
-        with unset_fake_temporarily():
-            behind = int((ids == self.images.token).sum(1).max())
-            made["input_ids"], features = clips.in_text(ids, slice(1 + behind, None), count, seed + 1)
-        return {**made, clips.name: features}
-
-    def with_past(
-        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """Return the inputs with the past that the model computes for a random text."""
-        name = self._clips.name
-        return {**super().with_past(base, {**inputs, name: inputs[name][:0]}, run, seed), name: inputs[name]}
+    def more(self) -> tuple[WrittenFeatures, ...]:
+        """The features of videos."""
+        return (self.videos.written, *super().more)
 
     def _taken(self, given: dict[str, object]) -> list[tuple[Images, Tensor]]:
-        features = given.pop(self._clips.name)
+        features = given.pop(self.videos.written.name)
         assert isinstance(features, Tensor)
         return [*super()._taken(given), (self.videos, features)]

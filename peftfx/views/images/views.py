@@ -85,7 +85,8 @@ class DecodeWithImages(DecodeWithFeatures):
         """The names of each input's axes."""
         types = {TYPES: ("batch", "total")} if self.images.typed else {}
         found = {**super().axes, **types}
-        found[IMAGE_FEATURES] = found.pop(IMAGE_FEATURES)
+        for own in (self.written, *self.more):
+            found[own.name] = found.pop(own.name)
         return {**found, POSITIONS: (None, *found[POSITIONS])} if self.images.sections else found
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
@@ -94,16 +95,16 @@ class DecodeWithImages(DecodeWithFeatures):
         A token of an image that the model wrote has the type of a text's token.
         """
         made = super().inputs(base, sizes=sizes, seed=seed)
-        ids, features = made["input_ids"], made.pop(IMAGE_FEATURES)
+        ids, features = made["input_ids"], {own.name: made.pop(own.name) for own in (self.written, *self.more)}
         with unset_fake_temporarily():
             if self.images.sections:  # rows of an image's tokens have positions of their own
                 rows = [made[POSITIONS], *(made[POSITIONS] // (n + 1) for n in range(self.images.sections - 1))]
                 made[POSITIONS] = torch.stack(rows)
             if self.images.typed:
                 made[TYPES] = torch.zeros_like(made["attention_mask"])
-                if len(features):
+                if len(features[IMAGE_FEATURES]):
                     made[TYPES][:, -ids.shape[1] :] = (ids == self.images.token).long()
-        return {**made, IMAGE_FEATURES: features}
+        return {**made, **features}
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0

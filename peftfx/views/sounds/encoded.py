@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from peftfx.views.written_features import WrittenFeatures
 
 AUDIO_FEATURES, AUDIO_TOKENS = "audio_features", "audio_tokens"
 AUDIO = "audio"
+EMBEDDED = "inputs_embeds"
 SOUNDS, SOUND_LENGTH = "sounds", "sound_length"  #: the axes of recordings and their masks
 
 
@@ -34,6 +36,9 @@ class Sounds:
         picks: the argument of the forward alone that says which pieces of each sound count, [sounds, pieces]; empty if
             there is none.
         embedded: whether the forward takes features only within embedded text, as no method of its encodes sounds.
+        handed: whether features are written into the embedded text that the forward hands on to its text model, as the
+            text may have images too.
+        flags: the dtype of masks.
     """
 
     token: int
@@ -46,6 +51,8 @@ class Sounds:
     lengths: tuple[int, ...] = ()
     picks: str = ""
     embedded: bool = False
+    handed: bool = False
+    flags: torch.dtype = torch.long
 
     @property
     def written(self) -> WrittenFeatures:
@@ -71,7 +78,6 @@ def picking(accepted: Collection[str], taken: Collection[str], recording: str) -
     Args:
         accepted: the names of the arguments of the forward.
         taken: the names of the arguments of the function that encodes sounds.
-        heard: the dtype of recordings.
         recording: the argument that takes recordings.
     """
     name = f"{recording}_mask"
@@ -119,5 +125,42 @@ def embedded_with(base: nn.Module, ids: Tensor, token: int, features: Tensor) ->
         features: [pieces, width], with a row for each such token; or none, and then these tokens are text.
     """
     text = base.get_input_embeddings()(ids)  # type: ignore[operator]
+    return _written_into(text, ids, token, features)
+
+
+@contextmanager
+def written_where_handed_on(base: nn.Module, ids: Tensor, token: int, features: Tensor) -> Iterator[None]:
+    """Write features into the embedded text that a forward hands on to a part of the model, inside the context.
+
+    Args:
+        base: the model.
+        ids: the text, [batch, sequence].
+        token: the id that stands for a piece of a sound.
+        features: [pieces, width], with a row for each such token; or none, and then these tokens are text.
+    """
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        text = kwargs.get(EMBEDDED)
+        return None if text is None else (args, {**kwargs, EMBEDDED: _written_into(text, ids, token, features)})
+
+    handles = [part.register_forward_pre_hook(called, with_kwargs=True) for part in handed_to(base)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def handed_to(base: nn.Module) -> list[nn.Module]:
+    """Return the parts of a model that its forward hands embedded text on to: those with the embedding of tokens.
+
+    Parts that encode may take what they embed by the same name.
+    """
+    inner, tokens = base.base_model, base.get_input_embeddings()  # type: ignore[operator]
+    assert isinstance(inner, nn.Module)
+    return [part for part in inner.children() if any(module is tokens for module in part.modules())]
+
+
+def _written_into(text: Tensor, ids: Tensor, token: int, features: Tensor) -> Tensor:
     some = torch.ones_like(features[:, 0], dtype=torch.long).sum() > 0
     return text.index_put(((ids == token) & some,), features.to(text.device, text.dtype))

@@ -20,6 +20,7 @@ from peftfx.views.sounds.encoded import (
     embedded_with,
     encode_sounds,
     encoded_already,
+    written_where_handed_on,
 )
 from peftfx.views.view import Axes, RunView
 from peftfx.views.written_features import DecodeWithFeatures, WrittenFeatures
@@ -57,7 +58,7 @@ class SoundEncoder:
             shape = [length if size is None else size for size in self.sounds.shape]
             made = {self.sounds.recording: torch.randn(count, *shape, generator=random).to(self.sounds.heard)}
             for name in self.sounds.masks:
-                made[name] = torch.ones(count, length, dtype=torch.long)
+                made[name] = torch.ones(count, length, dtype=self.sounds.flags)
                 if count > 1:
                     made[name][-1, length - length // 4 :] = 0
             return made
@@ -97,7 +98,7 @@ class DecodeWithSounds(DecodeWithFeatures):
 
         transformers' forwards take no encoded sounds. So the function that encodes sounds returns the features, and the
         recording, which makes the forward call that function, is a zero. A forward that encodes sounds itself gets
-        embedded text with the features in it.
+        embedded text with the features in it; one that can write images too hands that on to its text model.
         """
         given = dict(inputs)
         features = given.pop(AUDIO_FEATURES)
@@ -105,6 +106,11 @@ class DecodeWithSounds(DecodeWithFeatures):
         exporting = torch.compiler.is_exporting()
         if not exporting and not len(features):  # a step of text, as in the model's own `generate`
             return super().__call__(base, given)
+        if self.sounds.handed:
+            ids = given["input_ids"]
+            assert isinstance(ids, Tensor)
+            with written_where_handed_on(base, ids, self.sounds.token, features):
+                return super().__call__(base, given)
         if self.sounds.embedded:
             ids = given.pop("input_ids")
             assert isinstance(ids, Tensor)

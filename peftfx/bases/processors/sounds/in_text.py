@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import first_of
-from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, needed_by, sound_encoder
+from peftfx.bases.processors.sounds.in_forward import SOUND_TOKENS, heard_and_seen, needed_for_sounds, sound_encoder
+from peftfx.bases.processors.sounds.own_extractor import extracted
 from peftfx.bases.processors.sounds.recordings import RECORDINGS, fitted_shape, recording_shape
 
 #: Lengths in tokens, where the config tells no number of frames. The last is half a minute.
@@ -21,7 +22,8 @@ def sounds_in_text(model: nn.Module, accepted: Collection[str]) -> Iterator[dict
     """Yield what may be the arguments of one sound that the model writes into its text: a recording, and masks of ones.
 
     A recording is NaN. It has the length that the config tells, as most processors fill up each sound to it. If the
-    config tells none, several lengths are tried, and whether the frames are the first axis or the second.
+    config tells none, several lengths are tried, and whether the frames are the first axis or the second. Where texts
+    may have images too, the model's own feature extractor is asked first, and then masks may be booleans.
 
     Args:
         model: the model; its weights are not read.
@@ -37,8 +39,11 @@ def sounds_in_text(model: nn.Module, accepted: Collection[str]) -> Iterator[dict
     taken = inspect.signature(encode).parameters
     name = next((name for name in RECORDINGS if name in taken and name in accepted), None)
     masks = [other for other in taken if other in accepted and other.endswith("mask")]
-    if name is None or not {*needed_by(encode)} <= {name, *masks}:
+    if name is None or not {*needed_for_sounds(model)} <= {name, *masks}:
         return
+    both = heard_and_seen(model)
+    if both and (own := extracted(model, {name, *masks})) is not None:
+        yield own
     for tokens in _TOKENS:
         shape = recording_shape(model.config, name, tokens)
         if shape is None:
@@ -47,7 +52,9 @@ def sounds_in_text(model: nn.Module, accepted: Collection[str]) -> Iterator[dict
         length = next((size for size, other in zip(shape, longer or shape, strict=True) if size != other), shape[-1])
         ones = {mask: torch.ones(1, length, dtype=torch.long) for mask in masks}
         for fitted in dict.fromkeys((fitted_shape(model, name, shape, _with(encode, ones)), shape[::-1])):
-            yield {name: torch.full((1, *fitted), torch.nan), **ones}
+            for kind in (torch.bool, torch.long) if both and masks else (torch.long,):
+                as_kind = {mask: value.to(kind) for mask, value in ones.items()}
+                yield {name: torch.full((1, *fitted), torch.nan), **as_kind}
 
 
 def _with(encode: Callable[..., Any], masks: Mapping[str, Tensor]) -> Callable[..., Any]:

@@ -50,7 +50,14 @@ def recording_shape(config: object, name: str, tokens: int) -> tuple[int, ...] |
     mels, frames = field("num_mel_bins"), field("max_source_positions", "max_length")
     if name == "input_features" and isinstance(mels, int) and isinstance(frames, int):
         return mels, 2 * frames
-    features = field("input_feat_per_channel", "feature_projection_input_dim", "input_dim", "input_size")
+    features = field(
+        "input_feat_per_channel",
+        "feature_projection_input_dim",
+        "input_dim",
+        "input_size",
+        "input_feat_size",
+        "audio_embed_dim",
+    )
     features = mels if features is None else features
     if name == "input_features" and isinstance(features, int):
         return 8 * tokens, features
