@@ -173,15 +173,18 @@ class _Windowed(torch.nn.Module):
         return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v)).mean((1, 2))
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["first capture", "captured again"])
 @pytest.mark.parametrize(("table", "sides"), [(True, [32, 32]), (False, ["photo.2", "photo.3"])], ids=["one", "many"])
 def test_sides_of_an_unknown_model_are_fixed_only_if_its_code_takes_one_size(
-    table: bool, sides: list[object], tmp_path: Path
+    table: bool, sides: list[object], again: bool, tmp_path: Path
 ) -> None:
     """Free sides of a model with a table of positions ended in torch's words when it was exported."""
     torch.manual_seed(0)
     photo = torch.randn(2, 3, 32, 32)
     model = _Windowed(table=table).eval()
     adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="all-linear"), inputs={"photo": photo})
+    if again:
+        model.patches.note = "a module's state is another one, so its code may be too"
     report = adapted.eval().export(tmp_path / "out")
     assert report.inputs == {"photo": ["batch", 3, *sides]}
     other = torch.randn(3, 3, 32, 32) if table else torch.randn(3, 3, 48, 16)

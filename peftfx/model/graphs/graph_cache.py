@@ -37,6 +37,7 @@ from peftfx.views.entry import Entry
 from peftfx.views.finding.image_text import IMAGE_TEXT
 from peftfx.views.finding.named_views import find_view
 from peftfx.views.forward_axes import axes_of_forward
+from peftfx.views.images.sizes import with_fixed_sizes
 from peftfx.views.view import Axes, View, apart
 
 MOST_STATES = 4  #: the most states of the base for one kind of call: training, evaluation, and two more
@@ -100,7 +101,7 @@ class Graphs:
         if alone:
             return graph
         if not all(s.accepts(tensors[s.name]) for s in graph.inputs):  # the graph fixes a size that replaced 1
-            axes = axes_of_forward(self.base, inputs) if view is None else apart(view.axes, tensors)
+            axes = self._axes(inputs, tensors, view)
             sizes = _sizes(_all_named(axes, tensors), tensors)
             known[-1] = self._capture(inputs, tensors, entry, view, frozenset(a for a, n in sizes.items() if n == 1))
             return known[-1]
@@ -128,7 +129,7 @@ class Graphs:
         An axis of size 1 without a name (positions that all rows share, for example) also keeps its size if the capture
         with free sizes fails.
         """
-        axes = axes_of_forward(self.base, inputs) if view is None else apart(view.axes, tensors)
+        axes = self._axes(inputs, tensors, view)
         named = _all_named(axes, tensors)
         if alone:
             axes = {n: tuple(None if a in alone else a for a in own) for n, own in named.items()}
@@ -141,6 +142,12 @@ class Graphs:
             if shared <= alone:
                 raise
         return self._capture(inputs, tensors, entry, view, alone | shared)
+
+    def _axes(self, inputs: Mapping[str, object], tensors: Mapping[str, Tensor], view: View | None) -> Axes:
+        """Return the names of the axes of such a call; in images that the code takes in one size, sides have none."""
+        if view is not None:
+            return apart(view.axes, tensors)
+        return with_fixed_sizes(axes_of_forward(self.base, inputs), self.base, inputs)
 
     def _remember(self, known: list[Graph], graph: Graph) -> None:
         if len(known) == _MOST:
