@@ -8,20 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 
 from peftfx.bases.processors.sounds.in_forward import SCATTERS
 from peftfx.errors import first_line, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.dry_run import fake_run
-from peftfx.views.sounds.encoded import Sounds
+from peftfx.views.finding.handed.arguments import are_tokens, handed_arguments
+from peftfx.views.sounds.encoded import EMBEDDED, Sounds
 
-_TEXT, _EMBEDDED, _MASK = "input_ids", "inputs_embeds", "attention_mask"
-
-
-class _HandedOn(Exception):
-    """Ends a forward where it hands embedded text on to a part of the model."""
+_TEXT, _MASK = "input_ids", "attention_mask"
 
 
 class _Text(TorchFunctionMode):
@@ -60,20 +56,20 @@ def why_not_embedded(base: nn.Module, made: Mapping[str, Tensor], sounds: Sounds
         mask, given = fake(made[_MASK]), {name: fake(value) for name, value in heard.items()}
         try:
             with known_values([ids]), _Text() as text, _embedded_by(base) as embedded:
-                own = _handed_on(base, {_TEXT: ids, _MASK: mask, **given})
+                own = handed_arguments(base, {_TEXT: ids, _MASK: mask, **given})
             if len(text.written) != 1 or own is None:
                 return "its code does not write them into the embedded text at once"
             target, places, result = text.written[0]
-            if not any(target is found for found in embedded) or own.pop(_EMBEDDED) is not result:
+            if not any(target is found for found in embedded) or own.pop(EMBEDDED) is not result:
                 return "its code changes the embedded text before or after it writes them"
-            if not _at(places, ids, sounds.token):
+            if not are_tokens(places, ids, sounds.token):
                 return "its code writes them at other places than the tokens of sounds"
             alone = torch.zeros_like(result)
-            other = _handed_on(base, {_EMBEDDED: alone, _MASK: mask})
+            other = handed_arguments(base, {EMBEDDED: alone, _MASK: mask})
         except Exception as error:  # whatever the model's code raises
             raise_if_memory_is_out(error)
             return first_line(error)
-        if other is None or other.pop(_EMBEDDED) is not alone:
+        if other is None or other.pop(EMBEDDED) is not alone:
             return "its code changes embedded text"
         same = own.keys() == other.keys() and all(own[n] is other[n] or _plain_same(own[n], other[n]) for n in own)
         return "" if same else "its code gives its text model other arguments with them"
@@ -81,15 +77,6 @@ def why_not_embedded(base: nn.Module, made: Mapping[str, Tensor], sounds: Sounds
 
 def _plain_same(one: object, other: object) -> bool:
     return not isinstance(one, Tensor) and type(one) is type(other) and one == other
-
-
-def _at(places: Tensor, ids: Tensor, token: int) -> bool:
-    """Return whether places, [batch, sequence, 1 or width], are those of a token in a text."""
-    with unset_fake_temporarily():
-        try:
-            return torch.equal(*torch.broadcast_tensors(places, (ids == token)[..., None]))
-        except RuntimeError:  # of other shapes
-            return False
 
 
 @contextmanager
@@ -102,24 +89,3 @@ def _embedded_by(base: nn.Module) -> Iterator[list[Tensor]]:
         yield found
     finally:
         handle.remove()
-
-
-def _handed_on(base: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Return the named arguments with which a forward first calls a part of the model that takes embedded text."""
-    inner, found = base.base_model, dict[str, Any]()
-    assert isinstance(inner, nn.Module)
-
-    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get(_EMBEDDED) is not None:
-            found.update(kwargs)
-            raise _HandedOn
-
-    handles = [part.register_forward_pre_hook(called, with_kwargs=True) for part in inner.children()]
-    try:
-        base(**given)
-    except _HandedOn:
-        return found
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -18,6 +17,7 @@ from peftfx.bases.processors.sounds.in_forward import COMPARES
 from peftfx.errors import first_line, raise_if_memory_is_out
 from peftfx.graph.capturing.known_values import known_values
 from peftfx.views.dry_run import fake_run
+from peftfx.views.finding.handed.arguments import are_tokens
 from peftfx.views.finding.handed.text import ValueKeys, handed_on
 from peftfx.views.sounds.encoded import EMBEDDED, Sounds
 
@@ -62,15 +62,6 @@ def why_not_handed(base: nn.Module, ids: Tensor, given: Mapping[str, Tensor], so
     target, places, result = keys.written[0]
     if own.pop(EMBEDDED) != result or other.pop(EMBEDDED) != target:
         return "its code changes the embedded text in another way too where there are sounds"
-    if not _at(places, ids, sounds.token):
+    if not are_tokens(places, ids, sounds.token):
         return "its code writes them at other places than the tokens of sounds"
     return "" if own == other else "its code gives its text model other arguments with them"
-
-
-def _at(places: Tensor, ids: Tensor, token: int) -> bool:
-    """Return whether places, [batch, sequence] or with an axis of the width, are those of a token in a text."""
-    if isinstance(places, FakeTensor):
-        return False
-    with _disable_current_modes(), torch._C.DisableTorchFunction():
-        wanted = ids == token
-        return places.shape[:2] == wanted.shape and bool((places.reshape(*wanted.shape, -1) == wanted[..., None]).all())

@@ -18,16 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from peftfx.errors import raise_if_memory_is_out
 from peftfx.views.dry_run import fake_run
-from peftfx.views.sounds.encoded import EMBEDDED, handed_to
+from peftfx.views.finding.handed.arguments import handed_arguments
 
 _FEW = 4096  #: numbers of a tensor that code makes anew in each run
 _aten = torch.ops.aten
 _SAME = frozenset({_aten.unsqueeze.default, _aten.expand.default, _aten._to_copy.default, _aten.clone.default})
 _WRITES = frozenset({_aten.masked_scatter.default, _aten.masked_scatter_.default})
-
-
-class _HandedOn(Exception):
-    """Ends a forward where it hands embedded text on to a part of the model."""
 
 
 class ValueKeys(TorchDispatchMode):
@@ -85,23 +81,11 @@ class ValueKeys(TorchDispatchMode):
 
 def handed_on(base: nn.Module, keys: ValueKeys, given: Mapping[str, Tensor]) -> dict[str, object] | None:
     """Return the keys of the arguments with which a forward first calls a part that takes embedded text, by name."""
-    found = dict[str, object]()
-
-    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get(EMBEDDED) is not None:
-            flat, _ = pytree.tree_flatten_with_path(kwargs)
-            found.update({_name(path): keys.of(value) for path, value in flat})
-            raise _HandedOn
-
-    handles = [part.register_forward_pre_hook(called, with_kwargs=True) for part in handed_to(base)]
-    try:
-        base(**given)
-    except _HandedOn:
-        return found
-    finally:
-        for handle in handles:
-            handle.remove()
-    return None
+    arguments = handed_arguments(base, given)
+    if arguments is None:
+        return None
+    flat, _ = pytree.tree_flatten_with_path(arguments)
+    return {_name(path): keys.of(value) for path, value in flat}
 
 
 def _name(path: tuple[Any, ...]) -> str:
