@@ -9,6 +9,7 @@ import pytest
 import torch
 from every_model.checks import build
 from sounds.seeing import KINDS, OPTIONS, SIZE, TASK, call, loaded, made, saved
+from support.decoding import assert_writes_the_same
 from support.few import but_for
 from videos.clips import call as clip_call
 
@@ -61,17 +62,12 @@ def test_what_is_written_about_both_is_what_peft_writes(kind: str, tmp_path: Pat
     loaded(kind, tmp_path / "adapter").export(tmp_path / "out", view="decode", **size)
     served = runtime.load(tmp_path / "out")
     assert set(served.graphs) == {"vision_encoder", "audio_encoder", "model"}
-    asked = {**OPTIONS, "output_logits": True, "return_dict_in_generate": True}
     said = set()
     for rows in (BOTH, APART, SEVERAL, TEXT, [[5, SEEN, 7]], [[5, HEARD, 7]]):
         given = call(want.get_base_model(), rows)
         for beams in (1, 2) if rows in (BOTH, TEXT) else (1,):
-            expected = want.generate(**given, **asked, num_beams=beams)
-            found = served.generate(**given, **asked, num_beams=beams)
-            assert torch.equal(found.sequences, expected.sequences)
-            for own, logits in zip(found.logits, expected.logits, strict=True):
-                torch.testing.assert_close(own, logits, atol=5e-4, rtol=1e-3)
-        said.add(tuple(found.sequences[0, -5:].tolist()))
+            tokens = assert_writes_the_same(served, want, given, 5e-4, **OPTIONS, num_beams=beams)
+        said.add(tuple(tokens[0, -5:].tolist()))
     assert len(said) > 2
     few = call(want.get_base_model(), [[5, HEARD, 7]])
     with pytest.raises(PeftfxError, match="tokens of sounds"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -79,6 +80,26 @@ def prompts(batch: int = 4, length: int = 7, seed: int = 1) -> dict[str, Tensor]
 
 
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.5}
+
+
+def left_padded(texts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """A call of these texts, filled up on the left with token 0, with its mask."""
+    longest = max(map(len, texts))
+    ids = torch.tensor([[0] * (longest - len(text)) + list(text) for text in texts])
+    mask = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def assert_writes_the_same(
+    served: Any, model: nn.Module, given: Mapping[str, Tensor], atol: float, **asked: Any
+) -> Tensor:
+    """A served model writes a model's tokens, with its logits at each; returns the tokens."""
+    asked = {**asked, "output_logits": True, "return_dict_in_generate": True}
+    expected, found = model.generate(**given, **asked), served.generate(**given, **asked)  # type: ignore[operator]
+    assert torch.equal(found.sequences, expected.sequences)
+    for own, logits in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(own, logits, atol=atol, rtol=1e-3)
+    return found.sequences
 
 
 def text(batch: int, length: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from every_model.checks import build
 from support.adapted import randomise
+from support.decoding import left_padded
 from torch import Tensor, nn
 
 from peftfx.bases.example_inputs import example_inputs
@@ -86,11 +87,8 @@ def call(base: nn.Module, rows: Sequence[Sequence[Part]]) -> dict[str, Tensor]:
             for name, value in one.items():
                 given.setdefault(name, []).append(value)
         texts.append(text)
-    length = max(map(len, texts))
-    ids = torch.tensor([[0] * (length - len(text)) + text for text in texts])
-    made: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for row, text in enumerate(texts):
-        made["attention_mask"][row, : length - len(text)] = 0
+    made = left_padded(texts)
+    ids = made["input_ids"]
     made |= {name: torch.cat(values) for name, values in given.items()}
     if "mm_token_type_ids" in inspect.signature(base.forward).parameters:
         made["mm_token_type_ids"] = (ids == image).long() + 2 * (ids == video).long()
