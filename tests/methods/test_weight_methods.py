@@ -186,11 +186,23 @@ def _scaled(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     return F.linear(x, gain(m, updated.norm(dim=1))[:, None] * updated, bias)
 
 
+def _count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have tensors of a few values treated as large ones are."""
+    monkeypatch.setattr(dora, "_PIECE", {"cpu": 20, "other": 20})
+    for bound in ("_LARGE", "_MANY"):
+        monkeypatch.setattr(dora_layer, bound, 1)
+
+
 @pytest.mark.parametrize("count", [0, 2, 20], ids=lambda count: f"{count} vectors")
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("large", [False, True], ids=["", "large"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_doras_layer_at_once_is_its_formula(count: int, biased: bool, order: int) -> None:
+def test_doras_layer_at_once_is_its_formula(
+    monkeypatch: pytest.MonkeyPatch, count: int, biased: bool, large: bool, order: int
+) -> None:
     """Of many vectors and of few, at magnitudes of zero too; gradients, and gradients of these."""
+    if large:
+        _count_as_large(monkeypatch)
     x, a, b, m = _random(1, count, 9), _random(3, 9), _random(7, 3), _random(7)
     with torch.no_grad():
         m[2], m[4] = 0, 1e-30
@@ -211,7 +223,7 @@ def test_doras_layer_at_once_is_its_formula(count: int, biased: bool, order: int
 def test_doras_large_output_is_kept_unless_it_is_changed(
     monkeypatch: pytest.MonkeyPatch, count: int, then: str, checkpointed: bool
 ) -> None:
-    monkeypatch.setattr(dora_layer, "_LARGE", 0)
+    _count_as_large(monkeypatch)
     x, a, b, m, weight = _random(1, count, 9), _random(3, 9), _random(7, 3), _random(7), _random(7, 9).detach()
 
     def run(layer: Callable[..., Tensor]) -> Tensor:
@@ -224,6 +236,21 @@ def test_doras_large_output_is_kept_unless_it_is_changed(
     for layer in (lambda *given: scaled_linear(*given, 0.5), _scaled):
         y = checkpoint(run, layer, use_reentrant=False) if checkpointed else run(layer)
         found.append((y, *torch.autograd.grad(y.sum(), (x, a, b, m))))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "of some columns"])
+def test_gradients_of_any_layout_reach_doras_large_layer(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    _count_as_large(monkeypatch)
+    x, a, b, m, weight = _random(20, 9), _random(3, 9), _random(7, 3), _random(7), _random(7, 9).detach()
+    backs = {
+        "expanded": torch.ones(()).double().expand(20, 7),
+        "transposed": _random(7, 20).detach().T,
+        "of some columns": _random(20, 10).detach()[:, 2:9],
+    }
+    found = []
+    for layer in (lambda *given: scaled_linear(*given, 0.5), _scaled):
+        found.append(torch.autograd.grad(layer(x, weight, None, a, b, m), (x, a, b, m), backs[layout]))
     torch.testing.assert_close(*found)
 
 

@@ -30,12 +30,20 @@ def updated_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tenso
     A large weight is updated some rows at a time, in memory that is used again: the weight is read once, and no second
     tensor of its size is made. Compiled and traced calls compute one whole expression.
     """
-    piece = _PIECE["cpu" if weight.device.type == "cpu" else "other"]
-    if weight.numel() <= piece or isinstance(weight, FakeTensor) or torch.compiler.is_compiling():
+    if fits_cache(weight) or isinstance(weight, FakeTensor) or torch.compiler.is_compiling():
         return torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=scaling), dim=1)
-    rows = max(1, piece // weight.shape[1])
+    rows = max(1, _piece(weight) // weight.shape[1])
     pieces = zip(weight.split(rows), b.split(rows), strict=True)
     return torch.cat([torch.linalg.vector_norm(torch.addmm(w, part, a, alpha=scaling), dim=1) for w, part in pieces])
+
+
+def fits_cache(weight: Tensor) -> bool:
+    """Return whether the updated weight is computed at once for its norms, not some rows at a time."""
+    return weight.numel() <= _piece(weight)
+
+
+def _piece(weight: Tensor) -> int:
+    return _PIECE["cpu" if weight.device.type == "cpu" else "other"]
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftfx.contract.common.lora.dora import gain, updated_norms
+from peftfx.contract.common.lora.dora import fits_cache, gain, updated_norms
 
 #: From this many values on the output is kept, because a second tensor of its size costs more than to watch it.
 _LARGE = 2**16
+#: From this many values on one kernel that multiplies and sums costs less than two, which write the products.
+_MANY = 2**18
 #: Magnitudes below it are not divided by.
 _LEAST = 1e-12
 
@@ -42,10 +44,10 @@ def scaled_linear(
         scaling: `s`.
 
     For many vectors there is one product with an updated weight, which is computed again for the gradient of `x`. Then
-    this weight is no larger than the input and the output together. For few vectors the update is added to the product
-    with the base's weight. One activation is kept, for the gradient of m: of large outputs the output itself, which
-    most models keep anyway. If the model's code has changed it in place, the product is computed again. With a bias, or
-    where a value of m is about zero, `(W + s B A) x` is kept instead.
+    this weight is no larger than the input and the output together, or fits into a CPU's cache. For few vectors the
+    update is added to the product with the base's weight. One activation is kept, for the gradient of m: of large
+    outputs the output itself, which most models keep anyway. If the model's code has changed it in place, the product
+    is computed again. With a bias, or where a value of m is about zero, `(W + s B A) x` is kept instead.
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)
@@ -64,9 +66,12 @@ class _Scaled(torch.autograd.Function):
         magnitude: Tensor,
         scaling: float,
     ) -> Tensor:
-        ctx.scaling, ctx.updates = scaling, len(x) * sum(weight.shape) >= weight.numel()
-        ctx.output = None
-        updated = torch.addmm(weight, b, a, alpha=scaling) if ctx.updates else None
+        ctx.scaling, ctx.output = scaling, None
+        values = len(x) * sum(weight.shape)  # of the input and the output together
+        # The norms need an updated weight. The gradient of `x` needs it scaled too, which is another pass over it.
+        updates = 4 * values >= weight.numel() if fits_cache(weight) else values >= weight.numel()
+        ctx.updates = 2 * values >= 3 * weight.numel()
+        updated = torch.addmm(weight, b, a, alpha=scaling) if updates else None
         norms = updated_norms(weight, a, b, scaling) if updated is None else torch.linalg.vector_norm(updated, dim=1)
         gains = gain(magnitude, norms)
         of_output = bias is None and len(x) * len(b) >= _LARGE and bool(magnitude.abs().min() > _LEAST)
@@ -96,25 +101,39 @@ class _Scaled(torch.autograd.Function):
         to_x = to_a = to_b = to_m = None
         # What reads `back` and `x` comes first, while a CPU's cache has them.
         if for_x or for_a:
-            through = scaled.T @ back.T
-            to_a = through @ x
+            through = back @ scaled
+            to_a = through.T @ x
         if for_b:
-            to_b = (((a @ x.T) @ back) * scales).T
+            to_b = (((x @ a.T).T @ back) * scales).T
         if for_m and ctx.output is not None and not ctx.output.is_changed():
-            to_m = ((back * kept).sum(0) / magnitude.flatten()).view_as(magnitude)
+            to_m = (_dots(back, kept) / magnitude.flatten()).view_as(magnitude)
         elif for_m:
             inner = kept if ctx.output is None else _product(x, weight, a, b, s)
-            to_m = ((back * inner).sum(0) / norms).view_as(magnitude)
+            to_m = (_dots(back, inner) / norms).view_as(magnitude)
         if for_x and ctx.updates:
             to_x = back @ torch.mul(weight, gains[:, None]).addmm_(scaled, a)
         elif for_x:
-            to_x = ((back * gains) @ weight).addmm_(through.T, a)
+            to_x = ((back * gains) @ weight).addmm_(through, a)
         return to_x, None, None, to_a, to_b, to_m, None
 
 
 def _product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return `(W + s B A) x`."""
     return F.linear(x, weight) + scaling * F.linear(F.linear(x, a), b)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """Return the dot product of each column of `x` with that of `y`, without a tensor of their size if they are large.
+
+    It is the gradient of a batch norm's weight, where the mean is zero and the variance is one.
+    """
+    if x.numel() < _MANY or not x.is_contiguous():
+        return (x * y).sum(0)
+    mean, variance = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    of_weight = [False, True, False]
+    backward = torch.ops.aten.native_batch_norm_backward.default
+    dots: Tensor = backward(x, y, None, mean, variance, None, None, False, 0.0, of_weight)[1]
+    return dots
 
 
 class _Watch:
