@@ -6,7 +6,7 @@ An error names the method, the member, and what the contract says that the membe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -104,11 +104,11 @@ def refuse_forward_output(method: object, where: str, got: object, like: Tensor)
         raise _gave(type(method), "forward", where, f"{got.dtype} where y is {like.dtype}")
 
 
-def refuse_forward_shape(method: object, where: str, got: object, shape: Sequence[int]) -> None:
+def refuse_forward_shape(method: object, where: str, got: object, shape: tuple[int, ...]) -> None:
     """Refuse a result of `forward` that is not a tensor of this shape."""
     if not isinstance(got, Tensor):
         raise _gave(type(method), "forward", where, shown(got))
-    if tuple(got.shape) != tuple(shape):
+    if got.shape != shape:
         raise _gave(type(method), "forward", where, f"{list(got.shape)} where y is {list(shape)}")
 
 

@@ -160,8 +160,12 @@ class Hosted(Guests):
 
     def note_call(self) -> None:
         """Keep which adapters act in this call of the module."""
-        if CURRENT.keys is not None and not torch.compiler.is_compiling():
-            self.acted.add(None if CURRENT.given or CURRENT.rows is not None else CURRENT.keys)
+        keys = CURRENT.keys
+        if keys is None:
+            return
+        acted = None if CURRENT.given or CURRENT.rows is not None else keys
+        if acted not in self.acted and not torch.compiler.is_compiling():
+            self.acted.add(acted)
 
     def hosts(self, keys: Keys) -> bool:
         """Return whether one of these adapters acts in this module."""
@@ -184,6 +188,8 @@ class Hosted(Guests):
     @property
     def folds(self) -> bool:
         """Whether methods are folded into a tensor of the module."""
+        if not self.copies:  # as in most modules, at each of their calls
+            return False
         return any(isinstance(copy, FoldedTensor) for table in self.copies.values() for copy in table.values())
 
     def weigh(self, own: _Forward, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:

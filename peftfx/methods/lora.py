@@ -194,7 +194,7 @@ class LoRA(LoraForms):
                 return scaled_linear(x, *base, p[A], p[B], p[MAGNITUDE], self.scaling)
             y = op(x, *base)
         dtype, rounds = y.dtype, y.element_size() < 4 or y.dtype != p[A].dtype
-        inner = x if site.kind == "embedding" else x.to(p[A].dtype)
+        inner = x if site.kind == "embedding" or x.dtype == p[A].dtype else x.to(p[A].dtype)
         dropped = F.dropout(inner, self.lora_dropout, training=True) if drops else inner
         delta = self._delta(site, op, dropped, p[A], p[B], p.get(B_BIAS), rounds=rounds)
         start = self._delta(site, op, inner, p[A0], p[B0], None, rounds=rounds) if A0 in p else None
@@ -202,7 +202,7 @@ class LoRA(LoraForms):
             delta = where_active(delta, p[ACTIVE])
         update, left = delta if start is None else delta - start, self.scaling if rounds else 1
         if not self.use_dora:
-            return (y + (left * update if rounds else update)).to(dtype)
+            return (y + _times(left, update)).to(dtype) if rounds else y + update
         gains = gain(p[MAGNITUDE], self._norms(site, base.weight, p, rounds=rounds))
         if drops:
             bare = op(dropped, base.weight.to(dropped.dtype))
@@ -224,13 +224,11 @@ class LoRA(LoraForms):
         """
         scale = 1 if rounds else self.scaling
         if site.kind == "embedding":
-            return F.linear(scale * op(x, a.T), b)
+            return F.linear(_times(scale, op(x, a.T)), b)
         if site.kind == EXPERTS:
             down, up = of_experts(site.shape[0], a, b)
-            return op(scale * op(x, down), up)
-        low = op(x, a)
-        if not rounds:
-            low, bias = scale * low, None if bias is None else scale * bias
+            return op(_times(scale, op(x, down)), up)
+        low, bias = _times(scale, op(x, a)), None if bias is None else _times(scale, bias)
         if site.kind == "linear":
             return F.linear(low, b, bias)
         return (F.conv1d, F.conv2d, F.conv3d)[b.ndim - 3](low, b, bias, groups=site.groups)
@@ -323,3 +321,8 @@ class LoRA(LoraForms):
         if self.use_dora and site.groups > 1:
             return "at a grouped conv DoRA divides by the norms of another matrix than the update"
         return padding_in_peft(module)
+
+
+def _times(scale: float, value: Tensor) -> Tensor:
+    """Return `scale * value`; in a step of one token a product with a number takes as long as a layer's update."""
+    return value if scale == 1 else scale * value
