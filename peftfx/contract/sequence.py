@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.guests import own_modules
+from peftfx.bases.processors.token_types import plain_type, types_of_masks
 from peftfx.bases.tasks import task_of
 from peftfx.contract.method import PLACING, Method, Params
 from peftfx.errors import PeftfxError, listed
@@ -216,7 +217,8 @@ def prefix(count: int, base: nn.Module, site: SequenceSite) -> Prefix:
     both = encodes_and_decodes(base)
     layers, heads, features = cache_shape(base, both)
     shape = count, layers * 2 * heads * features
-    return Prefix(shape, stream_dtype(base, site), heads, layers, both, untyped(base))
+    own = Prefix(shape, stream_dtype(base, site), heads, layers, both, untyped(base))
+    return own if both else dataclasses.replace(own, types=types_of_masks(base), plain=plain_type(base))
 
 
 _SEQ_TO_SEQ = "text2text-generation"

@@ -29,12 +29,14 @@ class Condition:
         where: the line of code that made the statement, such as `file.py:12`.
         code: whether Python code of the model branched on it, and not one of torch's operators.
         edge: whether the capture took this branch only because it assumes that no size is less than 2.
+        below: whether the size of a tensor is below 0 where it does not hold.
     """
 
     holds: sympy.Basic
     where: str = field(default="", compare=False)
     code: bool = False
     edge: bool = False
+    below: bool = False
 
     @functools.cached_property
     def axes(self) -> tuple[str, ...]:

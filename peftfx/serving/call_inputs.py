@@ -205,7 +205,7 @@ _SIGNS: Mapping[str, Callable[[int, int], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_LIMITS = re.compile(r"(?:^|; )(\w+)(?: % (\d+))? (<=|<|>=|>) (\d+) \(")
+_LIMITS = re.compile(r"(?:^|; )([\w.]+)(?: % (\d+))? (<=|<|>=|>) (\d+) \(")
 
 
 def fitted(value: Tensor, kind: str) -> Tensor:

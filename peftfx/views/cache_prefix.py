@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from peftfx.bases.processors.token_types import TYPES
 from peftfx.caches.held import Held, cache_names
 from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.entry import POSITIONS, Entry, EntryCall, VirtualTokens
+from peftfx.views.prefix import after_prefix
 
 _MASK = "attention_mask"
 
@@ -29,17 +31,22 @@ class CachePrefix(Entry):
     Attributes:
         layers: what each layer of the cache holds.
         part: which of a layer's two caches, if there are two.
+        plain: the type of a token that sees no token behind it, if the model's attention depends on types.
     """
 
     layers: tuple[Held, ...]
     part: str = ""
+    plain: int = 0
 
     def check(self, inputs: Mapping[str, object]) -> None:
         """Do nothing: a cache prefix never enters a forward."""
 
     def __call__(self, call: EntryCall, base: nn.Module, hole: Tensor, arguments: Mapping[str, object]) -> object:
-        shown = torch.ones(1, hole.shape[0], dtype=torch.bool, device=hole.device)
-        return self.bind(call, base, hole[None], shown, hole.shape[0], dict(arguments))
+        given, count = dict(arguments), hole.shape[0]
+        if isinstance(types := given.get(TYPES), Tensor):
+            given[TYPES] = after_prefix(types, count, self.plain)
+        shown = torch.ones(1, count, dtype=torch.bool, device=hole.device)
+        return self.bind(call, base, hole[None], shown, count, given)
 
     def bind(
         self,

@@ -115,6 +115,8 @@ class VirtualTokens(Entry):
         for name, value in inputs.items():
             if not isinstance(value, Tensor) or name in (self.tokens, "inputs_embeds", *self.dropped):
                 continue
+            if name == POSITIONS and value.ndim == 3 and value.shape[1:] == text.shape[:2]:
+                continue  # several for each token
             if name in self._grown and name != "labels" and value.ndim != 2:
                 what = f"virtual tokens cannot be added to a {name} of {value.ndim} axes"
                 raise PeftfxError(what, name, "pass it as [batch, sequence]")
@@ -221,8 +223,8 @@ def _embedded(hole: Tensor, embeds: Tensor) -> Tensor:
 def _widened(name: str, value: Tensor, count: int) -> Tensor:
     if name != POSITIONS:
         return _ahead(value, value.new_full((count,), PER_TOKEN[name]))
-    first = value.amin(dim=1, keepdim=True)  # a model's positions need not start at 0
-    return torch.cat([first + torch.arange(count, device=value.device), value + count], dim=1)
+    first = value.amin(dim=-1, keepdim=True)  # a model's positions need not start at 0
+    return torch.cat([first + torch.arange(count, device=value.device), value + count], dim=-1)
 
 
 def _ahead(value: Tensor, new: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache, DynamicCache
 
 _CACHE = "cache"  #: transformers' name of the argument
+_TEXT = frozenset({"input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask"})
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,17 @@ class Prefix(Entry):
         layers: the number of layers of the model.
         decodes: whether the cache belongs to the decoder of an encoder-decoder, whose encoder has no cache.
         dropped: arguments that HF PEFT does not pass on.
+        types: the argument from whose types of tokens the model's code makes masks; empty if there is none. It looks
+            them up at the places of the cache, so the prefix has types too.
+        plain: the type of a token that sees no token behind it.
     """
 
     heads: int
     layers: int
     decodes: bool = False
     dropped: frozenset[str] = frozenset()
+    types: str = ""
+    plain: int = 0
 
     @property
     def _masks(self) -> str:
@@ -65,6 +71,8 @@ class Prefix(Entry):
             given[self._masks] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
         if isinstance(positions, Tensor):
             given[_positions(self.decodes)] = positions + count
+        if isinstance(types := given.get(self.types), Tensor):
+            given[self.types] = after_prefix(types, count, self.plain)
         table = hole.unflatten(1, (2 * self.layers, self.heads, -1)).permute(1, 2, 0, 3)
         rows = table.expand(_batch(arguments), *table.shape).unbind(1)
         cache = _filled(rows)
@@ -72,6 +80,11 @@ class Prefix(Entry):
         if any(getattr(layer, "keys", None) is rows[2 * i] for i, layer in enumerate(cache.layers)):
             raise _no_place(base)
         return _without_cache(output)
+
+
+def after_prefix(types: Tensor, count: int | torch.SymInt, plain: int) -> Tensor:
+    """Return types of tokens, [batch, tokens], with a plain type before them for each token of a prefix."""
+    return torch.cat([types.new_full((types.shape[0], count), plain), types], dim=1)
 
 
 def cache_shape(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
@@ -99,24 +112,46 @@ def _fields(base: nn.Module) -> object:
 
 
 def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
-    cache = _empty()
-    with fake_run(base) as fake:
-        inputs = {name: fake(t) for name, t in example_inputs(base).items()}
-        try:
-            base(**inputs, **{_CACHE: _beside_encoder(cache) if decodes else cache})
-        except (TypeError, DataDependentOutputException) as error:  # no such argument, or images in the text
-            raise _no_place(base) from error
-        except Exception as error:  # a model's code raises various errors for a cache of another kind than its own
-            raise_if_memory_is_out(error)
-            raise _not_run(base, error) from error
+    example = example_inputs(base)
+    text = {name: value for name, value in example.items() if name in _TEXT}
+    try:
+        cache = _filled_by(base, example, decodes)
+    except PeftfxError:  # code that reads images may read their values
+        if len(text) == len(example):
+            raise
+        cache = _filled_by(base, text, decodes)
     shapes = [tuple(_shape(getattr(layer, name, None)) for name in ("keys", "values")) for layer in cache.layers]
-    if not shapes or any(None in pair for pair in shapes):
+    own = [None not in pair for pair in shapes]
+    if not any(own):
         raise _no_place(base)
+    if not all(own):
+        what = f"{own.count(False)} of the model's {len(own)} layers keep no keys and values of their own"
+        hint = "use prompt tuning, or a method that acts on weights"
+        raise PeftfxError(f"{what}, but a prefix has some for each layer", type(base).__name__, hint)
     if len({shape for pair in shapes for shape in pair}) != 1:
         what = "the model's layers have keys and values of different shapes, but a prefix has only one shape"
         raise PeftfxError(what, type(base).__name__, "use a method that acts on weights, such as LoRA")
     heads, features = shapes[0][0] or (0, 0)
     return len(shapes), heads, features
+
+
+def _filled_by(base: nn.Module, inputs: Mapping[str, Tensor], decodes: bool) -> DynamicCache:
+    """Return an empty cache that a run of the model on fake tensors has filled.
+
+    Raises:
+        PeftfxError: the model does not run so.
+    """
+    cache = _empty()
+    with fake_run(base) as fake:
+        given = {name: fake(t) for name, t in inputs.items()}
+        try:
+            base(**given, **{_CACHE: _beside_encoder(cache) if decodes else cache})
+        except (TypeError, DataDependentOutputException) as error:  # no such argument, or images in the text
+            raise _no_place(base) from error
+        except Exception as error:  # a model's code raises various errors for a cache of another kind than its own
+            raise_if_memory_is_out(error)
+            raise _not_run(base, error) from error
+    return cache
 
 
 def _shape(keys: object) -> tuple[int, int] | None:

@@ -46,7 +46,7 @@ def prompt_in_view(view: View, entry: Entry) -> tuple[View, Entry | None]:
     if isinstance(entry, Prefix):
         if isinstance(view, Decode):
             width_of(view.layers)  # this refuses caches that a prefix cannot precede
-            return view, CachePrefix(entry.shape, entry.dtype, view.layers)
+            return view, CachePrefix(entry.shape, entry.dtype, view.layers, plain=entry.plain)
         if isinstance(view, Decoder):
             return view, CachePrefix(entry.shape, entry.dtype, view.layers.own, DECODED)
         if isinstance(view, Encoder):

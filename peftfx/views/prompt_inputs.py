@@ -91,9 +91,9 @@ class WithPromptInputs:
         if isinstance(view, Decode) and not all(layer.attends for layer in view.layers):
             return WithPromptInputs(view, ())
         if isinstance(view, Decode):  # its layers may differ in shape; HF PEFT's prefixes have one shape
-            return WithPromptInputs(
-                view, (Place(PREFIX, CachePrefix((3, width_of(view.layers)), view.layers[0].dtype, view.layers)),)
-            )
+            shape, plain = (3, width_of(view.layers)), max((getattr(p.entry, "plain", 0) for p in places), default=0)
+            ahead = CachePrefix(shape, view.layers[0].dtype, view.layers, plain=plain)
+            return WithPromptInputs(view, (Place(PREFIX, ahead),))
         kept = []
         for place in places:
             if isinstance(place.entry, VirtualTokens) and not view.layers.masked:

@@ -40,11 +40,9 @@ class CachePrefixByRow(CachePrefix):
 
     Attributes:
         lengths: the lengths of the prefixes, by entry.
-        plain: the type of a token that sees no token behind it, if the model's attention depends on types.
     """
 
     lengths: tuple[int, ...] = ()
-    plain: int = 0
 
     name: ClassVar[str] = PREFIXES
 

@@ -9,6 +9,7 @@ import torch
 from every_model.checks import build
 
 import peftfx
+from peftfx import PeftfxError
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.export import OnnxModel
 
@@ -73,3 +74,13 @@ def test_boxes_lie_on_a_page() -> None:
     assert ((left <= right) & (top <= bottom)).all()
     assert made["bbox"].min() >= 0
     assert made["bbox"].max() < 1000
+
+
+def test_a_model_made_from_a_config_alone_is_told_where_its_processor_belongs() -> None:
+    base = build("image-text-to-text", "qwen2_vl")
+    home, base.config.name_or_path = base.config.name_or_path, ""
+    rule = peftfx.LoRA(r=2, target="all-linear")
+    with pytest.raises(PeftfxError, match="name_or_path to a folder"):
+        peftfx.transform(base, rule)
+    base.config.name_or_path = home
+    assert any("visual" in site.path for site in peftfx.transform(base, rule).sites)

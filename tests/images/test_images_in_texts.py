@@ -8,14 +8,16 @@ import onnxruntime as ort
 import peft
 import pytest
 import torch
+import transformers as hf
 from every_model.checks import build
 from support.adapted import randomise
 from support.few import but_for
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.processors.pictures import pictures_of
 from peftfx.export import OnnxModel
 from peftfx.views.forward_axes import axes_of_forward
 
@@ -161,3 +163,75 @@ def test_texts_with_images_choose_adapters(targets: str, tmp_path: Path) -> None
     if targets == "all-linear":
         with pytest.raises(PeftfxError, match="batch is 4 in one input, and 3 in input_ids"):
             served(**call(model, 3, 4), adapter_ids=torch.tensor([1, -1, 0]))
+
+
+def prompted(kind: str, soft: peft.PeftConfig, directory: Path) -> tuple[peft.PeftModel, peftfx.AdaptedModel]:
+    want = peft.get_peft_model(build(TASK, kind), soft).eval()
+    randomise(want)
+    want.save_pretrained(str(directory))
+    return want, peftfx.load(build(TASK, kind), directory)
+
+
+def behind_prompt(base: nn.Module, prompt: Tensor, given: dict[str, Tensor], types: str) -> Tensor:
+    """Logits of the model's own code without a cache, whose first embedded tokens are the prompt."""
+    count, rows, left = len(prompt), len(given["input_ids"]), [True]
+    filler = {"input_ids": 5, "attention_mask": 1, types: 0}
+    more = {n: torch.cat([torch.full((rows, count), v), given[n]], 1) for n, v in filler.items() if n in given}
+
+    def put(module: nn.Module, args: object, found: Tensor) -> Tensor:
+        return torch.cat([prompt.expand(rows, -1, -1), found[:, count:]], 1) if left and left.pop() else found
+
+    handle = base.get_input_embeddings().register_forward_hook(put)
+    try:
+        return base(**{**given, **more}, use_cache=False).logits
+    finally:
+        handle.remove()
+
+
+#: What an image's tokens see, or where they are, is told by the places of a text that a prompt moves on.
+@pytest.mark.further
+@pytest.mark.parametrize(("kind", "types"), [("gemma3", "token_type_ids"), ("qwen2_5_vl", "mm_token_type_ids")])
+@torch.no_grad()
+def test_a_prompt_before_images(kind: str, types: str) -> None:
+    model = peftfx.transform(build(TASK, kind), peftfx.PromptTuning(num_virtual_tokens=3), seed=0)
+    randomise(model, 3)
+    (prompt,) = model.adapter("default").parameters()
+    with pictures_of((64, 64) if kind == "qwen2_5_vl" else None):
+        given = call(model, 1, 1)
+        want = behind_prompt(build(TASK, kind), prompt.detach(), given, types)
+        torch.testing.assert_close(model(**given).logits, want, atol=1e-5, rtol=1e-4)
+        said = model.generate(**given, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        torch.testing.assert_close(said.logits[0], want[:, -1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.further
+@torch.no_grad()
+def test_an_images_tokens_see_each_other_behind_a_prefix() -> None:
+    """transformers looks up the types of tokens by their places behind the cache."""
+    model = peftfx.transform(build(TASK, "gemma3"), peftfx.PrefixTuning(num_virtual_tokens=2), seed=0)
+    randomise(model, 3)
+    given, base = call(model, 1, 1), build(TASK, "gemma3")
+    (rows,) = model.adapter("default").parameters()
+    layers = base.config.text_config.num_hidden_layers
+    table = rows.detach().view(2, 2 * layers, -1, base.config.text_config.head_dim).permute(1, 2, 0, 3)[:, None]
+    cache = hf.DynamicCache()
+    for layer in range(layers):
+        cache.update(table[2 * layer], table[2 * layer + 1], layer)
+    more = {"attention_mask": torch.ones(1, 2 + given["input_ids"].shape[1], dtype=torch.long)}
+    more["token_type_ids"] = torch.cat([torch.zeros(1, 2, dtype=torch.long), given["token_type_ids"]], 1)
+    want = base(**{**given, **more}, cache=cache).logits
+    torch.testing.assert_close(model(**given).logits, want, atol=1e-5, rtol=1e-4)
+    said = model.generate(**given, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    torch.testing.assert_close(said.logits[0], want[:, -1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.further
+@torch.no_grad()
+def test_a_prefix_has_a_place_where_code_reads_an_images_size(tmp_path: Path) -> None:
+    with pictures_of((64, 64)):
+        want, model = prompted(
+            "qwen2_5_vl", peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), tmp_path
+        )
+        ids = torch.tensor([[4, 5, 9], [7, 8, 3]])
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        torch.testing.assert_close(model(**text).logits, want(**text).logits, atol=1e-5, rtol=1e-4)

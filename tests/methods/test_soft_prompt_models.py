@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from every_model.checks import build as tiny
 from support.few import but_for
 from support.parity import outputs
 from support.soft_cases import (
@@ -163,6 +164,12 @@ def test_what_makes_no_sense_is_refused(
     adapted = request.getfixturevalue("bare")(name)
     with pytest.raises(PeftfxError, match=expected):
         adapted.add_adapter("default", rule())
+
+
+def test_a_prefix_needs_keys_and_values_in_every_layer() -> None:
+    base = tiny("text-generation", "gemma3n_text")  # its last layers read those of others
+    with pytest.raises(PeftfxError, match="2 of the model's 4 layers keep no keys and values of their own"):
+        peftfx.transform(base, PrefixTuning())
 
 
 @pytest.mark.parametrize("name", but_for({"electra", "distilbert"}, ["bert", "electra", "distilbert"]))

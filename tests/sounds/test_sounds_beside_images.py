@@ -125,6 +125,16 @@ def test_a_sound_encoder_that_reads_masks_is_told_by_its_cause(kind: str) -> Non
         assert "its code branches on a mask's values" in why_not_heard(build(TASK, kind))
 
 
+@pytest.mark.further
+@pytest.mark.parametrize(("places", "lengths"), [(60, (194, 97)), (24, (97,)), (14, (97,))])
+def test_a_recording_has_no_more_pieces_than_a_text_has_places(places: int, lengths: tuple[int, ...]) -> None:
+    """One of 194 frames has 25 pieces, and torch takes the size -1 of what is filled up for another."""
+    pytest.importorskip("timm")
+    base = made("gemma3n")
+    base.config.audio_soft_tokens_per_image = places
+    assert find_sounds(base).lengths == lengths
+
+
 def test_a_forward_that_does_more_with_sounds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Features are written where embedded text is handed on only if the code does nothing else with them."""
     base = made("gemma4_unified")

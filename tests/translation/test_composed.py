@@ -143,3 +143,31 @@ def test_what_has_no_translation_is_named_with_its_module(tmp_path: Path) -> Non
     with pytest.raises(PeftfxError, match=r"torch's linalg_inv_ex has no translation to ONNX \[inner\]"):
         peftfx.export_onnx(Inverse().eval(), tmp_path / "out", inputs={"x": torch.randn(2, 4, 4)})
     assert not (tmp_path / "out").exists()
+
+
+class Vectors(nn.Module):
+    """Products of transposed values with vectors, on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.vector = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.layer(x)
+        turned = (y * 2).transpose(1, 2)
+        return (
+            turned @ x[0, :, 0],
+            y.transpose(1, 2).transpose(1, 2) @ self.vector,
+            self.vector @ (y * 3).transpose(1, 2),
+        )
+
+
+def test_a_transposed_value_times_a_vector(tmp_path: Path) -> None:
+    """ONNX Runtime's MatmulTransposeFusion computes another product of these."""
+    torch.manual_seed(0)
+    model = Vectors().eval()
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="linear"), inputs={"x": torch.randn(2, 5, 6)})
+    adapted.export(tmp_path / "out")
+    x = torch.randn(3, 7, 6)
+    for got, want in zip(OnnxModel(tmp_path / "out")(x=x).values(), adapted(x=x), strict=True):
+        torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=1e-5)

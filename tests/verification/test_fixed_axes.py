@@ -90,3 +90,28 @@ def test_what_is_tried_is_no_longer_than_the_example() -> None:
     graph = capture(Strided().eval(), {"x": torch.zeros(2, 6080)})
     trial = Trial(graph, lambda sizes: {}, lambda feed: [], lambda name, feed, value: value, graph.sizes, 8)
     assert trial.whole({}) == {"batch": 2, "x.1": 6080}
+
+
+class FilledUp(nn.Module):
+    """Code that fills its pieces up to as many as a text has places for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filling, self.out = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = self.out.in_features + 12 - 8 - (x.shape[1] + 1) // 2
+        return self.out(torch.cat((x[:, ::2], self.filling.expand(x.shape[0], pieces, 8)), 1))
+
+
+def test_what_is_filled_up_may_not_be_longer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FilledUp().eval()
+    report = export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 5, 8)})
+    assert "x.1 <= 24 (the model takes no other)" in " ".join(report.sizes)
+    served = OnnxModel(tmp_path / "out")
+    for length in (1, 7, 23, 24):
+        x = torch.randn(3, length, 8)
+        torch.testing.assert_close(next(iter(served(x=x).values())), model(x).detach(), atol=1e-5, rtol=1e-5)
+    with pytest.raises(PeftfxError, match=r"x.1 is 27, and the graph takes x.1 <= 24"):
+        served(x=torch.randn(1, 27, 8))

@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 def compose(rewriter: Rewriter, node: fx.Node) -> bool:
     """Replace an operator that ONNX lacks. Return whether the node was one."""
     function = _COMPOSED.get(node.target)
-    if function is None:
+    if function is None or (function is _by_vector and not _has_vector(node)):
         return False
     given = [*arguments_of(node).values()]
     nodes = [value for value in given if isinstance(value, fx.Node)]
@@ -42,6 +42,22 @@ def compose(rewriter: Rewriter, node: fx.Node) -> bool:
     for user in [user for user in node.users if user.target is operator.getitem]:
         rewriter.replace(user, made[user.args[1]])
     return True
+
+
+def _by_vector(x: Tensor, y: Tensor) -> Tensor:
+    """Return a product with a vector, as one with a column or a row.
+
+    Where ONNX Runtime fuses a transposition into a product with a vector, it computes another one.
+    """
+    if y.ndim == 1:
+        return torch.matmul(x, y.unsqueeze(-1)).squeeze(-1)
+    return torch.matmul(x.unsqueeze(0), y).squeeze(-2)
+
+
+def _has_vector(node: fx.Node) -> bool:
+    """Return whether one operand of a product is a vector, and the other is not."""
+    ranks = [value.meta["val"].ndim for value in node.args if isinstance(value, fx.Node)]
+    return len(ranks) == 2 and min(ranks) == 1 < max(ranks)
 
 
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
@@ -180,6 +196,8 @@ def _embedding_bag(
 
 
 _COMPOSED: Mapping[Any, Callable[..., object]] = {
+    _aten.matmul.default: _by_vector,
+    _aten.mv.default: _by_vector,
     _aten.hypot.default: _hypot,
     _aten._is_all_true.default: torch.all,
     _aten.cdist.default: _cdist,

@@ -117,8 +117,9 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         return _UNREACHED if case is None else known[key]
 
     for condition in (*trial.graph.conditions, *trial.graph.filled):
-        if condition.relation:
+        if condition.relation or condition.below:
             limits.append(Limit(condition, TAKES_NO_OTHER))
+            probes += _last(condition, [trial.whole(sizes) for sizes in condition.tried()]) if condition.below else ()
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
         beyond = [sizes for sizes in around if not condition.met(sizes)]

@@ -31,6 +31,12 @@ def reads_types(base: nn.Module) -> bool:
     return MODALITIES in accepted and _name_of_types(base) == MODALITIES and _changes_masks(base)
 
 
+def types_of_masks(base: nn.Module) -> str:
+    """Return the argument of a forward from whose types of tokens it makes masks; empty if there is none."""
+    name = _name_of_types(base)
+    return name if name in inspect.signature(base.forward).parameters and _changes_masks(base) else ""
+
+
 def makes_masks(base: nn.Module) -> bool:
     """Return whether a model's class has a function that makes masks from the types of tokens."""
     return bool(_name_of_types(base))

@@ -37,6 +37,8 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
         hint = "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
         if getattr(call, "inputs", None) is None and reads_sized_images(model):
             hint = SIZED
+        elif getattr(call, "inputs", None) is None and _lacks_processor(model) and not _has_folder(model):
+            hint = _FOLDER
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
     elif unknown := _UNKNOWN.search(str(error)):
@@ -52,7 +54,7 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     elif str(error).strip():
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
         if getattr(call, "inputs", None) is None and _lacks_processor(model):
-            hint = _PROCESSOR
+            hint = _PROCESSOR if _has_folder(model) else _FOLDER
         if lacks_padding(model) and "padding" in str(error):
             hint = "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
@@ -65,11 +67,20 @@ _PROCESSOR = (
     "copy the files of its processor (preprocessor_config.json) into its folder; or pass --view decode, or, in Python, "
     "inputs= of a text without images, to adapt the layers that it runs"
 )
+_FOLDER = (
+    "set model.config.name_or_path to a folder with the files of its processor (preprocessor_config.json): examples of "
+    "images are made by it; or pass inputs= of a text without images, to adapt the layers that it runs"
+)
 
 
 def _lacks_processor(model: nn.Module) -> bool:
     """Return whether a model reads images, and no processor beside it makes an example of one."""
     return isinstance(model, PreTrainedModel) and reads_images(model) and processor_file(model) is None
+
+
+def _has_folder(model: nn.Module) -> bool:
+    """Return whether a model came from a folder, or from a hub, and was not made from a config alone."""
+    return bool(getattr(getattr(model, "config", None), "name_or_path", None))
 
 
 def _nameless(model: nn.Module, error: BaseException) -> str:

@@ -25,6 +25,7 @@ from peftfx.graph.places import name_places
 from peftfx.graph.written import refuse_written
 from peftfx.patterns.find import with_patterns
 from peftfx.telling import tell_share
+from peftfx.views.capturing.below_zero import longest_filled
 from peftfx.views.capturing.programs.computed_biases import add_computed_biases
 from peftfx.views.capturing.programs.counted_places import write_counted
 from peftfx.views.capturing.programs.no_grad_regions import inline_no_grad
@@ -73,6 +74,7 @@ def as_graph(
     choose_by_indices(graph)
     write_counted(graph)
     squeezes = [_not_one(node, size) for node, size in keep_free_axes(graph)]
+    filled_up = longest_filled(graph)
     constants = _move_constants(module, model)
     add_computed_biases(graph)
     ran = called_modules(module)
@@ -81,7 +83,7 @@ def as_graph(
     name_places(module, model)
     linked = link(graph, {BASE: model, CONSTANTS: constants})
     told = {
-        "conditions": conditions_of([*notes, *squeezes], symbols),
+        "conditions": conditions_of([*filled_up, *notes, *squeezes], symbols),
         "filled": filled_of(questions, symbols, MAY_BE_EMPTY),
         "fixed": lines,
     }

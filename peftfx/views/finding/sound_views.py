@@ -132,12 +132,15 @@ def _find(base: nn.Module) -> Sounds:
         what = f"the model's sound encoder does not run by itself: {features}"
         raise PeftfxError(what, type(base).__name__, _HINT)
     shape: list[int | None] = list(given[recording].shape[1:])
-    axis = next((i for i in range(len(shape)) if _takes(base, given, recording, i, 2 * (shape[i] or 0))), None)
+    axis = next(
+        (i for i in range(len(shape)) if _takes(base, given, recording, i, 2 * (shape[i] or 0), features)), None
+    )
     length = given[masks[0]].shape[1] if masks else int(given[recording].shape[1:][-1 if axis is None else axis])
     lengths: tuple[int, ...] = (length,)
     if axis is not None:
         longer = (_LONGER * length + 1, _LONGER * length)
-        lengths = next((n, length) for n in (*longer, 2 * length) if _takes(base, given, recording, axis, n))
+        tried = (*longer, 2 * length)
+        lengths = next((n, length) for n in tried if _takes(base, given, recording, axis, n, features))
         shape[axis] = None
     token = first_of(base.config, *SOUND_TOKENS)
     assert isinstance(token, int)  # there is an example
@@ -178,15 +181,39 @@ def _encoded(base: nn.Module, given: Mapping[str, Tensor]) -> Tensor | str:
             return f"{_BRANCHES}, at {line_of(error, base)}" if of_values else first_line(error)
 
 
-def _takes(base: nn.Module, given: Mapping[str, Tensor], recording: str, axis: int, length: int) -> bool:
-    """Return whether the encoder takes recordings of another length along an axis of theirs, with masks as long."""
+def _takes(
+    base: nn.Module, given: Mapping[str, Tensor], recording: str, axis: int, length: int, features: Tensor
+) -> bool:
+    """Return whether the encoder takes recordings of another length along an axis of theirs, with masks as long.
+
+    Where code fills up the pieces of each recording to one number, a recording with more pieces is too long for it.
+
+    Args:
+        base: the model.
+        given: the arguments of one sound.
+        recording: the argument that takes recordings.
+        axis: the axis of one recording.
+        length: the other length.
+        features: what the encoder gives for one sound.
+    """
+    found = _of_length(base, given, recording, axis, length)
+    if found is None:
+        return False
+    half = _of_length(base, given, recording, axis, given[recording].shape[axis + 1] // 2)
+    pieces = [value.shape[0] for value in (features, found, found if half is None else half)]
+    return not all(isinstance(n, int) for n in pieces) or pieces[0] != pieces[-1] or pieces[0] == pieces[1]
+
+
+def _of_length(base: nn.Module, given: Mapping[str, Tensor], recording: str, axis: int, length: int) -> Tensor | None:
+    """Return the features of a recording of another length, with masks as long; None if the encoder takes none."""
     sound, masks = given[recording], {name: value for name, value in given.items() if name != recording}
     if any(mask.shape[1] != sound.shape[axis + 1] for mask in masks.values()):
-        return False
+        return None
     shape = list(sound.shape)
     shape[axis + 1] = length
     longer = {name: torch.ones(1, length, dtype=mask.dtype) for name, mask in masks.items()}
-    return not isinstance(_encoded(base, {recording: sound.new_zeros(shape), **longer}), str)
+    found = _encoded(base, {recording: sound.new_zeros(shape), **longer})
+    return None if isinstance(found, str) else found
 
 
 def _why_not_already(base: nn.Module, made: Mapping[str, Tensor], sounds: Sounds) -> str:

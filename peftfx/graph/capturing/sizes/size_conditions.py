@@ -35,13 +35,14 @@ _READ = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
 
 @dataclass(frozen=True)
 class Note:
-    """An answer that a capture was given: the statement that was true, and the code that asked."""
+    """An answer that a capture was given: the statement that was true, and the code that asked; see `Condition`."""
 
     holds: sympy.Basic
     where: str
     code: bool
     edge: bool
     text: str
+    below: bool = False
 
 
 Decide = Callable[[sympy.Basic, str, str], sympy.Basic | None]
@@ -168,7 +169,7 @@ def conditions_of(notes: Sequence[Note], axes: Mapping[str, str | int]) -> tuple
     found, known = list[Condition](), dict[sympy.Basic, sympy.Basic]()
     for relations in (True, False):  # relations first: a statement that follows from them is left out
         for (holds, code, edge), note in said.items():
-            condition = Condition(_substituted(holds, known), note.where, code, edge)
+            condition = Condition(_substituted(holds, known), note.where, code, edge, note.below)
             kept = code or not isinstance(condition.holds, sympy.Ne)  # `!=` in an operator only chooses a faster way
             if condition.relation == relations and kept and condition not in found and not _follows(condition, found):
                 found.append(condition)
