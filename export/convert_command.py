@@ -28,6 +28,7 @@ from peftfx.rules.peft_files import WEIGHTS
 
 PEFT = "peft"
 FORMATS = (PEFT, KOHYA, DIFFUSERS)
+_PREFIXES = {KOHYA: "lora_unet", DIFFUSERS: "unet"}  #: how the keys of an image model begin
 _LORA = "lora"
 _ROUNDING = 1e-6  #: of a share of the energy
 
@@ -41,7 +42,7 @@ def convert_directory(
     file: str | Path | None = None,
     rank: float | None = None,
     to: str = PEFT,
-    prefix: str = "lora_unet",
+    prefix: str | None = None,
     force: bool = False,
 ) -> str:
     """Convert an adapter, a tuned checkpoint or a single file to a LoRA, and write the LoRA.
@@ -56,7 +57,7 @@ def convert_directory(
         rank: the rank of the LoRA, or the share of the energy that is kept (below 1). Only an adapter that is a LoRA
             already, or a single file, may have none: it is not changed.
         to: `peft`, `kohya` or `diffusers`.
-        prefix: how the keys of a single file begin.
+        prefix: how the keys of the written file begin; by default `lora_unet` in kohya's format, `unet` in diffusers'.
         force: replace the adapter, or the safetensors file, at `output`.
 
     Returns:
@@ -66,6 +67,9 @@ def convert_directory(
         PeftfxError: bad input, or a change that no LoRA can express.
     """
     check_choice(to, FORMATS, "to", "unknown format")
+    if to == PEFT and prefix is not None:
+        what = "only the keys of a single file have a prefix, and a directory is to be written"
+        raise PeftfxError(what, "prefix", "leave it out, or write a file: --to kohya, or --to diffusers")
     target = Path(output)
     if sum(source is not None for source in (adapter, tuned, file)) != 1:
         raise PeftfxError("give one thing to convert: --adapter, --tuned or --file", "adapter", "give exactly one")
@@ -98,7 +102,7 @@ def convert_directory(
         if to == PEFT:
             adapted.save_pretrained(target, name)
             return
-        tensors = {key: t.cpu() for key, t in as_single_file(made, to, prefix).items()}
+        tensors = {key: t.cpu() for key, t in as_single_file(made, to, prefix or _PREFIXES[to]).items()}
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

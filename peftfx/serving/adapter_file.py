@@ -30,11 +30,9 @@ def read_adapter_file(path: Path) -> tuple[int, dict[str, ort.OrtValue]]:
     Raises:
         PeftfxError: the file does not exist, or is not an adapter file.
     """
-    if is_file(path / CONFIG):
-        hint = f"write it for this graph: peftfx export-adapter --adapter {path} --for GRAPH --output FILE"
-        raise PeftfxError("this is an adapter in HF PEFT's format, not a file for a graph", str(path), hint)
+    _refuse_another(path)
     if not is_file(path):
-        raise PeftfxError("there is no such adapter", str(path), "`peftfx export-adapter` writes one")
+        raise _missing(path)
     try:
         read = ort.AdapterFormat.read_adapter(str(path))
         # Copied, because the file's memory is freed with the object that read it.
@@ -77,7 +75,20 @@ def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[
     if len(graphs) > 1 and is_file(path):
         hint = "write the adapter for this model: peftfx export-adapter --for"
         raise PeftfxError(f"the model has {len(graphs)} graphs, but this file is for one graph", str(path), hint)
+    _refuse_another(path)
+    if not path.exists():
+        raise _missing(path)
     return {graph: _fitting(file_of(path, graph, graphs), manifest, graph) for graph in graphs}
+
+
+def _refuse_another(path: Path) -> None:
+    if is_file(path / CONFIG):
+        hint = f"write it for this graph: peftfx export-adapter --adapter {path} --for GRAPH --output FILE"
+        raise PeftfxError("this is an adapter in HF PEFT's format, not a file for a graph", str(path), hint)
+
+
+def _missing(path: Path) -> PeftfxError:
+    return PeftfxError("there is no such adapter", str(path), "`peftfx export-adapter` writes one")
 
 
 def file_of(path: Path, graph: str, graphs: Sequence[str]) -> Path:

@@ -57,6 +57,12 @@ def test_single_files_are_written_and_read(to: str, prefix: str, folder: Path, t
     torch.testing.assert_close(said(folder, tmp_path / "back"), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("to", "begins"), [("kohya", "lora_unet_model_"), ("diffusers", "unet.model.")])
+def test_keys_begin_as_each_format_has_it(to: str, begins: str, folder: Path, tmp_path: Path) -> None:
+    convert_directory(folder / "base", tmp_path / "one.safetensors", adapter=folder / "lora", to=to)
+    assert all(key.startswith(begins) for key in load_file(tmp_path / "one.safetensors"))
+
+
 def test_a_difference_and_a_cut_by_the_command_line(folder: Path, tmp_path: Path) -> None:
     runner, want = CliRunner(), torch.load(folder / "want.pt")
     for name, source in (("difference", ["--tuned", "tuned"]), ("cut", ["--adapter", "lora"])):
@@ -94,6 +100,8 @@ def test_what_is_not_to_be_converted_is_refused(folder: Path, tmp_path: Path) ->
         convert_directory(base, tmp_path / "x", tuned=folder / "tuned")
     with pytest.raises(PeftfxError, match="give exactly one"):
         convert_directory(base, tmp_path / "x")
+    with pytest.raises(PeftfxError, match="only the keys of a single file have a prefix"):
+        convert_directory(base, tmp_path / "x", adapter=folder / "lora", prefix="unet")
     with pytest.raises(PeftfxError, match="did you mean 'kohya'"):
         convert_directory(base, tmp_path / "x", adapter=folder / "lora", to="koya")
 

@@ -140,6 +140,15 @@ def test_onnx_runtime_itself_puts_each_file_in(t5: Deployed, tmp_path: Path) -> 
     assert np.abs(got - want.detach().numpy()).max() < 1e-4
 
 
+def test_what_is_no_adapter_of_two_graphs_is_named_as_given(t5: Deployed, tmp_path: Path) -> None:
+    served = runtime.load(t5.root / "graph")
+    with pytest.raises(PeftfxError, match=r"no such adapter \[.*none\.onnx_adapter\]"):
+        served.load_adapter(tmp_path / "none.onnx_adapter")
+    t5.with_rule(PROMPTED["prompt_tuning"]).save_pretrained(tmp_path / "saved")
+    with pytest.raises(PeftfxError, match="this is an adapter in HF PEFT's format"):
+        served.load_adapter(tmp_path / "saved")
+
+
 @pytest.mark.slow
 def test_the_command_line_exports_and_runs_an_encoder_decoder(t5: Deployed, tmp_path: Path, peftfx: Run) -> None:
     t5.with_rule(PROMPTED["prompt_tuning"]).save_pretrained(tmp_path / "saved")

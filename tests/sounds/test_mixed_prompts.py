@@ -118,5 +118,6 @@ def test_the_chat_template_places_both(mixed: Mixed, peftfx: Run) -> None:
 def test_an_image_beside_a_sound_is_refused_where_no_graph_reads_it(mixed: Mixed, peftfx: Run) -> None:
     flags = ("--image", mixed.root / "a.png", "--audio", mixed.root / "b.wav")
     assert_refused(peftfx("run", mixed.root / "out", *flags), "pass --prompt")
+    assert_refused(peftfx("run", mixed.root / "out", *flags[2:]), "sounds that are in a prompt", "pass --prompt")
     video = peftfx("run", mixed.root / "out", *flags[2:], "--video", mixed.root, "-p", "w5")
     assert_refused(video, "videos go with a prompt")

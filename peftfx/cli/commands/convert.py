@@ -25,11 +25,16 @@ def convert(
     rank: Annotated[
         str | None,
         typer.Option(
-            help="Rank of the LoRA (16), or the share of the energy that it keeps (0.95). A LoRA may do without."
+            help="Rank of the LoRA, as 16, or the share of the energy that it keeps, as 0.95. Only a LoRA needs none."
         ),
     ] = None,
     to: Annotated[str, choice(("peft", "kohya", "diffusers"), "Whose format the LoRA has.")] = "peft",
-    prefix: Annotated[str, typer.Option(help="What the keys of a single file begin with.")] = "lora_unet",
+    prefix: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to: what the keys of the file begin with; by default lora_unet for kohya, unet for diffusers."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
     download: Download = False,
 ) -> None:

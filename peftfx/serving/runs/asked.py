@@ -110,6 +110,9 @@ class Asked:
                 raise PeftfxError(f"{flag} is {value}", flag, f"give {fewest} or more")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise PeftfxError(f"--seed is {shown(self.seed)}, which torch does not take", "--seed", "give fewer digits")
+        if self.seed is not None and not self.temperature:
+            what = "--seed has no effect here: without a temperature the most likely token is taken"
+            raise PeftfxError(what, "--seed", "pass --temperature too, or leave it out")
         for flag, path, ending in (("--save", self.save, ".npy"), ("--output", self.output, ".png")):
             if path is not None and path.suffix.lower() not in ("", ending):
                 raise PeftfxError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftfx.bases.tasks import HEARING
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError
-from peftfx.serving.beside_text.sounds import ServedWithSounds
+from peftfx.serving.beside_text.sounds import Hearing
 from peftfx.serving.generators import ServedSeq2Seq
 from peftfx.serving.load import load
 from peftfx.serving.made_for import task_of_directory
@@ -35,7 +35,7 @@ def run(asked: Asked, out: TextIO | None = None) -> Iterator[Found]:
             asked language or timestamps; or a file is not a WAV file.
     """
     served = load(asked.directory, adapter=asked.adapter, providers=asked.providers)
-    if isinstance(served, ServedWithSounds):
+    if isinstance(served, Hearing):
         what = "this model writes about sounds that are in a prompt"
         raise PeftfxError(what, str(served.directory), 'pass --prompt too, such as --prompt "What is said?"')
     task = task_of_directory(served.directory, asked.task)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from peftfx.contract.common.lora.dora import fits_cache, gain, updated_norms
 
@@ -22,14 +23,20 @@ _LEAST = 1e-12
 def is_scaled_at_once(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> bool:
     """Return whether `scaled_linear` may run: on plain CPU tensors of one precision, over a frozen base.
 
-    In bfloat16 and float16 an update that is added to the weight would be rounded away.
+    In bfloat16 and float16 an update that is added to the weight would be rounded away. Under `torch.func`'s transforms
+    and in forward mode the layer is written out, because they look into each operation.
     """
     read = [weight] if bias is None else [weight, bias]
-    traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling()
+    traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling() or _is_transformed()
     plain = all(type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad for tensor in read)
     exact = x.dtype == weight.dtype == a.dtype and x.dtype in (torch.float32, torch.float64)
     on_cpu = x.device.type == weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     return plain and exact and on_cpu and not traced
+
+
+def _is_transformed() -> bool:
+    transforms: bool = torch._C._are_functorch_transforms_active()
+    return transforms or forward_ad._current_level >= 0
 
 
 def scaled_linear(
@@ -47,7 +54,8 @@ def scaled_linear(
     this weight is no larger than the input and the output together, or fits into a CPU's cache. For few vectors the
     update is added to the product with the base's weight. One activation is kept, for the gradient of m: of large
     outputs the output itself, which most models keep anyway. If the model's code has changed it in place, the product
-    is computed again. With a bias, or where a value of m is about zero, `(W + s B A) x` is kept instead.
+    is computed again; changes through `.data` are not seen, as by torch's own operations that keep their output. With a
+    bias, or where a value of m is about zero, `(W + s B A) x` is kept instead.
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)
@@ -74,7 +82,8 @@ class _Scaled(torch.autograd.Function):
         updated = torch.addmm(weight, b, a, alpha=scaling) if updates else None
         norms = updated_norms(weight, a, b, scaling) if updated is None else torch.linalg.vector_norm(updated, dim=1)
         gains = gain(magnitude, norms)
-        of_output = bias is None and len(x) * len(b) >= _LARGE and bool(magnitude.abs().min() > _LEAST)
+        watched = bias is None and not torch.is_inference_mode_enabled()  # there, no tensor counts its changes
+        of_output = watched and len(x) * len(b) >= _LARGE and bool(magnitude.abs().min() > _LEAST)
         if updated is None:
             kept = F.linear(x, weight).addmm_((a @ x.T).T, b.T, alpha=scaling)
             y = kept.mul_(gains) if of_output else kept * gains
