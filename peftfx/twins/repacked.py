@@ -111,10 +111,9 @@ def keep_plain(modules: Iterable[nn.Module]) -> None:
     """
     for module in modules:
         state = getattr(_weight(module), "quant_state", None)
-        shape, block = getattr(state, "shape", ()), getattr(state, "blocksize", 0)
-        if getattr(module, _REPACKS, False) and len(shape) == 2 and block:
-            rows, columns = shape
-            if rows % _ROWS or columns % block:
+        if state is not None and getattr(module, _REPACKS, False):
+            rows, columns = state.shape
+            if rows % _ROWS or columns % state.blocksize:
                 setattr(module, _REPACKS, False)
 
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from support.zoo import ZOO
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfx
@@ -77,6 +78,19 @@ def test_a_graph_s_call_that_is_given_or_asked_for_a_cache_says_that_it_has_none
         model(input_ids=IDS, **{asked: given})
     assert 'road="modules"' in str(told.value)
     model(input_ids=IDS, use_cache=False, past_key_values=None)
+
+
+def test_a_hook_that_no_graph_can_have_names_the_other_road() -> None:
+    """`Trainer(neftune_noise_alpha=)` sets such a hook."""
+    model = peftfx.transform(llama(), peftfx.LoRA(r=2), road="graph")
+
+    def noise(module: nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+        size = 5 / torch.sqrt(torch.tensor(output.size(1) * output.size(2)))
+        return output + torch.zeros_like(output).uniform_(-size, size)  # as transformers writes it
+
+    model.get_input_embeddings().register_forward_hook(noise)
+    with pytest.raises(PeftfxError, match=r'branches(.|\n)*other road: peftfx\.transform\(\.\.\., road="modules"\)'):
+        model(input_ids=IDS)
 
 
 @pytest.mark.parametrize("given", [{}, {"input_ids": [[3, 4]]}])
