@@ -48,12 +48,18 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
             made[at.removesuffix(".bias"), BIAS_STACK] = value
         elif at in norms:
             made[at, SLOT_OWN] = value
-        elif at not in tables:
+        elif at not in tables and _is_run(adapted, at):
             what, hint = f"rows cannot each have a trained copy of {at}", "export the adapter merged"
             raise PeftfxError(what, name, hint)
     for site, value in ((s, told[n, SLOT_OWN]) for n, sites in tables.items() if (n, SLOT_OWN) in told for s in sites):
         made |= _in_stacks(site, _replaced(adapted, site, value).then(_update_in(made, site)))
     return made
+
+
+def _is_run(adapted: AdaptedModel, name: str) -> bool:
+    """Return whether the model may read a tensor: whether it runs the tensor's module, or reads another one's."""
+    path, sites = name.rpartition(".")[0], adapted.sites
+    return path in sites.called or path in sites.reads or any(site.path == path for site in sites)
 
 
 def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> Update:

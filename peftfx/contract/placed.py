@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,8 +94,16 @@ class Placed:
         return {name: name for name in shared} if chosen is None else chosen
 
 
-def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
+def shared_by(
+    rule: Placed, base: nn.Module, rng: torch.Generator | None, beside: Sequence[Site] = ()
+) -> dict[str, Tensor]:
     """Return new tensors that the places of a rule share.
+
+    Args:
+        rule: the rule.
+        base: the base.
+        rng: the generator of random numbers.
+        beside: sites without a placement that the tensors are as large for as well.
 
     Raises:
         PeftfxError: the method's `shared` does not give tensors by name, or `shared_keys` leaves out a trained tensor.
@@ -106,7 +115,7 @@ def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dic
     like = torch.empty(0, dtype=first.dtype, device=first.device) if is_part(first) else first
     bases = (p.base(*whole_tensors(base, p.site)) for p in rule.placements.weights)
     with asking(method, "shared", ""):
-        made = method.shared(rule.sites, bases, like, rng)
+        made = method.shared((*rule.sites, *beside), bases, like, rng)
         keys = method.shared_keys(rule.sites)
     refuse_parameters(method, "", made, member="shared")
     named = {rule.reads(p, made).get(name) for p in rule.placements for name in p.suffixes()} if made else set()

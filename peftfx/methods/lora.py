@@ -63,7 +63,7 @@ class LoRA(LoraForms):
         init_lora_weights: True (Kaiming A, zero B), False (both random), "gaussian", "orthogonal", "pissa",
             "pissa_niter_[n]", "olora", "mica". Files of adapters that started by "eva" or "lora_ga" are read.
         target_parameters: parameters by their full names or the ends of these, as in HF PEFT: experts' stacked weights
-            (`experts.down_proj`), or a layer's `weight`. These are in addition to the other targets.
+            (`experts.down_proj`), or the `weight` of a linear layer or an embedding; in addition to the other targets.
         trainable_token_indices: tokens whose rows of the token embedding are trained, or the tokens of each embedding
             by its path; see `TrainableTokens`.
         use_bdlora: HF PEFT's `BdLoraConfig`, as a dict: which factor is block-diagonal, by patterns of paths.
@@ -156,7 +156,7 @@ class LoRA(LoraForms):
         return frozenset({A0, B0, B} if self.init_lora_weights == "mica" else {A0, B0})
 
     def keys(self, site: Site) -> dict[str, str]:
-        if site.kind == "embedding":
+        if site.kind == "embedding" and not self._at_parameter(site):
             names = {A: "lora_embedding_A", B: "lora_embedding_B"}
         else:
             names = {A: "lora_A.weight", B: "lora_B.weight"}
@@ -177,7 +177,7 @@ class LoRA(LoraForms):
         p = zero_factors(site, base.weight, self.r)
         if self.blocks is not None:
             self.blocks.cut(p, site.path)
-        begin(self.init_lora_weights, site, base.weight, p, self.scaling, rng)
+        begin(self.init_lora_weights, site, base.weight, p, self.scaling, rng, bare=self._at_parameter(site))
         if self.kasa_config is not None:
             p = with_diagonal(site, base.weight, p, self.scaling, rng)
         if self.lora_bias:

@@ -111,6 +111,7 @@ def load(
         raise PeftfxError("no adapter is named", "path", hint)
     else:
         adapted = bare(model, inputs, road)
+    adapted.named.refuse(adapter_name)
     adapted.load_adapter(path, adapter_name)
     return adapted
 

@@ -241,6 +241,9 @@ class AdaptersByName(SeenByTrainers):
     ) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one.
 
+        If the model has an adapter of this name, as in HF PEFT, its own parameters get the values of the file. It must
+        have the file's places and options. Which adapters are active does not change then.
+
         Args:
             path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
             adapter_name: the adapter's name in this model.
@@ -250,19 +253,25 @@ class AdaptersByName(SeenByTrainers):
             key_mapping: refused.
 
         Raises:
-            PeftfxError: the adapter does not fit this base, or the base has no values (fake tensors, the meta device).
+            PeftfxError: the adapter does not fit this base, or the adapter of this name, or the base has no values
+                (fake tensors, the meta device).
 
         Example:
             >>> adapted.load_adapter("adapter", "second")
         """
         from peftfx.adapters.files.reader import read_adapter
+        from peftfx.adapters.files.swap import read_into
 
         _refuse_half(autocast_adapter_dtype)
         if key_mapping:
             raise PeftfxError("tensors of a file keep their names", "key_mapping", "rename them in the file")
-        self.named.refuse(adapter_name)
-        self.named.apart("an adapter is added")
-        self._install(adapter_name, read_adapter(Path(path), self.source, self.sites))
+        if adapter_name in self.names():
+            self.named.apart("an adapter gets other values")
+            read_into(self.adapter(adapter_name), Path(path), self.source, self.sites)
+        else:
+            self.named.refuse(adapter_name)
+            self.named.apart("an adapter is added")
+            self._install(adapter_name, read_adapter(Path(path), self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)
 
@@ -334,15 +343,20 @@ class AdaptersByName(SeenByTrainers):
         Example:
             >>> plain = adapted.remove()
         """
+        self._drop(self.names() if name is None else (name,))
+        if not self.names():
+            self._shared.thaw(self.base)
+        return self.base
+
+    def _drop(self, names: Sequence[str]) -> None:
+        """Remove adapters; the base stays frozen."""
         self.named.apart("an adapter is removed")
-        for gone in self.names() if name is None else (name,):
+        for gone in names:
             self.named.drop(gone)
             self.modules_road.leave(gone)
         self.graphs.forget_derived()
         if not self.names():
             self._twin.plain.restore()
-            self._shared.thaw(self.base)
-        return self.base
 
     @contextmanager
     def plain(self) -> Iterator[None]:

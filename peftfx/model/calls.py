@@ -207,7 +207,8 @@ class AdapterCalls(PeftSurface):
                 what = "calls run a graph here, which takes and returns no cache of keys and values"
                 hint = 'leave it out; generate has a cache; or take the other road: transform(..., road="modules")'
                 raise PeftfxError(what, asked, hint) from error
-            if type(error) is not PeftfxError or not self._runs_in_modules():
+            captured = self.wanted == "graph" and error.__cause__ is not None  # code, or a hook, that no graph can have
+            if type(error) is not PeftfxError or not (captured or self._runs_in_modules()):
                 raise
             hint = f"{error.hint}; or " if error.hint else ""
             other = f'{hint}take the other road: peftfx.transform(..., road="modules")'

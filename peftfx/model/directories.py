@@ -30,7 +30,9 @@ def page_directory(
         return show(adapted.base, adapted.sites, made, values=False)
     adapted = bare(load_base(Path(directory), task=task))
     for path in adapters:
-        adapted.load_adapter(path, path.name.replace(".", "_") or "adapter")
+        name = path.name.replace(".", "_") or "adapter"
+        adapted.named.refuse(name)
+        adapted.load_adapter(path, name)
     return adapted.show()
 
 

@@ -96,6 +96,8 @@ class PeftSurface(Merging):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If none is active then, the first of the rest by name becomes active, as in HF PEFT.
 
+        Without any adapter the base stays frozen, as in HF PEFT: `unload` lets it be trained as before.
+
         Args:
             adapter_name: the name of the adapter to remove.
 
@@ -103,7 +105,7 @@ class PeftSurface(Merging):
             >>> adapted.add_adapter("second", peftfx.LoRA(r=4))
             >>> adapted.delete_adapter("second")
         """
-        self.remove(adapter_name)
+        self._drop((adapter_name,))
         left = sorted(self.names())
         if left and not self.active:
             warn(f"no adapter was active without {adapter_name!r}: {left[0]!r} is now")
@@ -123,7 +125,7 @@ class PeftSurface(Merging):
             self.adapter(name).requires_grad_(requires_grad)
 
     def unload(self) -> nn.Module:
-        """Remove all adapters, and return the base as it was before."""
+        """Remove all adapters, and return the base as it was before: its parameters are trained again, too."""
         return self.remove()
 
     def get_layer_status(self) -> list[LayerStatus]:

@@ -190,7 +190,7 @@ def _layer(path: str, patterns: Sequence[re.Pattern[str]]) -> int | None:
     return next((int(found["layer"]) for found in matches if found), None)
 
 
-BY_PARAMETER = ("linear", EXPERTS)  #: kinds of sites whose weights `target_parameters` name
+BY_PARAMETER = ("linear", "embedding", EXPERTS)  #: kinds of sites whose weights `target_parameters` name
 _FEW = 8  #: the most words of a target that are compared with the model's names
 _OF_PEFT = "peft has adapted this model, and its layers are called base_layer: pass the model without adapters"
 

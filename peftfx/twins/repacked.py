@@ -19,6 +19,8 @@ from peftfx.errors import warn
 
 #: What reports say, behind the format, of scales that were rounded.
 ROUNDED = "with scales that bitsandbytes rounded to bfloat16"
+_REPACKS = "support_avx512bf16_for_cpu"  #: the attribute of a layer by which it is repacked
+_ROWS = 32  #: the repacked form has so many rows side by side
 
 
 class PlainForms:
@@ -100,6 +102,19 @@ def unpack_all(modules: Mapping[str, nn.Module]) -> None:
             "rounded their scales to bfloat16: merges and exports have these scales, with which they compute now; to "
             "have the scales of the files, load the base again and adapt it before it runs"
         )
+
+
+def keep_plain(modules: Iterable[nn.Module]) -> None:
+    """Let layers of sizes that have no repacked form compute in their plain form.
+
+    bitsandbytes repacks them too, and then ends with words about blocks.
+    """
+    for module in modules:
+        state = getattr(_weight(module), "quant_state", None)
+        if state is not None and getattr(module, _REPACKS, False):
+            rows, columns = state.shape
+            if rows % _ROWS or columns % state.blocksize:
+                setattr(module, _REPACKS, False)
 
 
 def plain_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.twins.layers import codes_in, is_quantised
 from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
-from peftfx.twins.repacked import PlainForms, unpack_all
+from peftfx.twins.repacked import PlainForms, keep_plain, unpack_all
 
 _HELD = ("_parameters", "_buffers", "_modules")
 _TRIED = 0.1  #: how far a layer's output may be from its codes', as a share of the largest: int8 differs by 0.04
@@ -102,6 +102,7 @@ class Twin:
                 )
                 raise PeftfxError("the codes of this quantised layer are offloaded", path, hint)
         unpack_all(modules)
+        keep_plain(modules.values())
         found = {path: codes_in(module, path, config) for path, module in modules.items()}
         self.plain = PlainForms(modules.values())
         self._codes = {path: codes for path, codes in found.items() if codes is not None}
@@ -112,7 +113,7 @@ class Twin:
         for path, codes in self._codes.items():
             own = modules[path]
             self._made[id(own)] = layer = _linear(own, codes, flowing)
-            kind = type(own), codes.format
+            kind = type(own), codes.format, codes.shape  # kernels may do some sizes alone
             if kind not in kinds:
                 kinds[kind] = _obstacle(path, own, layer, codes, flowing)
             if kinds[kind]:
@@ -206,8 +207,13 @@ def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: 
     want = layer(x.detach())
     far = float((y.detach() - want).abs().max() / want.abs().max().clamp(min=1e-12))
     if not far < _TRIED:
-        what = f"this {type(own).__name__} does not compute what its codes, read as {codes.format}, say: {far:.1%} off"
-        raise PeftfxError(what, path, "its package may be broken on this device; use the unquantised model")
+        kind = f"{type(own).__name__} of {list(codes.shape)}"
+        what = f"this {kind} does not compute what its codes, read as {codes.format}, say: {far:.1%} off"
+        hint = (
+            "its package may be broken on this device, or for this size: leave such layers as they are when you "
+            "quantise (bitsandbytes: llm_int8_skip_modules), or use the unquantised model"
+        )
+        raise PeftfxError(what, path, hint)
     return "" if y.requires_grad else f"a {type(own).__name__} whose own product has no gradient"
 
 

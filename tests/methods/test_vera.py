@@ -82,31 +82,48 @@ def test_a_pair_that_is_not_saved_is_drawn_again(bare: Callable[[str], AdaptedMo
 
 
 class Idle(nn.Module):
-    """Two linear layers, of which the larger never runs."""
+    """The largest layer never runs, and the results of another reach no output."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.small, self.large = nn.Linear(4, 5), nn.Linear(9, 8)
+        self.small, self.last, self.unread = nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(5, 10)
+        self.large = nn.Linear(9, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.small(x)
+        hidden = torch.tanh(self.small(x))
+        self.unread(hidden)
+        return self.last(hidden)
 
 
-@pytest.mark.filterwarnings("ignore:Specified to not")
-def test_the_pair_of_a_module_that_never_runs(tmp_path: Path) -> None:
+PAIRS = [(c, save) for c in (peft.VeraConfig, peft.PveraConfig, peft.RandLoraConfig) for save in (True, False)]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("config", "save"), PAIRS)
+def test_the_pair_is_as_large_as_modules_need_that_reach_no_output(
+    config: type[peft.PeftConfig], save: bool, tmp_path: Path
+) -> None:
+    """Without the pair in the file it is drawn again: this was refused."""
     base, x = Idle(), torch.randn(3, 4)
-    for saved in (True, False):
-        config = peft.VeraConfig(r=6, target_modules=["small", "large"], save_projection=saved)
-        theirs = peft.get_peft_model(copy.deepcopy(base), config)
-        randomise(theirs)
-        theirs.save_pretrained(str(tmp_path))
-        if saved:
-            ours = peftfx.load(base, tmp_path, inputs={"x": x})
-            assert ours.adapter("default").shared(0)["vera_A"].shape == (6, 9)
-            torch.testing.assert_close(ours(x=x), theirs(x))
-        else:
-            with pytest.raises(PeftfxError, match="depend on modules that this model never runs"):
-                peftfx.load(base, tmp_path, inputs={"x": x})
+    options = {"r": 6, "target_modules": ["small", "last", "unread", "large"], "save_projection": save}
+    theirs = peft.get_peft_model(copy.deepcopy(base), config(**options)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs", inputs={"x": x}).eval()
+    torch.testing.assert_close(ours(x=x), theirs(x))
+    ours.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(x), theirs(x))
+    ours.export(tmp_path / "onnx", inputs={"x": x})
+
+
+def test_a_pair_is_not_drawn_for_a_module_that_is_no_linear_layer(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(Idle(), peft.VeraConfig(r=6, target_modules=["small", "large"], save_projection=False))
+    theirs.save_pretrained(str(tmp_path))
+    base = Idle()
+    base.large = nn.Bilinear(9, 9, 8)
+    with pytest.raises(PeftfxError, match="vera_B are not in the file, and depend on modules that this call does not"):
+        peftfx.load(base, tmp_path, inputs={"x": torch.randn(3, 4)})
 
 
 def test_the_graph_and_its_export_have_the_pair_once(tmp_path: Path) -> None:

@@ -122,6 +122,18 @@ def test_the_first_by_name_acts_after_the_active_one_is_deleted(pair: tuple[Adap
     assert [model.active_adapters for model in pair] == [["a"], ["a"]]
 
 
+@pytest.mark.parametrize("rule", ["lora(r=2)@attention.query", peftfx.PromptTuning(num_virtual_tokens=3)])
+def test_without_its_last_adapter_the_base_stays_frozen(rule: object) -> None:
+    base = ZOO["llama"].build()
+    ours, given = peftfx.transform(base, rule).eval(), inputs(base, 2)
+    ours.delete_adapter("default")
+    assert (ours.active_adapters, ours.get_nb_trainable_parameters()[0]) == ([], 0)  # in peft, too
+    assert not ours(**given).logits.requires_grad
+    ours.add_adapter("default", "ia3@mlp.down")
+    ours.delete_adapter("default")
+    assert all(p.requires_grad for p in ours.unload().parameters())
+
+
 def test_each_row_with_its_adapter(pair: tuple[AdaptedModel, peft.PeftModel]) -> None:
     ours, theirs = pair
     names = ["two", "__base__", "one", "one", "two"]

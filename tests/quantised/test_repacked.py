@@ -66,6 +66,18 @@ def test_a_call_in_eval_mode_computes_what_the_codes_say(kind: str, double: bool
     assert (one - logits(model.floating(), IDS[:1, :5])).abs().max() < 3e-2 * want.abs().max()
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_sizes_that_cannot_be_repacked_compute_in_their_plain_form(double: bool) -> None:
+    """bitsandbytes ended with `N must be divisible by block_n`, in `peft` and without adapters too."""
+    plain = q.tiny(hidden_size=24, intermediate_size=36, num_attention_heads=2)
+    model = peftfx.transform(made.bitsandbytes4(plain, double=double).eval(), peftfx.LoRA(**RULE), seed=0)
+    randomise(model)
+    assert model.road == "modules"
+    torch.testing.assert_close(logits(model), logits(model.floating()), atol=1e-5, rtol=0)
+    with torch.no_grad():
+        model.train()(input_ids=IDS)
+
+
 @packing
 def test_a_lora_in_eval_mode_is_that_of_peft_and_reads_no_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -113,6 +113,16 @@ def test_a_layer_that_computes_something_else_than_its_codes_is_refused() -> Non
         peftfx.inspect(base)
 
 
+def test_a_layer_of_one_size_that_computes_something_else_than_its_codes_is_refused() -> None:
+    """As bitsandbytes 0.50 does on a CPU, where the columns are no multiple of its blocks: other sizes are right."""
+    base, _ = made.packed(*LAYERS["gptq"][:1], **LAYERS["gptq"][1])
+    broken = base.model.layers[0].mlp.down_proj
+    broken.value = (broken.value[0] + 1,)
+    with pytest.raises(PeftfxError, match=r"PackedLinear of \[\d+, \d+\] does not compute") as told:
+        peftfx.inspect(base)
+    assert told.value.where == "model.layers.0.mlp.down_proj"
+
+
 def test_a_layer_without_a_gradient_keeps_to_the_graph_and_says_so() -> None:
     base, plain = made.packed(*LAYERS["gptq"][:1], **LAYERS["gptq"][1])
     for module in base.modules():

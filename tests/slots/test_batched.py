@@ -30,6 +30,7 @@ from peftfx import (
     PrefixTuning,
     PromptTuning,
     export_onnx,
+    load,
     runtime,
     transform,
 )
@@ -288,6 +289,31 @@ def test_rows_of_a_forward_view_name_their_adapters(tmp_path: Path) -> None:
         adapted.set_adapter(name)
         torch.testing.assert_close(got[row], adapted(x).detach()[row], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got[0], base(x).detach()[0], atol=1e-5, rtol=1e-5)
+
+
+class Idle(nn.Module):
+    """One layer, and another that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle = nn.Linear(6, 5), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+def test_copies_in_modules_that_do_not_run_hold_up_no_rows(tmp_path: Path) -> None:
+    """`bias="all"` copies the biases of the idle head of SigLIP in Gemma 3, too: this was refused."""
+    torch.manual_seed(0)
+    base, x = Idle().eval(), torch.randn(2, 6)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["first"], bias="all"))
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    load(base, tmp_path / "adapter", inputs={"x": x}).export(tmp_path / "out", inputs={"x": x}, batched=["default"])
+    got = runtime.load(tmp_path / "out")(x=x, adapter_ids=["default", None])["output"]
+    with torch.no_grad():
+        want = torch.stack([theirs.eval()(x)[0], base(x)[1]])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.further

@@ -1,16 +1,24 @@
-"""`set_peft_model_state_dict` and `hotswap_adapter` of what `peft` gives, whatever way the base stores its weights."""
+"""Tensors of `peft` into an adapter that is there: by a state, a swap, or `load_adapter` of a name that is taken."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers as hf
+from safetensors.torch import load_file
 from support.adapted import adapt, randomise
 from support.zoo import ZOO
+from torch import nn
 
 import peftfx
+from peftfx import PeftfxError
+
+LORA: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
 
 
 @pytest.mark.parametrize(
@@ -45,3 +53,92 @@ def test_a_models_own_state(rule: str) -> None:
     got = peftfx.get_peft_model_state_dict(adapted)
     assert own
     assert all(torch.equal(got[name], tensor) for name, tensor in own.items())
+
+
+def saved(base: nn.Module, config: peft.PeftConfig, directory: Path, seed: int) -> Path:
+    """An adapter of `peft` in a directory, random."""
+    made = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+    randomise(made, seed)
+    made.save_pretrained(str(directory))
+    return directory
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_a_file_for_a_name_that_is_taken_is_read_into_its_adapter(road: str, tmp_path: Path) -> None:
+    """As in `peft`: the parameters stay, so an optimizer goes on with them; what is active stays."""
+    base, config = ZOO["llama"].build(), peft.LoraConfig(**LORA)
+    first, second = (saved(base, config, tmp_path / str(seed), seed) for seed in (3, 5))
+    ours = peftfx.load(copy.deepcopy(base), first, road=road).eval()
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(first), is_trainable=True).eval()
+    ours.add_adapter("other", peftfx.IA3(target="mlp.down"))
+    given = ZOO["llama"].inputs(2, 6, model=base, labels=True)
+    for model in (ours, theirs):
+        model.set_adapter("default")
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+        for path in (None, second, None):
+            if path is not None:
+                model.load_adapter(str(path), "default", is_trainable=True)
+            model(**given).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    close(ours(**given).logits, theirs(**given).logits)
+    ours.set_adapter("other")
+    ours.load_adapter(second, "default", is_trainable=False)
+    assert ours.active == ("other",)
+    assert not any(p.requires_grad for p in ours.adapter("default").parameters())
+    theirs.load_adapter(str(second), "default")
+    ours.set_adapter("default")
+    close(ours(**given).logits, theirs(**given).logits)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoraConfig(**LORA | {"r": 2}), r"other ranks(.|\n)*under another name; or(.|\n)*hotswap_adapter"),
+        (peft.LoraConfig(**LORA, lora_alpha=3), "scales"),
+        (peft.LoraConfig(**LORA | {"modules_to_save": None}), "options differ"),
+        (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "options differ"),
+        (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "options differ"),
+    ],
+)
+def test_a_file_of_another_adapter_is_not_read_into_it(config: peft.PeftConfig, message: str, tmp_path: Path) -> None:
+    base = ZOO["llama"].build()
+    ours = peftfx.load(base, saved(base, peft.LoraConfig(**LORA), tmp_path / "own", 3))
+    kept = {name: tensor.clone() for name, tensor in ours.adapter("default").tensors()}
+    other = saved(ZOO["llama"].build(), config, tmp_path / "other", 5)
+    with pytest.raises(PeftfxError, match=message):
+        ours.load_adapter(other, "default")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in ours.adapter("default").tensors())
+
+
+def test_an_adapter_beside_that_of_a_peft_model_has_a_name_of_its_own(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**LORA))
+    with pytest.raises(PeftfxError, match="already an adapter named 'default'"):
+        peftfx.load(theirs, saved(ZOO["llama"].build(), peft.LoraConfig(**LORA), tmp_path, 3))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_do_not_act_are_those_of_the_new_file(tmp_path: Path) -> None:
+    """Saved again after a swap, those of the first file were beside the tensors of the second."""
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    base = hf.BartForCausalLM(hf.BartConfig(vocab_size=99, **sizes, is_decoder=True))
+    for name in ("first", "second"):  # a call with tokens alone runs no attention to an encoder
+        peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear")).save_pretrained(
+            str(tmp_path / name)
+        )
+    want = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    for put in (
+        lambda model: peftfx.hotswap_adapter(model, tmp_path / "second"),
+        lambda model: model.load_adapter(tmp_path / "second", "default"),
+        lambda model: peftfx.set_peft_model_state_dict(model, want),
+    ):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path / "first")
+        put(ours)
+        ours.save_pretrained(tmp_path / "again")
+        got = load_file(tmp_path / "again" / "adapter_model.safetensors")
+        assert any(".encoder_attn." in name for name in got)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -8,6 +8,8 @@ import warnings
 import peft
 import pytest
 import torch
+from support.zoo import ZOO
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfx
@@ -78,6 +80,19 @@ def test_a_graph_s_call_that_is_given_or_asked_for_a_cache_says_that_it_has_none
     model(input_ids=IDS, use_cache=False, past_key_values=None)
 
 
+def test_a_hook_that_no_graph_can_have_names_the_other_road() -> None:
+    """`Trainer(neftune_noise_alpha=)` sets such a hook."""
+    model = peftfx.transform(llama(), peftfx.LoRA(r=2), road="graph")
+
+    def noise(module: nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+        size = 5 / torch.sqrt(torch.tensor(output.size(1) * output.size(2)))
+        return output + torch.zeros_like(output).uniform_(-size, size)  # as transformers writes it
+
+    model.get_input_embeddings().register_forward_hook(noise)
+    with pytest.raises(PeftfxError, match=r'branches(.|\n)*other road: peftfx\.transform\(\.\.\., road="modules"\)'):
+        model(input_ids=IDS)
+
+
 @pytest.mark.parametrize("given", [{}, {"input_ids": [[3, 4]]}])
 def test_a_graph_s_call_without_a_tensor_says_so(given: dict[str, object]) -> None:
     model = peftfx.transform(llama(), peftfx.LoRA(r=2), road="graph")
@@ -85,8 +100,8 @@ def test_a_graph_s_call_without_a_tensor_says_so(given: dict[str, object]) -> No
         model(**given)
 
 
-def test_the_weight_of_an_embedding_among_target_parameters_is_told_as_that() -> None:
-    rule = peftfx.LoRA(r=2, target_parameters=["embed_tokens.weight"])
-    with pytest.raises(PeftfxError, match=r"this is one of embedding \[model.embed_tokens.weight\]") as told:
-        peftfx.transform(llama(), rule)
-    assert "target_modules: embed_tokens" in str(told.value)
+def test_the_weight_of_a_conv_among_target_parameters_is_told_as_that() -> None:
+    rule = peftfx.LoRA(r=2, target_parameters=["mix.weight"])
+    with pytest.raises(PeftfxError, match=r"this is one of conv \[mix.weight\]") as told:
+        peftfx.transform(ZOO["custom"].build(), rule, inputs=ZOO["custom"].inputs())
+    assert "target_modules: mix" in str(told.value)

@@ -82,11 +82,11 @@ def is_exchanged(base: nn.Module, placement: Placement) -> bool:
     """Return whether HF PEFT reads a parameter's storage order, (in, out), the other way round, so that its A is our B.
 
     For experts, HF PEFT reads the storage order from the module's `is_transposed`. A single weight is always taken for
-    [out, in].
+    [out, in]; an embedding's is [tokens, out].
     """
     site = placement.site
     if site.kind != EXPERTS:
-        return site.transposed and picks(placement.method, site.parameter)
+        return (site.transposed or site.kind == "embedding") and picks(placement.method, site.parameter)
     return bool(getattr(owner_of(base, site.path)[0], "is_transposed", False)) != site.transposed
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers.pytorch_utils import Conv1D
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.converted import make_room, take_over
@@ -30,6 +31,7 @@ from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
+from peftfx.graph.places import has_module
 from peftfx.rules.parameters import picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.resolution import (
@@ -48,7 +50,7 @@ from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.torch_attention import wrapper_of
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
-from peftfx.sites.site import EXPERTS, WEIGHT_KINDS
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
 from peftfx.sites.sites import Sites
 
 
@@ -136,7 +138,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     again = repeats(weights, wanted, base, method)
     rest = weights.names.keys() - wanted.keys() - again
     idle = Idle.among(rest, weights, method, found.marks, base, sites, left_out)
-    _refuse_unknown_share(adapter, method, idle.by_module.keys(), directory)
+    _share_beside(adapter, method, base, set(idle.by_module.values()) - idle.left_out, directory)
     targeted = {path for path in found.targeted if found.marks and not is_inside(path, saved)}
     refuse_mismatch(
         *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle.by_module.keys() | again, directory),
@@ -278,12 +280,28 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
     return wanted
 
 
-def _refuse_unknown_share(adapter: Adapter, method: Method, idle: Collection[str], where: Path) -> None:
-    """Refuse shared tensors that the file lacks if some modules that they depend on do not run here."""
+def _share_beside(adapter: Adapter, method: Method, base: nn.Module, idle: Collection[str], where: Path) -> None:
+    """Make shared tensors that the file lacks as HF PEFT does, which has layers at the modules of idle tensors, too.
+
+    Raises:
+        PeftfxError: they depend on more of those modules than the sizes of linear layers.
+    """
     unsaved = adapter.shared(0).keys() - method.shared_keys(adapter.placed[0].sites).keys()
-    if unsaved and idle:
-        what = f"{', '.join(sorted(unsaved))} are not in the file, and depend on modules that this model never runs"
+    if not unsaved or not idle:
+        return
+    sites = [_linear_like(adapter.placed[0].sites[0], path, base) for path in sorted(idle)]
+    if not method.shares_by_sizes or None in sites:
+        what = f"{', '.join(sorted(unsaved))} are not in the file, and depend on modules that this call does not run"
         raise PeftfxError(what, f"{where}: {min(idle)}", "save the adapter with them in the file")
+    adapter.share(base, beside=[site for site in sites if site is not None])
+
+
+def _linear_like(site: Site, path: str, base: nn.Module) -> Site | None:
+    """Return a site of the sizes of the linear layer at a path, for its sizes alone; None for another module."""
+    module = base.get_submodule(path) if has_module(base, path) else None
+    if not isinstance(module, nn.Linear | Conv1D):
+        return None
+    return dataclasses.replace(site, path=path, shape=tuple(module.weight.shape), transposed=isinstance(module, Conv1D))
 
 
 def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:

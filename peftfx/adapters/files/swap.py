@@ -43,6 +43,18 @@ def swap_state(base: nn.Module, sites: Sites, adapter: Adapter, state: Mapping[s
             raise PeftfxError(what, "peft_model_state_dict", "put the adapter of a directory there: hotswap_adapter")
 
 
+def read_into(adapter: Adapter, directory: Path, base: nn.Module, sites: Sites) -> None:
+    """Copy the tensors of a HF PEFT directory into an adapter.
+
+    Raises:
+        PeftfxError: the two adapters differ in places, ranks, scales or other options.
+    """
+    if swap_file(base, sites, adapter, directory) is not adapter:
+        what = "there is an adapter of this name, and this one has other ranks, scales or places"
+        hint = "load it under another name; or put it in the other one's place: peftfx.hotswap_adapter"
+        raise PeftfxError(what, str(directory), hint)
+
+
 @torch.no_grad()
 def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) -> Adapter:
     """Copy the tensors of a HF PEFT directory into an adapter, and return it.
@@ -66,7 +78,18 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
     if shapes or computed != known:
         return new
     fill(adapter, new)
+    _take_accounts(adapter, new)
     return adapter
+
+
+def _take_accounts(adapter: Adapter, new: Adapter) -> None:
+    """Take over what the file has beside the tensors that act, so that it is saved again with them."""
+    if _places(adapter) == _places(new):
+        adapter.accounts, adapter.named = dict(new.accounts), new.named
+
+
+def _places(adapter: Adapter) -> list[set[str]]:
+    return [{p.key for p in rule.placements} for rule in adapter.placed]
 
 
 @torch.no_grad()

@@ -55,6 +55,10 @@ class LoraForms(WeightMethod):
         """BD-LoRA's blocks, for a method that is configured for one site; or None."""
         return DiagonalBlocks.at(self.use_bdlora, "")
 
+    def _at_parameter(self, site: Site) -> bool:
+        """Return whether the rule names the weight of a site, and not its module."""
+        return any(ends_with(site.parameter, name) for name in self.target_parameters or ())
+
     def set_out(self, p: Params) -> Params:
         """Return the parameters of a plain LoRA: blocks expanded, and KaSA's diagonal multiplied into A."""
         if self.blocks is not None:

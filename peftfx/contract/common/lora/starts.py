@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -74,7 +75,14 @@ def starts_from_weight(how: Start) -> bool:
 
 
 def begin(
-    how: Start, site: Site, weight: Tensor, p: dict[str, Tensor], scaling: float, rng: torch.Generator | None
+    how: Start,
+    site: Site,
+    weight: Tensor,
+    p: dict[str, Tensor],
+    scaling: float,
+    rng: torch.Generator | None,
+    *,
+    bare: bool = False,
 ) -> None:
     """Fill zero factors with the start. If it comes from the weight, add copies of the factors, `A0` and `B0`.
 
@@ -82,9 +90,12 @@ def begin(
         weight: the site's weight, [out, in, *kernel].
         p: the factors `A` and `B`.
         scaling: the factor of their product.
+        bare: whether the rule names the parameter. HF PEFT then starts a weight of any layer as a linear one.
     """
     if site.kind == EXPERTS:
         fill_experts(how, len(p[A]) // len(weight), p[A], p[B], rng)
+    elif site.kind == "embedding" and bare:  # an embedding stores [in, out], so HF PEFT's A is this B
+        fill_factors(how, dataclasses.replace(site, kind="linear"), p[B].mT, p[A].mT, rng)
     elif starts_from_weight(how):
         a, b = factors_of(how, site, weight.float(), len(p[A]), scaling)
         p[A], p[B] = a.to(p[A].dtype), b.to(p[B].dtype)
