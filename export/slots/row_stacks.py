@@ -37,29 +37,25 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
     for site in (s for s in layers if s.kind in ("linear", "embedding") and s.path in replaced):
         tables.setdefault(replaced[site.path], []).append(site)
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
-    norms = {str(name).removeprefix(f"{BASE}.") for s in adapted.sites.norms for name in (s.weight, s.bias)}
+    paths, every = {site.path for site in layers}, adapted.sites
+    run = {*every.called, *every.reads, *(site.path for site in every)}  # other modules' tensors are not read
+    norms = {str(name).removeprefix(f"{BASE}.") for s in every.norms for name in (s.weight, s.bias)}
     made: dict[tuple[str, str], Tensor] = {}
     for (at, what), value in told.items():
         if what != SLOT_OWN:
             made[at, what] = value
         elif at in biases:
             made[biases[at].path, BIAS_STACK] = value
-        elif at.endswith(".bias") and at.removesuffix(".bias") in {site.path for site in layers}:
+        elif at.endswith(".bias") and at.removesuffix(".bias") in paths:
             made[at.removesuffix(".bias"), BIAS_STACK] = value
         elif at in norms:
             made[at, SLOT_OWN] = value
-        elif at not in tables and _is_run(adapted, at):
+        elif at not in tables and at.rpartition(".")[0] in run:
             what, hint = f"rows cannot each have a trained copy of {at}", "export the adapter merged"
             raise PeftfxError(what, name, hint)
     for site, value in ((s, told[n, SLOT_OWN]) for n, sites in tables.items() if (n, SLOT_OWN) in told for s in sites):
         made |= _in_stacks(site, _replaced(adapted, site, value).then(_update_in(made, site)))
     return made
-
-
-def _is_run(adapted: AdaptedModel, name: str) -> bool:
-    """Return whether the model may read a tensor: whether it runs the tensor's module, or reads another one's."""
-    path, sites = name.rpartition(".")[0], adapted.sites
-    return path in sites.called or path in sites.reads or any(site.path == path for site in sites)
 
 
 def _replaced(adapted: AdaptedModel, site: Site, weight: Tensor) -> Update:

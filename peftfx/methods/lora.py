@@ -324,5 +324,5 @@ class LoRA(LoraForms):
 
 
 def _times(scale: float, value: Tensor) -> Tensor:
-    """Return `scale * value`; in a step of one token a product with a number takes as long as a layer's update."""
+    """Return `scale * value`. A scale of 1 is left out: at one token, a product with a number costs more than a sum."""
     return value if scale == 1 else scale * value

@@ -10,7 +10,7 @@ from torch import nn
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.rules.unplaced import why_no_place
-from peftfx.sites.expression import ends_with
+from peftfx.sites.expression import ends_with, ends_with_any
 from peftfx.sites.site import Site
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import BY_PARAMETER
@@ -20,8 +20,7 @@ TARGET_PARAMETERS = "target_parameters"
 
 def picks(method: Method, parameter: str) -> bool:
     """Return whether a rule's `target_parameters` name this parameter."""
-    names = method.target_parameters or ()
-    return any(ends_with(parameter, name) for name in names)
+    return ends_with_any(parameter, method.target_parameters or ())
 
 
 def as_parameter(method: Method, site: Site) -> Site:

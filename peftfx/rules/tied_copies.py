@@ -7,7 +7,7 @@ all that a call needs: the names of all these modules are put into the config, a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from peftfx.contract.method import Method
 from peftfx.contract.override import tied_paths
 from peftfx.contract.sequence import embedding_path
 from peftfx.rules.peft_files import method_from_config
-from peftfx.sites.expression import ends_with
+from peftfx.sites.expression import ends_with_any
 
 TYING = "ensure_weight_tying"
 
@@ -35,14 +35,10 @@ def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, 
         if isinstance(asked, str) and option == "target_modules":
             if any(re.fullmatch(asked, name) for name in tied):
                 found[option] = "|".join((f"(?:{asked})", *map(re.escape, tied)))
-        elif isinstance(asked, list) and any(_names(asked, name) for name in tied):
-            found[option] = [*asked, *(name for name in tied if not _names(asked, name))]
+        elif isinstance(asked, list) and any(ends_with_any(name, asked) for name in tied):
+            found[option] = [*asked, *(name for name in tied if not ends_with_any(name, asked))]
     return found
 
 
 def _without_tying(config: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in config.items() if name != TYING}
-
-
-def _names(asked: Sequence[str], path: str) -> bool:
-    return any(ends_with(path, name) for name in asked)

@@ -51,6 +51,11 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
+def ends_with_any(path: str, names: Iterable[str]) -> bool:
+    """Return whether a path ends with one of some names, as `ends_with` says."""
+    return any(ends_with(path, name) for name in names)
+
+
 def ends_of(path: str) -> list[str]:
     """Return the names that a module path ends with, as `ends_with` says: the path itself first."""
     names = path.split(".")

@@ -17,7 +17,7 @@ from peftfx.sites.expression import (
     Units,
     all_linear,
     ends_of,
-    ends_with,
+    ends_with_any,
     is_role,
     parse,
     units,
@@ -133,7 +133,7 @@ def explain(sites: Iterable[Site], *, kinds: Collection[str] = WEIGHT_KINDS, **w
     def reason(site: Site) -> Reason:
         if site.kind not in kinds:
             return Reason(site, None, f"its kind, {site.kind}, is not one of {', '.join(kinds)}")
-        if any(ends_with(site.parameter, name) for name in parameters or ()) and site.kind in BY_PARAMETER:
+        if ends_with_any(site.parameter, parameters or ()) and site.kind in BY_PARAMETER:
             return Reason(site, SelectedSite(site), "target_parameters name its weight")
         match = _match(site, picker(site))
         if match is None:

@@ -1,4 +1,4 @@
-"""Operators that ONNX lacks, written in operators that it has, before the translation.
+"""Operators that ONNX lacks or ONNX Runtime computes wrongly, written in others, before the translation.
 
 Products and comparisons of all pairs, as in `cdist` and `cummax`, take memory for all pairs.
 """
@@ -20,9 +20,9 @@ _aten = torch.ops.aten
 
 
 def compose(rewriter: Rewriter, node: fx.Node) -> bool:
-    """Replace an operator that ONNX lacks. Return whether the node was one."""
-    function = _COMPOSED.get(node.target)
-    if function is None or (function is _by_vector and not _has_vector(node)):
+    """Replace an operator by others. Return whether the node was one to be replaced."""
+    function = _by_vector if _has_vector(node) else _COMPOSED.get(node.target)
+    if function is None:
         return False
     given = [*arguments_of(node).values()]
     nodes = [value for value in given if isinstance(value, fx.Node)]
@@ -55,7 +55,9 @@ def _by_vector(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _has_vector(node: fx.Node) -> bool:
-    """Return whether one operand of a product is a vector, and the other is not."""
+    """Return whether a node is a product of which one operand is a vector, and the other is not."""
+    if node.target not in _PRODUCTS:
+        return False
     ranks = [value.meta["val"].ndim for value in node.args if isinstance(value, fx.Node)]
     return len(ranks) == 2 and min(ranks) == 1 < max(ranks)
 
@@ -195,9 +197,8 @@ def _embedding_bag(
     return (total / counts.clamp(min=1) if mode == _MEAN else total,)
 
 
+_PRODUCTS = frozenset({_aten.matmul.default, _aten.mv.default})
 _COMPOSED: Mapping[Any, Callable[..., object]] = {
-    _aten.matmul.default: _by_vector,
-    _aten.mv.default: _by_vector,
     _aten.hypot.default: _hypot,
     _aten._is_all_true.default: torch.all,
     _aten.cdist.default: _cdist,

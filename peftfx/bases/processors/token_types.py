@@ -25,10 +25,7 @@ _MASKS = "create_masks_for_generate"
 
 def reads_types(base: nn.Module) -> bool:
     """Return whether a model's attention depends on the types of tokens."""
-    accepted = inspect.signature(base.forward).parameters
-    if TYPES in accepted:
-        return True
-    return MODALITIES in accepted and _name_of_types(base) == MODALITIES and _changes_masks(base)
+    return TYPES in inspect.signature(base.forward).parameters or types_of_masks(base) == MODALITIES
 
 
 def types_of_masks(base: nn.Module) -> str:

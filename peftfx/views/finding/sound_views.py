@@ -199,9 +199,11 @@ def _takes(
     found = _of_length(base, given, recording, axis, length)
     if found is None:
         return False
+    own, pieces = features.shape[0], found.shape[0]
+    if not (isinstance(own, int) and isinstance(pieces, int)) or own == pieces:
+        return True
     half = _of_length(base, given, recording, axis, given[recording].shape[axis + 1] // 2)
-    pieces = [value.shape[0] for value in (features, found, found if half is None else half)]
-    return not all(isinstance(n, int) for n in pieces) or pieces[0] != pieces[-1] or pieces[0] == pieces[1]
+    return half is None or not isinstance(half.shape[0], int) or half.shape[0] != own
 
 
 def _of_length(base: nn.Module, given: Mapping[str, Tensor], recording: str, axis: int, length: int) -> Tensor | None:

@@ -23,7 +23,7 @@ from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
-from peftfx.sites.expression import ends_with
+from peftfx.sites.expression import ends_with_any
 from peftfx.sites.site import EXPERTS, Site
 
 
@@ -57,7 +57,7 @@ class LoraForms(WeightMethod):
 
     def _at_parameter(self, site: Site) -> bool:
         """Return whether the rule names the weight of a site, and not its module."""
-        return any(ends_with(site.parameter, name) for name in self.target_parameters or ())
+        return ends_with_any(site.parameter, self.target_parameters or ())
 
     def set_out(self, p: Params) -> Params:
         """Return the parameters of a plain LoRA: blocks expanded, and KaSA's diagonal multiplied into A."""
@@ -71,7 +71,7 @@ class LoraForms(WeightMethod):
         Raises:
             PeftfxError: the site is a parameter without a layer of its own, and an option needs a layer.
         """
-        if site.kind == EXPERTS or any(ends_with(site.path, name) for name in self.target_parameters or ()):
+        if site.kind == EXPERTS or ends_with_any(site.path, self.target_parameters or ()):
             refuse_on_parameters(site, self, self.init_lora_weights)
         r = int(by_path(self.rank_pattern, "rank_pattern", site.path, self.r))
         alpha = by_path(self.alpha_pattern, "alpha_pattern", site.path, self.lora_alpha)
@@ -91,7 +91,7 @@ class LoraForms(WeightMethod):
 
     def naming(self, paths: Sequence[str], modules: Sequence[str]) -> Self:
         """Return the rule as for any method, but keep the names of targeted parameters."""
-        own = [p for p in paths if not any(ends_with(p, name) for name in self.target_parameters or ())]
+        own = [p for p in paths if not ends_with_any(p, self.target_parameters or ())]
         named = super().naming(own, modules)
         if len(own) == len(paths) or named.target_modules:
             return named
