@@ -31,7 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported by now lives to the end: no collection of garbage needs to walk through it again."""
+    """What was imported by now lives to the end: no collection of garbage needs to walk through it again.
+
+    Patterns that files make when they are imported are forgotten: no graph of the first tests is searched for them.
+    """
+    forget([pattern.name for pattern in known_patterns()])
     gc.set_threshold(10_000, 10, 10)  # a capture makes objects by the hundred thousand, and few are in circles
     gc.freeze()
 
