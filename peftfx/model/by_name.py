@@ -2,100 +2,28 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
 
 import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.adapters.adjustment import adjust
-from peftfx.adapters.base_writer import Ledger
 from peftfx.adapters.files.names import name_of_base
-from peftfx.errors import PeftfxError, warn
-from peftfx.graph.contexts import evaluating, fake_mode_of
-from peftfx.graph.graph import Graph
-from peftfx.hosting.road import ModulesRoad
-from peftfx.hosting.seating import seat
-from peftfx.hosting.seats import Seating
-from peftfx.model.graphs.graph_cache import Graphs
-from peftfx.model.graphs.late_modules import may_run_late
-from peftfx.model.graphs.runs import Checkpoints
-from peftfx.model.shared_base import shared
-from peftfx.model.trainers.seen_by_trainers import SeenByTrainers
-from peftfx.patterns.pattern import version
+from peftfx.errors import PeftfxError
+from peftfx.graph.contexts import fake_mode_of
+from peftfx.model.hosted.hosted_base import HostedBase
 from peftfx.rules.peft_configs import records_of
 from peftfx.rules.resolution import as_items, place
-from peftfx.sites.sites import Sites
-from peftfx.twins.twin import Twin
 
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
-ROADS = ("modules", "graph")
 
 
-class AdaptersByName(SeenByTrainers):
-    """A base, shared and frozen, and its adapters by name.
-
-    Args:
-        base: the model.
-        sites: where adapters can act.
-        example: the arguments of an example call of the base, by name.
-        wanted: the road that calls take, `modules` or `graph`; with None, the modules if they can host all that acts.
-        twin: the twin of the base, if there is one already.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        sites: Sites,
-        example: Mapping[str, object],
-        wanted: str | None = None,
-        twin: Twin | None = None,
-    ) -> None:
-        super().__init__()
-        if wanted not in (None, *ROADS):
-            raise PeftfxError(f"unknown road {wanted!r}", "road", "one of 'modules', 'graph'")
-        # The adapters come before the base, whose modules hold the same tensors: so tensors get the adapters' names.
-        self.adapters = nn.Module()
-        self.base, self.example, self.wanted = base, dict(example), wanted
-        self._sites: Sites | None = sites
-        self._patterns = version()
-        self.named = AdapterSet(self.adapters)
-        self._twin = Twin(base) if twin is None else twin
-        self.graphs = Graphs(self.source, self.named)
-        self.modules_road = ModulesRoad(base, self.named)
-        self._shared = shared(base, self)
-        self.ledger: Ledger | None = None
-        self.checkpoints: Checkpoints | None = None
-        self.training = base.training
-
-    @abstractmethod
-    def graph(self, *, adapted: bool = True, view: str = "forward") -> Graph:
-        """Return the graph of an example call in a view."""
-
-    @abstractmethod
-    def run_other(self, call: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-        """Run a call whose `forward` other code has set, as TRL does, with the active adapters."""
-
-    @property
-    def source(self) -> nn.Module:
-        """The base with readable weights: the base itself, or its twin if weights are quantised (`peftfx.twins`)."""
-        return self._twin.module
-
-    @property
-    def sites(self) -> Sites:
-        """The sites of the base in its present state: a merge can change a shape or untie a weight."""
-        if self._sites is None or self._patterns != version():
-            self._patterns = version()
-            with evaluating(self.base):
-                self._sites = self.graph(adapted=False).sites
-        return self._sites
+class AdaptersByName(HostedBase):
+    """A base, shared and frozen, and its adapters by name: they are added, loaded, activated and removed."""
 
     def add_adapter(
         self,
@@ -132,10 +60,6 @@ class AdaptersByName(SeenByTrainers):
         self._start(adapter, seed)
         self._install(adapter_name, adapter)
 
-    def shares_with(self, model: nn.Module) -> None:
-        """Refuse merges into the base as long as another library's model uses the same tensors."""
-        self._shared.lenders.add(model)
-
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
         """Give one adapter, or all, new initial values, for example after a base on the meta device got values.
 
@@ -153,79 +77,6 @@ class AdaptersByName(SeenByTrainers):
         rng = None if seed is None or device.type == "meta" else torch.Generator(device).manual_seed(seed)
         with fake_mode_of(self.base):
             adapter.create(self.source, rng)
-
-    def _install(self, name: str, adapter: Adapter) -> None:
-        seating = self._seat(adapter)
-        self._shared.freeze(self.base)
-        self.named.add(name, adapter)
-        self.modules_road.enter(name, adapter, seating)
-
-    def exchange(self, name: str, adapter: Adapter) -> None:
-        """Put another adapter in the place of the one of this name, as active, and trained, as that one is.
-
-        Args:
-            name: the name of the adapter that is replaced.
-            adapter: an adapter on the sites of this model.
-        """
-        seating = self._seat(adapter)
-        self.named.exchange(name, adapter)
-        self.modules_road.leave(name)
-        self.modules_road.enter(name, adapter, seating)
-        self.graphs.forget_derived()
-
-    def settle_dropout(self, names: Sequence[str]) -> None:
-        """Let adapters act with the rates that other code has set in their dropout modules, as TRL does.
-
-        Args:
-            names: the adapters' names.
-        """
-        for name in names:
-            if self.adapter(name).settle_dropout():
-                seating = self.modules_road.seatings[name].on(self.adapter(name).placements)
-                self.modules_road.leave(name)
-                self.modules_road.enter(name, self.adapter(name), seating)
-                self.graphs.forget_derived()
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the base and of the adapters.
-
-        Args:
-            mode: whether to train; otherwise to evaluate.
-        """
-        super().train(mode)
-        self.settle_dropout(self.named.active)
-        return self
-
-    def _seat(self, adapter: Adapter) -> Seating:
-        """Return where an adapter acts in the base's modules.
-
-        Raises:
-            PeftfxError: no module can host the adapter, and the modules road was asked for.
-        """
-        if self.wanted == "graph":
-            return Seating(obstacle=self.obstacle)
-        with evaluating(self.base):
-            seating = seat(self.graph(adapted=False, view=self.graphs.whole), adapter, self._twin.obstacles)
-        if late := may_run_late(self.source, adapter, self.sites):
-            seating = Seating(obstacle=late)
-        if self.wanted == "modules":
-            seating = replace(seating, dearer="")
-        if seating.obstacle and self.wanted == "modules":
-            what = f"no module of the base can run this adapter: {seating.obstacle}"
-            raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')
-        if seating.obstacle and self._twin.obstacles:
-            warn(f"calls run a graph over dequantised weights, and not the base's own layers: {seating.obstacle}")
-        return seating
-
-    @property
-    def road(self) -> str:
-        """The way in which calls run the active adapters: in the base's own `modules`, or in a `graph`."""
-        return "graph" if self.obstacle else "modules"
-
-    @property
-    def obstacle(self) -> str:
-        """The reason why calls do not take the modules road; empty if they do."""
-        return 'road="graph" was asked for' if self.wanted == "graph" else self.modules_road.obstacle(self.named.called)
 
     def load_adapter(
         self,
@@ -274,26 +125,6 @@ class AdaptersByName(SeenByTrainers):
             self._install(adapter_name, read_adapter(Path(path), self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """The names of the active adapters, in their order."""
-        return self.named.active
-
-    def names(self) -> tuple[str, ...]:
-        """Return the names of all adapters."""
-        return self.named.names()
-
-    def adapter(self, name: str) -> Adapter:
-        """Return the adapter of this name, with its tensors.
-
-        Args:
-            name: the adapter's name.
-
-        Raises:
-            PeftfxError: there is no adapter of this name.
-        """
-        return self.named[name]
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, in every thread; only they are trained.
@@ -357,30 +188,6 @@ class AdaptersByName(SeenByTrainers):
         self.graphs.forget_derived()
         if not self.names():
             self._twin.plain.restore()
-
-    @contextmanager
-    def plain(self) -> Iterator[None]:
-        """Put the base's original weights back until the `with` block ends, if `merge_adapter` changed them."""
-        if self.ledger is None:
-            yield
-            return
-        self.ledger.swap()
-        try:
-            yield
-        finally:
-            self.ledger.swap()
-
-    def base_changed(self) -> None:
-        """Drop everything that was made from the base, because its weights have changed."""
-        self.graphs.forget()
-        self._renew()
-        self._sites = None
-
-    def _renew(self) -> None:
-        """Make a new twin, because the base has new tensors."""
-        self._twin.plain.restore()
-        self._twin = Twin(self.base)
-        self.graphs.base = self.source
 
 
 def _refuse_half(autocast_adapter_dtype: bool) -> None:

@@ -16,9 +16,9 @@ from peftfx.graph.graph import ADAPTERS, BASE
 from peftfx.hosting.road import ModulesRoad
 from peftfx.model.adapter_sums import AdapterSums
 from peftfx.model.graphs.graph_cache import Graphs
+from peftfx.model.hosted.shared_base import shared
 from peftfx.model.processes.gathered import gathering
 from peftfx.model.processes.handed_out import hold_buffers, send_buffers
-from peftfx.model.shared_base import shared
 from peftfx.sharding import is_handed_out, rank
 from peftfx.twins.twin import Twin
 
