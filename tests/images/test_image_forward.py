@@ -56,6 +56,7 @@ def joined(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("kind", but_for({"llava"}, ("llava", "smolvlm")))
 def test_texts_and_images_of_other_numbers(kind: str, tmp_path: Path) -> None:
     model = adapted(kind)
@@ -72,7 +73,8 @@ def test_texts_and_images_of_other_numbers(kind: str, tmp_path: Path) -> None:
         assert not got[0].isnan().any()
 
 
-@pytest.mark.parametrize("kind", [pytest.param("llava", marks=pytest.mark.further), "qwen2_vl"])
+@pytest.mark.further
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
 def test_a_model_without_a_head_gives_hidden_states(kind: str, tmp_path: Path) -> None:
     model = adapted(kind, head=False)
     model.export(tmp_path / "out", view="forward")

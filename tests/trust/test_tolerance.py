@@ -70,7 +70,7 @@ def test_the_mode_is_what_a_model_cast_to_float64_computes(name: str) -> None:
 
 
 @torch.no_grad()
-def test_a_graph_with_convs_runs_in_float64_too(tmp_path: Path) -> None:
+def test_a_graph_with_convs_runs_in_float64_too() -> None:
     """Its operators compare the dtypes of their operands, as the functions of eager code do."""
     model = ZOO["convnext"].build().eval()
     inputs = ZOO["convnext"].inputs(model=model)
@@ -79,6 +79,10 @@ def test_a_graph_with_convs_runs_in_float64_too(tmp_path: Path) -> None:
         want, got = model(**inputs).logits, graph(**inputs)["logits"]
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want, atol=0, rtol=1e-12)
+
+
+@pytest.mark.further
+def test_a_graph_with_convs_and_slots_is_measured(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2}
     base = hf.Mamba2ForCausalLM(hf.Mamba2Config(vocab_size=96, chunk_size=8, **sizes)).eval()
     report = peftfx.export_onnx(base.half(), tmp_path / "out", slots="all-linear", view="forward")

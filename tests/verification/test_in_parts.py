@@ -101,7 +101,7 @@ def test_weights_of_other_types(kind: str, tmp_path: Path) -> None:
     same(tmp_path / "out", [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.further)], ids=str)
 def test_values_that_are_put_into_slots_count(dtype: torch.dtype, tmp_path: Path) -> None:
     base = ZOO["llama"].build().to(dtype)
     peftfx.export_onnx(base, tmp_path / "out", view="forward", slots="attention")
