@@ -48,7 +48,7 @@ def count_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph], to: 
 
 def count_row_tensors(adapters: Mapping[str, Adapter], graphs: Sequence[Graph]) -> dict[str, int]:
     """Count tensors by destination for a batched export, whose graphs read all `adapters` in one stack."""
-    runs = {path for graph in graphs for path in (*graph.sites.called, *(site.path for site in graph.sites))}
+    runs = {path for graph in graphs for path in graph.sites.running}
     return _count(adapters, {name: set(_acting(adapter, runs)) for name, adapter in adapters.items()}, Destination.ROWS)
 
 

@@ -38,7 +38,7 @@ def told(adapted: AdaptedModel, name: str, *, decodes: bool) -> dict[tuple[str, 
         tables.setdefault(replaced[site.path], []).append(site)
     biases = {site.bias.removeprefix(f"{BASE}."): site for site in layers if site.bias}
     paths, every = {site.path for site in layers}, adapted.sites
-    run = {*every.called, *every.reads, *(site.path for site in every)}  # other modules' tensors are not read
+    run = every.running | every.reads.keys()  # other modules' tensors are not read
     norms = {str(name).removeprefix(f"{BASE}.") for s in every.norms for name in (s.weight, s.bias)}
     made: dict[tuple[str, str], Tensor] = {}
     for (at, what), value in told.items():

@@ -56,7 +56,7 @@ class AdaptersByName(HostedBase):
         self.named.apart("an adapter is added")
         own = {} if (name := name_of_base(self.base)) is None else {"base_model_name_or_path": name}
         adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)) | own)
-        adapter.ran = self.sites.called.union(site.path for site in self.sites)
+        adapter.ran = self.sites.running
         self._start(adapter, seed)
         self._install(adapter_name, adapter)
 

@@ -99,6 +99,11 @@ class Sites(Sequence[Site]):
         """The sites where the graph computes what users' patterns compute."""
         return self._of(PatternSite)
 
+    @functools.cached_property
+    def running(self) -> frozenset[str]:
+        """The paths of all modules that the graph calls, or at whose operations it has sites."""
+        return self.called.union(site.path for site in self.items)
+
     def _of(self, family: type[_S]) -> tuple[_S, ...]:
         return tuple(site for site in self.items if isinstance(site, family))
 
