@@ -84,6 +84,8 @@ def example_inputs(
 
 _CLASSIFYING = ("text-classification", "image-classification", "video-classification", "audio-classification")
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
+#: Tokens of a text that names the task, as OneFormer reads them beside an image, and their vocabulary in the config.
+_TASK, _TASK_VOCABULARY = "task_inputs", "text_encoder_vocab_size"
 _PASS_INPUTS = "in Python, pass `inputs`, the keyword arguments of one call"
 
 
@@ -117,6 +119,8 @@ class _Maker:
             made[name] = self._floats(self.sizes["batch"], *fitted_shape(self.model, name, shape))
         if series := series_shape(self.config, self.accepted):
             made[PAST_VALUES] = self._floats(self.sizes["batch"], *series)
+        if _TASK in self.accepted and isinstance(length := first_of(self.config, "task_seq_len"), int):
+            made[_TASK] = self._integers((self.sizes["batch"], length), number_of(self.config, _TASK_VOCABULARY, 128))
         for name in (name for name in self.accepted if name.endswith(_PART) and name != "decoder_input_ids"):
             made |= self._prompt_of_part(name.removesuffix(_PART))
         if self.decodes and not self._pools_eos():

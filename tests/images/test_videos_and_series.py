@@ -90,10 +90,41 @@ def test_a_backbone_tells_the_size_of_pictures() -> None:
 
 
 def test_a_model_of_several_main_inputs_says_what_it_lacks() -> None:
+    class Weaves(hf.ViTModel):
+        def forward(self, pixel_values: torch.Tensor, threads: torch.Tensor) -> None: ...
+
     with torch.device("meta"):
-        model = hf.OneFormerModel(hf.OneFormerConfig())
-    with pytest.raises(peftfx.PeftfxError, match="cannot make an example of task_inputs"):
+        model = Weaves(hf.ViTConfig(**SIZES))
+    with pytest.raises(peftfx.PeftfxError, match="cannot make an example of threads"):
         example_inputs(model)
+
+
+@pytest.mark.further
+def test_a_model_reads_the_tokens_of_its_task_beside_an_image(tmp_path: Path) -> None:
+    """OneFormer: the same weights, told by a text which kind of segments is asked for."""
+    seeing = {"image_size": 32, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 4}
+    backbone = hf.SwinConfig(**seeing, patch_size=4, out_features=[f"stage{i}" for i in (1, 2, 3, 4)])
+    wide = dict.fromkeys(("hidden_dim", "conv_dim", "mask_dim", "dim_feedforward", "encoder_feedforward_dim"), 32)
+    few = {"encoder_layers": 1, "decoder_layers": 2, "query_dec_layers": 1, "num_queries": 5, "num_labels": 4}
+    text = {"text_encoder_width": 32, "text_encoder_num_layers": 1, "text_encoder_vocab_size": 50, "task_seq_len": 9}
+    config = hf.OneFormerConfig(backbone_config=backbone, num_attention_heads=2, **wide, **few, **text)
+    torch.manual_seed(0)
+    base = hf.OneFormerForUniversalSegmentation(config).eval()
+    want = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["query", "value", "linear1"])).eval()
+    randomise(want)
+    want.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(0)
+    model = peftfx.load(hf.OneFormerForUniversalSegmentation(config).eval(), tmp_path / "adapter")
+    report = model.export(tmp_path / "out")
+    assert list(report.inputs) == ["pixel_values", "task_inputs"]
+    served = OnnxModel(tmp_path / "out")
+    for batch in (3, 5):  # GroupNorm refuses a single image of one piece
+        inputs = example_inputs(model.base, sizes={"batch": batch}, seed=5)
+        found = served(**inputs)
+        with torch.no_grad():
+            expected = want(**inputs)
+        for name in ("class_queries_logits", "masks_queries_logits"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-3)
 
 
 def test_a_model_that_takes_frames_one_by_one_has_pictures() -> None:
