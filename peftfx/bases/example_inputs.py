@@ -18,7 +18,7 @@ from peftfx.bases.labels import class_labels
 from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
 from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count, tokens_of
-from peftfx.bases.processors.pictures import Picture, picture_inputs, repeated, seeing, told_size
+from peftfx.bases.processors.pictures import Picture, axes_of_pictures, picture_inputs, repeated, seeing, told_size
 from peftfx.bases.processors.series import PAST_VALUES, PIXEL_VALUES, series_shape, video_inputs
 from peftfx.bases.processors.sounds.in_text import sounds_in_text
 from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_name, recording_shape
@@ -108,7 +108,8 @@ class _Maker:
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        made = {} if self.image is None else repeated(self.image, self._images, self._floats)
+        axes = axes_of_pictures(self.model, self._resolution())
+        made = {} if self.image is None else repeated(self.image, self._images, self._floats, axes)
         if "input_ids" in self.accepted:
             made |= self._prompts_to_choose() if self.task == CHOOSING else self._prompt(self.sizes["batch"])
         made |= image_masks(self.model, self.accepted, made)

@@ -15,8 +15,9 @@ from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import kept_by
 from peftfx.errors import PeftfxError
 from peftfx.generation.of_thread import OfThread
+from peftfx.generation.split_images import split_images
 from peftfx.generation.step import Generates
-from peftfx.generation.step_images import EncodesImages, split_images
+from peftfx.generation.step_images import EncodesImages
 from peftfx.views.finding.cross_images import DecodeOverImages
 from peftfx.views.images.encoded import Images
 

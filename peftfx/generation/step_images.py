@@ -17,6 +17,7 @@ from peftfx.bases.processors.token_types import MODALITIES, TYPES, whole_types
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import with_offsets
 from peftfx.generation.of_thread import OfThread
+from peftfx.generation.split_images import split_images
 from peftfx.generation.step import Generates, Step
 from peftfx.views.images.encoded import IMAGE_FEATURES, Images
 from peftfx.views.images.views import DecodeWithImages
@@ -216,36 +217,3 @@ class GeneratesAsWriter(GeneratesWithImages):
         images = {} if pixel_values is None else {self.images.inputs[0][0]: pixel_values}
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **images, **options}
         return GenerationMixin.generate(self, **with_offsets(self.view, (), given))
-
-
-def split_images(images: Images, inputs: Mapping[str, Tensor], *, empty: bool = False) -> list[dict[str, Tensor]]:
-    """Return the arguments of each image that its graph takes.
-
-    A row with several images may have them one after the other along its second axis, as tiles, with empty tiles after
-    the last image. These are left out unless they are asked for with `empty`.
-
-    Raises:
-        PeftfxError: an argument is missing, or has not the shape of whole images.
-    """
-    parts: dict[str, list[Tensor]] = {}
-    for name, shape in images.inputs:
-        value = inputs.get(name)
-        if value is None:
-            raise PeftfxError("the graph of images needs this argument too", name, "pass what the processor makes")
-        if name in images.beside and value.ndim == 2:  # a text of any length
-            shape = (shape[0], value.shape[1])
-        tiles = value.shape[1] // shape[1] if len(shape) > 1 and value.ndim > 1 and shape[1] else 1
-        rest = (shape[1] * tiles, *shape[2:]) if len(shape) > 1 else ()
-        if value.ndim != len(shape) or len(value) % shape[0] or tuple(value.shape[1:]) != rest:
-            size = f", from images of {images.picture[0]} x {images.picture[1]}" if images.picture else ""
-            what = f"the graph takes {list(shape)} for an image{size}, and this call has {list(value.shape)}"
-            raise PeftfxError(what, name, "resize the images to the size of the export, or export with another size")
-        rows = value.split(shape[0])
-        parts[name] = [part for row in rows for part in (row.split(shape[1], 1) if tiles > 1 else (row,))]
-    first = next(iter(parts.values()))
-    counts = {len(values) for values in parts.values()}
-    if len(counts) != 1:
-        raise PeftfxError("these arguments hold different numbers of images", ", ".join(parts), "check them")
-    several = not empty and len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
-    kept = [i for i, value in enumerate(first) if not several or bool((value != 0).any())]
-    return [{name: values[i] for name, values in parts.items()} for i in kept]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from every_model.checks import build
+from support.adapted import randomise
 
 import peftfx
 from peftfx import PeftfxError
@@ -84,3 +86,26 @@ def test_a_model_made_from_a_config_alone_is_told_where_its_processor_belongs() 
         peftfx.transform(base, rule)
     base.config.name_or_path = home
     assert any("visual" in site.path for site in peftfx.transform(base, rule).sites)
+
+
+@pytest.mark.further
+@pytest.mark.parametrize("kind", ["minicpmv4_6", "minicpmv4_7"])
+def test_pictures_may_stand_side_by_side(kind: str, tmp_path: Path) -> None:
+    """A processor joins the patches of all pictures along the last axis. How many there are, other arguments tell."""
+    want = peft.get_peft_model(build("image-text-to-text", kind), peft.LoraConfig(r=4, target_modules="all-linear"))
+    randomise(want.eval())
+    want.save_pretrained(tmp_path / "adapter")
+    model = peftfx.load(build("image-text-to-text", kind), tmp_path / "adapter")
+    sizes = {"batch": 1, "sequence": 8, "images": 2}
+    inputs = example_inputs(model.base, sizes=sizes)
+    assert inputs["pixel_values"].shape == (1, 3, 8, 1024)
+    assert inputs["target_sizes"].tolist() == [[8, 8]] * 2
+    model.export(tmp_path / "out", view="decode", image_size=(64, 64))
+    served = peftfx.runtime.load(tmp_path / "out")
+    steps = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    for images in (2, 1):
+        given = example_inputs(model.base, sizes={**sizes, "images": images}, seed=images)
+        assert torch.equal(served.generate(**given, **steps), want.generate(**given, **steps))
+    wide = torch.randn(1, 3, 8, 1024)  # one picture that is too wide
+    with pytest.raises(PeftfxError, match="resize the images to the size of the export"):
+        served.generate(**{**given, "pixel_values": wide}, **steps)

@@ -43,9 +43,31 @@ def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> P
     return None if plain else taken
 
 
-def repeated(one: Picture, count: int, floats: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Return the arguments of several images: random pixels by `floats`, given a shape, and else what all have."""
-    made = {name: value.repeat(count, *[1] * (value.ndim - 1)) for name, value in one.items()}
+def axes_of_pictures(model: nn.Module, size: Size) -> Mapping[str, int]:
+    """Return the axis along which the model's processor joins pictures, by argument, where that is not the first.
+
+    MiniCPM-V's patches of all pictures stand side by side in one row.
+
+    Args:
+        model: a model of transformers.
+        size: the height and width of each picture.
+    """
+    file = processor_file(model)
+    return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, size)
+
+
+def repeated(
+    one: Picture, count: int, floats: Callable[..., Tensor], axes: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Return the arguments of several images: random pixels by `floats`, given a shape, and else what all have.
+
+    Args:
+        one: the arguments of one image.
+        count: how many images there are.
+        floats: makes random pixels.
+        axes: the axis along which images are joined, by argument, where that is not the first.
+    """
+    made = {name: torch.cat([value] * count, (axes or {}).get(name, 0)) for name, value in one.items()}
     for name, value in made.items():
         if value.is_floating_point():
             pixels = floats(*value.shape)
@@ -128,11 +150,23 @@ def _processed(home: Path, changed: int, size: Size) -> Picture:
     return one
 
 
-def _made(processor: Any, picture: Tensor) -> dict[str, Tensor]:
-    """Return the tensors that a processor makes of a picture, or nothing if it takes no such picture."""
+@functools.lru_cache(32)
+def _joined(home: Path, changed: int, size: Size) -> Mapping[str, int]:
+    processor, one = _processor(home, changed), _processed(home, changed, size)
+    if not one:
+        return {}
+    with _disable_current_modes(), torch.device("cpu"):
+        two = _made(processor, torch.full((3, *size), 200, dtype=torch.uint8), 2)
+    pairs = {name: (value.shape, two[name].shape) for name, value in one.items() if name in two}
+    grown = {name: [k for k, (a, b) in enumerate(zip(*shapes)) if b == 2 * a] for name, shapes in pairs.items()}
+    return {name: axes[0] for name, axes in grown.items() if axes and axes[0]}
+
+
+def _made(processor: Any, picture: Tensor, count: int = 1) -> dict[str, Tensor]:
+    """Return the tensors that a processor makes of a picture, given `count` times, or nothing if it takes none such."""
     for given in (picture, picture.numpy()):  # some processors take no tensors
         try:
-            made = processor(images=[given], return_tensors="pt")
+            made = processor(images=[given] * count, return_tensors="pt")
         except Exception:  # whatever a processor raises for a picture that it does not take
             continue
         return {name: value for name, value in made.items() if isinstance(value, Tensor) and value.ndim}

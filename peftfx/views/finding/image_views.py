@@ -161,5 +161,5 @@ def _sections(base: nn.Module, made: Mapping[str, Tensor]) -> int:
     with unchanged(base), unset_fake_temporarily(), torch.device("cpu"):
         ids = torch.zeros(1, 2, dtype=torch.long)
         calls = ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, made)
-        found = next((own for call in calls if (own := own_positions(base, call)) is not None), None)
-    return int(found.shape[0]) if found is not None and found.ndim == 3 else 0
+        found = (own_positions(base, call) for call in calls)  # some give a text without images one row
+        return next((int(own.shape[0]) for own in found if own is not None and own.ndim == 3), 0)
