@@ -103,7 +103,7 @@ _HIERA = {
     "hidden_size": 8,
     "query_stride": [2, 2],
     "blocks_per_stage": [1, 1, 1, 1],
-    "embed_dim_per_stage": [8, 16, 32, 32],
+    "embed_dim_per_stage": [8, 16, 32, 64],
     "num_attention_heads": 1,
     "num_attention_heads_per_stage": [1, 2, 4, 4],
     "window_size_per_stage": [8, 4, 4, 4],
@@ -115,7 +115,7 @@ _SAM_2 = {
     "prompt_encoder_config": {**_SAM["prompt_encoder_config"], "image_size": 128, "patch_size": 16},
     "vision_config": {
         "backbone_config": _HIERA,
-        "backbone_channel_list": [32, 32, 16, 8],
+        "backbone_channel_list": [64, 32, 16, 8],
         "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
         "fpn_hidden_size": 32,
     },
@@ -131,7 +131,13 @@ _SAM_3 = {
 
 OWN_DETECTOR_SIZES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("conditional_detr", "table-transformer"), _DETR),
-    "detr": {**_DETR, "encoder_attention_heads": 8, "decoder_attention_heads": 8},
+    "detr": {
+        **_DETR,
+        "backbone_config": _ALL_STAGES,
+        "d_model": 64,
+        "encoder_attention_heads": 8,
+        "decoder_attention_heads": 8,
+    },
     "dab-detr": {**_DETR, "hidden_size": 32},
     "deformable_detr": {**_DEFORMABLE, "d_model": 64},
     **dict.fromkeys(("rt_detr", "rt_detr_v2"), _HYBRID),

@@ -49,6 +49,40 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
     "instructblip_qformer": _QFORMER,
     "instructblipvideo": {"num_query_tokens": 4, "image_token_index": 98},
     "instructblipvideo_qformer": _QFORMER,
+    "fast_vlm": {
+        "vision_config": {
+            "architecture": "fastvit_mci3",
+            "image_size": 64,
+            "hidden_size": 32,
+            "model_args": {
+                "inference_mode": True,
+                "layers": [1, 1],
+                "embed_dims": [8, 16],
+                "mlp_ratios": [2, 2],
+                "se_downsamples": [False, False],
+                "downsamples": [False, True],
+                "pos_embs": [None, None],
+                "token_mixers": ["repmixer", "repmixer"],
+                "lkc_use_act": True,
+                "stem_use_scale_branch": False,
+            },
+        },
+    },
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 32,
+                "img_size": [28, 28],
+                "depth": 2,
+                "num_heads": 4,
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+                "init_values": 0.1,
+                "ref_feat_shape": [2, 2],
+            },
+        },
+    },
     "chameleon": {"vocabulary_map": {"<image>": 98, **_CHAMELEON}},
     "cohere_compass_vision": _DEEP,
     "cohere_compass_text": {

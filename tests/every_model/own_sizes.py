@@ -105,6 +105,7 @@ OWN_SIZES: Mapping[str, Mapping[str, Any]] = {
     "levit": {"image_size": 64, "patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", _FULL]},
     "lilt": {"hidden_size": 48},
+    "bros": {"hidden_size": 64, "num_attention_heads": 4},
     "llava": {"image_seq_length": 16},
     "gemma3": {"mm_tokens_per_image": 4},
     "longcat_flash": {

@@ -64,6 +64,7 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
     "kimi_k25": {"patch_size": 8, "merge_size": 2, "size": {"max_height": 512, "max_width": 512}},
     **dict.fromkeys(("minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), _SLICES),
     **dict.fromkeys(("modernvbert", "ultravbert"), _TILES_3),
+    "perception_lm": {"size": {"height": 28, "width": 28}, "tile_size": 28, "max_num_tiles": 2},
     "siglip2": {"patch_size": 8, "max_num_patches": 16},
     "pix2struct": {"patch_size": {"height": 8, "width": 8}, "max_patches": 16, "is_vqa": False},
     "neomme": {"patch_size": 8},
