@@ -18,7 +18,15 @@ from peftfx.bases.labels import class_labels
 from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, image_masks, random_boxes
 from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count, tokens_of
-from peftfx.bases.processors.pictures import Picture, axes_of_pictures, picture_inputs, repeated, seeing, told_size
+from peftfx.bases.processors.pictures import (
+    USUAL,
+    Picture,
+    axes_of_pictures,
+    picture_inputs,
+    repeated,
+    seeing,
+    told_size,
+)
 from peftfx.bases.processors.series import PAST_VALUES, PIXEL_VALUES, series_shape, video_inputs
 from peftfx.bases.processors.sounds.in_text import sounds_in_text
 from peftfx.bases.processors.sounds.recordings import fitted_shape, recording_name, recording_shape
@@ -108,7 +116,7 @@ class _Maker:
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        axes = axes_of_pictures(self.model, self._resolution())
+        axes = axes_of_pictures(self.model)
         made = {} if self.image is None else repeated(self.image, self._images, self._floats, axes)
         if "input_ids" in self.accepted:
             made |= self._prompts_to_choose() if self.task == CHOOSING else self._prompt(self.sizes["batch"])
@@ -279,5 +287,5 @@ class _Maker:
         return value if isinstance(value, int) else default
 
     def _resolution(self) -> tuple[int, int]:
-        height, width = told_size(self.model) or (64, 64)
+        height, width = told_size(self.model) or USUAL
         return self.sizes.get("height", height), self.sizes.get("width", width)

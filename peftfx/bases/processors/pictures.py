@@ -20,6 +20,7 @@ from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.image_size import Size, image_size_of, processor_file
 
 Picture = Mapping[str, Tensor]
+USUAL: Size = (64, 64)  #: the height and width of pictures where nothing tells a size
 
 
 def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> Picture | None:
@@ -43,17 +44,16 @@ def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> P
     return None if plain else taken
 
 
-def axes_of_pictures(model: nn.Module, size: Size) -> Mapping[str, int]:
+def axes_of_pictures(model: nn.Module) -> Mapping[str, int]:
     """Return the axis along which the model's processor joins pictures, by argument, where that is not the first.
 
     MiniCPM-V's patches of all pictures stand side by side in one row.
 
     Args:
         model: a model of transformers.
-        size: the height and width of each picture.
     """
     file = processor_file(model)
-    return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, size)
+    return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, told_size(model) or USUAL)
 
 
 def repeated(

@@ -12,6 +12,7 @@ from torch import fx, nn
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.encoded_images import joined_features
 from peftfx.bases.processors.fixed_values import FixedValues
+from peftfx.bases.processors.pictures import axes_of_pictures
 from peftfx.bases.processors.token_types import MODALITIES, TYPES
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.graph.contexts import unchanged
@@ -22,6 +23,8 @@ from peftfx.views.finding.image_positions import find_image_positions
 from peftfx.views.finding.image_views import are_apart, find_images
 from peftfx.views.images.encoded import Images
 from peftfx.views.images.views import ImageEncoder
+
+_DECODE = "export the decode view, which encodes one image at a time"
 
 
 def forward_with_images(base: nn.Module, captured: Callable[[ImageEncoder], Graph]) -> ForwardWithImages:
@@ -44,10 +47,13 @@ def forward_with_images(base: nn.Module, captured: Callable[[ImageEncoder], Grap
     pieces = _pieces(encoder)
     if encoder.decisions or pieces is None:
         what = "the number of an image's pieces, or a branch of the model's code, depends on its pixels"
-        raise PeftfxError(what, type(base).__name__, "export the decode view, which encodes one image at a time")
+        raise PeftfxError(what, type(base).__name__, _DECODE)
+    if axes_of_pictures(base):
+        what = "the images of a call stand side by side in a tensor, and the graph of a forward takes one after another"
+        raise PeftfxError(what, type(base).__name__, _DECODE)
     if not _apart(base, images):
         what = "the features of an image depend on the other images of a call, or on their number"
-        raise PeftfxError(what, type(base).__name__, "export the decode view, which encodes one image at a time")
+        raise PeftfxError(what, type(base).__name__, _DECODE)
     made = example_inputs(base, sizes={"batch": 1})
     placed = find_image_positions(base, made, images.token, pieces) if images.sections else None
     asked = images.typed or placed is not None or not images.sections
