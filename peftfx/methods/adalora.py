@@ -194,6 +194,17 @@ class AdaLoRA(WeightMethod):
             return self._left([i < int(kept.sum()) for i in range(self.init_r)]), cut
         return self._left(kept.tolist()), cut
 
+    def taken_back(self, p: Params, rule: Method, saved: Params, path: str) -> dict[str, Tensor] | None:
+        """Return the parameters with the ranks of a file in their places, and 0 for the ranks that it has not."""
+        if not isinstance(rule, AdaLoRA) or len(p[E]) != rule.init_r or self.scaling != rule.scaling:
+            return None
+        kept = torch.tensor(rule.rank_pattern.get(_key(path), (True,) * rule.init_r), device=p[E].device)
+        if len(saved[E]) != int(kept.sum()):
+            return None
+        whole = {A: p[A].clone(), E: torch.zeros_like(p[E]), B: p[B].clone(), KEPT: kept}
+        whole[A][kept], whole[E][kept], whole[B][:, kept] = saved[A], saved[E], saved[B]
+        return whole
+
     def gather(self, methods: Mapping[str, Method]) -> AdaLoRA:
         """Return a rule in which all modules start with one rank and one scale, and `rank_pattern` cuts each.
 

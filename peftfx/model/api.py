@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from peftfx.graph.contexts import evaluating
 from peftfx.memory.garbage import rarely_collected
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
+from peftfx.model.by_name import LoadOptions
 from peftfx.model.plan import Plan, make_plan
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
@@ -35,6 +37,10 @@ def transform(
     inputs: Mapping[str, object] | None = None,
     seed: int | None = None,
     road: str | None = None,
+    peft_config: object = None,
+    mixed: bool = False,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
 ) -> AdaptedModel:
     """Adapt a model by rules. The model's parameters are shared and frozen, never copied; only adapters are trained.
 
@@ -50,6 +56,9 @@ def transform(
         road: how calls are run: with `modules`, by the methods inside the model's own modules; with `graph`, by a
             captured graph. By default calls run the modules, or a graph if no module can host the adapter;
             `AdaptedModel.road` says which.
+        peft_config: the rules, by the name that HF PEFT's `get_peft_model` has for them.
+        mixed, low_cpu_mem_usage: ignored: adapters of several methods may act together, and no memory is taken twice.
+        autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
 
     Raises:
         PeftfxError: the model cannot be captured, a rule matches nothing, or an adapter cannot be taken over.
@@ -59,6 +68,7 @@ def transform(
         >>> adapted.print_trainable_parameters()
         trainable params: ...
     """
+    rules = peft_config if rules is None else rules
     if is_peft_model(model):
         adapted = taken_over(model, lambda: bare(model, inputs, road))
         if rules is None:
@@ -69,7 +79,7 @@ def transform(
         raise PeftfxError(what, type(model).__name__, hint)
     else:
         adapted = bare(model, inputs, road)
-    adapted.add_adapter(adapter_name, rules, seed=seed)
+    adapted.add_adapter(adapter_name, rules, seed=seed, autocast_adapter_dtype=autocast_adapter_dtype)
     return adapted
 
 
@@ -77,9 +87,11 @@ def load(
     model: nn.Module,
     path: str | Path | None = None,
     adapter_name: str = "default",
+    is_trainable: bool = True,
     *,
     inputs: Mapping[str, object] | None = None,
     road: str | None = None,
+    **options: Unpack[LoadOptions],
 ) -> AdaptedModel:
     """Adapt a model by a HF PEFT directory: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -90,8 +102,10 @@ def load(
         model: the base that the adapter was trained on.
         path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
         adapter_name: the adapter's name in the model.
+        is_trainable: whether the adapter is trained. If not, the model is set to eval mode, as in HF PEFT.
         inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
         road: see `transform`.
+        options: further arguments of `AdaptedModel.load_adapter`, such as `subfolder`.
 
     Raises:
         PeftfxError: there is no such adapter, or it does not fit this model. The message lists every key that is
@@ -112,7 +126,7 @@ def load(
     else:
         adapted = bare(model, inputs, road)
     adapted.named.refuse(adapter_name)
-    adapted.load_adapter(path, adapter_name)
+    adapted.load_adapter(path, adapter_name, is_trainable, **options)
     return adapted
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict
 
 import torch
 from torch import nn
@@ -37,6 +37,23 @@ from peftfx.twins.twin import Twin
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
 ROADS = ("modules", "graph")
+
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `AdaptersByName.load_adapter`, by name."""
+
+    torch_device: object
+    autocast_adapter_dtype: bool
+    ephemeral_gpu_offload: bool
+    low_cpu_mem_usage: bool
+    key_mapping: Mapping[str, str] | None
+    ignore_mismatched_sizes: bool
+    subfolder: str | None
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    force_download: bool
+    local_files_only: bool
 
 
 class AdaptersByName(SeenByTrainers):
@@ -238,6 +255,13 @@ class AdaptersByName(SeenByTrainers):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> None:
         """Add an adapter from a HF PEFT directory, and make it the active one.
 
@@ -247,10 +271,14 @@ class AdaptersByName(SeenByTrainers):
         Args:
             path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
             adapter_name: the adapter's name in this model.
-            is_trainable: whether the adapter is trained, until the next `set_adapter`.
+            is_trainable: whether the adapter is trained, until the next `set_adapter`. If not, the model is set to eval
+                mode, as in HF PEFT.
             torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: ignored: the adapter goes where its modules are.
             autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
-            key_mapping: refused.
+            key_mapping, ignore_mismatched_sizes: refused: each tensor of the file is taken, by its own name.
+            subfolder: a folder in `path`, in which the adapter is.
+            revision, token, cache_dir, force_download, local_files_only: ignored: they are for downloads, and `path` is
+                on this machine.
 
         Raises:
             PeftfxError: the adapter does not fit this base, or the adapter of this name, or the base has no values
@@ -265,15 +293,20 @@ class AdaptersByName(SeenByTrainers):
         _refuse_half(autocast_adapter_dtype)
         if key_mapping:
             raise PeftfxError("tensors of a file keep their names", "key_mapping", "rename them in the file")
+        if ignore_mismatched_sizes:
+            what = "a tensor of another size would be left out, and the adapter would not be the file's"
+            raise PeftfxError(what, "ignore_mismatched_sizes", "load it on a base of the sizes that it was trained on")
+        path = Path(path) / (subfolder or "")
         if adapter_name in self.names():
             self.named.apart("an adapter gets other values")
-            read_into(self.adapter(adapter_name), Path(path), self.source, self.sites)
+            read_into(self.adapter(adapter_name), path, self.source, self.sites)
         else:
             self.named.refuse(adapter_name)
             self.named.apart("an adapter is added")
-            self._install(adapter_name, read_adapter(Path(path), self.source, self.sites))
+            self._install(adapter_name, read_adapter(path, self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)
+            self.eval()
 
     @property
     def active(self) -> tuple[str, ...]:

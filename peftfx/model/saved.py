@@ -49,8 +49,9 @@ class SavedAdapters(AdapterSums):
 
         Args:
             save_directory: the directory to write.
-            adapter_name: the name of the adapter to write; by default all adapters are written.
-            selected_adapters: the names of the adapters to write, as in HF PEFT.
+            adapter_name: the name of the adapter to write, to the directory itself; by default all are written.
+            selected_adapters: the names of the adapters to write. As in HF PEFT, each but "default" is in a folder of its
+                name, also if it is the only one.
             safe_serialization: must be true: peftfx writes safetensors, and no pickles.
             is_main_process: if false, nothing is written.
             state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.
@@ -84,7 +85,7 @@ class SavedAdapters(AdapterSums):
             is_main_process = is_main_process and rank() == 0
         if is_main_process:
             with self.plain():
-                save_adapters(self.source, adapters, Path(save_directory))
+                save_adapters(self.source, adapters, Path(save_directory), in_folders=selected_adapters is not None)
 
     def _is_own(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether a state is that which this model has, wherever its tensors are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,9 +42,11 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
             hint = "give the folder that it is in"
         raise PeftfxError("an adapter is a folder, and this is a file", str(directory), hint)
     if not is_folder(directory):
-        raise PeftfxError(
-            "there is no such directory", str(directory), "give the folder that holds adapter_config.json"
-        )
+        hint = "give the folder that holds adapter_config.json"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(directory)):
+            download = f'huggingface_hub.snapshot_download("{directory}")'
+            hint = f"{hint}; of an adapter on the Hugging Face Hub it is what {download} returns"
+        raise PeftfxError("there is no such directory", str(directory), hint)
     path = directory / CONFIG
     if not is_file(path):
         below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]

@@ -35,7 +35,9 @@ def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_p
     adapted.save_pretrained(tmp_path / "b", selected_adapters=["two"])
     adapted.save_pretrained(tmp_path / "c", is_main_process=False)
     assert folders(tmp_path / "a") == {"one", "three"}
-    assert folders(tmp_path / "b") == {"."}
+    assert folders(tmp_path / "b") == {"two"}  # as in HF PEFT
+    adapted.save_pretrained(tmp_path / "d", "two")
+    assert folders(tmp_path / "d") == {"."}
     assert not (tmp_path / "c").exists()
 
 

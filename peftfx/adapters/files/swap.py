@@ -76,10 +76,42 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
         raise PeftfxError(what, unlike[0], "load it beside the other one: load_adapter(path, another_name)")
     shapes = [t.shape for t in own.values()] != [others[n].shape for n in own if n in others]
     if shapes or computed != known:
-        return new
-    fill(adapter, new)
+        back = _taken_back(adapter, new)
+        if back is None:
+            return new
+        for key, value in back.items():
+            _set(adapter, key, value)
+    else:
+        fill(adapter, new)
     _take_accounts(adapter, new)
     return adapter
+
+
+def _taken_back(adapter: Adapter, new: Adapter) -> dict[str, Tensor] | None:
+    """Return the values of an adapter's tensors, of which the file of another one holds what is left or joined.
+
+    Return None if these are not the tensors of this adapter.
+    """
+    others = {p.key: (rule.method, p) for rule in new.placed for p in rule.placements}
+    if others.keys() != {p.key for p in adapter.placements} or len(adapter.placements.weights) != len(others):
+        return None
+    back = {override.key: new.get(override.key) for override in adapter.overrides}
+    for place in adapter.placements.weights:
+        rule, other = others[place.key]
+        found = place.method.taken_back(adapter.all_of(place), rule, new.all_of(other), place.site.path)
+        if found is None:
+            return None
+        back |= {f"{place.key}.{name}": value for name, value in found.items()}
+    same = all(back[o.key].shape == adapter.get(o.key).shape for o in adapter.overrides)
+    return back if same else None
+
+
+def _set(adapter: Adapter, key: str, value: Tensor) -> None:
+    """Copy a value into an adapter's tensor; make a buffer of it if there is none."""
+    if key in dict(adapter.tensors()):
+        adapter.get(key).copy_(value)
+    else:
+        adapter.put(key, value, trained=False)
 
 
 def _take_accounts(adapter: Adapter, new: Adapter) -> None:

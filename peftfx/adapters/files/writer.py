@@ -31,8 +31,14 @@ from peftfx.formats import RULES, with_version
 from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
 
 
-def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: Path) -> None:
-    """Write adapters as HF PEFT does: "default", or the only one, to `directory`, the others to folders in it."""
+def save_adapters(
+    base: nn.Module, adapters: Mapping[str, Adapter], directory: Path, *, in_folders: bool = False
+) -> None:
+    """Write adapters as HF PEFT does: "default", or the only one, to `directory`, the others to folders in it.
+
+    Args:
+        in_folders: whether the only one is in a folder of its name, too, unless it is "default".
+    """
     if not adapters:
         raise PeftfxError(
             "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
@@ -47,7 +53,7 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
             what = "this adapter is made from others that fit the base in memory, whose weights their start moved"
             raise PeftfxError(what, name, "export it merged, or save the others")
     for name, rules in contents.items():
-        target = directory if name == "default" or len(adapters) == 1 else directory / name
+        target = directory if name == "default" or (len(adapters) == 1 and not in_folders) else directory / name
         warn_unlike_peft(base, adapters[name], str(target))
         for kind in dict.fromkeys(type(p.method).__name__ for p in adapters[name].placements.patterns):
             warn(f"{target}: peft cannot load {kind}: it acts at a pattern, which peftfx alone finds")

@@ -13,6 +13,10 @@ from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.errors import PeftfxError
 
 
+_SET = frozenset({"base_model_name_or_path", "task_type", "revision"})
+"""The fields that a user can set: they are saved with the adapter, and change no number."""
+
+
 def wrapped() -> PeftfxError:
     """Return the error for an adapted model that `peft` is asked to adapt again."""
     what = "the model is adapted by peftfx, and peft cannot put an adapter around it"
@@ -39,13 +43,33 @@ def refuse_function_of_peft(frame: FrameType) -> None:
 
 
 class PeftConfig(SimpleNamespace):
-    """An adapter's config; its fields are HF PEFT's, and `to_dict` returns them."""
+    """An adapter's config; its fields are HF PEFT's, and `to_dict` returns them.
+
+    `base_model_name_or_path`, `task_type` and `revision` can be set, and are saved so. The others are read: what
+    an adapter computes does not change with them. A copy (`copy.deepcopy`) can be changed, and is a rule.
+    """
+
+    __slots__ = ("_adapter",)  # beside the fields
 
     @classmethod
     def of(cls, base: nn.Module, adapter: Adapter, trained: bool) -> PeftConfig:
-        """Return the config of an adapter, as its file would have it."""
+        """Return the config of an adapter, as its file would have it; options that it does not have are None."""
         config, _ = config_and_tensors(base, adapter)
-        return cls(**{**config, "inference_mode": not trained})
+        method = adapter.rules[0]
+        names = (*method.options(), *method.ignored, *method.refused)
+        made = cls(**{**dict.fromkeys(names), **config, "inference_mode": not trained})
+        object.__setattr__(made, "_adapter", adapter)
+        return made
+
+    def __setattr__(self, name: str, value: object) -> None:
+        adapter: Adapter | None = getattr(self, "_adapter", None)
+        if adapter is not None and name in _SET:
+            adapter.records[name] = getattr(value, "value", value)
+        elif adapter is not None and value != getattr(self, name, None):
+            what = "the config tells what the adapter is, and the adapter would not change with it"
+            hint = "make an adapter of a copy of the config: copy.deepcopy(config), then add_adapter(name, copy)"
+            raise PeftfxError(what, name, hint)
+        super().__setattr__(name, value)
 
     @property
     def is_prompt_learning(self) -> bool:
