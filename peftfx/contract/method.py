@@ -110,7 +110,7 @@ class Method(ABC):
 
         Raises:
             PeftfxError: a value is not of its field's type, or none of the texts that the type lists; or a field whose
-                name ends in `dropout` is no probability below 1.
+                name ends in `dropout` is no probability.
         """
         refuse_misfit_fields(self)
         refuse_unknown_choices(self)
@@ -118,9 +118,9 @@ class Method(ABC):
             value = getattr(self, field.name)
             if isinstance(value, (list, set)):
                 object.__setattr__(self, field.name, tuple(sorted(value) if isinstance(value, set) else value))
-            if field.name.endswith("dropout") and not 0 <= value < 1:
+            if field.name.endswith("dropout") and not 0 <= value <= 1:
                 hint = f"{type(self).__name__}({field.name}=0.05)"
-                raise PeftfxError(f"it must be a probability below 1, not {value}", field.name, hint)
+                raise PeftfxError(f"it must be a probability, from 0 to 1, not {value}", field.name, hint)
 
     def __hash__(self) -> int:
         return hash(repr(self))

@@ -12,7 +12,6 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.errors import PeftfxError
 
-
 _SET = frozenset({"base_model_name_or_path", "task_type", "revision"})
 """The fields that a user can set: they are saved with the adapter, and change no number."""
 
