@@ -50,8 +50,8 @@ class SavedAdapters(AdapterSums):
         Args:
             save_directory: the directory to write.
             adapter_name: the name of the adapter to write, to the directory itself; by default all are written.
-            selected_adapters: the names of the adapters to write. As in HF PEFT, each but "default" is written to a folder
-                of its name, also if it is the only one.
+            selected_adapters: the names of the adapters to write. As in HF PEFT, each but "default" is written to
+                a folder of its name, also if it is the only one.
             safe_serialization: must be true: peftfx writes safetensors, and no pickles.
             is_main_process: if false, nothing is written.
             state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.

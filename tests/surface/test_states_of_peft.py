@@ -148,7 +148,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
         (peft.LoraConfig(**LORA | {"modules_to_save": None}), "options differ"),
         (
             peft.LoraConfig(**LORA | {"target_modules": ["q_proj", "up_proj", "k_proj"]}, use_rslora=True),
-            r"it acts at 'model\.layers\.0\.self_attn\.k_proj', and(.|\n)*; use_rslora is True in the file, and False here",
+            r"it acts at 'model\.layers\.0\.self_attn\.k_proj', and(.|\n)*use_rslora is True in the file, and False",
         ),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "options differ"),
         (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "options differ"),
