@@ -87,6 +87,8 @@ class Method(ABC):
     """Fields of HF PEFT's config that are refused, each with the reason and, after a semicolon, what to do instead."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
+    schedule: ClassVar[frozenset[str]] = frozenset()
+    """Options that `adjust` alone reads: they may change while an adapter is trained."""
     sums_by: ClassVar[str] = LINEAR
     """The type of a weighted sum of adapters, if none is asked for; as in HF PEFT."""
     layered: ClassVar[bool] = True
@@ -325,6 +327,11 @@ class Method(ABC):
 
     def adjust(self, places: Sequence[Kept], step: int) -> None:  # noqa: B027
         """Change the parameters of the rule's places between two training steps, while there are gradients."""
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` does something."""
+        return type(self).adjust is not Method.adjust
 
     def penalty(self, p: Params) -> Tensor | None:
         """Return a term for the model's loss. The loss gets the mean over the rule's places that have a term."""

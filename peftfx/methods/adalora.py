@@ -77,6 +77,9 @@ class AdaLoRA(WeightMethod):
     peft_type: ClassVar[str] = "ADALORA"
     default_target: ClassVar[str] = "attention.query | attention.value"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    schedule: ClassVar[frozenset[str]] = frozenset(
+        {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step"}
+    )
     ignored: ClassVar[frozenset[str]] = frozenset({"r", "use_rslora", "alpha_pattern", "lora_bias"})
 
     def __post_init__(self) -> None:

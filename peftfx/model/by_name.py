@@ -11,6 +11,7 @@ from typing import Self, TypedDict
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adapter_set import AdapterSet
@@ -54,6 +55,7 @@ class LoadOptions(TypedDict, total=False):
     cache_dir: str | Path | None
     force_download: bool
     local_files_only: bool
+    use_safetensors: bool | None
 
 
 class AdaptersByName(SeenByTrainers):
@@ -262,7 +264,8 @@ class AdaptersByName(SeenByTrainers):
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
-    ) -> None:
+        use_safetensors: bool | None = None,
+    ) -> _IncompatibleKeys:
         """Add an adapter from a HF PEFT directory, and make it the active one.
 
         If the model has an adapter of this name, as in HF PEFT, its own parameters get the values of the file. It must
@@ -279,6 +282,10 @@ class AdaptersByName(SeenByTrainers):
             subfolder: a folder in `path`, in which the adapter is.
             revision, token, cache_dir, force_download, local_files_only: ignored: they are for downloads, and `path` is
                 on this machine.
+            use_safetensors: ignored: no other file is read.
+
+        Returns:
+            The lists `missing_keys` and `unexpected_keys`, both empty: a file that does not fit is an error.
 
         Raises:
             PeftfxError: the adapter does not fit this base, or the adapter of this name, or the base has no values
@@ -293,9 +300,7 @@ class AdaptersByName(SeenByTrainers):
         _refuse_half(autocast_adapter_dtype)
         if key_mapping:
             raise PeftfxError("tensors of a file keep their names", "key_mapping", "rename them in the file")
-        if ignore_mismatched_sizes:
-            what = "a tensor of another size would be left out, and the adapter would not be the file's"
-            raise PeftfxError(what, "ignore_mismatched_sizes", "load it on a base of the sizes that it was trained on")
+        refuse_left_out_sizes(ignore_mismatched_sizes)
         path = Path(path) / (subfolder or "")
         if adapter_name in self.names():
             self.named.apart("an adapter gets other values")
@@ -307,6 +312,7 @@ class AdaptersByName(SeenByTrainers):
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)
             self.eval()
+        return _IncompatibleKeys([], [])
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -421,3 +427,10 @@ def _refuse_half(autocast_adapter_dtype: bool) -> None:
         what = "an adapter of a base in half precision is made in float32, and has its own dtype"
         hint = "leave it out, and cast the adapter afterwards: model.adapter(NAME).to(dtype)"
         raise PeftfxError(what, "autocast_adapter_dtype=False", hint)
+
+
+def refuse_left_out_sizes(asked: bool) -> None:
+    """Refuse to leave out the tensors of a file whose sizes differ from the adapter's."""
+    if asked:
+        what = "a tensor of another size would be left out, and the adapter would not be the file's"
+        raise PeftfxError(what, "ignore_mismatched_sizes", "load it on a base of the sizes that it was trained on")

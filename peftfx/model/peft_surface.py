@@ -19,6 +19,7 @@ from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
 from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, refuse_function_of_peft, wrapped
 from peftfx.model.trainers.reference import ReferenceModel
+from peftfx.model.trainers.tuner_of_peft import TunerOfPeft
 
 
 class PeftSurface(Merging):
@@ -39,6 +40,14 @@ class PeftSurface(Merging):
             True
         """
         return self.base
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base's own inner model. As in HF PEFT, it has `update_and_allocate` if an adapter gives out ranks."""
+        if not any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules):
+            return self.base.base_model  # type: ignore[return-value]
+        inner = getattr(self.base, "base_model", self.base)
+        return TunerOfPeft(inner, self)  # type: ignore[return-value]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:

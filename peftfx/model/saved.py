@@ -67,7 +67,7 @@ class SavedAdapters(AdapterSums):
         """
         from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
 
-        other = is_main_process and state_dict is not None and not self._is_own(state_dict)
+        other = is_main_process and state_dict is not None and not self.is_own(state_dict)
         refuse_save_arguments(
             safe_serialization, other, save_embedding_layers, path_initial_model_for_weight_conversion
         )
@@ -87,7 +87,7 @@ class SavedAdapters(AdapterSums):
             with self.plain():
                 save_adapters(self.source, adapters, Path(save_directory), in_folders=selected_adapters is not None)
 
-    def _is_own(self, state: Mapping[str, Tensor]) -> bool:
+    def is_own(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether a state is that which this model has, wherever its tensors are."""
         own = self.state_dict()
         return own.keys() == state.keys() and all(

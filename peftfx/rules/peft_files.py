@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -66,6 +67,26 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
     if "peft_type" not in config:
         raise PeftfxError("the config names no peft_type", str(path), "is this a HF PEFT adapter's config?")
     return config
+
+
+def refuse_other_config(config: Any, directory: Path) -> None:
+    """Refuse a config object of HF PEFT that is not the config in a directory.
+
+    Raises:
+        PeftfxError: a field differs, other than those that change no number.
+    """
+    known, given = read_adapter_config(directory), dict(config.to_dict())
+    for name in sorted(known.keys() & given.keys() - RECORDS):
+        if _plain(known[name]) != _plain(given[name]):
+            what = f"the config that is given has other values than {CONFIG}: {name} is {shown(given[name])} there"
+            raise PeftfxError(what, f"{directory / CONFIG}: {name}", "leave config out, or change the file")
+
+
+def _plain(value: object) -> object:
+    """Return a field's value as a JSON file has it, and names in one order."""
+    if isinstance(value, (list, tuple, set)):
+        return sorted(map(str, value))
+    return getattr(value, "value", value)
 
 
 def rule_folders(directory: Path) -> tuple[Path, ...]:

@@ -354,13 +354,30 @@ def test_two_names_are_exchanged_and_the_arguments_stay(saved: Path) -> None:
         peftfx.transform(ZOO["llama"].build(), config, autocast_adapter_dtype=False)
     for load in (peftfx.load, peft.PeftModel.from_pretrained):
         base = ZOO["llama"].build().train()
-        made = load(base, str(saved), "a", is_trainable=False, subfolder="one", revision="main", token=None)
+        config = peft.PeftConfig.from_pretrained(str(saved / "one"))
+        options = {"subfolder": "one", "revision": "main", "token": None, "use_safetensors": True, "config": config}
+        made = load(base, str(saved), "a", is_trainable=False, **options)
         assert (made.training, made.get_nb_trainable_parameters()[0]) == (False, 0)
         made.train()
         made.load_adapter(str(saved), "b", is_trainable=True, subfolder="two")
         assert made.training
         made.load_adapter(str(saved), "c", is_trainable=False, subfolder="two")
         assert not made.training
+        state = made.state_dict()
+    config.lora_alpha = 99
+    with pytest.raises(PeftfxError, match="lora_alpha is 99 there"):
+        peftfx.load(ZOO["llama"].build(), saved / "one", config=config)
+    own = peftfx.get_peft_model_state_dict(made := peftfx.load(ZOO["llama"].build(), saved / "one"))
+    assert own.keys() == peftfx.get_peft_model_state_dict(made, state_dict=made.state_dict()).keys()
+    with pytest.raises(PeftfxError, match="takes no other state"):
+        peftfx.get_peft_model_state_dict(made, state_dict=state)
+    for missing, unexpected in (
+        peftfx.set_peft_model_state_dict(made, own, low_cpu_mem_usage=False),
+        made.load_adapter(str(saved / "one"), "default"),
+    ):
+        assert (missing, unexpected) == ([], [])
+    with pytest.raises(PeftfxError, match="ignore_mismatched_sizes"):
+        peftfx.set_peft_model_state_dict(made, own, ignore_mismatched_sizes=True)
 
 
 def test_a_config_is_read_and_its_records_are_set(tmp_path: Path) -> None:
@@ -368,6 +385,7 @@ def test_a_config_is_read_and_its_records_are_set(tmp_path: Path) -> None:
     ours = adapt("llama", peftfx.LoRA(r=4))
     config = ours.peft_config["default"]
     assert (config.modules_to_save, config.eva_config, config.target_parameters) == (None, None, None)
+    assert (config.peft_type.value, config.task_type) == ("LORA", None)
     config.base_model_name_or_path, config.task_type = "some/base", peft.TaskType.CAUSAL_LM
     ours.save_pretrained(tmp_path)
     read = peft.PeftConfig.from_pretrained(str(tmp_path))
