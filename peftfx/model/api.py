@@ -241,7 +241,7 @@ def get_peft_model_state_dict(
         model: the adapted model.
         adapter_name: the adapter's name.
         state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.
-        save_embedding_layers: refused, because only the adapter's own tensors are returned.
+        save_embedding_layers: must not be true: only the adapter's own tensors are returned.
 
     Raises:
         PeftfxError: there is no such adapter, or an argument asks for other tensors.
@@ -252,6 +252,9 @@ def get_peft_model_state_dict(
     """
     other = state_dict is not None and not model.is_own(state_dict)
     refuse_save_arguments(True, other, save_embedding_layers, None)
+    if save_embedding_layers is True:
+        what = "the base's embeddings are no part of the adapter's state"
+        raise PeftfxError(what, "save_embedding_layers", "save_pretrained(DIR, save_embedding_layers=True) writes them")
     with model.plain():
         return config_and_tensors(model.source, model.adapter(adapter_name))[1]
 

@@ -55,7 +55,8 @@ class SavedAdapters(AdapterSums):
             safe_serialization: must be true: peftfx writes safetensors, and no pickles.
             is_main_process: if false, nothing is written.
             state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.
-            save_embedding_layers: refused, because only the adapters' own tensors are written.
+            save_embedding_layers: whether the files have the base's embeddings, too. By default they do, as in HF PEFT,
+                if the base was resized (`resize_token_embeddings`) after loading: its own files lack the new tokens.
             save_function: ignored: the files are always safetensors.
             path_initial_model_for_weight_conversion: refused, because no start changes the base.
 
@@ -85,7 +86,13 @@ class SavedAdapters(AdapterSums):
             is_main_process = is_main_process and rank() == 0
         if is_main_process:
             with self.plain():
-                save_adapters(self.source, adapters, Path(save_directory), in_folders=selected_adapters is not None)
+                save_adapters(
+                    self.source,
+                    adapters,
+                    Path(save_directory),
+                    in_folders=selected_adapters is not None,
+                    embeddings=save_embedding_layers,
+                )
 
     def is_own(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether a state is that which this model has, wherever its tensors are."""

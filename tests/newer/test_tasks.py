@@ -176,9 +176,17 @@ def test_trainer_generates_with_a_column_of_tasks(tmp_path: Path) -> None:
     for model in (theirs, peftfx.load(copy.deepcopy(base), tmp_path / "start")):
         arguments = hf.Seq2SeqTrainingArguments(
             str(tmp_path / "run"),
-            per_device_train_batch_size=3, num_train_epochs=1, report_to=[], use_cpu=True,
-            save_strategy="no", eval_strategy="epoch", logging_strategy="epoch", disable_tqdm=True,
-            predict_with_generate=True, generation_max_length=3, remove_unused_columns=False,
+            per_device_train_batch_size=3,
+            num_train_epochs=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            eval_strategy="epoch",
+            logging_strategy="epoch",
+            disable_tqdm=True,
+            predict_with_generate=True,
+            generation_max_length=3,
+            remove_unused_columns=False,
         )
         given = {"train_dataset": rows, "eval_dataset": rows, "data_collator": hf.default_data_collator}
         trainer = hf.Seq2SeqTrainer(
