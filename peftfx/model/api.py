@@ -283,7 +283,7 @@ def set_peft_model_state_dict(
 
     Example:
         >>> state = peftfx.get_peft_model_state_dict(adapted)
-        >>> peftfx.set_peft_model_state_dict(adapted, {name: 2 * tensor for name, tensor in state.items()})
+        >>> keys = peftfx.set_peft_model_state_dict(adapted, {name: 2 * tensor for name, tensor in state.items()})
     """
     model.named.apart("an adapter gets other values")
     refuse_left_out_sizes(ignore_mismatched_sizes)

@@ -292,7 +292,7 @@ class AdaptersByName(SeenByTrainers):
                 (fake tensors, the meta device).
 
         Example:
-            >>> adapted.load_adapter("adapter", "second")
+            >>> keys = adapted.load_adapter("adapter", "second")
         """
         from peftfx.adapters.files.reader import read_adapter
         from peftfx.adapters.files.swap import read_into

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.files.hub import upload
 from peftfx.adapters.peft_status import LayerStatus, ModelStatus, layer_status, model_status
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
@@ -18,6 +17,7 @@ from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
 from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, refuse_function_of_peft, wrapped
+from peftfx.model.trainers.hub import upload
 from peftfx.model.trainers.reference import ReferenceModel
 from peftfx.model.trainers.tuner_of_peft import TunerOfPeft
 

@@ -13,9 +13,8 @@ from peftfx.adapters.files.names import name_of_base
 from peftfx.bases.guests import own_modules
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, warn
+from peftfx.options import AUTO
 from peftfx.sharding import is_part
-
-AUTO = "auto"
 
 
 def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, where: str) -> dict[str, Tensor]:

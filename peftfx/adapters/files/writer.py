@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
-from peftfx.adapters.files.embeddings import AUTO, embeddings_beside
+from peftfx.adapters.files.embeddings import embeddings_beside
 from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, override_name
 from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
@@ -29,6 +29,7 @@ from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError, warn
 from peftfx.files import write_file, writing
 from peftfx.formats import RULES, with_version
+from peftfx.options import AUTO
 from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
 
 
