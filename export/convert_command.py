@@ -29,6 +29,7 @@ from peftfx.rules.peft_files import WEIGHTS
 PEFT = "peft"
 FORMATS = (PEFT, KOHYA, DIFFUSERS)
 _PREFIXES = {KOHYA: "lora_unet", DIFFUSERS: "unet"}  #: how the keys of an image model begin
+_PICKLES = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth"})
 _LORA = "lora"
 _ROUNDING = 1e-6  #: of a share of the energy
 
@@ -71,6 +72,9 @@ def convert_directory(
         what = "only the keys of a single file have a prefix, and a directory is to be written"
         raise PeftfxError(what, "prefix", "leave it out, or write a file: --to kohya, or --to diffusers")
     target = Path(output)
+    if to != PEFT and target.suffix.lower() in _PICKLES:
+        what = f"the file would be safetensors, and programs take a file of this name for a pickle ({target.suffix})"
+        raise PeftfxError(what, str(target), f"name it {target.with_suffix('.safetensors').name}")
     if sum(source is not None for source in (adapter, tuned, file)) != 1:
         raise PeftfxError("give one thing to convert: --adapter, --tuned or --file", "adapter", "give exactly one")
     if target.exists() and not force:

@@ -118,6 +118,15 @@ class Adapter(Holder):
                 self.placed = (*self.placed[:at], rule.dropping(rate), *self.placed[at + 1 :])
         return self.placed is not before
 
+    def reschedule(self, name: str, value: object) -> None:
+        """Set an option of the schedule by which the adapter's only rule changes its parameters; see `Method.schedule`.
+
+        Raises:
+            PeftfxError: the option has no such value, or not with the other options.
+        """
+        (rule,) = self.placed
+        self.placed = (rule.changed(name, value),)
+
     @property
     def asked(self) -> tuple[Placed, ...]:
         """The rules with the rates of dropout that were asked for, as files have them, and as HF PEFT keeps them."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.method import Method
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError
 
@@ -21,7 +20,7 @@ def adjust(adapters: Iterable[Adapter], step: int) -> None:
     Raises:
         PeftfxError: no rule has such a method, or there are no gradients.
     """
-    rules = [(a, r) for a in adapters for r in a.placed if type(r.method).adjust is not Method.adjust]
+    rules = [(a, r) for a in adapters for r in a.placed if r.method.adjusts]
     if not rules:
         raise PeftfxError(
             "no active adapter gives out ranks", "update_and_allocate", "make an AdaLoRA adapter active (set_adapter)"

@@ -87,6 +87,8 @@ class Method(ABC):
     """Fields of HF PEFT's config that are refused, each with the reason and, after a semicolon, what to do instead."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
+    schedule: ClassVar[frozenset[str]] = frozenset()
+    """Options that `adjust` alone reads: they may change while an adapter is trained."""
     sums_by: ClassVar[str] = LINEAR
     """The type of a weighted sum of adapters, if none is asked for; as in HF PEFT."""
     layered: ClassVar[bool] = True
@@ -110,7 +112,7 @@ class Method(ABC):
 
         Raises:
             PeftfxError: a value is not of its field's type, or none of the texts that the type lists; or a field whose
-                name ends in `dropout` is no probability below 1.
+                name ends in `dropout` is no probability.
         """
         refuse_misfit_fields(self)
         refuse_unknown_choices(self)
@@ -118,9 +120,9 @@ class Method(ABC):
             value = getattr(self, field.name)
             if isinstance(value, (list, set)):
                 object.__setattr__(self, field.name, tuple(sorted(value) if isinstance(value, set) else value))
-            if field.name.endswith("dropout") and not 0 <= value < 1:
+            if field.name.endswith("dropout") and not 0 <= value <= 1:
                 hint = f"{type(self).__name__}({field.name}=0.05)"
-                raise PeftfxError(f"it must be a probability below 1, not {value}", field.name, hint)
+                raise PeftfxError(f"it must be a probability, from 0 to 1, not {value}", field.name, hint)
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -325,6 +327,11 @@ class Method(ABC):
 
     def adjust(self, places: Sequence[Kept], step: int) -> None:  # noqa: B027
         """Change the parameters of the rule's places between two training steps, while there are gradients."""
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` does something."""
+        return type(self).adjust is not Method.adjust
 
     def penalty(self, p: Params) -> Tensor | None:
         """Return a term for the model's loss. The loss gets the mean over the rule's places that have a term."""

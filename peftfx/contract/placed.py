@@ -78,7 +78,11 @@ class Placed:
 
     def dropping(self, rate: float) -> Placed:
         """Return the rule with another rate of its dropout."""
-        option: dict[str, Any] = {self.method.dropout_option: rate}
+        return self.changed(self.method.dropout_option, rate)
+
+    def changed(self, name: str, value: object) -> Placed:
+        """Return the rule with another value of an option, at all of its places."""
+        option: dict[str, Any] = {name: value}
         method = dataclasses.replace(self.method, **option)
         placed = (dataclasses.replace(p, method=dataclasses.replace(p.method, **option)) for p in self.placements)
         return dataclasses.replace(self, method=method, placements=Placements(placed))

@@ -142,6 +142,17 @@ class WeightMethod(Method):
         """Return the parameters that a checkpoint's tensors stand for: the inverse of `written`."""
         return dict(p)
 
+    def taken_back(self, p: Params, rule: Method, saved: Params, path: str) -> dict[str, Tensor] | None:
+        """Return the values of `p` that `written` makes `saved` of, or None if it does not: by default None.
+
+        Args:
+            p: a place's parameters and constants, and what training remembers there.
+            rule: the rule of a file, at all of its places.
+            saved: the file's parameters at this place.
+            path: the path of the place's module.
+        """
+        return None
+
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
         """Return a method and parameters of a fused site that replace those of its `parts`, by the parts' rows.
 

@@ -14,7 +14,7 @@ from peftfx.hosting.call import CURRENT
 
 
 def take(
-    known: Iterable[Method], acting: Iterable[Method], kwargs: Mapping[str, object]
+    known: Iterable[Method], acting: Iterable[Method], kwargs: Mapping[str, object], *, whole: bool = True
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """Split a call's arguments into the model's own and the inputs that methods read.
 
@@ -22,6 +22,7 @@ def take(
         known: the methods of all adapters. The inputs of a method that does not act are not the model's either.
         acting: the methods that act.
         kwargs: the arguments of the call.
+        whole: whether the call has all inputs; otherwise one that is missing is refused where a layer reads it.
 
     Raises:
         PeftfxError: an input of a method that acts is missing, or is not one valid whole number for each row.
@@ -32,7 +33,7 @@ def take(
         for name, count in method.inputs.items():
             if kwargs.get(name) is not None:
                 given[name] = _checked(name, kwargs[name], count)
-            elif count > 1:
+            elif count > 1 and whole:
                 raise _missing(method, name, count)
     return {name: value for name, value in kwargs.items() if name not in names}, given
 
@@ -106,6 +107,8 @@ def _checked(name: str, value: object, count: int) -> Tensor:
         numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PeftfxError(f"no whole numbers: {shown(value)}", name, "one for each row of the batch") from error
+    if numbers.ndim == 2 and numbers.shape[1] == 1:  # as data collators make them of a column of lists
+        numbers = numbers[:, 0]
     if numbers.ndim != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
         what = f"{str(numbers.dtype)[6:]}{list(numbers.shape)}, not one whole number for each row"
         raise PeftfxError(what, name, "pass [batch] whole numbers")

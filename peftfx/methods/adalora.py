@@ -77,6 +77,9 @@ class AdaLoRA(WeightMethod):
     peft_type: ClassVar[str] = "ADALORA"
     default_target: ClassVar[str] = "attention.query | attention.value"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv"})
+    schedule: ClassVar[frozenset[str]] = frozenset(
+        {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step"}
+    )
     ignored: ClassVar[frozenset[str]] = frozenset({"r", "use_rslora", "alpha_pattern", "lora_bias"})
 
     def __post_init__(self) -> None:
@@ -193,6 +196,17 @@ class AdaLoRA(WeightMethod):
         if len(kept) != self.init_r:  # a part of the ranks that were left when the adapter was loaded
             return self._left([i < int(kept.sum()) for i in range(self.init_r)]), cut
         return self._left(kept.tolist()), cut
+
+    def taken_back(self, p: Params, rule: Method, saved: Params, path: str) -> dict[str, Tensor] | None:
+        """Return the parameters with the ranks of a file in their places, and 0 for the ranks that it has not."""
+        if not isinstance(rule, AdaLoRA) or len(p[E]) != rule.init_r or self.scaling != rule.scaling:
+            return None
+        kept = torch.tensor(rule.rank_pattern.get(_key(path), (True,) * rule.init_r), device=p[E].device)
+        if len(saved[E]) != int(kept.sum()):
+            return None
+        whole = {A: p[A].clone(), E: torch.zeros_like(p[E]), B: p[B].clone(), KEPT: kept}
+        whole[A][kept], whole[E][kept], whole[B][:, kept] = saved[A], saved[E], saved[B]
+        return whole
 
     def gather(self, methods: Mapping[str, Method]) -> AdaLoRA:
         """Return a rule in which all modules start with one rank and one scale, and `rank_pattern` cuts each.

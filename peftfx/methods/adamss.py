@@ -72,6 +72,12 @@ class AdaMSS(WeightMethod):
     # Fused projections are adapted whole: clusters are of the whole weight's rows.
     default_target: ClassVar[str] = "attention.query | attention.value | attention.qkv | attention.kv | attention.qv"
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    schedule: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
+            *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
+        }
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -84,7 +84,9 @@ class LoHa(LycorisMethod):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if site.kind != "linear":
-            raise PeftfxError("LoHa on a conv cannot be put into a running graph", site.path, "export it merged")
+            raise PeftfxError(
+                "LoHa on a conv cannot be put into a running graph", site.path, "export the adapter merged"
+            )
         q = {name: t.float() for name, t in p.items()}
         a = (q[W1B][:, None] * q[W2B][None]).flatten(0, 1)
         b = (q[W1A][:, :, None] * q[W2A][:, None]).flatten(1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from peftfx.adapters.files.swap import swap_file, swap_state
-from peftfx.adapters.files.writer import config_and_tensors
+from peftfx.adapters.files.writer import config_and_tensors, refuse_save_arguments
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_models.plain import carries_peft, is_peft_model, plain_base
 from peftfx.errors import PeftfxError, shown
@@ -17,9 +19,11 @@ from peftfx.graph.contexts import evaluating
 from peftfx.memory.garbage import rarely_collected
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
+from peftfx.model.by_name import LoadOptions, refuse_left_out_sizes
 from peftfx.model.plan import Plan, make_plan
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
+from peftfx.rules.peft_files import refuse_other_config
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
@@ -35,6 +39,10 @@ def transform(
     inputs: Mapping[str, object] | None = None,
     seed: int | None = None,
     road: str | None = None,
+    peft_config: object = None,
+    mixed: bool = False,
+    low_cpu_mem_usage: bool = False,
+    autocast_adapter_dtype: bool = True,
 ) -> AdaptedModel:
     """Adapt a model by rules. The model's parameters are shared and frozen, never copied; only adapters are trained.
 
@@ -50,6 +58,9 @@ def transform(
         road: how calls are run: with `modules`, by the methods inside the model's own modules; with `graph`, by a
             captured graph. By default calls run the modules, or a graph if no module can host the adapter;
             `AdaptedModel.road` says which.
+        peft_config: the rules, by the name that HF PEFT's `get_peft_model` has for them.
+        mixed, low_cpu_mem_usage: ignored: adapters of several methods may act together, and no memory is taken twice.
+        autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
 
     Raises:
         PeftfxError: the model cannot be captured, a rule matches nothing, or an adapter cannot be taken over.
@@ -59,6 +70,7 @@ def transform(
         >>> adapted.print_trainable_parameters()
         trainable params: ...
     """
+    rules = peft_config if rules is None else rules
     if is_peft_model(model):
         adapted = taken_over(model, lambda: bare(model, inputs, road))
         if rules is None:
@@ -69,7 +81,7 @@ def transform(
         raise PeftfxError(what, type(model).__name__, hint)
     else:
         adapted = bare(model, inputs, road)
-    adapted.add_adapter(adapter_name, rules, seed=seed)
+    adapted.add_adapter(adapter_name, rules, seed=seed, autocast_adapter_dtype=autocast_adapter_dtype)
     return adapted
 
 
@@ -77,9 +89,12 @@ def load(
     model: nn.Module,
     path: str | Path | None = None,
     adapter_name: str = "default",
+    is_trainable: bool = True,
     *,
     inputs: Mapping[str, object] | None = None,
     road: str | None = None,
+    config: object = None,
+    **options: Unpack[LoadOptions],
 ) -> AdaptedModel:
     """Adapt a model by a HF PEFT directory: `adapter_config.json` and `adapter_model.safetensors`.
 
@@ -90,8 +105,11 @@ def load(
         model: the base that the adapter was trained on.
         path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
         adapter_name: the adapter's name in the model.
+        is_trainable: whether the adapter is trained. If not, the model is set to eval mode, as in HF PEFT.
         inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
         road: see `transform`.
+        config: the adapter's config as HF PEFT's `PeftConfig.from_pretrained` returns it; another one is refused.
+        options: further arguments of `AdaptedModel.load_adapter`, such as `subfolder`.
 
     Raises:
         PeftfxError: there is no such adapter, or it does not fit this model. The message lists every key that is
@@ -112,7 +130,9 @@ def load(
     else:
         adapted = bare(model, inputs, road)
     adapted.named.refuse(adapter_name)
-    adapted.load_adapter(path, adapter_name)
+    if config is not None:
+        refuse_other_config(config, Path(path) / (options.get("subfolder") or ""))
+    adapted.load_adapter(path, adapter_name, is_trainable, **options)
     return adapted
 
 
@@ -208,40 +228,67 @@ def refuse_no_base(model: object) -> None:
             raise PeftfxError("torch.export cannot capture what torch.jit has scripted", path or name, hint)
 
 
-def get_peft_model_state_dict(model: AdaptedModel, adapter_name: str = "default") -> dict[str, Tensor]:
+def get_peft_model_state_dict(
+    model: AdaptedModel,
+    adapter_name: str = "default",
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
     """Return an adapter's tensors by HF PEFT's names, as `peft.get_peft_model_state_dict` does.
 
     Args:
         model: the adapted model.
         adapter_name: the adapter's name.
+        state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.
+        save_embedding_layers: must not be true: only the adapter's own tensors are returned.
+
+    Raises:
+        PeftfxError: there is no such adapter, or an argument asks for other tensors.
 
     Example:
         >>> sorted(peftfx.get_peft_model_state_dict(adapted))[0]
         'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
+    other = state_dict is not None and not model.is_own(state_dict)
+    refuse_save_arguments(True, other, save_embedding_layers, None)
+    if save_embedding_layers is True:
+        what = "the base's embeddings are no part of the adapter's state"
+        raise PeftfxError(what, "save_embedding_layers", "save_pretrained(DIR, save_embedding_layers=True) writes them")
     with model.plain():
         return config_and_tensors(model.source, model.adapter(adapter_name))[1]
 
 
 def set_peft_model_state_dict(
-    model: AdaptedModel, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default"
-) -> None:
+    model: AdaptedModel,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> _IncompatibleKeys:
     """Copy the tensors of a state, by HF PEFT's names, into an adapter.
 
     Args:
         model: the adapted model.
         peft_model_state_dict: tensors by their names in HF PEFT's file, as `get_peft_model_state_dict` gives them.
         adapter_name: the name of the adapter that gets the tensors.
+        ignore_mismatched_sizes: refused: all tensors of the state are taken.
+        low_cpu_mem_usage: ignored: no memory is taken twice.
+
+    Returns:
+        The lists `missing_keys` and `unexpected_keys`, both empty: a state that does not fit is an error.
 
     Raises:
         PeftfxError: the state does not fit this adapter: keys are missing, unexpected or of another shape.
 
     Example:
         >>> state = peftfx.get_peft_model_state_dict(adapted)
-        >>> peftfx.set_peft_model_state_dict(adapted, {name: 2 * tensor for name, tensor in state.items()})
+        >>> keys = peftfx.set_peft_model_state_dict(adapted, {name: 2 * tensor for name, tensor in state.items()})
     """
     model.named.apart("an adapter gets other values")
+    refuse_left_out_sizes(ignore_mismatched_sizes)
     swap_state(model.source, model.sites, model.adapter(adapter_name), peft_model_state_dict)
+    return _IncompatibleKeys([], [])
 
 
 def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "default") -> None:

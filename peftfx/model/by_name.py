@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adjustment import adjust
@@ -20,6 +22,24 @@ from peftfx.rules.resolution import as_items, place
 
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
+
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `AdaptersByName.load_adapter`, by name."""
+
+    torch_device: object
+    autocast_adapter_dtype: bool
+    ephemeral_gpu_offload: bool
+    low_cpu_mem_usage: bool
+    key_mapping: Mapping[str, str] | None
+    ignore_mismatched_sizes: bool
+    subfolder: str | None
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+    force_download: bool
+    local_files_only: bool
+    use_safetensors: bool | None
 
 
 class AdaptersByName(HostedBase):
@@ -89,7 +109,15 @@ class AdaptersByName(HostedBase):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
-    ) -> None:
+        ignore_mismatched_sizes: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        use_safetensors: bool | None = None,
+    ) -> _IncompatibleKeys:
         """Add an adapter from a HF PEFT directory, and make it the active one.
 
         If the model has an adapter of this name, as in HF PEFT, its own parameters get the values of the file. It must
@@ -98,17 +126,25 @@ class AdaptersByName(HostedBase):
         Args:
             path: a directory that `save_pretrained` of `peft` or of peftfx wrote.
             adapter_name: the adapter's name in this model.
-            is_trainable: whether the adapter is trained, until the next `set_adapter`.
+            is_trainable: whether the adapter is trained, until the next `set_adapter`. If not, the model is set to eval
+                mode, as in HF PEFT.
             torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: ignored: the adapter goes where its modules are.
             autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
-            key_mapping: refused.
+            key_mapping, ignore_mismatched_sizes: refused: each tensor of the file is taken, by its own name.
+            subfolder: a folder in `path`, in which the adapter is.
+            revision, token, cache_dir, force_download, local_files_only: ignored: they are for downloads, and `path` is
+                on this machine.
+            use_safetensors: ignored: no other file is read.
+
+        Returns:
+            The lists `missing_keys` and `unexpected_keys`, both empty: a file that does not fit is an error.
 
         Raises:
             PeftfxError: the adapter does not fit this base, or the adapter of this name, or the base has no values
                 (fake tensors, the meta device).
 
         Example:
-            >>> adapted.load_adapter("adapter", "second")
+            >>> keys = adapted.load_adapter("adapter", "second")
         """
         from peftfx.adapters.files.reader import read_adapter
         from peftfx.adapters.files.swap import read_into
@@ -116,15 +152,19 @@ class AdaptersByName(HostedBase):
         _refuse_half(autocast_adapter_dtype)
         if key_mapping:
             raise PeftfxError("tensors of a file keep their names", "key_mapping", "rename them in the file")
+        refuse_left_out_sizes(ignore_mismatched_sizes)
+        path = Path(path) / (subfolder or "")
         if adapter_name in self.names():
             self.named.apart("an adapter gets other values")
-            read_into(self.adapter(adapter_name), Path(path), self.source, self.sites)
+            read_into(self.adapter(adapter_name), path, self.source, self.sites)
         else:
             self.named.refuse(adapter_name)
             self.named.apart("an adapter is added")
-            self._install(adapter_name, read_adapter(Path(path), self.source, self.sites))
+            self._install(adapter_name, read_adapter(path, self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)
+            self.eval()
+        return _IncompatibleKeys([], [])
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, in every thread; only they are trained.
@@ -195,3 +235,10 @@ def _refuse_half(autocast_adapter_dtype: bool) -> None:
         what = "an adapter of a base in half precision is made in float32, and has its own dtype"
         hint = "leave it out, and cast the adapter afterwards: model.adapter(NAME).to(dtype)"
         raise PeftfxError(what, "autocast_adapter_dtype=False", hint)
+
+
+def refuse_left_out_sizes(asked: bool) -> None:
+    """Refuse to leave out the tensors of a file whose sizes differ from the adapter's."""
+    if asked:
+        what = "a tensor of another size would be left out, and the adapter would not be the file's"
+        raise PeftfxError(what, "ignore_mismatched_sizes", "load it on a base of the sizes that it was trained on")

@@ -112,10 +112,13 @@ class AdapterCalls(PeftSurface):
             raise PeftfxError(what, OFFSETS, 'leave it out, or take the other road: transform(..., road="modules")')
         return self._taken(kwargs)
 
-    def _taken(self, kwargs: Mapping[str, object]) -> tuple[dict[str, object], dict[str, Tensor]]:
+    def _taken(
+        self, kwargs: Mapping[str, object], *, whole: bool = True
+    ) -> tuple[dict[str, object], dict[str, Tensor]]:
         """Split a call's arguments into those of the model and those of methods, such as `task_ids`."""
         known = (rule for name in self.names() for rule in self.adapter(name).rules)
-        return take(known, (rule for adapter in self.named.acting() for rule in adapter.rules), kwargs)
+        acting = (rule for adapter in self.named.acting() for rule in adapter.rules)
+        return take(known, acting, kwargs, whole=whole)
 
     def _run_by_row(self, names: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
         """Run a call in which each row of the batch has the adapter of its name."""
@@ -174,7 +177,7 @@ class AdapterCalls(PeftSurface):
             kwargs: the arguments of the call.
             rows: returns for how many rows each entry of an argument stands that methods read.
         """
-        own, given = self._taken(kwargs)
+        own, given = self._taken(kwargs, whole=False)  # a method such as `num_parameters` runs no layer
         given = {name: value.repeat_interleave(rows(name), 0) for name, value in given.items()}
         with self._passing_gradients(), self.modules_road.within(self.named.called, given):
             yield own

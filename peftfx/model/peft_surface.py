@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.files.hub import upload
 from peftfx.adapters.peft_status import LayerStatus, ModelStatus, layer_status, model_status
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
@@ -18,7 +17,9 @@ from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
 from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, refuse_function_of_peft, wrapped
+from peftfx.model.trainers.hub import upload
 from peftfx.model.trainers.reference import ReferenceModel
+from peftfx.model.trainers.tuner_of_peft import TunerOfPeft
 
 
 class PeftSurface(Merging):
@@ -39,6 +40,14 @@ class PeftSurface(Merging):
             True
         """
         return self.base
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base's own inner model. As in HF PEFT, it has `update_and_allocate` if an adapter gives out ranks."""
+        if not any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules):
+            return self.base.base_model  # type: ignore[return-value]
+        inner = getattr(self.base, "base_model", self.base)
+        return TunerOfPeft(inner, self)  # type: ignore[return-value]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:

@@ -49,12 +49,14 @@ class SavedAdapters(AdapterSums):
 
         Args:
             save_directory: the directory to write.
-            adapter_name: the name of the adapter to write; by default all adapters are written.
-            selected_adapters: the names of the adapters to write, as in HF PEFT.
+            adapter_name: the name of the adapter to write, to the directory itself; by default all are written.
+            selected_adapters: the names of the adapters to write. As in HF PEFT, each but "default" is written to
+                a folder of its name, also if it is the only one.
             safe_serialization: must be true: peftfx writes safetensors, and no pickles.
             is_main_process: if false, nothing is written.
             state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.
-            save_embedding_layers: refused, because only the adapters' own tensors are written.
+            save_embedding_layers: whether the files have the base's embeddings, too. By default they do, as in HF PEFT,
+                if the base was resized (`resize_token_embeddings`) after loading: its own files lack the new tokens.
             save_function: ignored: the files are always safetensors.
             path_initial_model_for_weight_conversion: refused, because no start changes the base.
 
@@ -66,7 +68,7 @@ class SavedAdapters(AdapterSums):
         """
         from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
 
-        other = is_main_process and state_dict is not None and not self._is_own(state_dict)
+        other = is_main_process and state_dict is not None and not self.is_own(state_dict)
         refuse_save_arguments(
             safe_serialization, other, save_embedding_layers, path_initial_model_for_weight_conversion
         )
@@ -84,9 +86,15 @@ class SavedAdapters(AdapterSums):
             is_main_process = is_main_process and rank() == 0
         if is_main_process:
             with self.plain():
-                save_adapters(self.source, adapters, Path(save_directory))
+                save_adapters(
+                    self.source,
+                    adapters,
+                    Path(save_directory),
+                    in_folders=selected_adapters is not None,
+                    embeddings=save_embedding_layers,
+                )
 
-    def _is_own(self, state: Mapping[str, Tensor]) -> bool:
+    def is_own(self, state: Mapping[str, Tensor]) -> bool:
         """Return whether a state is that which this model has, wherever its tensors are."""
         own = self.state_dict()
         return own.keys() == state.keys() and all(

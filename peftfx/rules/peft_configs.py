@@ -13,6 +13,7 @@ from peftfx.bases.tasks import PEFT_HEADS
 from peftfx.contract.method import Method
 from peftfx.rules.peft_conversion import as_converted
 from peftfx.rules.peft_files import RECORDS, method_from_config
+from peftfx.rules.tied_copies import without_idle_tying
 from peftfx.sites.expression import ALL_LINEAR
 
 
@@ -46,7 +47,7 @@ def method_from_object(config: Any, base: nn.Module) -> Method:
         given = options["modules_to_save"]
         saved = [given] if isinstance(given, str) else list(given or ())  # type: ignore[call-overload]
         options["modules_to_save"] = [*saved, *(head for head in _heads(base, options) if head not in saved)] or None
-    return method_from_config(options, type(config).__name__)
+    return method_from_config(without_idle_tying(options, base), type(config).__name__)
 
 
 def records_of(rules: Iterable[object]) -> dict[str, object]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -41,9 +43,11 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
             hint = "give the folder that it is in"
         raise PeftfxError("an adapter is a folder, and this is a file", str(directory), hint)
     if not is_folder(directory):
-        raise PeftfxError(
-            "there is no such directory", str(directory), "give the folder that holds adapter_config.json"
-        )
+        hint = "give the folder that holds adapter_config.json"
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(directory)):
+            download = f'huggingface_hub.snapshot_download("{directory}")'
+            hint = f"{hint}; of an adapter on the Hugging Face Hub it is what {download} returns"
+        raise PeftfxError("there is no such directory", str(directory), hint)
     path = directory / CONFIG
     if not is_file(path):
         below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]
@@ -63,6 +67,26 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
     if "peft_type" not in config:
         raise PeftfxError("the config names no peft_type", str(path), "is this a HF PEFT adapter's config?")
     return config
+
+
+def refuse_other_config(config: Any, directory: Path) -> None:
+    """Refuse a config object of HF PEFT that is not the config in a directory.
+
+    Raises:
+        PeftfxError: a field differs, other than those that change no number.
+    """
+    known, given = read_adapter_config(directory), dict(config.to_dict())
+    for name in sorted(known.keys() & given.keys() - RECORDS):
+        if _plain(known[name]) != _plain(given[name]):
+            what = f"the config that is given has other values than {CONFIG}: {name} is {shown(given[name])} there"
+            raise PeftfxError(what, f"{directory / CONFIG}: {name}", "leave config out, or change the file")
+
+
+def _plain(value: object) -> object:
+    """Return a field's value as a JSON file has it, and names in one order."""
+    if isinstance(value, (list, tuple, set)):
+        return sorted(map(str, value))
+    return getattr(value, "value", value)
 
 
 def rule_folders(directory: Path) -> tuple[Path, ...]:

@@ -7,13 +7,14 @@ all that a call needs: the names of all these modules are put into the config, a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from peftfx.contract.method import Method
 from peftfx.contract.override import tied_paths
 from peftfx.contract.sequence import embedding_path
+from peftfx.errors import warn
 from peftfx.rules.peft_files import method_from_config
 from peftfx.sites.expression import ends_with_any
 
@@ -28,8 +29,7 @@ def method_of_file(config: Mapping[str, object], where: str) -> Method:
 def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, object]:
     """Return the config with the names of all modules that share the embedding's tensor, where it names one of them."""
     found = _without_tying(config)
-    path = embedding_path(base) if config.get(TYING) else None
-    tied = [] if path is None else tied_paths(base, path)
+    tied = _tied(base) if config.get(TYING) else []
     for option in ("target_modules", "modules_to_save"):
         asked = found.get(option)
         if isinstance(asked, str) and option == "target_modules":
@@ -38,6 +38,31 @@ def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, 
         elif isinstance(asked, list) and any(ends_with_any(name, asked) for name in tied):
             found[option] = [*asked, *(name for name in tied if not ends_with_any(name, asked))]
     return found
+
+
+def without_idle_tying(options: Mapping[str, object], base: nn.Module) -> dict[str, object]:
+    """Return a config's options without `ensure_weight_tying`, with a warning, if it ties nothing of this base."""
+    if not options.get(TYING) or (_named(options, tied := _tied(base)) and len(tied) > 1):
+        return dict(options)
+    why = "the base ties no modules" if len(tied) < 2 else f"neither {' nor '.join(tied)} is named"
+    warn(f"{TYING} changes nothing, as in HF PEFT: {why}")
+    return _without_tying(options)
+
+
+def _tied(base: nn.Module) -> list[str]:
+    """Return the paths of the modules that share the tensor of the embedding."""
+    path = embedding_path(base)
+    return [] if path is None else tied_paths(base, path)
+
+
+def _named(options: Mapping[str, object], paths: Sequence[str]) -> bool:
+    """Return whether the modules that a config targets, or trains copies of, are among those at these paths."""
+    for asked in (options.get("target_modules"), options.get("modules_to_save")):
+        if isinstance(asked, str) and any(re.fullmatch(asked, path) for path in paths):
+            return True
+        if isinstance(asked, list | tuple | set) and any(ends_with_any(path, list(asked)) for path in paths):
+            return True
+    return False
 
 
 def _without_tying(config: Mapping[str, object]) -> dict[str, object]:

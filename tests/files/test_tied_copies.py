@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -129,6 +130,18 @@ def test_biases_inside_a_trained_head_of_several_layers_are_repeats(task: str | 
     assert "base_model.model.classifier.modules_to_save.default.dense.bias" in names
     ours, given = px.load(ZOO["roberta"].build(), tmp_path), ZOO["roberta"].inputs(3, 5)
     torch.testing.assert_close(ours(**given).logits, theirs(**given).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize(("base", "names"), [(_base, ["q_proj"]), (ZOO["llama"].build, ["q_proj", "embed_tokens"])])
+def test_tying_of_nothing_is_told_and_left_out(base: Callable[[], nn.Module], names: list[str]) -> None:
+    """It was refused, and HF PEFT warns and goes on."""
+    config = peft.LoraConfig(r=3, target_modules=names, ensure_weight_tying=True)
+    with pytest.warns(PeftfxWarning, match="ensure_weight_tying changes nothing, as in HF PEFT"):
+        ours = px.transform(base(), config)
+    with pytest.warns(UserWarning, match="no tied modules"):
+        theirs = peft.get_peft_model(base(), config)
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -24,6 +24,11 @@ ENCODED = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
 CONFIGS = {
     "LoRA": peft.LoraConfig(target_modules="all-linear", r=4),
     "IA3": peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+    "VeRA": peft.VeraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM"),
+    "VeRA without its matrices": peft.VeraConfig(
+        target_modules=["q_proj", "v_proj"], r=4, save_projection=False, task_type="CAUSAL_LM"
+    ),
+    "PVeRA": peft.PveraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM"),
     "LNTuning": peft.LNTuningConfig(target_modules=["self_attn_layer_norm", "encoder_attn_layer_norm"]),
 }
 

@@ -249,5 +249,5 @@ def test_a_choice_that_there_is_not_and_a_dropout_that_is_no_probability_are_ref
         with pytest.raises(PeftfxError, match=f"unknown choice 'none at all' .{name}"):
             cls(**{**required(cls), name: "none at all"})
     for name in (name for name in kinds if name.endswith("dropout")):
-        with pytest.raises(PeftfxError, match=f"it must be a probability below 1, not 1.5 .{name}"):
+        with pytest.raises(PeftfxError, match=f"it must be a probability, from 0 to 1, not 1.5 .{name}"):
             cls(**{**required(cls), name: 1.5})

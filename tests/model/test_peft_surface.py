@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -328,12 +329,71 @@ def test_adapters_are_added_loaded_and_saved_by_the_names_of_pefts_arguments(sav
     ours.set_adapter("two")
     assert all(p.requires_grad for p in ours.adapter("two").parameters())
     want = load_file(tmp_path / type(theirs).__name__ / "two" / "adapter_model.safetensors")
-    got = load_file(tmp_path / type(ours).__name__ / "adapter_model.safetensors")
+    got = load_file(tmp_path / type(ours).__name__ / "two" / "adapter_model.safetensors")
     torch.testing.assert_close(got, want)
     ours.set_adapter("sum")
     batch = inputs(ours.base, 2)
     close(ours.eval()(**batch).logits, theirs.eval()(**batch).logits)
     with pytest.raises(PeftfxError, match=r"made in float32(.|\n)*cast the adapter afterwards"):
         ours.add_adapter("half", config, autocast_adapter_dtype=False)
-    with pytest.raises(PeftfxError, match="key_mapping"):
-        ours.load_adapter(saved / "two", "mapped", key_mapping={"a": "b"})
+    for wrong in ({"key_mapping": {"a": "b"}}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(PeftfxError, match=next(iter(wrong))):
+            ours.load_adapter(saved / "two", "wrong", **wrong)
+    with pytest.raises(PeftfxError, match=r'snapshot_download\("someone/adapter"\)'):
+        ours.load_adapter("someone/adapter", "wrong")
+
+
+def test_two_names_are_exchanged_and_the_arguments_stay(saved: Path) -> None:
+    """`get_peft_model` and `from_pretrained` become `transform` and `load`: each argument here was a `TypeError`."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for make in (peftfx.transform, peft.get_peft_model):
+        base = ZOO["llama"].build()
+        made = make(base, peft_config=config, adapter_name="a", low_cpu_mem_usage=False, autocast_adapter_dtype=True)
+        assert made.active_adapters == ["a"]
+    with pytest.raises(PeftfxError, match="made in float32"):
+        peftfx.transform(ZOO["llama"].build(), config, autocast_adapter_dtype=False)
+    for load in (peftfx.load, peft.PeftModel.from_pretrained):
+        base = ZOO["llama"].build().train()
+        config = peft.PeftConfig.from_pretrained(str(saved / "one"))
+        options = {"subfolder": "one", "revision": "main", "token": None, "use_safetensors": True, "config": config}
+        made = load(base, str(saved), "a", is_trainable=False, **options)
+        assert (made.training, made.get_nb_trainable_parameters()[0]) == (False, 0)
+        made.train()
+        made.load_adapter(str(saved), "b", is_trainable=True, subfolder="two")
+        assert made.training
+        made.load_adapter(str(saved), "c", is_trainable=False, subfolder="two")
+        assert not made.training
+        state = made.state_dict()
+    config.lora_alpha = 99
+    with pytest.raises(PeftfxError, match="lora_alpha is 99 there"):
+        peftfx.load(ZOO["llama"].build(), saved / "one", config=config)
+    own = peftfx.get_peft_model_state_dict(made := peftfx.load(ZOO["llama"].build(), saved / "one"))
+    assert own.keys() == peftfx.get_peft_model_state_dict(made, state_dict=made.state_dict()).keys()
+    with pytest.raises(PeftfxError, match="takes no other state"):
+        peftfx.get_peft_model_state_dict(made, state_dict=state)
+    for missing, unexpected in (
+        peftfx.set_peft_model_state_dict(made, own, low_cpu_mem_usage=False),
+        made.load_adapter(str(saved / "one"), "default"),
+    ):
+        assert (missing, unexpected) == ([], [])
+    with pytest.raises(PeftfxError, match="ignore_mismatched_sizes"):
+        peftfx.set_peft_model_state_dict(made, own, ignore_mismatched_sizes=True)
+
+
+def test_a_config_is_read_and_its_records_are_set(tmp_path: Path) -> None:
+    """Set there, any field was lost without a word; a field that is None in `peft` was an `AttributeError`."""
+    ours = adapt("llama", peftfx.LoRA(r=4))
+    config = ours.peft_config["default"]
+    assert (config.modules_to_save, config.eva_config, config.target_parameters) == (None, None, None)
+    assert (config.peft_type.value, config.task_type) == ("LORA", None)
+    config.base_model_name_or_path, config.task_type = "some/base", peft.TaskType.CAUSAL_LM
+    ours.save_pretrained(tmp_path)
+    read = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert (read.base_model_name_or_path, read.task_type) == ("some/base", "CAUSAL_LM")
+    config.r = 4
+    with pytest.raises(PeftfxError, match=r"would not change with it(.|\n)*copy\.deepcopy"):
+        config.r = 8
+    other = copy.deepcopy(config)
+    other.r = 8
+    ours.add_adapter("other", other)
+    assert [ours.peft_config[name].r for name in ("default", "other")] == [4, 8]

@@ -63,6 +63,13 @@ def test_keys_begin_as_each_format_has_it(to: str, begins: str, folder: Path, tm
     assert all(key.startswith(begins) for key in load_file(tmp_path / "one.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["one.bin", "one.PT", "one.ckpt"])
+def test_no_file_has_the_name_of_a_pickle(name: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match=r"takes? a file of this name for a pickle(.|\n)*one\.safetensors"):
+        convert_directory(folder / "base", tmp_path / name, adapter=folder / "lora", to="kohya")
+    assert not (tmp_path / name).exists()
+
+
 def test_a_difference_and_a_cut_by_the_command_line(folder: Path, tmp_path: Path) -> None:
     runner, want = CliRunner(), torch.load(folder / "want.pt")
     for name, source in (("difference", ["--tuned", "tuned"]), ("cut", ["--adapter", "lora"])):

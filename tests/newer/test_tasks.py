@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
@@ -144,6 +145,7 @@ def test_tasks_are_rows_of_one_export(name: str, tmp_path: Path) -> None:
         (torch.tensor([0, -1, 2, 1]), "there are 3, from 0 to 2"),
         (torch.tensor([0, 1]), "2"),
         (torch.zeros(4), "not one whole number for each row"),
+        (torch.zeros(4, 2, dtype=torch.long), "not one whole number for each row"),
         ("two", "no whole numbers"),
     ],
 )
@@ -151,6 +153,50 @@ def test_a_wrong_task_is_refused(given: object, told: str) -> None:
     beside = {} if given is None else {"task_ids": given}
     with pytest.raises(PeftfxError, match=told):
         outputs(poly(), **beside)  # type: ignore[arg-type]
+
+
+@pytest.mark.further
+def test_trainer_generates_with_a_column_of_tasks(tmp_path: Path) -> None:
+    """As HF PEFT's example of Poly has it: `task_ids` of a data collator, and `num_parameters` asked by `Trainer`."""
+    base = ZOO["t5"].build()
+    config = peft.PolyConfig(target_modules=["q"], r=2, n_tasks=3, n_skills=2, n_splits=2, task_type="SEQ_2_SEQ_LM")
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path / "start")
+    random = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "input_ids": torch.randint(3, 90, (6,), generator=random),
+            "attention_mask": torch.ones(6, dtype=torch.long),
+            "labels": torch.randint(3, 90, (3,), generator=random),
+            "task_ids": torch.tensor([i % 3]),
+        }
+        for i in range(6)
+    ]
+    seen = []
+    for model in (theirs, peftfx.load(copy.deepcopy(base), tmp_path / "start")):
+        arguments = hf.Seq2SeqTrainingArguments(
+            str(tmp_path / "run"),
+            per_device_train_batch_size=3,
+            num_train_epochs=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            eval_strategy="epoch",
+            logging_strategy="epoch",
+            disable_tqdm=True,
+            predict_with_generate=True,
+            generation_max_length=3,
+            remove_unused_columns=False,
+        )
+        given = {"train_dataset": rows, "eval_dataset": rows, "data_collator": hf.default_data_collator}
+        trainer = hf.Seq2SeqTrainer(
+            model=model, args=arguments, **given, compute_metrics=lambda p: {"written": float(p.predictions.sum())}
+        )
+        trainer.train()
+        log = [(key, row[key]) for row in trainer.state.log_history for key in sorted(row)]
+        seen.append([value for key, value in log if key in ("loss", "eval_loss", "eval_written")])
+    assert len(seen[0]) == 3
+    assert seen[1] == pytest.approx(seen[0], abs=2e-4)
 
 
 def test_what_has_no_tasks_is_told() -> None:

@@ -81,3 +81,33 @@ def test_switched_on_again_it_drops() -> None:
 def test_without_dropout_there_is_no_module() -> None:
     ours = peftfx.transform(ZOO["llama"].build(), peftfx.LoRA(r=2))
     assert not [m for m in ours.adapters.modules() if isinstance(m, nn.Dropout)]
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=1.0),
+        peft.LoHaConfig(r=2, target_modules=["q_proj"], module_dropout=1.0),
+        peft.LoKrConfig(r=2, target_modules=["q_proj"], module_dropout=1.0),
+    ],
+)
+def test_a_dropout_of_1_leaves_the_adapter_out_in_training_alone(
+    config: peft.PeftConfig, road: str, tmp_path: Path
+) -> None:
+    """Its files were refused."""
+    theirs = peft.get_peft_model(ZOO["llama"].build(), copy.deepcopy(config))
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = peftfx.load(ZOO["llama"].build(), tmp_path, road=road)
+    for mode in (True, False):
+        with torch.no_grad():
+            got, want = (model.train(mode)(input_ids=IDS).logits for model in (ours, theirs))
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    ours.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert not any(p.grad.any() for p in ours.parameters() if p.grad is not None)
+
+
+def test_rows_are_not_all_dropped() -> None:
+    with pytest.raises(peftfx.PeftfxError, match="no row of the update would be left"):
+        peftfx.LoHa(rank_dropout=1.0)

@@ -18,6 +18,7 @@ from torch import nn
 import peftfx
 from peftfx import PeftfxError
 
+AT: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"]}
 LORA: dict[str, Any] = {"r": 3, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head"]}
 
 
@@ -91,6 +92,50 @@ def test_a_file_for_a_name_that_is_taken_is_read_into_its_adapter(road: str, tmp
     close(ours(**given).logits, theirs(**given).logits)
 
 
+def steps(model: nn.Module, given: dict[str, torch.Tensor], count: int = 1, *, allocate: bool = False) -> torch.Tensor:
+    """The logits after steps of AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(count):
+        model.train()(**given).loss.backward()
+        optimizer.step()
+        if allocate:
+            model.update_and_allocate(step)  # type: ignore[operator]
+        optimizer.zero_grad()
+    return model.eval()(**given).logits.detach()
+
+
+ALLOCATED = peftfx.AdaLoRA(init_r=4, target_r=2, total_step=6, tinit=1, tfinal=2, target_modules=["q_proj", "up_proj"])
+
+
+@pytest.mark.parametrize("put", ["load", "swap", "state"])
+@pytest.mark.parametrize("rule", [ALLOCATED, peftfx.LoRA(r=2, init_lora_weights="pissa_niter_4", **AT)])
+def test_an_adapters_own_file_is_read_into_it_in_whatever_form(rule: Any, put: str, tmp_path: Path) -> None:
+    """A file of AdaLoRA has the ranks that are left, one of a random start has the start: both were refused."""
+    ours = peftfx.transform(ZOO["llama"].build(), rule)
+    given = ZOO["llama"].inputs(2, 6, model=ours.base, labels=True)
+    want, kept = steps(ours, given, 6, allocate=rule is ALLOCATED), {n: id(p) for n, p in ours.named_parameters()}
+    ours.save_pretrained(tmp_path / "own")
+    state = load_file(tmp_path / "own" / "adapter_model.safetensors")
+    assert not torch.allclose(steps(ours, given), want, atol=1e-4)
+    if put == "load":
+        ours.load_adapter(tmp_path / "own", "default")
+    elif put == "swap":
+        peftfx.hotswap_adapter(ours, tmp_path / "own")
+    else:
+        peftfx.set_peft_model_state_dict(ours, state)
+    torch.testing.assert_close(ours(**given).logits, want, rtol=0, atol=1e-6)
+    assert {n: id(p) for n, p in ours.named_parameters()} == kept
+    torch.testing.assert_close(peftfx.get_peft_model_state_dict(ours), state, rtol=0, atol=0)
+    other = peftfx.transform(ZOO["llama"].build(), rule)
+    randomise(other, 5)
+    other.save_pretrained(tmp_path / "other")
+    if rule is ALLOCATED:  # all ranks are in this file, and in the adapter after it
+        ours.load_adapter(tmp_path / "other", "default")
+        torch.testing.assert_close(ours(**given).logits, other.eval()(**given).logits, rtol=0, atol=1e-6)
+        got = peftfx.get_peft_model_state_dict(ours)
+        torch.testing.assert_close(got, peftfx.get_peft_model_state_dict(other), rtol=0, atol=0)
+
+
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
@@ -101,6 +146,10 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
         (peft.LoraConfig(**LORA | {"r": 2}), r"other ranks(.|\n)*under another name; or(.|\n)*hotswap_adapter"),
         (peft.LoraConfig(**LORA, lora_alpha=3), "scales"),
         (peft.LoraConfig(**LORA | {"modules_to_save": None}), "options differ"),
+        (
+            peft.LoraConfig(**LORA | {"target_modules": ["q_proj", "up_proj", "k_proj"]}, use_rslora=True),
+            r"it acts at 'model\.layers\.0\.self_attn\.k_proj', and(.|\n)*use_rslora is True in the file, and False",
+        ),
         (peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "options differ"),
         (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "options differ"),
     ],

@@ -35,7 +35,9 @@ def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_p
     adapted.save_pretrained(tmp_path / "b", selected_adapters=["two"])
     adapted.save_pretrained(tmp_path / "c", is_main_process=False)
     assert folders(tmp_path / "a") == {"one", "three"}
-    assert folders(tmp_path / "b") == {"."}
+    assert folders(tmp_path / "b") == {"two"}  # as in HF PEFT
+    adapted.save_pretrained(tmp_path / "d", "two")
+    assert folders(tmp_path / "d") == {"."}
     assert not (tmp_path / "c").exists()
 
 
@@ -45,7 +47,8 @@ def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_p
         ({"selected_adapters": ["one", "tow"]}, "no adapter named 'tow'"),
         ({"safe_serialization": False}, "peftfx does not write pickles"),
         ({"state_dict": {}}, "the adapters' own tensors"),
-        ({"save_embedding_layers": True}, "embeddings are not saved"),
+        ({"save_embedding_layers": True}, "the base has no embeddings"),
+        ({"save_embedding_layers": "always"}, "one of 'auto', True, False"),
         ({"path_initial_model_for_weight_conversion": "start"}, "its start has not changed the base"),
         ({"adapter_name": "one", "selected_adapters": ["one"]}, "are both given"),
     ],

@@ -14,7 +14,7 @@ from peftfx.adapters.files.reader import read_adapter
 from peftfx.adapters.files.writer import config_and_tensors, write_rule_directory
 from peftfx.contract.method import PLACING
 from peftfx.contract.placement import Placement
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, shown
 from peftfx.rules.peft_files import WEIGHTS
 from peftfx.sites.sites import Sites
 
@@ -72,14 +72,47 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
     known, computed = _computed(adapter), _computed(new)
     unlike += [key for key, options in computed.items() if _plain(options) != _plain(known.get(key, {}))]
     if unlike:
-        what = "this adapter cannot take the place of the loaded one: its places or options differ"
+        told = _differences(known, computed)
+        what = f"this adapter cannot take the place of the loaded one: its places or options differ{told}"
         raise PeftfxError(what, unlike[0], "load it beside the other one: load_adapter(path, another_name)")
     shapes = [t.shape for t in own.values()] != [others[n].shape for n in own if n in others]
     if shapes or computed != known:
-        return new
-    fill(adapter, new)
+        back = _taken_back(adapter, new)
+        if back is None:
+            return new
+        for key, value in back.items():
+            _set(adapter, key, value)
+    else:
+        fill(adapter, new)
     _take_accounts(adapter, new)
     return adapter
+
+
+def _taken_back(adapter: Adapter, new: Adapter) -> dict[str, Tensor] | None:
+    """Return the values of an adapter's tensors, of which the file of another one holds what is left or joined.
+
+    Return None if these are not the tensors of this adapter.
+    """
+    others = {p.key: (rule.method, p) for rule in new.placed for p in rule.placements}
+    if others.keys() != {p.key for p in adapter.placements} or len(adapter.placements.weights) != len(others):
+        return None
+    back = {override.key: new.get(override.key) for override in adapter.overrides}
+    for place in adapter.placements.weights:
+        rule, other = others[place.key]
+        found = place.method.taken_back(adapter.all_of(place), rule, new.all_of(other), place.site.path)
+        if found is None:
+            return None
+        back |= {f"{place.key}.{name}": value for name, value in found.items()}
+    same = all(back[o.key].shape == adapter.get(o.key).shape for o in adapter.overrides)
+    return back if same else None
+
+
+def _set(adapter: Adapter, key: str, value: Tensor) -> None:
+    """Copy a value into an adapter's tensor; make a buffer of it if there is none."""
+    if key in dict(adapter.tensors()):
+        adapter.get(key).copy_(value)
+    else:
+        adapter.put(key, value, trained=False)
 
 
 def _take_accounts(adapter: Adapter, new: Adapter) -> None:
@@ -103,6 +136,20 @@ def fill(adapter: Adapter, other: Adapter) -> None:
 def _computed(adapter: Adapter) -> dict[str, dict[str, object]]:
     """Return the options that an adapter's outputs depend on, by placement."""
     return {p.key: _options(p) for p in adapter.placements}
+
+
+def _differences(known: Mapping[str, Mapping[str, object]], computed: Mapping[str, Mapping[str, object]]) -> str:
+    """Return in words which places an adapter has that the loaded one lacks, and which of its options are others."""
+    more = sorted(computed.keys() - known.keys())
+    told = [f"it acts at {shown(more[0])}, and the loaded one does not"] if more else []
+    other: dict[str, str] = {}
+    for key, options in computed.items():
+        for name, value in _plain(options).items():
+            here = known.get(key, options).get(name)
+            if here != value:
+                other.setdefault(name, f"{name} is {shown(value)} in the file, and {shown(here)} here")
+    told += other.values()
+    return f": {'; '.join(told)}" if told else ""
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

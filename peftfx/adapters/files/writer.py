@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
+from peftfx.adapters.files.embeddings import embeddings_beside
 from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, override_name
 from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
@@ -28,11 +29,24 @@ from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError, warn
 from peftfx.files import write_file, writing
 from peftfx.formats import RULES, with_version
+from peftfx.options import AUTO
 from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
 
 
-def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: Path) -> None:
-    """Write adapters as HF PEFT does: "default", or the only one, to `directory`, the others to folders in it."""
+def save_adapters(
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    directory: Path,
+    *,
+    in_folders: bool = False,
+    embeddings: str | bool = AUTO,
+) -> None:
+    """Write adapters as HF PEFT does: "default", or the only one, to `directory`, the others to folders in it.
+
+    Args:
+        in_folders: whether the only one is in a folder of its name, too, unless it is "default".
+        embeddings: whether the files have the base's embeddings, too; see `embeddings_beside`.
+    """
     if not adapters:
         raise PeftfxError(
             "there is no adapter to save", str(directory), "add one with add_adapter, or save before merge()"
@@ -47,10 +61,15 @@ def save_adapters(base: nn.Module, adapters: Mapping[str, Adapter], directory: P
             what = "this adapter is made from others that fit the base in memory, whose weights their start moved"
             raise PeftfxError(what, name, "export it merged, or save the others")
     for name, rules in contents.items():
-        target = directory if name == "default" or len(adapters) == 1 else directory / name
+        target = directory if name == "default" or (len(adapters) == 1 and not in_folders) else directory / name
         warn_unlike_peft(base, adapters[name], str(target))
         for kind in dict.fromkeys(type(p.method).__name__ for p in adapters[name].placements.patterns):
             warn(f"{target}: peft cannot load {kind}: it acts at a pattern, which peftfx alone finds")
+        beside = embeddings_beside(base, adapters[name], embeddings, str(target))
+        _, files = next(iter(rules.values()))
+        if beside:
+            prefix = adapters[name].rules[0].prefix
+            files[WEIGHTS] = dict(_apart({**{f"{prefix}{key}": t for key, t in beside.items()}, **files[WEIGHTS]}))
         with writing(target), _folder(target):
             _write(target, rules)
             write_card(target, base, adapters[name])
@@ -97,9 +116,8 @@ def refuse_save_arguments(safe: bool, other_state: bool, embeddings: str | bool,
         what = "the adapter is not converted when it is saved: its start has not changed the base"
         hint = "leave it out; convert_to_lora(name, 2 * r) adds a LoRA for the same base that needs no such start"
         raise PeftfxError(what, "path_initial_model_for_weight_conversion", hint)
-    if embeddings not in ("auto", False):
-        hint = "name the embedding in modules_to_save, or save the base itself"
-        raise PeftfxError("the base's embeddings are not saved with an adapter", "save_embedding_layers", hint)
+    if embeddings not in (AUTO, True, False):
+        raise PeftfxError(f"unknown value {embeddings!r}", "save_embedding_layers", "one of 'auto', True, False")
 
 
 def _write(directory: Path, rules: dict[str, Contents]) -> None:

@@ -17,6 +17,7 @@ from peftfx.contract.common.low_rank import dense
 from peftfx.contract.common.patterns import by_path, pattern_of, refuse_ranks
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.weight import WeightMethod
+from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 
@@ -73,6 +74,9 @@ class LycorisMethod(DeltaMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_ranks(self.r, self.rank_pattern, type(self).__name__)
+        if self.rank_dropout == 1:  # what is left is scaled up, and that is nothing
+            hint = f"{type(self).__name__}(rank_dropout=0.05)"
+            raise PeftfxError("it must be below 1: no row of the update would be left", "rank_dropout", hint)
 
     @property
     def scaling(self) -> float:

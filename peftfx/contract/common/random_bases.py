@@ -6,7 +6,7 @@ The matrices are drawn from a seed. Their numbers are those that HF PEFT draws f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,6 +68,10 @@ class RandomBasesMethod(WeightMethod):
 
     def keys(self, site: Site) -> dict[str, str]:
         return {name: name for name in self.vectors}
+
+    def changes_nothing(self, saved: Mapping[str, Tensor]) -> bool:
+        """Return whether a vector is zero: each update is a product of both vectors, and one starts as zero."""
+        return saved.keys() == set(self.vectors) and not all(bool(t.any()) for t in saved.values())
 
 
 def random_pair(sites: Sequence[Site], down: int, up: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor]:

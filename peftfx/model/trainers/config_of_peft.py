@@ -12,6 +12,9 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.writer import config_and_tensors
 from peftfx.errors import PeftfxError
 
+_SET = frozenset({"base_model_name_or_path", "task_type", "revision"})
+"""The fields that a user can set: they are saved with the adapter, and change no number."""
+
 
 def wrapped() -> PeftfxError:
     """Return the error for an adapted model that `peft` is asked to adapt again."""
@@ -38,14 +41,47 @@ def refuse_function_of_peft(frame: FrameType) -> None:
         raise PeftfxError(what, f"peft.{name}", f"call peftfx.{name}: it does the same for adapted models")
 
 
+class _Name(str):
+    """A name that has a `value`, as the members of HF PEFT's enumerations have."""
+
+    @property
+    def value(self) -> str:
+        """The name as plain text."""
+        return str(self)
+
+
 class PeftConfig(SimpleNamespace):
-    """An adapter's config; its fields are HF PEFT's, and `to_dict` returns them."""
+    """An adapter's config; its fields are HF PEFT's, and `to_dict` returns them.
+
+    `base_model_name_or_path`, `task_type` and `revision` can be set, and are saved so; so can the options of a budget
+    of ranks, such as AdaLoRA's `total_step`. The others are read: an adapter does not change with them. A copy
+    (`copy.deepcopy`) can be changed, and is a rule.
+    """
+
+    __slots__ = ("_adapter",)  # beside the fields
 
     @classmethod
     def of(cls, base: nn.Module, adapter: Adapter, trained: bool) -> PeftConfig:
-        """Return the config of an adapter, as its file would have it."""
+        """Return the config of an adapter, as its file would have it; options that it does not have are None."""
         config, _ = config_and_tensors(base, adapter)
-        return cls(**{**config, "inference_mode": not trained})
+        method = adapter.rules[0]
+        names = (*method.options(), *method.ignored, *method.refused)
+        kinds = {name: _Name(config[name]) for name in ("peft_type", "task_type") if config.get(name)}
+        made = cls(**{**dict.fromkeys(names), **config, **kinds, "inference_mode": not trained})
+        object.__setattr__(made, "_adapter", adapter)
+        return made
+
+    def __setattr__(self, name: str, value: object) -> None:
+        adapter: Adapter | None = getattr(self, "_adapter", None)
+        if adapter is not None and name in _SET:
+            adapter.records[name] = getattr(value, "value", value)
+        elif adapter is not None and name in adapter.rules[0].schedule:
+            adapter.reschedule(name, value)
+        elif adapter is not None and value != getattr(self, name, None):
+            what = "the config tells what the adapter is, and the adapter would not change with it"
+            hint = "make an adapter of a copy of the config: copy.deepcopy(config), then add_adapter(name, copy)"
+            raise PeftfxError(what, name, hint)
+        super().__setattr__(name, value)
 
     @property
     def is_prompt_learning(self) -> bool:

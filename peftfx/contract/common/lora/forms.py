@@ -103,6 +103,17 @@ class LoraForms(WeightMethod):
             return self, dict(p)
         return self._without_start([p]), joined(p)
 
+    def taken_back(self, p: Params, rule: Method, saved: Params, path: str) -> dict[str, Tensor] | None:
+        """Return the factors of a file that has a random start beside them, if it is the start that is here."""
+        written, begun = self.written(p)
+        if written is self or {n: t.shape for n, t in begun.items()} != {n: t.shape for n, t in saved.items()}:
+            return None
+        r = len(p[A])
+        apart = {**saved, A: saved[A][:r], B: saved[B][:, :r]}
+        again = joined({**p, **apart})
+        same = all(torch.equal(again[name], saved[name]) for name in (A, B))
+        return apart if same else None
+
     @torch.no_grad()
     def whole(self, site: Site, base: Base, parts: Mapping[Rows, Params]) -> tuple[Self, dict[str, Tensor]]:
         """Return one LoRA of the whole site. Alpha grows with the rank, so that the scale stays the same."""

@@ -1,0 +1,103 @@
+"""Embeddings of a base in the files of an adapter, where the base in memory has other tokens than the base's files."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from peftfx.adapters.adapter import Adapter
+from peftfx.adapters.files.names import name_of_base
+from peftfx.bases.guests import own_modules
+from peftfx.contract.sequence import input_embeddings
+from peftfx.errors import PeftfxError, warn
+from peftfx.options import AUTO
+from peftfx.sharding import is_part
+
+
+def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, where: str) -> dict[str, Tensor]:
+    """Return the base's embeddings that an adapter's file is to have, by their names in HF PEFT's file.
+
+    As in HF PEFT, a file has those of the input and of the output if the vocabulary was resized after the base was
+    loaded: the base's own files have no rows for the new tokens.
+
+    Args:
+        base: the base.
+        adapter: the adapter that is saved.
+        asked: whether the file is to have them; `auto` says so for a base that was resized.
+        where: the directory that is written, for the warning.
+
+    Raises:
+        PeftfxError: they are asked for, and the base has none, or the file cannot have them.
+    """
+    before = _tokens_in_files(base) if asked == AUTO else None
+    resized = before is not None and before != _tokens(getattr(base, "config", None))
+    if not (resized or asked is True):
+        return {}
+    tables, obstacle = dict(_tables(base)), _obstacle(base, adapter)
+    if not tables:
+        what = "the base has no embeddings that could be saved with the adapter"
+        raise PeftfxError(what, "save_embedding_layers", "leave save_embedding_layers out")
+    if obstacle:
+        what = f"the adapter's file cannot have the base's embeddings: {obstacle}"
+        if asked is True:
+            raise PeftfxError(what, "save_embedding_layers", "save the base itself, too: base.save_pretrained(DIR)")
+        warn(
+            f"{where}: the base was resized from {before} tokens after it was loaded, and {what}. Save the base "
+            "itself, too (get_base_model().save_pretrained(DIR)), and load the adapter on that"
+        )
+        return {}
+    copied = {id(_parameter(base, override.name)) for override in adapter.overrides if not override.module}
+    adapted = {p.known_as or p.site.path for p in adapter.placements.weights}
+    found = {}
+    for name, tensor in tables.items():
+        path, _, leaf = name.rpartition(".")
+        if id(tensor) not in copied:
+            found[f"{path}.base_layer.{leaf}" if path in adapted else name] = tensor
+    if resized and found:
+        warn(f"{where}: the file has the base's embeddings, too, for it was resized from {before} tokens after loading")
+    return found
+
+
+def _tables(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    output = getattr(base, "get_output_embeddings", lambda: None)()
+    modules = [module for module in (input_embeddings(base), output) if module is not None]
+    for path, module in own_modules(base):
+        if any(module is other for other in modules):
+            yield from ((f"{path}.{name}", p) for name, p in module._parameters.items() if p is not None)
+
+
+def _obstacle(base: nn.Module, adapter: Adapter) -> str:
+    """Return why the file of an adapter cannot have the base's embeddings; empty if it can."""
+    if adapter.placements.prompts:
+        return "a prompt's file has the prompt alone"
+    if any(override.rows for override in adapter.overrides):
+        return "it has trained rows of one"
+    if any(is_part(tensor) for _, tensor in _tables(base)):
+        return "they are sharded over processes"
+    if any(tensor.is_meta for _, tensor in _tables(base)):
+        return "their values are not in memory"
+    return ""
+
+
+def _parameter(base: nn.Module, name: str) -> object:
+    return functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), base)  # type: ignore[arg-type, return-value]
+
+
+def _tokens(config: object) -> object:
+    text = getattr(config, "get_text_config", lambda: config)()
+    return getattr(text, "vocab_size", None)
+
+
+def _tokens_in_files(base: nn.Module) -> object:
+    """Return how many tokens the files have that a base was loaded from; None if that is not known on this machine."""
+    name, config = name_of_base(base), getattr(base, "config", None)
+    read = getattr(type(config), "from_pretrained", None)
+    if name is None or read is None or _tokens(config) is None:
+        return None
+    try:
+        return _tokens(read(os.fspath(name), local_files_only=True))
+    except Exception:  # whatever is wrong with those files, this adapter is not to blame
+        return None

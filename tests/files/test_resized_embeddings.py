@@ -1,0 +1,85 @@
+"""Adapters of a base that got new tokens after it was loaded: their files have its embeddings, as in HF PEFT."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from support.adapted import randomise
+from support.zoo import ZOO
+from torch import nn
+
+import peftfx
+from peftfx.errors import PeftfxError, PeftfxWarning
+
+IDS = torch.randint(96, 104, (2, 5), generator=torch.Generator().manual_seed(0))  # most are new
+
+
+def resized(directory: Path, seed: int) -> nn.Module:
+    """The base with 105 tokens, of which 6 have random rows."""
+    torch.manual_seed(seed)
+    base = hf.AutoModelForCausalLM.from_pretrained(directory).eval()
+    base.resize_token_embeddings(105, mean_resizing=False)
+    return base
+
+
+@pytest.fixture(params=["llama", "gemma2"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A base of 99 tokens in a directory; the head of the second is tied."""
+    ZOO[request.param].build().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    """They were lost: loaded on the base that was resized again, the adapter ran over other rows."""
+    ours = peftfx.transform(resized(base, 1), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    randomise(ours)
+    ours.save_pretrained(tmp_path / "adapter")
+    want = ours.eval()(input_ids=IDS).logits.detach()
+    for load in (peftfx.load, peft.PeftModel.from_pretrained):
+        read = load(resized(base, 2), str(tmp_path / "adapter")).eval()
+        torch.testing.assert_close(read(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+        if load is peftfx.load:
+            read.save_pretrained(str(tmp_path / "again"))
+            again = peftfx.load(resized(base, 3), tmp_path / "again").eval()
+            torch.testing.assert_close(again(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+
+
+def test_what_is_written_and_what_is_told(base: Path, tmp_path: Path) -> None:
+    rule = peftfx.LoRA(r=2, target_modules=["q_proj"])
+    new, plain = peftfx.transform(resized(base, 1), rule), hf.AutoModelForCausalLM.from_pretrained(base)
+    with pytest.warns(PeftfxWarning, match="was resized from 99 tokens after loading"):
+        new.save_pretrained(tmp_path / "new")
+    plain, table = peftfx.transform(plain, rule), "base_model.model.model.embed_tokens.weight"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+        plain.save_pretrained(tmp_path / "plain")
+        plain.save_pretrained(tmp_path / "asked", save_embedding_layers=True)
+    files = {path.name: load_file(path / "adapter_model.safetensors") for path in tmp_path.iterdir() if path != base}
+    assert {name for name, tensors in files.items() if table in tensors} == {"new", "asked"}
+    for rule in ("trained_tokens(token_indices=[100])", peftfx.PromptTuning(num_virtual_tokens=2)):
+        if isinstance(rule, str):
+            rule = peftfx.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=[100])
+        ours = peftfx.transform(resized(base, 1), rule)
+        with pytest.warns(
+            PeftfxWarning, match=r"cannot have the base's embeddings(.|\n)*Save the base(.|\n)*itself, too"
+        ):
+            ours.save_pretrained(tmp_path / "rows")
+        with pytest.raises(PeftfxError, match="cannot have the base's embeddings"):
+            ours.save_pretrained(tmp_path / "rows", save_embedding_layers=True)
