@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,24 @@ def test_a_file_for_a_name_that_is_taken_is_read_into_its_adapter(road: str, tmp
     theirs.load_adapter(str(second), "default")
     ours.set_adapter("default")
     close(ours(**given).logits, theirs(**given).logits)
+
+
+@pytest.mark.parametrize("put", [peftfx.hotswap_adapter, lambda model, path: model.load_adapter(path, "default")])
+def test_a_file_is_read_where_other_code_has_switched_dropout_off(
+    put: Callable[[peftfx.model.adapted.AdaptedModel, Path], object], tmp_path: Path
+) -> None:
+    """As TRL's `disable_dropout` does. The rate that counts is the one that was asked for: this was refused."""
+    base, config = ZOO["llama"].build(), peft.LoraConfig(**LORA, lora_dropout=0.3)
+    first, second = (saved(base, config, tmp_path / str(seed), seed) for seed in (3, 5))
+    ours = peftfx.load(copy.deepcopy(base), first)
+    kept = list(ours.adapter("default").parameters())
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    put(ours.train(), second)
+    assert all(one is other for one, other in zip(kept, ours.adapter("default").parameters(), strict=True))
+    given = ZOO["llama"].inputs(2, 6, model=base)
+    close(ours(**given).logits, peftfx.load(copy.deepcopy(base), second).eval()(**given).logits)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
