@@ -19,7 +19,7 @@ from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, i
 from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count, tokens_of
 from peftfx.bases.processors.pictures import (
-    USUAL,
+    USUAL_SIZE,
     Picture,
     axes_of_pictures,
     picture_inputs,
@@ -287,5 +287,5 @@ class _Maker:
         return value if isinstance(value, int) else default
 
     def _resolution(self) -> tuple[int, int]:
-        height, width = told_size(self.model) or USUAL
+        height, width = told_size(self.model) or USUAL_SIZE
         return self.sizes.get("height", height), self.sizes.get("width", width)

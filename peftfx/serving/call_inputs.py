@@ -64,9 +64,12 @@ def taken(name: str, value: Any, axes: Mapping[str, Sequence[int | str]] = _ROWS
         except (TypeError, ValueError, RuntimeError) as error:
             hint = _HINT.format(", ".join(map(str, axes.get(name, _AXES))))
             raise PeftfxError(f"not a tensor: {shown(value)} ({first_line(error)})", name, hint) from error
-    if name not in _TOKENS or not isinstance(value, Tensor):
+    if name not in _TOKENS or value is None:
         return value
     wanted = axes.get(name, _AXES)
+    if not isinstance(value, Tensor):
+        hint = _HINT.format(", ".join(map(str, wanted)))
+        raise PeftfxError(f"tokens are rows of whole numbers, not {shown(value)}", name, hint)
     if value.ndim != len(wanted) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         told = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         hint = _HINT.format(", ".join(map(str, wanted)))

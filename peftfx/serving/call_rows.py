@@ -117,8 +117,11 @@ class RowAdapters:
         """Return the `inputs`, with adapters' numbers in place of their names in `adapter_ids`.
 
         Raises:
-            PeftfxError: there is no such adapter, or one name is given for all rows.
+            PeftfxError: there is no such adapter, or one name is given for all rows, or names by HF PEFT's argument.
         """
+        if inputs.get("adapter_names") is not None:
+            hint = "pass adapter_ids=[name, None, ...]: a name, or None, for each row"
+            raise PeftfxError("rows of an exported model name their adapters by adapter_ids", "adapter_names", hint)
         ids = inputs.get(IDS)
         if isinstance(ids, str):
             hint = f"pass [{ids!r}, ...]: a name, or None, for each row; or set_adapter({ids!r}) for all rows"

@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, first_line, nearest, shown
 from peftfx.files import is_file, read_json
-from peftfx.generation.step import LOGITS_KEPT, kept_logits, refuse_arguments
+from peftfx.generation.step import LOGITS_KEPT, as_mask, kept_logits, refuse_arguments
 from peftfx.graph.slots import MODEL
 from peftfx.serving.call_inputs import ONNX_DTYPES, fitted, is_default, taken, taken_apart, tell_padding
 from peftfx.serving.call_rows import KeptRows, RowAdapters
@@ -151,13 +151,16 @@ class Served(RowAdapters):
             raise PeftfxError(what, str(self.directory), f"pass torch tensors by name: {', '.join(self.model.inputs)}")
         refuse_arguments({n: v for n, v in inputs.items() if not isinstance(v, Tensor)}, "the graph")
         given = {n: v for n, v in given.items() if n in self.model.inputs or not is_default(n, v, self.directory)}
+        mask = given.get(_MASK)
+        if mask is not None and mask.is_floating_point() and self.model.types.get(_MASK) == "tensor(int64)":
+            given[_MASK] = as_mask(mask)
         given = {n: fitted(v, self.model.types.get(n, "")) for n, v in given.items()}
         first = given.get("input_ids")
-        if first is not None and "attention_mask" in self.model.inputs and "attention_mask" not in given:
+        if first is not None and _MASK in self.model.inputs and _MASK not in given:
             tell_padding(first, self.config)
-        for name in ("attention_mask", "token_type_ids"):
+        for name in (_MASK, "token_type_ids"):
             if name in self.model.inputs and name not in given and first is not None:
-                given[name] = torch.ones_like(first) if name == "attention_mask" else torch.zeros_like(first)
+                given[name] = torch.ones_like(first) if name == _MASK else torch.zeros_like(first)
         made = ModelOutput(self.model(**self.with_ids(given)))
         if kept is not None:
             made[_LOGITS] = kept_logits(made[_LOGITS], kept)
@@ -219,7 +222,7 @@ class ServedForward(Served):
         raise PeftfxError("this model has no cache, so it cannot generate", str(self.directory), hint)
 
 
-_LOGITS = "logits"
+_LOGITS, _MASK = "logits", "attention_mask"
 
 
 def _config(directory: Path) -> PreTrainedConfig | None:

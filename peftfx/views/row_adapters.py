@@ -24,6 +24,7 @@ from peftfx.views.cache_prefix import CachePrefix
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import PER_TOKEN, POSITIONS, Entry, EntryCall, VirtualTokens
+from peftfx.views.prefix import after_prefix
 from peftfx.views.view import Axes, RunView
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
@@ -54,7 +55,7 @@ class CachePrefixByRow(CachePrefix):
         shown = torch.arange(most, device=ids.device)[None] >= most - lengths
         types = given.get(TYPES)
         if isinstance(types, Tensor):
-            given[TYPES] = later(types, most - lengths, most, self.plain)
+            given[TYPES] = after_prefix(types, most, self.plain)
         return self.bind(call, base, hole.index_select(0, entries(ids)), shown, lengths, given)
 
 
@@ -119,23 +120,6 @@ def lay(value: Tensor, lengths: Tensor, most: int, ahead: int, behind: int) -> T
     place = torch.arange(most + length, device=value.device)[None]
     index = torch.where(place < lengths, place, (place + most - lengths).clamp(max=most + length))
     return torch.cat(parts, dim=1).gather(1, index)
-
-
-def later(value: Tensor, counts: Tensor, most: int, fill: int) -> Tensor:
-    """Return each row moved by as many places as its count says, with a value before and behind it, [batch, all].
-
-    Models read the types of tokens at the places of the cache: a row's text starts behind the padding of its prefix.
-
-    Args:
-        value: [batch, total].
-        counts: [batch, 1].
-        most: the places that are added.
-        fill: the value.
-    """
-    rows, length = value.shape
-    beside = value.new_full((rows, 1), fill)
-    place = torch.arange(most + length, device=value.device)[None] - counts + 1
-    return torch.cat([beside, value, beside], dim=1).gather(1, place.clamp(min=0, max=length + 1))
 
 
 def entries(ids: Tensor) -> Tensor:

@@ -91,6 +91,27 @@ def test_images_of_a_chosen_size_have_the_adapters_of_their_rows(kind: str, tmp_
         hold(wants, tmp_path, images, (64, 64))
 
 
+def test_each_row_has_its_prompt_or_prefix_before_an_image(tmp_path: Path) -> None:
+    """Where the types of tokens say what sees what, the text is behind the longest prefix: this was not verified."""
+    model = peftfx.transform(build(TASK, "gemma3"), peftfx.PromptTuning(num_virtual_tokens=3), "prompt", seed=0)
+    model.add_adapter("prefix", peftfx.PrefixTuning(num_virtual_tokens=2), seed=0)
+    model.add_adapter("lora", peftfx.LoRA(r=2, target="attention.query"), seed=0)
+    for name in model.names():
+        model.set_adapter(name)
+        randomise(model)
+    model.eval().export(tmp_path / "out", view="decode", batched=model.names())
+    served, given = (
+        runtime.load(tmp_path / "out"),
+        example_inputs(model.base, sizes={"batch": 3, "sequence": 6}, seed=2),
+    )
+    for names in (["prompt", "lora", "prefix"], [None, "prefix", "prompt"]):
+        said = served.generate(**given, **OPTIONS, adapter_ids=names)
+        for row, name in enumerate(names):
+            model.set_adapter(name or "lora")
+            wanted = (model if name else model.base).generate(**given, **OPTIONS)
+            assert torch.equal(said[row], wanted[row]), name
+
+
 def test_a_prefix_before_keys_of_images_is_refused_in_words(tmp_path: Path) -> None:
     model = peftfx.transform(build(TASK, "mllama"), peftfx.PrefixTuning(num_virtual_tokens=3), "a", seed=0)
     with pytest.raises(PeftfxError, match="a soft prompt has no place in a cache with keys and values of images"):

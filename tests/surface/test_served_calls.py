@@ -36,13 +36,27 @@ def test_arrays_lists_and_short_integers_are_taken(exported: Path) -> None:
         (IDS[0], r"tokens are rows of whole numbers, not int64 \[4\]"),
         (IDS.float(), r"tokens are rows of whole numbers, not float32 \[2, 4\]"),
         ([[1, 2], [3]], "not a tensor"),
+        ("a text", "tokens are rows of whole numbers, not 'a text'"),
         (IDS - 4, "a token is negative: -1"),
     ],
-    ids=["one row", "floats", "ragged", "negative"],
+    ids=["one row", "floats", "ragged", "text", "negative"],
 )
 def test_other_tokens_are_refused(exported: Path, ids: object, message: str) -> None:
     with pytest.raises(PeftfxError, match=message):
         peftfx.runtime.load(exported)(input_ids=ids)
+
+
+def test_a_mask_of_floats_is_that_of_whole_numbers(exported: Path) -> None:
+    served, mask = peftfx.runtime.load(exported), torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    want = served(input_ids=IDS, attention_mask=mask).logits
+    assert torch.equal(served(input_ids=IDS, attention_mask=mask.float()).logits, want)
+    with pytest.raises(PeftfxError, match=r"a mask has zeros and ones, not 0\.5"):
+        served(input_ids=IDS, attention_mask=mask * 0.5)
+
+
+def test_names_of_adapters_by_another_argument_are_told_theirs(exported: Path) -> None:
+    with pytest.raises(PeftfxError, match=r"adapter_ids \[adapter_names\](.|\n)*adapter_ids=\[name, None"):
+        peftfx.runtime.load(exported)(input_ids=IDS, adapter_names=["one", "__base__"])
 
 
 def test_generation_takes_arrays_and_lists(exported: Path) -> None:

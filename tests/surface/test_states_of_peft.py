@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,24 @@ def test_an_adapters_own_file_is_read_into_it_in_whatever_form(rule: Any, put: s
         torch.testing.assert_close(ours(**given).logits, other.eval()(**given).logits, rtol=0, atol=1e-6)
         got = peftfx.get_peft_model_state_dict(ours)
         torch.testing.assert_close(got, peftfx.get_peft_model_state_dict(other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("put", [peftfx.hotswap_adapter, lambda model, path: model.load_adapter(path, "default")])
+def test_a_file_is_read_where_other_code_has_switched_dropout_off(
+    put: Callable[[peftfx.model.adapted.AdaptedModel, Path], object], tmp_path: Path
+) -> None:
+    """As TRL's `disable_dropout` does. The rate that counts is the one that was asked for: this was refused."""
+    base, config = ZOO["llama"].build(), peft.LoraConfig(**LORA, lora_dropout=0.3)
+    first, second = (saved(base, config, tmp_path / str(seed), seed) for seed in (3, 5))
+    ours = peftfx.load(copy.deepcopy(base), first)
+    kept = list(ours.adapter("default").parameters())
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    put(ours.train(), second)
+    assert all(one is other for one, other in zip(kept, ours.adapter("default").parameters(), strict=True))
+    given = ZOO["llama"].inputs(2, 6, model=base)
+    close(ours(**given).logits, peftfx.load(copy.deepcopy(base), second).eval()(**given).logits)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:

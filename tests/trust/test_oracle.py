@@ -18,6 +18,7 @@ from peftfx import PeftfxError
 from peftfx.adapters.files import accounts
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
+from peftfx.export import OnnxModel
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.eager.swapped_weight import SwappedWeight
@@ -248,6 +249,33 @@ def test_no_weight_is_copied_for_an_adapter_that_adds_to_outputs(
 def test_what_no_hook_reaches_is_held_against_its_graph_and_the_report_says_so(tmp_path: Path) -> None:
     adapted = stirred(peftfx.transform(ZOO["llama"].build(), peftfx.LlamaAdapter(adapter_len=2)))
     assert "the adapted graph: LlamaAdapter" in adapted.export(tmp_path / "out", view="forward").reference
+
+
+class Product(nn.Module):
+    """A layer whose code reads no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("rule", [peftfx.BEFT(target="0"), peftfx.LoRA(r=2, target="0", lora_bias=True)])
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_bias_at_a_layer_whose_code_reads_none_is_held_against_its_graph(
+    rule: object, merge: bool, tmp_path: Path
+) -> None:
+    """The export was refused: "the model takes none of the sizes tried: 'bias'"."""
+    model, x = nn.Sequential(Product(), nn.Linear(6, 3)).eval(), torch.randn(2, 4)
+    adapted = stirred(peftfx.transform(model, rule, inputs={"input": x}, seed=0))
+    report = adapted.export(tmp_path / "out", merge=merge)
+    assert report.reference == "the adapted graph: it adds a bias at 0, whose own code reads none"
+    (got,) = OnnxModel(tmp_path / "out")(input=x).values()
+    torch.testing.assert_close(got, adapted(input=x).detach(), atol=1e-5, rtol=1e-5)
+    plain = stirred(peftfx.transform(model, peftfx.LoRA(r=2, target="0"), inputs={"input": x}, seed=0))
+    assert plain.export(tmp_path / "plain", merge=merge).reference.startswith("the model's own code")
 
 
 def test_a_module_that_never_runs_is_named_in_the_report(tmp_path: Path) -> None:

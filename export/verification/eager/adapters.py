@@ -19,7 +19,8 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.bases.guests import own_class
 from peftfx.contract.method import Op
 from peftfx.contract.override import Override
-from peftfx.contract.placement import WeightPlacement, owner_of
+from peftfx.contract.placement import WeightPlacement, owner_of, site_tensors
+from peftfx.contract.weight import widened
 from peftfx.export.verification.eager.published import KNOWN, OnOutput, acting_where, on_output
 from peftfx.export.verification.eager.swapped_weight import CONV, AdapterStep, HeldTensors, SwappedWeight
 from peftfx.graph.places import module_at, places_of, twin
@@ -79,6 +80,20 @@ def unpublished(adapters: Sequence[Adapter]) -> list[str]:
     """Return the weight methods without arithmetic in `published.py`. Their own `forward` is used instead."""
     methods = (p.method for adapter in adapters for p in adapter.placements.weights)
     return sorted({type(m).__name__ for m in methods if not isinstance(m, KNOWN)})
+
+
+def without_place_for_bias(base: nn.Module, adapters: Sequence[Adapter]) -> str:
+    """Return the path of a module whose code reads no bias, and which an adapter gives one; empty if there is none."""
+    for adapter in adapters:
+        for placement in adapter.placements.weights:
+            module, _ = _holder(base, placement.site.path)
+            if placement.site.kind != "linear" or placement.on_weight is None or "bias" in module._parameters:
+                continue
+            weight, _ = site_tensors(base, placement.site)
+            bare, p = placement.base(weight, None), widened(adapter.params(placement))
+            if placement.method.fold(placement.view, bare, p).bias is not None:
+                return placement.site.path
+    return ""
 
 
 def _stand_alone(base: nn.Module, path: str, stack: contextlib.ExitStack) -> None:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import SAVED
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.eager.adapters import applied
+from peftfx.export.verification.eager.adapters import applied, without_place_for_bias
 from peftfx.export.verification.eager.kept_state import StateError, state_kept
 from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.contexts import evaluating
@@ -185,4 +185,6 @@ def no_oracle(adapted: AdaptedModel) -> str:
         return f"{type(beside).__name__} acts inside attentions, where no hook reaches"
     for match in (p.method for placements in acting for p in placements.patterns):
         return f"{type(match).__name__} acts at a pattern, which is found in a graph alone"
+    if path := without_place_for_bias(adapted.source, adapted.named.acting()):
+        return f"it adds a bias at {path}, whose own code reads none"
     return ""

@@ -134,8 +134,8 @@ def fill(adapter: Adapter, other: Adapter) -> None:
 
 
 def _computed(adapter: Adapter) -> dict[str, dict[str, object]]:
-    """Return the options that an adapter's outputs depend on, by placement."""
-    return {p.key: _options(p) for p in adapter.placements}
+    """Return the options that an adapter's outputs depend on, by placement; rates of dropout are those asked for."""
+    return {p.key: _options(p) for rule in adapter.asked for p in rule.placements}
 
 
 def _differences(known: Mapping[str, Mapping[str, object]], computed: Mapping[str, Mapping[str, object]]) -> str:

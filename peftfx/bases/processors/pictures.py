@@ -20,7 +20,7 @@ from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.image_size import Size, image_size_of, processor_file
 
 Picture = Mapping[str, Tensor]
-USUAL: Size = (64, 64)  #: the height and width of pictures where nothing tells a size
+USUAL_SIZE: Size = (64, 64)  #: the height and width of pictures where nothing tells a size
 
 
 def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> Picture | None:
@@ -53,7 +53,7 @@ def axes_of_pictures(model: nn.Module) -> Mapping[str, int]:
         model: a model of transformers.
     """
     file = processor_file(model)
-    return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, told_size(model) or USUAL)
+    return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, told_size(model) or USUAL_SIZE)
 
 
 def repeated(
