@@ -46,6 +46,7 @@ from peftfx.export.writing.finite import may_be_infinite
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.values import ANY_SIZE
+from peftfx.graph.trace import refuse_transformed
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.constants import freeze_solutions
 from peftfx.passes.adaptation.merge import Merge
@@ -141,6 +142,8 @@ class ExportSteps:
             parts = [replace(part, sizes=self._sizes(part, brief=self.brief)) for part in captured]
         for part in parts:
             refuse_random(part.graph)
+            made = (node.meta.get("val") for node in part.graph.nodes())
+            refuse_transformed(made, type(self.adapted.base).__name__)
         return parts
 
     def _sizes(self, part: GraphPart, *, brief: bool = False) -> Sizes:

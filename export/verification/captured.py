@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.kept_state import state_kept
-from peftfx.graph.graph import Graph
+from peftfx.graph.graph import Graph, leaf_names
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
 from peftfx.views.capturing.settling import close
@@ -19,10 +19,20 @@ from peftfx.views.view import View, as_captured
 
 
 def eager_forward(adapted: AdaptedModel, call: Mapping[str, object]) -> object:
-    """Run the model's own forward, with zeros as the active soft prompt, and return its output."""
+    """Run the model's own forward, with zeros as the active soft prompt, and return its output.
+
+    Raises:
+        StateError: the model keeps state, and computes something else in its next call.
+    """
     entry, base = adapted.entry(), adapted.base
-    with state_kept(base):
+
+    def run() -> object:
         return base(**call) if entry is None else entry(forward, base, entry.hole(base), call)
+
+    with state_kept(base) as kept:
+        output = run()
+        kept.refuse_other(by_name(output), lambda: by_name(run()))
+    return output
 
 
 def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -31,6 +41,12 @@ def eager_view(view: View, entry: Entry | None, base: nn.Module, case: dict[str,
         output = view(base, case) if entry is None else entry(view, base, entry.hole(base), case)
     assert isinstance(output, dict)
     return output
+
+
+def by_name(output: object) -> dict[str, Tensor]:
+    """Return the tensors of a model's output by name."""
+    named = zip(leaf_names(output), pytree.tree_leaves(output), strict=True)
+    return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 def tensors_in(output: object) -> list[Tensor]:

@@ -71,6 +71,7 @@ class Rewriter:
         place = self.graph._root if after is None else after
         with self.graph.inserting_after(place):
             node = self.graph.placeholder(name)
+        node.target = node.name  # fx makes names valid and different: `0_lora_A`, in code, is no name
         node.meta = {"val": value}
         return node
 

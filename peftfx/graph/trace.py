@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,7 @@ _OF_STRIDES = ("contiguous", "strides", "dense", "should_fold")
 
 def trace(function: Callable[..., object], values: Sequence[object], name: str, where: str) -> fx.GraphModule:
     """Trace a function of fake tensors. A graph that holds only for some sizes is refused."""
+    refuse_transformed(values, where)
     with asked_of_sizes(values) as asked, recurrent_layers():
         graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
     for guard in asked:
@@ -38,6 +39,17 @@ def trace(function: Callable[..., object], values: Sequence[object], name: str, 
             raise PeftfxError(what, where, "write it without the branch: one trace serves all sizes")
     graph.graph.eliminate_dead_code()
     return graph
+
+
+def refuse_transformed(values: Iterable[object], where: str) -> None:
+    """Refuse values of a graph that the model's code computes inside a transform of `torch.func`, such as `vmap`.
+
+    Such a value stands for one row, or for a pair of a value and its tangent. A node outside of the transform cannot
+    read it.
+    """
+    if any(isinstance(v, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(v) for v in values):
+        what = "the model's code computes this inside torch.vmap, or another transform of torch.func"
+        raise PeftfxError(what, where, "write it for a whole batch: what a transform holds has no place in a graph")
 
 
 @contextmanager

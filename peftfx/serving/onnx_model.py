@@ -58,9 +58,8 @@ class OnnxModel:
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=chosen)
         except Exception as error:
-            hint = (
-                "the CPU has no kernel for a dtype (bfloat16?): export in float32" if "NOT_IMPL" in str(error) else ""
-            )
+            dtypes = "the CPU has no kernel for a dtype of the model (bfloat16, float64): export in float32"
+            hint = dtypes if "NOT_IMPL" in str(error) else ""
             raise PeftfxError(
                 f"ONNX Runtime cannot open the model: {first_line(error)}", str(self.path), hint
             ) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import sympy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._decomp.decompositions import should_fold
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -13,6 +15,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
+import peftfx
 from peftfx import PeftfxError
 from peftfx.graph.trace import _always, _binds, asked_of_sizes, splits, trace
 
@@ -75,3 +78,30 @@ def test_torchs_choice_of_a_kernel_for_a_product_by_strides_is_no_branch() -> No
         assert should_fold(x, factor, is_out=False)
     assert asked
     assert not any(map(_binds, asked))
+
+
+class ByRow(nn.Module):
+    """Layers that see one row at a time, by a transform of `torch.func`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: self.down(torch.tanh(self.up(row))))(x)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_code_under_vmap_is_trained_by_its_modules_and_refused_by_name_in_an_export(
+    merge: bool, tmp_path: Path
+) -> None:
+    x, model = torch.randn(3, 4), ByRow().eval()
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="mlp", init_lora_weights=False), inputs={"x": x})
+    assert adapted.road == "modules"
+    assert not torch.allclose(adapted(x=x), model(x))
+    with pytest.raises(PeftfxError, match=r"inside torch\.vmap"):
+        adapted.export(tmp_path / "out", merge=merge)
+    adapted.remove()
+    with pytest.raises(PeftfxError, match=r"inside torch\.vmap"):
+        peftfx.export_onnx(model, tmp_path / "out", inputs={"x": x})
+    assert not list(tmp_path.iterdir())

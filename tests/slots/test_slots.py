@@ -1,4 +1,4 @@
-"""Slots in half precision, and at convs and embeddings: what is put there is the adapted model, for rows apart too."""
+"""Slots in half precision, at convs and embeddings, and under any names: what is put there is the adapted model."""
 
 from __future__ import annotations
 
@@ -225,3 +225,28 @@ def test_an_adapter_of_a_quantised_graph_is_held_to_what_the_graph_lost(tmp_path
         verify(tmp_path / "graph", reference_of(adapted.graph()), cases, atol=0, rtol=4 * bounds.lost)
     export_onnx(model, tmp_path / "bounded", slots="all-linear", quantize="int8", max_error=0.1)
     assert Manifest.read(tmp_path / "bounded").rtol == 0.1
+
+
+class Digits(nn.Module):
+    """Layers under numbers, and under paths that are alike once their dots are gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("0", nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6)))
+        self.add_module("0_0", nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.get_submodule("0_0")(torch.tanh(self.get_submodule("0")(x)))))
+
+
+def test_slots_of_layers_whose_names_are_no_names_in_code(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Digits().eval(), torch.randn(2, 4)
+    export_onnx(model, tmp_path / "graph", slots="all-linear", inputs={"x": x})
+    rule = LoRA(r=2, target="0.0 | 0.1 | 0_0", init_lora_weights=False)
+    adapted = transform(model, rule, inputs={"x": x})
+    export_adapter(adapted, tmp_path / "graph", tmp_path / "low.onnx_adapter")
+    served = runtime.load(tmp_path / "graph", adapter=tmp_path / "low.onnx_adapter")
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(served(x=x)["output"], adapted(x=x).detach(), atol=1e-5, rtol=0)

@@ -314,6 +314,10 @@ def test_a_model_whose_next_call_gives_something_else_is_refused_and_left_as_it_
         adapted.export(tmp_path / "refused")
     assert raised.value.exit_code == 2
     assert model.count.item() == 0
+    adapted.remove()
+    with pytest.raises(PeftfxError, match=r"changes its own buffer when it runs.*\[count\]"):
+        peftfx.export_onnx(model, tmp_path / "refused", slots="head", inputs=inputs)
+    assert model.count.item() == 0
     assert model.count.dtype == torch.float32
 
     model = Counts(adds=False, in_place=in_place).eval()

@@ -283,3 +283,19 @@ def test_an_output_with_nothing_among_its_tensors_is_held_against_the_models(tmp
 
     report = export_onnx(Sparse("n == 1 and False").eval(), tmp_path / "out", inputs={"x": torch.zeros(2, 5, 4)})
     assert report.outputs == ["last_hidden_state", "hidden_states.1"]
+
+
+@pytest.mark.further
+def test_a_branch_is_not_blamed_where_another_one_does_not_hold_either(tmp_path: Path) -> None:
+    """Of 3 frames there is one pair, and one frame too many: an example with padding is right for all lengths."""
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 37}
+    convs = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+    places = {"num_conv_pos_embeddings": 6, "num_conv_pos_embedding_groups": 3, "vocab_size": 13, "pad_token_id": 0}
+    model = transformers.SEWForCTC(transformers.SEWConfig(**size, **convs, **places)).eval()
+    report = peftfx.export_onnx(model, tmp_path / "out")
+    assert not any("computes something else" in line for line in report.sizes)
+    served = peftfx.runtime.load(tmp_path / "out")
+    for samples in (30, 45, 64, 70, 81, 500):
+        x = torch.randn(2, samples)
+        with torch.no_grad():
+            torch.testing.assert_close(served(input_values=x).logits, model(x).logits, atol=1e-5, rtol=0)

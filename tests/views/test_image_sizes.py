@@ -238,3 +238,31 @@ def test_a_height_that_becomes_one_is_squeezed(tmp_path: Path) -> None:
     for height, width in ((8, 16), (11, 22), (15, 7)):
         x = torch.randn(1, 3, height, width)
         torch.testing.assert_close(graph(pixel_values=x), base(x))
+
+
+_SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 32}
+_GRID = {"image_size": 24, "patch_size": 8}
+_ASKED = {"interpolate_pos_encoding": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        (hf.Dinov2WithRegistersModel, {"num_register_tokens": 2}),
+        (hf.BeitModel, {"use_relative_position_bias": True, "use_absolute_position_embeddings": True}),
+    ],
+)
+def test_sizes_that_code_makes_whole_numbers_stay_free(
+    kind: type[hf.PreTrainedModel], own: dict[str, object], tmp_path: Path
+) -> None:
+    """Their code gives `torch_int(height // 8)` to `interpolate`."""
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**_SMALL, **_GRID, **own)).eval()
+    report = peftfx.export_onnx(model, tmp_path / "out", image_size="any")
+    assert not any("computes something else" in line for line in report.sizes)
+    served = peftfx.runtime.load(tmp_path / "out")
+    for size in ((24, 24), (32, 40), (17, 56)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            want = model(pixel_values=x, **({} if own.keys() <= {"num_register_tokens"} else _ASKED)).last_hidden_state
+        torch.testing.assert_close(served(pixel_values=x).last_hidden_state, want, atol=1e-5, rtol=0)

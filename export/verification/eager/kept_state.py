@@ -6,7 +6,7 @@ each call from that state. A model whose next call gives another result is refus
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,12 +78,35 @@ class KeptState:
         other = [(path, _plain(module).items() ^ before.items()) for path, module, before in self._attributes]
         return "attribute", [f"{path}.{name}".lstrip(".") for path, items in other for name in sorted(dict(items))]
 
+    def refuse_other(self, first: Mapping[str, Tensor], again: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Refuse a model whose next call gives another result, because of state that it has kept.
+
+        Args:
+            first: the outputs of the call, by name.
+            again: makes the call once more. It is not made if the model has kept nothing.
+
+        Raises:
+            StateError: an output differs.
+        """
+        kind, paths = self.changed()
+        second = again() if paths else first
+        other = [name for name, value in first.items() if not equal(second.get(name), value)]
+        if other:
+            what = f"the model's code changes its own {kind} when it runs, and its next call gives another {other[0]}"
+            hint = "a graph starts from the same value in each call: pass the state as an argument, and return it"
+            raise StateError(what, ", ".join(paths[:3]), hint)
+
     def restore_values(self) -> None:
         """Restore values that were written in place."""
         for buffer in self._buffers:
             if buffer.value is not None and buffer.copy is not None and not torch.equal(buffer.value, buffer.copy):
                 with torch.no_grad():
                     buffer.value.copy_(buffer.copy)
+
+
+def equal(one: Tensor | None, other: Tensor) -> bool:
+    """Return whether two tensors have the same numbers, and NaN at the same places."""
+    return one is not None and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _plain(module: nn.Module) -> dict[str, object]:

@@ -16,12 +16,12 @@ from torch.utils import _pytree as pytree
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import SAVED
+from peftfx.export.verification.captured import by_name
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.adapters import applied, without_place_for_bias
-from peftfx.export.verification.eager.kept_state import StateError, state_kept
+from peftfx.export.verification.eager.kept_state import equal, state_kept
 from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.contexts import evaluating
-from peftfx.graph.graph import leaf_names
 from peftfx.graph.places import above, owns_weight
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import nested
@@ -60,9 +60,7 @@ class EagerReference:
         base, adapters = self.adapted.base, self.adapted.named.acting()
         with torch.no_grad(), evaluating(base), as_captured(base), state_kept(base) as kept:
             output = self._run(base, adapters, feed)
-            kind, paths = kept.changed()
-            if paths:
-                _refuse_state(kind, paths, output, self._run(base, adapters, feed))
+            kept.refuse_other(output, lambda: self._run(base, adapters, feed))
             return output
 
     def _run(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
@@ -90,7 +88,7 @@ class EagerReference:
             return set()
         with applied(base, adapters, self.read_elsewhere, feed), _stirred(base, left):
             again = self._call(base, adapters, feed)
-        return left if all(_equal(again.get(name), value) for name, value in output.items()) else set()
+        return left if all(equal(again.get(name), value) for name, value in output.items()) else set()
 
     def _call(self, base: nn.Module, adapters: Sequence[Adapter], feed: Mapping[str, Tensor]) -> Tensors:
         entry, hole = _prompt(self.adapted, adapters)
@@ -108,8 +106,7 @@ class EagerReference:
             return {name: value for name, value in output.items() if isinstance(value, Tensor)}
         call = nested(feed, self.example)
         result = base(**call) if entry is None or hole is None else entry(forward, base, hole, call)
-        named = zip(leaf_names(result), pytree.tree_leaves(result), strict=True)
-        return {name: value for name, value in named if isinstance(value, Tensor)}
+        return by_name(result)
 
 
 @contextlib.contextmanager
@@ -125,19 +122,6 @@ def _stirred(base: nn.Module, paths: Collection[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _refuse_state(kind: str, paths: Sequence[str], first: Tensors, second: Tensors) -> None:
-    """Refuse a model whose next call gives another result, because of state that it has kept."""
-    other = [name for name, value in first.items() if not _equal(second.get(name), value)]
-    if other:
-        what = f"the model's code changes its own {kind} when it runs, and its next call gives another {other[0]}"
-        hint = "a graph starts from the same value in each call: pass the state as an argument, and return it"
-        raise StateError(what, ", ".join(paths[:3]), hint)
-
-
-def _equal(one: Tensor | None, other: Tensor) -> bool:
-    return one is not None and one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:

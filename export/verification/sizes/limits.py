@@ -108,6 +108,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
         PeftfxError: so it is for the first tokens of a text.
     """
     limits, probes = list[Limit](), list[Sized]()
+    shared: list[tuple[Condition, Sized]] = []  #: where the graph is wrong, and more than one condition does not hold
     known: dict[tuple[tuple[str, int], ...], str] = {}
 
     def answer(condition: Condition, sizes: Sized) -> str:
@@ -135,13 +136,22 @@ def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
             why = LONGER
         told = trial.is_of_images(condition) or trial.is_of_most_sounds(condition)
         if why == BRANCHES and not allow_fixed and not told:
-            raise _refused(condition, condition in trial.graph.filled)
+            rest = [(sizes, found) for sizes, found in zip(tried, answers, strict=True) if found != BRANCHES]
+            wrong = [sizes for sizes, found in zip(tried, answers, strict=True) if found == BRANCHES]
+            if not rest or not all(_broken_beside(condition, trial.graph.conditions, sizes) for sizes in wrong):
+                raise _refused(condition, condition in trial.graph.filled)
+            shared += [(condition, sizes) for sizes in wrong]
+            tried, answers = map(list, zip(*rest, strict=True))
+            why = _verdict(answers)
         limits += [Limit(condition, why)] if why else []
         if not condition.edge:  # a size of 1 is always verified
             probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == SAME][:1]
             last = _last(condition, around)
             probes += [sizes for sizes in last if TAKES_NO_OTHER not in answers or trial.takes(sizes)]
     found = Sizes(tuple(limits))
+    for condition, sizes in shared:
+        if found.allow(sizes):  # no other condition was refused, or is told, for these
+            raise _refused(condition, condition in trial.graph.filled)
     probes = [sizes for sizes in probes if found.allow(sizes) and trial.affords(sizes)]
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))
 
@@ -153,6 +163,12 @@ def _refused(condition: Condition, first: bool) -> PeftfxError:
     what = "the model's code computes something else for the first tokens of a text than for the tokens behind them"
     where = f"this export would be right only where {condition}"
     return PeftfxError(f"{what}: {where}", condition.where, "use the forward view")
+
+
+def _broken_beside(condition: Condition, conditions: Sequence[Condition], sizes: Sized) -> bool:
+    """Return whether another condition on a branch does not hold at these sizes, so that it may be the one to blame."""
+    others = (c for c in conditions if c != condition and not (c.relation or c.below))
+    return any(not other.met(sizes) for other in others)
 
 
 def _verdict(answers: Sequence[str]) -> str:
