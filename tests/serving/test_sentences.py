@@ -345,3 +345,27 @@ class TestAgainstSentenceTransformers:
         np.testing.assert_allclose(found.numpy(), model.encode(texts), atol=1e-5)
         plain = library.SentenceTransformer(str(base), device="cpu").encode(texts)
         assert np.abs(found.numpy() - plain).max() > 0.05, "the adapter changes little"
+
+
+def test_an_adapters_targets_are_in_the_transformer_alone(tmp_path: Path) -> None:
+    """The step's layer has the name that LN tuning targets, in the files of sentence-transformers."""
+    config = hf.Qwen3Config(**TINY, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    torch.manual_seed(0)
+    hf.Qwen3Model(config).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    steps = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_LayerNorm", "LayerNorm")]
+    write_modules(tmp_path / "base", steps, {"pooling_mode_mean_tokens": True})
+    norm = nn.LayerNorm(32)
+    nn.init.normal_(norm.weight)
+    (tmp_path / "base" / "2_LayerNorm" / "config.json").write_text('{"dimension": 32}', encoding="utf-8")
+    save_file({f"norm.{n}": t for n, t in norm.state_dict().items()}, tmp_path / "base/2_LayerNorm/model.safetensors")
+    own = peft.LNTuningConfig(target_modules=["norm"])
+    eager = peft.get_peft_model(hf.Qwen3Model.from_pretrained(tmp_path / "base"), own).eval()
+    randomise(eager)
+    eager.save_pretrained(str(tmp_path / "adapter"))
+    export_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    ids = torch.randint(2, 99, (3, 9))
+    found = runtime.load(tmp_path / "out")(input_ids=ids)["sentence_embedding"]
+    with torch.no_grad():
+        want = norm(eager(input_ids=ids).last_hidden_state.mean(1))
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)

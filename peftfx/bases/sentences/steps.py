@@ -31,6 +31,8 @@ _FLAGS: Mapping[str, str] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _WEIGHTS = "model.safetensors"
+#: How names of the steps' layers begin, beside those of the files: no adapter of the transformer targets such a name.
+_APART = "sentence_"
 
 
 class Pooling(nn.Module):
@@ -118,15 +120,17 @@ class Dense(nn.Module):
 
     def __init__(self, sizes: tuple[int, int], bias: bool, activation: nn.Module, names: tuple[str, str]) -> None:
         super().__init__()
-        self.linear, self.activation = nn.Linear(*sizes, bias=bias), activation
-        self.residual: nn.Module | None = None
+        self.sentence_linear, self.activation = nn.Linear(*sizes, bias=bias), activation
+        self.sentence_residual: nn.Module | None = None
         self.read, self.written = names
 
     def forward(self, features: Features) -> Features:
         """Return the features with the layer's output added."""
         given = features[self.read]
-        made = self.activation(self.linear(given))
-        return {**features, self.written: made if self.residual is None else made + self.residual(given)}
+        made = self.activation(self.sentence_linear(given))
+        if self.sentence_residual is not None:
+            made = made + self.sentence_residual(given)
+        return {**features, self.written: made}
 
 
 class LayerNorm(nn.Module):
@@ -134,11 +138,11 @@ class LayerNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.sentence_norm = nn.LayerNorm(width)
 
     def forward(self, features: Features) -> Features:
         """Return the features with the normed vector in place of the old vector."""
-        return {**features, SENTENCE: self.norm(features[SENTENCE])}
+        return {**features, SENTENCE: self.sentence_norm(features[SENTENCE])}
 
 
 def make_step(kind: str, folder: Path) -> nn.Module | None:
@@ -192,7 +196,7 @@ def _dense(config: Mapping[str, object], folder: Path) -> nn.Module:
     sizes = int(str(config["in_features"])), int(str(config["out_features"]))
     made = Dense(sizes, bool(config.get("bias", True)), _activation(config), _names(config))
     if config.get("use_residual"):
-        made.residual = nn.Identity() if sizes[0] == sizes[1] else nn.Linear(*sizes, bias=False)
+        made.sentence_residual = nn.Identity() if sizes[0] == sizes[1] else nn.Linear(*sizes, bias=False)
     return _filled(made, folder)
 
 
@@ -230,7 +234,7 @@ def _filled(step: nn.Module, folder: Path) -> nn.Module:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise PeftfxError(f"this safetensors file is broken: {error}", str(path), "download it again") from error
-    step.load_state_dict(tensors)
+    step.load_state_dict({f"{_APART}{name}": value for name, value in tensors.items()})
     return step
 
 
