@@ -166,6 +166,7 @@ def test_an_encoder_is_kept_beside_the_prompt_that_peft_reads(soft: Soft, name: 
     assert not (tmp_path / STATE).exists()
 
 
+@pytest.mark.further
 @on("t5", kinds=("prompt", "prefix"), slow=("gpt2", "bert", "prompt"))
 def test_what_peft_wrote_is_exported_as_peft_computes_it(soft: Soft, name: str, tmp_path: Path) -> None:
     theirs = soft.theirs(name)

@@ -69,6 +69,7 @@ def test_adapters_for_a_graph_are_held_without_rounding(
     assert held == [True] * len(RULES)
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("kind", FEW)
 def test_an_adapters_tensor_that_is_a_little_off_is_told(
     kind: torch.dtype,

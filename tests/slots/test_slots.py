@@ -185,6 +185,7 @@ def test_images_that_become_one_pixel_have_slots(tmp_path: Path) -> None:
         torch.testing.assert_close(got, adapted.eval()(image).detach(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.further
 def test_heads_that_do_not_fit_are_refused(tmp_path: Path, peftfx: Run) -> None:
     model = ZOO["bert"].build()
     options = {"task_type": "SEQ_CLS", "r": 2, "target_modules": ["query"]}

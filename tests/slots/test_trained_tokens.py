@@ -82,6 +82,7 @@ def test_each_row_has_its_own(view: str, trained: Trained, tmp_path: Path) -> No
         torch.testing.assert_close(row[None], trained.wants(name, IDS), atol=1e-4, rtol=1e-4, msg=str(name))
 
 
+@pytest.mark.further
 def test_rows_of_tokens_are_put_into_slots_of_embedding_and_head(trained: Trained, tmp_path: Path) -> None:
     slots = "all-linear | embedding.token | head"
     peftfx.export_onnx(trained.base, tmp_path / "graph", view=DECODE, slots=slots)
@@ -97,6 +98,7 @@ def test_rows_of_tokens_are_put_into_slots_of_embedding_and_head(trained: Traine
         peftfx.export_adapter(trained.ours("few"), tmp_path / "linear", tmp_path / "none")
 
 
+@pytest.mark.further
 def test_two_adapters_train_rows_of_one_table(trained: Trained, tmp_path: Path) -> None:
     adapted = trained.ours("few", "more")
     adapted.set_adapter(["few", "more"])

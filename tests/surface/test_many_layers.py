@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,7 @@ def all_work(count: int, directory: Path) -> dict[str, Callable[[], object]]:
     }
 
 
+@pytest.mark.further
 def test_no_function_is_called_for_each_pair_of_layers(tmp_path: Path) -> None:
     few, many = ({w: counted(f) for w, f in all_work(n, tmp_path / str(n)).items()} for n in (FEW, MANY))
     for work, found in many.items():

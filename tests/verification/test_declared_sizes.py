@@ -133,6 +133,7 @@ def test_a_mask_of_one_is_refused_where_the_file_declares_four(tmp_path: Path) -
         served(x=x, mask=mask[:, :1])
 
 
+@pytest.mark.further
 def test_attention_over_both_sides_that_has_no_mask_has_none_in_a_capture(tmp_path: Path) -> None:
     sizes = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2)
     config = transformers.InformerConfig(
