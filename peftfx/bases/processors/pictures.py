@@ -45,7 +45,7 @@ def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> P
 
 
 def axes_of_pictures(model: nn.Module) -> Mapping[str, int]:
-    """Return the axis along which the model's processor joins pictures, by argument, where that is not the first.
+    """Return the axis along which the model's processor joins pictures, by argument, from the third axis on.
 
     MiniCPM-V's patches of all pictures stand side by side in one row.
 
@@ -65,7 +65,7 @@ def repeated(
         one: the arguments of one image.
         count: how many images there are.
         floats: makes random pixels.
-        axes: the axis along which images are joined, by argument, where that is not the first.
+        axes: the axis along which images are joined, by argument; by default the first.
     """
     made = {name: torch.cat([value] * count, (axes or {}).get(name, 0)) for name, value in one.items()}
     for name, value in made.items():
@@ -159,7 +159,7 @@ def _joined(home: Path, changed: int, size: Size) -> Mapping[str, int]:
         two = _made(processor, torch.full((3, *size), 200, dtype=torch.uint8), 2)
     pairs = {name: (value.shape, two[name].shape) for name, value in one.items() if name in two}
     grown = {name: [k for k, (a, b) in enumerate(zip(*shapes)) if b == 2 * a] for name, shapes in pairs.items()}
-    return {name: axes[0] for name, axes in grown.items() if axes and axes[0]}
+    return {name: axes[0] for name, axes in grown.items() if axes and axes[0] > 1}  # the second is a text's images
 
 
 def _made(processor: Any, picture: Tensor, count: int = 1) -> dict[str, Tensor]:
