@@ -116,8 +116,10 @@ class _Maker:
         )
 
     def inputs(self) -> dict[str, Tensor]:
-        axes = axes_of_pictures(self.model)
-        made = {} if self.image is None else repeated(self.image, self._images, self._floats, axes)
+        made: dict[str, Tensor] = {}
+        if self.image is not None:
+            axes = axes_of_pictures(self.model) if self._images > 1 else {}
+            made = repeated(self.image, self._images, self._floats, axes)
         if "input_ids" in self.accepted:
             made |= self._prompts_to_choose() if self.task == CHOOSING else self._prompt(self.sizes["batch"])
         made |= image_masks(self.model, self.accepted, made)

@@ -21,7 +21,7 @@ def split_images(images: Images, inputs: Mapping[str, Tensor], *, empty: bool = 
         PeftfxError: an argument is missing, or has not the shape of whole images.
     """
     parts: dict[str, list[Tensor]] = {}
-    told = _told_count(images, inputs)
+    told, tiled = _told_count(images, inputs), not empty
     for name, shape in images.inputs:
         value = inputs.get(name)
         if value is None:
@@ -29,7 +29,7 @@ def split_images(images: Images, inputs: Mapping[str, Tensor], *, empty: bool = 
         if name in images.beside and value.ndim == 2:  # a text of any length
             shape = (shape[0], value.shape[1])
         if (along := _joined_along(value, shape, told)) is not None:
-            parts[name], empty = list(value.split(shape[along], along)), True
+            parts[name], tiled = list(value.split(shape[along], along)), False
             continue
         tiles = value.shape[1] // shape[1] if len(shape) > 1 and value.ndim > 1 and shape[1] else 1
         rest = (shape[1] * tiles, *shape[2:]) if len(shape) > 1 else ()
@@ -43,7 +43,7 @@ def split_images(images: Images, inputs: Mapping[str, Tensor], *, empty: bool = 
     counts = {len(values) for values in parts.values()}
     if len(counts) != 1:
         raise PeftfxError("these arguments hold different numbers of images", ", ".join(parts), "check them")
-    several = not empty and len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
+    several = tiled and len(first) * images.inputs[0][1][0] > len(inputs[images.inputs[0][0]])
     kept = [i for i, value in enumerate(first) if not several or bool((value != 0).any())]
     return [{name: values[i] for name, values in parts.items()} for i in kept]
 

@@ -19,7 +19,6 @@ from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.delta import LycorisMethod, dropped_rows
 from peftfx.contract.method import Base, Params
 from peftfx.contract.update import Update
-from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 W1A, W1B, W2A, W2B, T1, T2 = (f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
@@ -83,10 +82,7 @@ class LoHa(LycorisMethod):
         return self.of_weight(site, weight, one * other)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        if site.kind != "linear":
-            raise PeftfxError(
-                "LoHa on a conv cannot be put into a running graph", site.path, "export the adapter merged"
-            )
+        self.refuse_conv_update(site)
         q = {name: t.float() for name, t in p.items()}
         a = (q[W1B][:, None] * q[W2B][None]).flatten(0, 1)
         b = (q[W1A][:, :, None] * q[W2A][:, None]).flatten(1)

@@ -104,10 +104,7 @@ class LoKr(LycorisMethod):
         return self.of_weight(site, weight, torch.kron(one, other.contiguous()))
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
-        if site.kind != "linear":
-            raise PeftfxError(
-                "LoKr on a conv cannot be put into a running graph", site.path, "export the adapter merged"
-            )
+        self.refuse_conv_update(site)
         q = {name: t.float() for name, t in p.items()}
         one = _halves(q[W1]) if W1 in q else (q[W1A], q[W1B])
         other = _halves(q[W2]) if W2 in q else (q[W2A], q[W2B])

@@ -7,7 +7,7 @@ all that a call needs: the names of all these modules are put into the config, a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -32,17 +32,20 @@ def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, 
     tied = _tied(base) if config.get(TYING) else []
     for option in ("target_modules", "modules_to_save"):
         asked = found.get(option)
-        if isinstance(asked, str) and option == "target_modules":
-            if any(re.fullmatch(asked, name) for name in tied):
-                found[option] = "|".join((f"(?:{asked})", *map(re.escape, tied)))
-        elif isinstance(asked, list) and any(ends_with_any(name, asked) for name in tied):
-            found[option] = [*asked, *(name for name in tied if not ends_with_any(name, asked))]
+        named = [name for name in tied if _names(asked, name)]
+        if named and isinstance(asked, list):
+            found[option] = [*asked, *(name for name in tied if name not in named)]
+        elif named and isinstance(asked, str) and option == "target_modules":
+            found[option] = "|".join((f"(?:{asked})", *map(re.escape, tied)))
     return found
 
 
 def without_idle_tying(options: Mapping[str, object], base: nn.Module) -> dict[str, object]:
     """Return a config's options without `ensure_weight_tying`, with a warning, if it ties nothing of this base."""
-    if not options.get(TYING) or (_named(options, tied := _tied(base)) and len(tied) > 1):
+    asked = (options.get("target_modules"), options.get("modules_to_save"))
+    tied = _tied(base) if options.get(TYING) else []
+    named = any(_names(one, path) for one in asked for path in tied)
+    if not options.get(TYING) or (named and len(tied) > 1):
         return dict(options)
     why = "the base ties no modules" if len(tied) < 2 else f"neither {' nor '.join(tied)} is named"
     warn(f"{TYING} changes nothing, as in HF PEFT: {why}")
@@ -55,14 +58,11 @@ def _tied(base: nn.Module) -> list[str]:
     return [] if path is None else tied_paths(base, path)
 
 
-def _named(options: Mapping[str, object], paths: Sequence[str]) -> bool:
-    """Return whether the modules that a config targets, or trains copies of, are among those at these paths."""
-    for asked in (options.get("target_modules"), options.get("modules_to_save")):
-        if isinstance(asked, str) and any(re.fullmatch(asked, path) for path in paths):
-            return True
-        if isinstance(asked, list | tuple | set) and any(ends_with_any(path, list(asked)) for path in paths):
-            return True
-    return False
+def _names(asked: object, path: str) -> bool:
+    """Return whether what a config targets, or trains copies of, is the module at a path: an expression, or names."""
+    if isinstance(asked, str):
+        return re.fullmatch(asked, path) is not None
+    return isinstance(asked, list | tuple | set) and ends_with_any(path, asked)
 
 
 def _without_tying(config: Mapping[str, object]) -> dict[str, object]:

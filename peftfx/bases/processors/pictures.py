@@ -56,18 +56,16 @@ def axes_of_pictures(model: nn.Module) -> Mapping[str, int]:
     return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, told_size(model) or USUAL_SIZE)
 
 
-def repeated(
-    one: Picture, count: int, floats: Callable[..., Tensor], axes: Mapping[str, int] | None = None
-) -> dict[str, Tensor]:
+def repeated(one: Picture, count: int, floats: Callable[..., Tensor], axes: Mapping[str, int]) -> dict[str, Tensor]:
     """Return the arguments of several images: random pixels by `floats`, given a shape, and else what all have.
 
     Args:
         one: the arguments of one image.
         count: how many images there are.
         floats: makes random pixels.
-        axes: the axis along which images are joined, by argument; by default the first.
+        axes: the axis along which images are joined, by argument, where that is not the first.
     """
-    made = {name: torch.cat([value] * count, (axes or {}).get(name, 0)) for name, value in one.items()}
+    made = {name: torch.cat([value] * count, axes.get(name, 0)) for name, value in one.items()}
     for name, value in made.items():
         if value.is_floating_point():
             pixels = floats(*value.shape)

@@ -103,6 +103,16 @@ class LycorisMethod(DeltaMethod):
         ranks, alphas = pattern_of(methods, "r", self.r), pattern_of(methods, "alpha", self.alpha)
         return dataclasses.replace(self, rank_pattern=ranks, alpha_pattern=alphas)
 
+    def refuse_conv_update(self, site: Site) -> None:
+        """Refuse a conv, whose update has no two factors that a running graph could take.
+
+        Raises:
+            PeftfxError: the site is a conv.
+        """
+        if site.kind != "linear":
+            what = f"{type(self).__name__} on a conv cannot be put into a running graph"
+            raise PeftfxError(what, site.path, "export the adapter merged")
+
     def of_weight(self, site: Site, weight: Tensor, update: Tensor) -> Tensor:
         """Return the computed `update`, scaled and in the weight's shape."""
         shape = (*weight.shape[:1], -1, *site.shape[2:]) if site.kind == "conv" else weight.shape
