@@ -27,15 +27,15 @@ _HOME = {
     "capture": "peftfx.views.capture",
     "export_adapter": "peftfx.export.slots.adapter_export",
     "export_onnx": "peftfx.export.onnx_directory",
-    "get_peft_model_state_dict": "peftfx.model.api",
-    "hotswap_adapter": "peftfx.model.api",
+    "get_peft_model_state_dict": "peftfx.model.state_functions",
+    "hotswap_adapter": "peftfx.model.state_functions",
     "inspect": "peftfx.model.api",
     "load": "peftfx.model.api",
     "pattern": "peftfx.patterns.pattern",
     "plan": "peftfx.model.api",
     "register": "peftfx.methods",
     "runtime": "",  # a module
-    "set_peft_model_state_dict": "peftfx.model.api",
+    "set_peft_model_state_dict": "peftfx.model.state_functions",
     "testing": "",
     "transform": "peftfx.model.api",
 }

@@ -54,13 +54,13 @@ from peftfx.methods.vblora import VBLoRA as VBLoRA
 from peftfx.methods.vera import VeRA as VeRA
 from peftfx.methods.waveft import WaveFT as WaveFT
 from peftfx.model.adapted import AdaptedModel as AdaptedModel
-from peftfx.model.api import get_peft_model_state_dict as get_peft_model_state_dict
-from peftfx.model.api import hotswap_adapter as hotswap_adapter
 from peftfx.model.api import inspect as inspect
 from peftfx.model.api import load as load
 from peftfx.model.api import plan as plan
-from peftfx.model.api import set_peft_model_state_dict as set_peft_model_state_dict
 from peftfx.model.api import transform as transform
+from peftfx.model.state_functions import get_peft_model_state_dict as get_peft_model_state_dict
+from peftfx.model.state_functions import hotswap_adapter as hotswap_adapter
+from peftfx.model.state_functions import set_peft_model_state_dict as set_peft_model_state_dict
 from peftfx.model.trainers.callbacks import MemoryInLogs as MemoryInLogs
 from peftfx.model.trainers.callbacks import RankAllocation as RankAllocation
 from peftfx.patterns.pattern import Pattern as Pattern

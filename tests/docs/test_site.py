@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+import peftfx
+from peftfx.discovery import method_classes
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -53,6 +56,14 @@ def test_every_page_is_in_the_sites_list() -> None:
     listed = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = sorted((ROOT / "docs").glob("*.md"))
     assert [page.name for page in pages if f": {page.name}\n" not in listed] == []
+
+
+def test_the_python_page_has_each_public_name() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
+    public = set(peftfx.__all__) - set(method_classes()) - {"__version__"}
+    assert public - shown == {"testing"}  # its function `check` is shown
+    assert "::: peftfx.methods\n" in page  # the classes of methods
 
 
 @pytest.mark.slow
