@@ -170,6 +170,7 @@ def test_a_base_is_fetched_where_that_is_asked_for(
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.chdir(tmp_path)
     words = ("inspect", "org/name", "--json", "--download")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert_refused(peftfx("inspect", "org/name", "--download"), "HF_HUB_OFFLINE switches the network off")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     assert_refused(peftfx("inspect", "org/name"), "pass --download to fetch it")
