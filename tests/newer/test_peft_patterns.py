@@ -131,6 +131,32 @@ def test_of_keys_that_match_one_layer_the_first_counts(
         assert_close(peft.PeftModel.from_pretrained(Ended(), tmp_path).eval()(X), ours(X), 1e-4, "loaded by peft")
 
 
+class WithIdle(Ended):
+    """A layer that no call runs, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(12, 12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(  # LoKr with another rank has tensors of other names
+    ("config", "options", "name"), [c for c in CASES if c[::2] != (peft.LoKrConfig, "rank_pattern")], ids=str
+)
+def test_a_layer_that_does_not_run_keeps_its_key(
+    config: type[peft.PeftConfig], options: dict[str, object], name: str, tmp_path: Path
+) -> None:
+    asked = config(target_modules=["up", "idle"], **options, **{name: {"idle": 2}})  # type: ignore[arg-type]
+    theirs = peft.get_peft_model(WithIdle(), asked).eval()
+    stir(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    peftfx.load(WithIdle(), tmp_path / "theirs", inputs=INPUTS).save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(WithIdle(), tmp_path / "ours").eval()
+    assert_close(again(X), theirs(X), 1e-4, "all")
+    inner = [model.base_model.model.get_submodule("idle") for model in (again, theirs)]
+    assert_close(inner[0](X), inner[1](X), 1e-4, "idle")
+
+
 def test_a_single_file_gives_each_layer_its_own_alpha(tmp_path: Path) -> None:
     tensors = {}
     for path, alpha in (("up", 2.0), ("a.up", 4.0), ("zed.up", 4.0)):
