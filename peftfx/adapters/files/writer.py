@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import UNKNOWN, Account, Adapter, shared_key
 from peftfx.adapters.files.embeddings import embeddings_beside
 from peftfx.adapters.files.model_card import write_card
-from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, named_modules, override_name
+from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, named_modules, override_name, row_layers
 from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
@@ -185,7 +185,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
         methods[placement.known_as or path] = method
     tensors |= other_projections(base, methods, tensors.values())
     account = adapter.accounts.get(number)
-    adapted = methods.keys() | set(inner_layers(account.taken if account else ()))
+    adapted = {*methods, *row_layers(rule.overrides), *inner_layers(account.taken if account else ())}
     tensors |= {override_name(override, adapted): adapter.get(override.key) for override in rule.overrides}
     methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}
     gathered = named_by.gather(methods | _idle_methods(base, rule.method, account))
@@ -200,7 +200,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
 
 
 def _idle_methods(base: nn.Module, method: Method, account: Account | None) -> dict[str, Method]:
-    """Return the method of each module whose tensors are saved again although nothing runs them: patterns name it too."""
+    """Return the methods of modules that do not run, and whose tensors are saved again: patterns name them, too."""
     paths = named_modules(account.unused, base) if account else ()
     sites = (WeightSite(path, "linear", "linear", None, "", None, (), False, (), ()) for path in sorted(paths))
     return {site.path: method.at(site) for site in sites}
