@@ -145,6 +145,9 @@ def step_inputs(
         mask: [batch, past + sequence]; None shows all tokens.
         positions: [batch or 1, sequence], perhaps with an axis before them; None counts on from the past.
         cache: an empty cache, or one filled by the view.
+
+    Raises:
+        PeftfxError: the mask is no mask of tokens, or is shorter than the text.
     """
     batch, length = tokens.shape
     past = held(cache)
@@ -159,6 +162,10 @@ def step_inputs(
     if mask is None:
         mask = torch.ones(batch, before + length, dtype=torch.long, device=tokens.device)
     made = {"input_ids": tokens, "attention_mask": as_mask(mask)}
+    if mask.shape[1] < (whole := max(before, 0) + length):
+        what = f"the mask tells of {mask.shape[1]} tokens, and there are {whole}"
+        hint = "give a 1 or a 0 for each token of the text" + (f", the {before} in the cache too" if before > 0 else "")
+        raise PeftfxError(what, "attention_mask", hint)
     if view.positions:
         if positions is None:
             positions = torch.arange(before, before + length, device=tokens.device)[None]
