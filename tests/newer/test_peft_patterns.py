@@ -140,9 +140,7 @@ class WithIdle(Ended):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(  # LoKr with another rank has tensors of other names
-    ("config", "options", "name"), [c for c in CASES if c[::2] != (peft.LoKrConfig, "rank_pattern")], ids=str
-)
+@pytest.mark.parametrize(("config", "options", "name"), CASES, ids=lambda v: getattr(v, "__name__", None))
 def test_a_layer_that_does_not_run_keeps_its_key(
     config: type[peft.PeftConfig], options: dict[str, object], name: str, tmp_path: Path
 ) -> None:
