@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from peftfx.bases.processors.readers import ENCODED_IMAGES
 from peftfx.caches.cache import cache_of, held, refuse
 from peftfx.caches.held import kept_by
 from peftfx.errors import PeftfxError
@@ -194,6 +195,9 @@ def refuse_arguments(others: Mapping[str, object], graph: str = "the graph of th
     """Refuse arguments that a graph cannot respect, or outputs that it does not give. None, False and 0 ask nothing."""
     for name, value in others.items():
         asks = value is not None and not (isinstance(value, int) and value == 0)
+        if name == ENCODED_IMAGES and asks:  # transformers' generate encodes what a call gives beside its text
+            what = f"{graph} reads text alone, and the call gives images, sounds or videos"
+            raise PeftfxError(what, name, "give text alone")
         if name not in _HARMLESS and asks:
             hint = "leave it out, or call the base model" if name.startswith("output_") else "leave it out"
             raise PeftfxError(f"{graph} does not take this argument", name, hint)
