@@ -17,7 +17,7 @@ from torch import Tensor
 from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.low_rank import product
-from peftfx.contract.common.patterns import by_path, keys_of, pattern_of, refuse_ranks
+from peftfx.contract.common.patterns import by_path, path_pattern, pattern_of, refuse_ranks
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -76,7 +76,7 @@ class HiRA(WeightMethod):
         """Return the rule with the ranks of the file's tensors: of HF PEFT's adapters, a later one has other ranks."""
         named = {name.rpartition("."): shape for name, shape in shapes.items()}
         ranks = {path: shape[0] for (path, _, leaf), shape in named.items() if leaf in (A, A_EMBEDDING) and shape}
-        return dataclasses.replace(self, rank_pattern=keys_of(ranks, self.r)), ""
+        return dataclasses.replace(self, rank_pattern=path_pattern(ranks, self.r)), ""
 
     @property
     def unloadable(self) -> str:

@@ -61,10 +61,10 @@ def pattern_of(methods: Mapping[str, Method], name: str, default: N, *, loose: b
         default: its value elsewhere.
         loose: whether the keys are read as `by_loose_path` reads them.
     """
-    return keys_of({path: getattr(method, name) for path, method in methods.items()}, default, loose=loose)
+    return path_pattern({path: getattr(method, name) for path, method in methods.items()}, default, loose=loose)
 
 
-def keys_of(values: Mapping[str, N], default: N, *, loose: bool = False) -> dict[str, N]:
+def path_pattern(values: Mapping[str, N], default: N, *, loose: bool = False) -> dict[str, N]:
     """Return a pattern that gives each module path its own value, and no other path that one.
 
     A key also matches each longer path that ends with it. Where one of `values` has such a path, the key is written so
