@@ -89,7 +89,7 @@ def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor], weights: Mappi
         own: the tensors that replace the base's, by their names.
         weights: the whole weights among them, by the paths of the layers that read them.
     """
-    updates = _rows_of(adapted)
+    updates = _rows_of(adapted, own)
     for name, placement in ((name, p) for name, placements in _placements(adapted) for p in placements.weights):
         site = placement.site
         before = updates.get(site.path, Update())
@@ -103,17 +103,18 @@ def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor], weights: Mappi
     return updates
 
 
-def _rows_of(adapted: AdaptedModel) -> dict[str, Update]:
+def _rows_of(adapted: AdaptedModel, own: Mapping[str, Tensor]) -> dict[str, Update]:
     """Compute what trained rows of a table change at the layers that read it: embeddings, and heads tied to them.
 
     It is a low-rank sum with a rank for each trained token: one factor names the tokens, and the other is what their
-    rows differ by.
+    rows differ by: from the table's, or from those of the whole table of `own` that replaces it.
     """
     found: dict[str, Update] = {}
+    whole = {id(getattr(*owner_of(adapted.base, name), None)): value for name, value in own.items()}
     for name, override in ((n, o) for n, o in _overrides(adapted) if o.rows):
         module, tokens = override.module, adapted.adapter(name).get(override.indices)
         table = getattr(*owner_of(adapted.base, f"{module}.{override.name}".removeprefix(".")))
-        change = adapted.adapter(name).get(override.key).float() - exact(table[tokens]).float()
+        change = adapted.adapter(name).get(override.key).float() - exact(whole.get(id(table), table)[tokens]).float()
         update = Update(a=F.one_hot(tokens, len(table)).to(change.dtype), b=change.T)
         for site in _readers(adapted, module, table) if change.any() else ():
             turned = update if site.kind == "embedding" else update.turned()

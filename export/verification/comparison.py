@@ -157,10 +157,11 @@ def reference_of(graph: Graph) -> Reference:
 def _compare(name: str, want: Tensor, got: Tensor, select: Callable[[Tensor], Tensor]) -> Comparison:
     if want.shape != got.shape:
         return Comparison(name, {}, _INF, _INF, False, wrong=f"shape {list(got.shape)}, not {list(want.shape)}")
+    small = _SMALL if want.dtype == torch.float16 else ""
     want, got = select(want.cpu().to(torch.float64)), select(got.to(torch.float64))
     for side, value in (("the model's own code", want), ("ONNX Runtime", got)):
         if bool(value.isnan().any()):
-            return Comparison(name, {}, _INF, _INF, False, wrong=f"{side} gives NaN")
+            return Comparison(name, {}, _INF, _INF, False, wrong=f"{side} gives NaN{small}")
     finite = want.isfinite()
     if not torch.equal(want[~finite], got[~finite]) or not bool(got[finite].isfinite().all()):
         return Comparison(name, {}, _INF, _INF, False, wrong="an infinity on one side alone")
@@ -179,3 +180,4 @@ def _largest_difference(exact: Tensor, value: Tensor, select: Callable[[Tensor],
 
 
 _INF = float("inf")
+_SMALL = "; float16 has no numbers above 65504: export it in float32 or bfloat16"

@@ -67,14 +67,17 @@ def _override(splicer: Splicer) -> int:
     changed, owners = 0, owners_of(splicer.graph.base) if wanted else {}
     for target, choices in wanted.items():
         node, tensor = splicer.attributes[target], splicer.graph.get(target)
-        made: dict[str, fx.Node] = {}
+        made: dict[tuple[str, ...], fx.Node] = {}
         for user in list(node.users):
-            path = module_path(user)
-            found = next((o for o in choices if _reads(splicer.graph, path, o, tensor, owners)), None)
-            if found is not None:
-                if found.key not in made:
-                    made[found.key] = _own(splicer, found, node)
-                user.replace_input_with(node, made[found.key])
+            path, own, key = module_path(user), node, tuple[str, ...]()
+            for kind in (False, True):  # a whole copy, and then rows in its place, or in that of the base's tensor
+                of_kind = (o for o in choices if bool(o.rows) == kind)
+                found = next((o for o in of_kind if _reads(splicer.graph, path, o, tensor, owners)), None)
+                if found is not None:
+                    key += (found.key,)
+                    own = made[key] if key in made else made.setdefault(key, _own(splicer, found, own, target))
+            if own is not node:
+                user.replace_input_with(node, own)
                 changed += 1
     return changed
 
@@ -92,16 +95,18 @@ def _reads(graph: Graph, path: str, override: Override, tensor: torch.Tensor, ow
     return bool(held) and all(f"{h}.".startswith(f"{override.module}.") for h in held)
 
 
-def _own(splicer: Splicer, override: Override, node: fx.Node) -> fx.Node:
-    """Return the node that replaces the base's tensor: the adapter's tensor, or the base's with the adapter's rows."""
+def _own(splicer: Splicer, override: Override, node: fx.Node, of: str) -> fx.Node:
+    """Return the node that replaces the base's tensor: the adapter's tensor, or `node` with the adapter's rows.
+
+    `of` is the target of the base's tensor.
+    """
     if not override.rows:
-        target = f"{ADAPTERS}.{splicer.name}.{override.key}"
-        return splicer.attribute(target, node.meta["val"], overrides=str(node.target))
+        return splicer.attribute(f"{ADAPTERS}.{splicer.name}.{override.key}", node.meta["val"], overrides=of)
     indices, rows = (
         splicer.attribute(f"{ADAPTERS}.{splicer.name}.{key}", fake_like(node.meta["val"], splicer.adapter.get(key)))
         for key in (override.indices, override.key)
     )
-    at = splicer.rewriter.before(first_operation(splicer.rewriter.graph), node, overrides=str(node.target))
+    at = splicer.rewriter.before(first_operation(splicer.rewriter.graph), node, overrides=of)
     if rows.meta["val"].dtype != node.meta["val"].dtype:
         rows = at.call(torch.ops.aten.to.dtype, rows, node.meta["val"].dtype)
     return at.call(torch.ops.aten.index_put.default, node, [indices], rows)

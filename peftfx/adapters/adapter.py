@@ -150,9 +150,10 @@ class Adapter(Holder):
 
     @property
     def overrides(self) -> tuple[Override, ...]:
-        """The base's tensors that the adapter trains copies of; a tensor that several rules name is here once."""
+        """The base's tensors that the adapter has copies of, each once; rows come after whole copies."""
         placed = [o for rule in self.placed for o in rule.overrides]
-        return tuple({o.key: o for o in (*placed, *(o for p in self.placements for o in p.copies))}.values())
+        found = {o.key: o for o in (*placed, *(o for p in self.placements for o in p.copies))}
+        return tuple(sorted(found.values(), key=lambda override: bool(override.rows)))
 
     def create(self, base: nn.Module, rng: torch.Generator | None) -> None:
         """Make every parameter with its method's initial values; overrides start as copies of the base's tensors."""

@@ -85,6 +85,8 @@ class Method(ABC):
     """Fields of HF PEFT's config that change nothing in HF PEFT for this method, whatever their value: never read."""
     refused: ClassVar[Mapping[str, str]] = {}
     """Fields of HF PEFT's config that are refused, each with the reason and, after a semicolon, what to do instead."""
+    by_size: ClassVar[frozenset[str]] = frozenset()
+    """Suffixes of a place's tensors in a checkpoint that depend on the sizes of the place's weight."""
     wraps_attention: ClassVar[bool] = False
     """Whether HF PEFT adapts a `torch.nn.MultiheadAttention` by this method, its two projections at once."""
     schedule: ClassVar[frozenset[str]] = frozenset()

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from peftfx.bases.processors.readers import ENCODED_IMAGES
 from peftfx.caches.cache import cache_of, held, refuse
 from peftfx.caches.held import kept_by
 from peftfx.errors import PeftfxError
@@ -145,6 +146,9 @@ def step_inputs(
         mask: [batch, past + sequence]; None shows all tokens.
         positions: [batch or 1, sequence], perhaps with an axis before them; None counts on from the past.
         cache: an empty cache, or one filled by the view.
+
+    Raises:
+        PeftfxError: the mask is no mask of tokens, or is shorter than the text.
     """
     batch, length = tokens.shape
     past = held(cache)
@@ -159,6 +163,10 @@ def step_inputs(
     if mask is None:
         mask = torch.ones(batch, before + length, dtype=torch.long, device=tokens.device)
     made = {"input_ids": tokens, "attention_mask": as_mask(mask)}
+    if mask.shape[1] < (whole := max(before, 0) + length):
+        what = f"the mask tells of {mask.shape[1]} tokens, and there are {whole}"
+        hint = "give a 1 or a 0 for each token of the text" + (f", the {before} in the cache too" if before > 0 else "")
+        raise PeftfxError(what, "attention_mask", hint)
     if view.positions:
         if positions is None:
             positions = torch.arange(before, before + length, device=tokens.device)[None]
@@ -187,6 +195,9 @@ def refuse_arguments(others: Mapping[str, object], graph: str = "the graph of th
     """Refuse arguments that a graph cannot respect, or outputs that it does not give. None, False and 0 ask nothing."""
     for name, value in others.items():
         asks = value is not None and not (isinstance(value, int) and value == 0)
+        if name == ENCODED_IMAGES and asks:  # transformers' generate encodes what a call gives beside its text
+            what = f"{graph} reads text alone, and the call gives images, sounds or videos"
+            raise PeftfxError(what, name, "give text alone")
         if name not in _HARMLESS and asks:
             hint = "leave it out, or call the base model" if name.startswith("output_") else "leave it out"
             raise PeftfxError(f"{graph} does not take this argument", name, hint)

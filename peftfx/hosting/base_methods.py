@@ -18,6 +18,8 @@ Acts = Callable[[Mapping[str, Any]], AbstractContextManager[Mapping[str, Any]]]
 
 #: Methods that run none of a base's modules, so that they need no adapters.
 _WITHOUT_MODULES = frozenset({"prepare_decoder_input_ids_from_labels"})
+#: Methods that only count parameters: the adapters' count too, wherever they are kept.
+COUNTS = frozenset({"num_parameters"})
 #: Methods that exchange a base's modules or tensors.
 _EXCHANGES = re.compile("(_?init|load|from|resize|prune)_|set_(in|out)put_embeddings$|post_init$")
 #: Methods that give out a base's modules, or that run them in other threads, where no adapter acts.

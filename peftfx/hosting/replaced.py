@@ -26,16 +26,20 @@ class Parameters:
 
 
 class Copy:
-    """An adapter's copy of a module's tensor, or of some rows of the tensor."""
+    """An adapter's copy of a module's tensor, or of some rows of the tensor or of a whole copy of it."""
 
-    def __init__(self, seat: CopySeat, adapter: Adapter) -> None:
+    def __init__(self, seat: CopySeat, adapter: Adapter, whole: Copy | None = None) -> None:
         self.owner, self.leaf = owner_of(adapter, seat.override.key)
         self.indices = owner_of(adapter, seat.override.indices) if seat.override.rows else None
+        self.whole = whole if seat.override.rows else None
 
     def read(self, own: Tensor) -> Tensor:
         """Return the tensor that the module reads in place of its own tensor."""
         value: Tensor = getattr(self.owner, self.leaf)
-        return value if self.indices is None else torch.index_put(own, (getattr(*self.indices),), value.to(own.dtype))
+        if self.indices is None:
+            return value
+        under = own if self.whole is None else self.whole.read(own)
+        return torch.index_put(under, (getattr(*self.indices),), value.to(under.dtype))
 
 
 class FoldedTensor:

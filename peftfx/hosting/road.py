@@ -173,7 +173,9 @@ class ModulesRoad:
         module, key = self.base.get_submodule(place.path), self.key(name)
         guests = guests_of(module)
         if isinstance(place, CopySeat):
-            guests.copies.setdefault(place.name, {})[key] = Copy(place, adapter)
+            copies = guests.copies.setdefault(place.name, {})
+            before = copies.get(key)
+            copies[key] = Copy(place, adapter, before if isinstance(before, Copy) else None)
             guests.keep(key, owner_of(adapter, place.override.key)[0])
         else:
             if isinstance(place, FoldSeat):

@@ -61,7 +61,7 @@ class C3A(DeltaMethod):
         return dataclasses.replace(self, block_size=size, block_size_pattern={})
 
     def gather(self, methods: Mapping[str, Method]) -> C3A:
-        sizes = pattern_of(methods, "block_size", self.block_size, escaped=False)
+        sizes = pattern_of(methods, "block_size", self.block_size, loose=True)
         return dataclasses.replace(self, block_size_pattern=sizes)
 
     def keys(self, site: Site) -> dict[str, str]:

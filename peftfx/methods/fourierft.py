@@ -48,7 +48,7 @@ class FourierFT(SpectralMethod):
         return dataclasses.replace(self, n_frequency=count, n_frequency_pattern={})
 
     def gather(self, methods: Mapping[str, Method]) -> FourierFT:
-        counts = pattern_of(methods, "n_frequency", self.n_frequency, escaped=False)
+        counts = pattern_of(methods, "n_frequency", self.n_frequency, loose=True)
         return dataclasses.replace(self, n_frequency_pattern=counts)
 
     def frozen(self) -> frozenset[str]:

@@ -7,7 +7,6 @@ no low-rank update. At an embedding the table is [num, dim], and `A` belongs to 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 from peftfx.contract.broadcast import adapter_dtype, row_index
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.low_rank import product
-from peftfx.contract.common.patterns import by_path, pattern_of, refuse_ranks
+from peftfx.contract.common.patterns import by_path, path_pattern, pattern_of, refuse_ranks
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -77,8 +76,7 @@ class HiRA(WeightMethod):
         """Return the rule with the ranks of the file's tensors: of HF PEFT's adapters, a later one has other ranks."""
         named = {name.rpartition("."): shape for name, shape in shapes.items()}
         ranks = {path: shape[0] for (path, _, leaf), shape in named.items() if leaf in (A, A_EMBEDDING) and shape}
-        others = {re.escape(path): r for path, r in ranks.items() if r != self.r}
-        return dataclasses.replace(self, rank_pattern=others), ""
+        return dataclasses.replace(self, rank_pattern=path_pattern(ranks, self.r)), ""
 
     @property
     def unloadable(self) -> str:

@@ -49,6 +49,7 @@ class LoKr(LycorisMethod):
     init_weights: bool | Literal["lycoris"] = True
 
     peft_type: ClassVar[str] = "LOKR"
+    by_size: ClassVar[frozenset[str]] = frozenset({W1, W1A, W1B, W2, W2A, W2B, T2})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
-from peftfx.contract.common.patterns import pattern_of
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
@@ -72,8 +71,11 @@ class OSF(WeightMethod):
         return dataclasses.replace(self, effective_rank=next(found, self.effective_rank), rank_pattern=None)
 
     def gather(self, methods: Mapping[str, Method]) -> OSF:
-        ranks = pattern_of(methods, "effective_rank", self.effective_rank or 0, escaped=False)
-        others = {f"^{re.escape(path)}$": rank for path, rank in ranks.items() if rank is not None}
+        others = {
+            f"^{re.escape(path)}$": m.effective_rank
+            for path, m in methods.items()
+            if isinstance(m, OSF) and m.effective_rank is not None and m.effective_rank != self.effective_rank
+        }
         return dataclasses.replace(self, rank_pattern=others or None)
 
     def frozen(self) -> frozenset[str]:

@@ -17,7 +17,7 @@ from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
 from peftfx.generation.invocation import Invocations, under_invocations
 from peftfx.graph.graph import BASE, Graph
-from peftfx.hosting.base_methods import base_method
+from peftfx.hosting.base_methods import COUNTS, base_method
 from peftfx.model.calls import AdapterCalls
 from peftfx.model.own_generation import refuse_names
 from peftfx.model.processes.gathered import gathering, whole_base
@@ -279,6 +279,8 @@ class AdaptedModel(AdapterCalls):
             value = getattr(base, name)
             if not inspect.ismethod(value):
                 return value
+            if name in COUNTS:
+                return functools.partial(value.__func__, self)
             return base_method(base, name, value, self._in_modules if self._runs_in_modules() else None)  # type: ignore[arg-type]
 
     def _apply(self, fn: object, recurse: bool = True) -> AdaptedModel:

@@ -117,6 +117,10 @@ def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str
     kind = next((site.kind for site in sites if site.path == path), None)
     if hasattr(base.get_submodule(path), "parametrizations"):
         return "the model runs it with a weight that is computed from others (torch.nn.utils.parametrize)"
+    own = base.get_submodule(path)
+    names = (s.path for s in sites if s.path != path and has_module(base, s.path) and base.get_submodule(s.path) is own)
+    if kind is None and (name := next(names, "")):
+        return f"it is one module with {name}, and the model runs it under that name: name that"
     reads = sites.reads.get(path) or next((how for p, how in _inside(sites.reads, path)), "")
     if kind is not None and kind not in kinds and not reads:
         return f"it is of kind {kind} here, and the method acts on {', '.join(sorted(kinds))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from support.zoo import ZOO
 from torch import nn
 
 import peftfx
+import peftfx.runtime
 from peftfx.errors import PeftfxError, PeftfxWarning
 
 IDS = torch.randint(96, 104, (2, 5), generator=torch.Generator().manual_seed(0))  # most are new
@@ -43,6 +45,8 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         {"target_modules": ["q_proj"]},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [97, 100, 101]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [97, 100], "lm_head": [97, 100]}},
     ],
 )
 def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
@@ -73,13 +77,46 @@ def test_what_is_written_and_what_is_told(base: Path, tmp_path: Path) -> None:
         plain.save_pretrained(tmp_path / "asked", save_embedding_layers=True)
     files = {path.name: load_file(path / "adapter_model.safetensors") for path in tmp_path.iterdir() if path != base}
     assert {name for name, tensors in files.items() if table in tensors} == {"new", "asked"}
-    for rule in ("trained_tokens(token_indices=[100])", peftfx.PromptTuning(num_virtual_tokens=2)):
-        if isinstance(rule, str):
-            rule = peftfx.LoRA(r=2, target_modules=["q_proj"], trainable_token_indices=[100])
-        ours = peftfx.transform(resized(base, 1), rule)
-        with pytest.warns(
-            PeftfxWarning, match=r"cannot have the base's embeddings(.|\n)*Save the base(.|\n)*itself, too"
-        ):
-            ours.save_pretrained(tmp_path / "rows")
-        with pytest.raises(PeftfxError, match="cannot have the base's embeddings"):
-            ours.save_pretrained(tmp_path / "rows", save_embedding_layers=True)
+    ours = peftfx.transform(resized(base, 1), peftfx.PromptTuning(num_virtual_tokens=2))
+    with pytest.warns(PeftfxWarning, match=r"cannot have the base's embeddings(.|\n)*Save the base(.|\n)*itself, too"):
+        ours.save_pretrained(tmp_path / "prompt")
+    with pytest.raises(PeftfxError, match="cannot have the base's embeddings"):
+        ours.save_pretrained(tmp_path / "prompt", save_embedding_layers=True)
+
+
+ROWS = (
+    peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[97, 100, 101], task_type="CAUSAL_LM"),
+    peft.TrainableTokensConfig(token_indices=[97, 100, 101], task_type="CAUSAL_LM"),
+)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("road", ["modules", pytest.param("graph", marks=pytest.mark.further)])
+@pytest.mark.parametrize("config", ROWS, ids=lambda config: config.peft_type.value)
+def test_trained_rows_are_put_into_the_embedding_of_the_file(
+    config: peft.PeftConfig, road: Any, base: Path, tmp_path: Path
+) -> None:
+    """Rows of new tokens that are not trained are those of the file, as in `peft`: in calls, steps and merges."""
+    theirs = peft.get_peft_model(resized(base, 1), copy.deepcopy(config))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(resized(base, 2), tmp_path / "adapter", is_trainable=True)
+    ours = peftfx.load(resized(base, 2), tmp_path / "adapter", is_trainable=True, road=road)
+    for model in (theirs, ours):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    want = theirs.eval()(input_ids=IDS).logits.detach()
+    torch.testing.assert_close(ours.eval()(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+    for model, name in ((ours, "ours"), (theirs, "theirs")):
+        model.save_pretrained(str(tmp_path / name))
+    found, files = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert all(torch.allclose(found[name], files[name], atol=1e-5) for name in found.keys() & files)
+    again = peft.PeftModel.from_pretrained(resized(base, 2), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+    if road == "graph":
+        ours.export(tmp_path / "out", view="forward", merge=False)
+        got = peftfx.runtime.load(tmp_path / "out")(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    ours.merge()
+    torch.testing.assert_close(ours.remove()(input_ids=IDS).logits, want, rtol=0, atol=1e-5)

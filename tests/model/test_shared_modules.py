@@ -121,3 +121,26 @@ def test_what_merges_in_place_is_what_it_computed(tmp_path: Path) -> None:
         assert (want - plain(x)).abs().max() > 1e-3, "the adapter changes nothing"
         model.merge()
         torch.testing.assert_close(model.remove()(x), want, atol=1e-5, rtol=1e-5)
+
+
+class SecondAlone(Block):
+    """A layer under two names, which runs under its second one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = self.lin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(self.last(x)))
+
+
+def test_a_name_under_which_a_layer_does_not_run_is_told_the_other() -> None:
+    """HF PEFT puts a layer under the first name, which nothing runs: the adapter does nothing."""
+    x = torch.randn(2, 6)
+    theirs = peft.get_peft_model(SecondAlone(), peft.LoraConfig(target_modules=["lin"], init_lora_weights=False))
+    with theirs.disable_adapter():
+        plain = theirs(x)
+    torch.testing.assert_close(theirs(x), plain)
+    with pytest.raises(PeftfxError, match="lin: it is one module with last, and the model runs it under that name"):
+        peftfx.transform(SecondAlone(), LoRA(target_modules=["lin"]), inputs={"x": x})
+    peftfx.transform(SecondAlone(), LoRA(target_modules=["last"]), inputs={"x": x})

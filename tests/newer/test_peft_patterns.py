@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
+from peftfx.adapters.single_files.reading import as_peft
 from peftfx.errors import PeftfxWarning
 from peftfx.testing.setup import assert_close
 
@@ -55,6 +57,21 @@ class Nested(nn.Module):
         return self.xfirst(x)
 
 
+class Ended(nn.Module):
+    """Layers whose paths are the ends of other layers' paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Linear(12, 12)
+        self.a, self.zed = (nn.ModuleDict({"up": nn.Linear(12, 12), "down": nn.Linear(12, 12)}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.a, self.zed):
+            x = x + block["down"](torch.tanh(block["up"](self.up(x))))
+        return x
+
+
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
 INPUTS = {"x": X}
 
@@ -89,6 +106,72 @@ def test_a_pattern_acts_where_it_acts_in_peft(
         assert_close(ours.eval()(X), want, 1e-4, type(asked).__name__)
     asked = config(target_modules=NAMES, **options, **{name: keys})  # type: ignore[arg-type]
     assert trained(peftfx.transform(Nested(), asked, inputs=INPUTS)) == trained(theirs)
+
+
+#: Keys in an order that a file does not keep, and keys of one path that is the end of others.
+ENDS = ({"zed.up": 3, "up": 2}, {"up": 2, ".*up": 3}, {"^up": 2}, {"a.up": 1, "up": 2})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keys", ENDS, ids=" ".join)
+@pytest.mark.parametrize(("config", "options", "name"), CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_of_keys_that_match_one_layer_the_first_counts(
+    config: type[peft.PeftConfig], options: dict[str, object], name: str, keys: dict[str, int], tmp_path: Path
+) -> None:
+    asked = config(target_modules=["up", "down"], **options, **{name: keys})  # type: ignore[arg-type]
+    theirs = peft.get_peft_model(Ended(), asked).eval()
+    asked = config(target_modules=["up", "down"], **options, **{name: keys})  # type: ignore[arg-type]
+    assert trained(peftfx.transform(Ended(), asked, inputs=INPUTS)) == trained(theirs)
+    stir(theirs)
+    ours = peftfx.transform(copy.deepcopy(theirs), inputs=INPUTS).eval()
+    assert_close(ours(X), theirs(X), 1e-4, type(asked).__name__)
+    ours.save_pretrained(tmp_path)
+    assert_close(peftfx.load(Ended(), tmp_path, inputs=INPUTS).eval()(X), ours(X), 1e-4, "loaded")
+    if config is not peft.HiraConfig:  # peft gives a first HiRA one rank
+        assert_close(peft.PeftModel.from_pretrained(Ended(), tmp_path).eval()(X), ours(X), 1e-4, "loaded by peft")
+
+
+class WithIdle(Ended):
+    """A layer that no call runs, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(12, 12)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("config", "options", "name"), CASES, ids=lambda v: getattr(v, "__name__", None))
+def test_a_layer_that_does_not_run_keeps_its_key(
+    config: type[peft.PeftConfig], options: dict[str, object], name: str, tmp_path: Path
+) -> None:
+    asked = config(target_modules=["up", "idle"], **options, **{name: {"idle": 2}})  # type: ignore[arg-type]
+    theirs = peft.get_peft_model(WithIdle(), asked).eval()
+    stir(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    peftfx.load(WithIdle(), tmp_path / "theirs", inputs=INPUTS).save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(WithIdle(), tmp_path / "ours").eval()
+    assert_close(again(X), theirs(X), 1e-4, "all")
+    inner = [model.base_model.model.get_submodule("idle") for model in (again, theirs)]
+    assert_close(inner[0](X), inner[1](X), 1e-4, "idle")
+
+
+def test_a_single_file_gives_each_layer_its_own_alpha(tmp_path: Path) -> None:
+    tensors = {}
+    for path, alpha in (("up", 2.0), ("a.up", 4.0), ("zed.up", 4.0)):
+        tensors |= {f"{path}.lora_down.weight": torch.randn(4, 12), f"{path}.lora_up.weight": torch.randn(12, 4)}
+        tensors[f"{path}.alpha"] = torch.tensor(alpha)
+    order = sorted(tensors, key=lambda name: name.startswith("up."))
+    save_file({name: tensors[name] for name in order}, tmp_path / "own.safetensors")
+    config, own = as_peft(tmp_path / "own.safetensors", Ended())
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    save_file(own, tmp_path / "adapter" / "adapter_model.safetensors")
+    ours, want = peftfx.load(Ended(), tmp_path / "adapter", inputs=INPUTS).eval(), Ended()
+    with torch.no_grad():
+        for path, alpha in (("up", 2.0), ("a.up", 4.0), ("zed.up", 4.0)):
+            product = tensors[f"{path}.lora_up.weight"] @ tensors[f"{path}.lora_down.weight"]
+            want.get_parameter(f"{path}.weight").add_(alpha / 4 * product)
+    assert_close(ours(X), want(X), 1e-4, "scales")
 
 
 def test_a_second_hira_of_peft_has_the_ranks_of_its_pattern(tmp_path: Path) -> None:

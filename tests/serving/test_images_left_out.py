@@ -12,7 +12,8 @@ from transformers import GenerationMixin
 
 import peftfx
 from peftfx import runtime
-from peftfx.errors import PeftfxWarning
+from peftfx.bases.example_inputs import example_inputs
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.deployment.parts import sites_view
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.finding.encoder_decoder_layers import find_layers
@@ -31,6 +32,16 @@ def test_text_is_generated_and_the_images_are_said_to_be_left_out(tmp_path: Path
     text = {"input_ids": torch.tensor([[20, 21, 22, 23], [24, 25, 26, 27]])}
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     assert torch.equal(runtime.load(tmp_path / "out").generate(**text, **options), model.generate(**text, **options))
+
+
+@FURTHER
+def test_images_that_a_soft_prompt_cannot_stand_before_are_named() -> None:
+    """transformers' `generate` encodes them, and gives them under a name that no caller knows."""
+    model = build("image-text-to-text", "idefics3")
+    given = example_inputs(model)
+    adapted = peftfx.transform(model, peftfx.PromptTuning(num_virtual_tokens=2))
+    with pytest.raises(PeftfxError, match="reads text alone, and the call gives images"):
+        adapted.generate(**given, max_new_tokens=2, do_sample=False)
 
 
 def test_a_model_without_an_image_encoder_of_its_own_warns_too(tmp_path: Path) -> None:

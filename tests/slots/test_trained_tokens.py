@@ -111,7 +111,11 @@ def test_two_adapters_train_rows_of_one_table(trained: Trained, tmp_path: Path) 
     peftfx.export_adapter(adapted, tmp_path / "graph", tmp_path / "both")  # verified as it is written
 
 
-@pytest.mark.parametrize("more", [{}, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, {"trainable_token_indices": [3, 38]}],
+    ids=str,
+)
 def test_rows_have_the_embeddings_of_their_files(more: dict[str, Any], trained: Trained, tmp_path: Path) -> None:
     """Each adapter was trained on a base with an embedding of its own, which its file has; a tied head has it, too."""
     wants: dict[str | None, Tensor] = {None: trained.wants(None, IDS)}
@@ -122,6 +126,10 @@ def test_rows_have_the_embeddings_of_their_files(more: dict[str, Any], trained: 
             base.get_input_embeddings().weight[3:9].normal_()
         options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM", **more}
         model = peft.get_peft_model(base, peft.LoraConfig(**options)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
         model.save_pretrained(tmp_path / name, save_embedding_layers=True)
         with torch.no_grad():
             wants[name] = model(input_ids=IDS).logits

@@ -172,3 +172,13 @@ def test_torch_exports_an_adapted_model_strictly() -> None:
     program = torch.export.export(ours.eval(), (torch.ones(2, 6),), strict=True)
     x = torch.randn(2, 6)
     torch.testing.assert_close(program.module()(x), ours(x))
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_parameters_are_counted_with_those_of_adapters(road: Any) -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_attention_heads=2))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2))
+    want = [theirs.num_parameters(only_trainable=some) for some in (False, True)]
+    ours = peftfx.transform(theirs.unload(), peft.LoraConfig(r=2), road=road)
+    assert [ours.num_parameters(only_trainable=some) for some in (False, True)] == want

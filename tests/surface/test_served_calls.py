@@ -54,6 +54,19 @@ def test_a_mask_of_floats_is_that_of_whole_numbers(exported: Path) -> None:
         served(input_ids=IDS, attention_mask=mask * 0.5)
 
 
+def test_a_mask_shorter_than_the_text_is_refused(exported: Path) -> None:
+    """transformers takes it as a mask that hides the last tokens, and its `generate` fails."""
+    served = peftfx.runtime.load(exported)
+    decodes = served.can_generate()
+    message = "the mask tells of 3 tokens, and there are 4" if decodes else r"3 in attention_mask"
+    with pytest.raises(PeftfxError, match=message):
+        served(input_ids=IDS, attention_mask=torch.ones(2, 3))
+    if decodes:
+        cache = served(input_ids=IDS).cache
+        with pytest.raises(PeftfxError, match=r"of 4 tokens, and there are 5(.|\n)*the 4 in the cache too"):
+            served(input_ids=IDS[:, :1], attention_mask=torch.ones_like(IDS), cache=cache)
+
+
 def test_names_of_adapters_by_another_argument_are_told_theirs(exported: Path) -> None:
     with pytest.raises(PeftfxError, match=r"adapter_ids \[adapter_names\](.|\n)*adapter_ids=\[name, None"):
         peftfx.runtime.load(exported)(input_ids=IDS, adapter_names=["one", "__base__"])

@@ -110,3 +110,21 @@ def test_gradients_on_the_graph_road_are_those_of_the_model(kind: type[nn.RNNBas
         found[road] = [parameter.grad for parameter in model.adapters.parameters()]
     for got, want in zip(found["graph"], found["modules"], strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+class Packed(nn.Module):
+    """Rows that are packed by their lengths before a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Linear(4, 4), nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        rows = nn.utils.rnn.pack_padded_sequence(self.first(x), lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(rows)[0], batch_first=True)[0]
+
+
+def test_rows_packed_by_their_lengths_are_refused_by_name() -> None:
+    inputs = {"x": torch.randn(2, 5, 4), "lengths": torch.tensor([5, 3])}
+    with pytest.raises(PeftfxError, match="its code packs rows by their lengths"):
+        peftfx.transform(Packed(), peftfx.LoRA(target_modules=["first"]), inputs=inputs)

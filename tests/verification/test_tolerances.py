@@ -75,3 +75,21 @@ def test_small_probabilities_of_a_sigmoid_are_verified(bias: float, tmp_path: Pa
         if bias > -10 or name == exponential:  # a fiftieth of 6e-6 is less than ONNX Runtime's own error
             with pytest.raises(VerificationError, match=f"{name}: "):
                 verify(tmp_path / "out", wrong, [{"x": x}], atol=None, rtol=None, graph=graph)
+
+
+class Large(nn.Module):
+    """Numbers that float16 has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) * 1e5
+        return y - y
+
+
+def test_nan_in_float16_is_told_with_its_reason(tmp_path: Path) -> None:
+    adapted = peftfx.transform(Large().half(), peftfx.LoRA(r=2, target="head"), inputs={"x": torch.ones(2, 4).half()})
+    with pytest.raises(VerificationError, match=r"own code gives NaN; float16 has no numbers above 65504"):
+        adapted.export(tmp_path / "out")

@@ -37,10 +37,12 @@ def replaced_weights(
     are names that look like the base's but are the method's own: BitFit's biases are its parameters.
 
     Raises:
-        PeftfxError: tied tensors differ in the file, or the file has trained rows of a tensor and another whole tensor.
+        PeftfxError: tied tensors differ in the file, or the file has trained values of a tensor for another module.
     """
     own = dict(own_parameters(base, remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
-    adapted = {p.site.path for p in placements}
+    layers = {p.site.path for p in placements}
+    tensors = {id(own.get(f"{path}.weight")) for path in layers} - {id(None)}
+    adapted = layers | {name.removesuffix(".weight") for name, tensor in own.items() if id(tensor) in tensors}
     overrides = list(overrides)
     trained = {override.key.removeprefix(f"{SAVED}.") for override in overrides}
     everywhere = {id(own[o.name]) for o in overrides if not o.module and not o.rows and o.name in own}
@@ -58,9 +60,11 @@ def replaced_weights(
         if not _differs(weights, key, own[path]):
             weights.names.pop(key)
             continue
-        if _ROWS in key or id(own[path]) in copied:
-            other = "rows of it" if _ROWS in key else "values for another module that has it"
-            what = f"the file has a copy of this embedding that differs from the base's, and trained {other} too"
+        if id(own[path]) in copied:
+            what = (
+                "the file has a copy of this embedding that differs from the base's, and trained values for another "
+                "module that has it"
+            )
             hint = "resize the base's embedding, put the file's weight into it, and save the base; then load this"
             raise PeftfxError(what, key, hint)
         before, _ = found.setdefault(id(own[path]), (key, Override(f"{SAVED}.{path}", "", path, trained=False)))

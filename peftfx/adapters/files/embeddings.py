@@ -16,6 +16,8 @@ from peftfx.errors import PeftfxError, warn
 from peftfx.options import AUTO
 from peftfx.sharding import is_part
 
+_LAYER = ".base_layer"
+
 
 def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, where: str) -> dict[str, Tensor]:
     """Return the base's embeddings that an adapter's file is to have, by their names in HF PEFT's file.
@@ -49,13 +51,14 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
             "itself, too (get_base_model().save_pretrained(DIR)), and load the adapter on that"
         )
         return {}
-    copied = {id(_parameter(base, override.name)) for override in adapter.overrides if not override.module}
-    adapted = {p.known_as or p.site.path for p in adapter.placements.weights}
+    whole = [override for override in adapter.overrides if not (override.module or override.rows)]
+    copied = {id(_parameter(base, override.name)) for override in whole}
+    layers = _layers(base, adapter)
     found = {}
     for name, tensor in tables.items():
         path, _, leaf = name.rpartition(".")
         if id(tensor) not in copied:
-            found[f"{path}.base_layer.{leaf}" if path in adapted else name] = tensor
+            found[f"{path}{layers.get(path, layers.get(id(tensor), ''))}.{leaf}"] = tensor
     if resized and found:
         warn(f"{where}: the file has the base's embeddings, too, for it was resized from {before} tokens after loading")
     return found
@@ -69,12 +72,20 @@ def _tables(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{path}.{name}", p) for name, p in module._parameters.items() if p is not None)
 
 
+def _layers(base: nn.Module, adapter: Adapter) -> dict[object, str]:
+    """Return what HF PEFT has around modules, as in its files, by their paths, or by the ids of tied tensors."""
+    found: dict[object, str] = {p.known_as or p.site.path: _LAYER for p in adapter.placements.weights}
+    overrides = [(o, f".token_adapter{_LAYER}") for rule in adapter.placed for o in rule.overrides]
+    for override, around in (*overrides, *((o, _LAYER) for p in adapter.placements for o in p.copies)):
+        if override.rows:
+            found[override.module or id(_parameter(base, override.name))] = around
+    return found
+
+
 def _obstacle(base: nn.Module, adapter: Adapter) -> str:
     """Return why the file of an adapter cannot have the base's embeddings; empty if it can."""
     if adapter.placements.prompts:
         return "a prompt's file has the prompt alone"
-    if any(override.rows for override in adapter.overrides):
-        return "it has trained rows of one"
     if any(is_part(tensor) for _, tensor in _tables(base)):
         return "they are sharded over processes"
     if any(tensor.is_meta for _, tensor in _tables(base)):

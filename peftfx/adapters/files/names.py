@@ -10,6 +10,8 @@ from torch import nn
 from peftfx.bases.guests import own_modules
 from peftfx.contract.override import SAVED, Override
 
+_ROWS = ".token_adapter"  #: HF PEFT's layer around the trained rows of a tensor, under the module's path
+
 
 def name_of(path: str, suffix: str) -> str:
     """Return a tensor's name in a file, from its module `path` and its `suffix`."""
@@ -17,12 +19,24 @@ def name_of(path: str, suffix: str) -> str:
 
 
 def override_name(override: Override, adapted: set[str]) -> str:
-    """Return HF PEFT's name of a trained tensor of the base: in an adapted module, the name of its `base_layer`."""
+    """Return HF PEFT's name of a copy of a tensor of the base: in an adapted module, the name of its `base_layer`.
+
+    `adapted` has the paths of HF PEFT's layers; `PATH.token_adapter` is the one around trained rows.
+    """
     name = override.key.removeprefix(f"{SAVED}.")
     path, _, leaf = name.rpartition(".")
     if override.rows:
-        return f"{path}.token_adapter.{leaf}"
+        return f"{path}{_ROWS}.{leaf}"
+    if f"{path}{_ROWS}" in adapted:
+        return f"{path}{_ROWS}.base_layer.{leaf}"
     return f"{path}.base_layer.{leaf}" if path in adapted else name
+
+
+def row_layers(overrides: Iterable[Override]) -> Iterator[str]:
+    """Yield the paths of HF PEFT's layers around the rows that a rule trains."""
+    for override in overrides:
+        if override.rows:
+            yield f"{override.key.removeprefix(f'{SAVED}.').rpartition('.')[0]}{_ROWS}"
 
 
 def inner_layers(names: Iterable[str]) -> Iterator[str]:

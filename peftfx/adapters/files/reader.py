@@ -193,6 +193,7 @@ def _places_in(weights: Weights, method: Method, base: nn.Module, sites: Sites) 
     able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
     possible = [placement_at(method, base, site) for site in able]
     marks = {end.partition(".")[0] for p in (*possible, *_other_kinds(possible)) for end in p.file_suffixes().values()}
+    marks |= method.by_size if possible else frozenset()
     placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
     targeted = _targeted(base, method, sites)
     left_out = _left_out(placements, targeted, method, base)

@@ -13,10 +13,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peftfx.adapters.adapter import UNKNOWN, Adapter, shared_key
+from peftfx.adapters.adapter import UNKNOWN, Account, Adapter, shared_key
 from peftfx.adapters.files.embeddings import embeddings_beside
 from peftfx.adapters.files.model_card import write_card
-from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, override_name
+from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, named_modules, override_name, row_layers
 from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
@@ -31,6 +31,7 @@ from peftfx.files import write_file, writing
 from peftfx.formats import RULES, with_version
 from peftfx.options import AUTO
 from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
+from peftfx.sites.site import WeightSite
 
 
 def save_adapters(
@@ -184,10 +185,10 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
         methods[placement.known_as or path] = method
     tensors |= other_projections(base, methods, tensors.values())
     account = adapter.accounts.get(number)
-    adapted = methods.keys() | set(inner_layers(account.taken if account else ()))
+    adapted = {*methods, *row_layers(rule.overrides), *inner_layers(account.taken if account else ())}
     tensors |= {override_name(override, adapted): adapter.get(override.key) for override in rule.overrides}
     methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}
-    gathered = named_by.gather(methods)
+    gathered = named_by.gather(methods | _idle_methods(base, rule.method, account))
     if gathered.unloadable:
         warn(f"HF PEFT cannot load these files of {type(gathered).__name__}: {gathered.unloadable}")
     config = _config(base, adapter, rule, gathered, sorted(methods))
@@ -196,6 +197,13 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     named |= {f"{prefix}{name}": t for name, t in (account.unused if account else {}).items()}
     named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys(rule.sites).items()}
     return config, {WEIGHTS: dict(_apart(named))}
+
+
+def _idle_methods(base: nn.Module, method: Method, account: Account | None) -> dict[str, Method]:
+    """Return the methods of modules that do not run, and whose tensors are saved again: patterns name them, too."""
+    paths = named_modules(account.unused, base) if account else ()
+    sites = (WeightSite(path, "linear", "linear", None, "", None, (), False, (), ()) for path in sorted(paths))
+    return {site.path: method.at(site) for site in sites}
 
 
 def _apart(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

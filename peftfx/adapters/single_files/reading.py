@@ -34,6 +34,7 @@ from peftfx.adapters.single_files.keys import (
 from peftfx.adapters.single_files.kronecker import is_kronecker, kronecker_config
 from peftfx.bases.guests import own_modules
 from peftfx.contract.common.lora.dora import MAGNITUDE
+from peftfx.contract.common.patterns import path_pattern
 from peftfx.errors import PeftfxError, warn
 
 _CONFIG_KEY = "lora_adapter_metadata"
@@ -174,8 +175,8 @@ def _config(own: Mapping[str, Parts], modules: Mapping[str, nn.Module], path: Pa
     config: dict[str, object] = {
         "r": r,
         "target_modules": _targets(own, modules),
-        "rank_pattern": {place: n for place, n in ranks.items() if n != r},
-        "alpha_pattern": {place: a for place, a in alphas.items() if a != alpha},
+        "rank_pattern": path_pattern(ranks, r),
+        "alpha_pattern": path_pattern(alphas, alpha),
     }
     if products:
         return {"peft_type": "LOKR", "alpha": alpha, **options, **config}

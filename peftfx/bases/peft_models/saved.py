@@ -73,7 +73,19 @@ def _save(model: Any, name: str, directory: Path) -> Path:
     except Exception as error:
         what = f"peft cannot write this {model.peft_config[name].peft_type} adapter: {first_line(error)}"
         raise PeftfxError(what, name, "call delete_adapter(NAME) of the PeftModel first") from error
-    return directory if name == "default" else directory / name
+    folder = directory if name == "default" else directory / name
+    _order_patterns(folder / _CONFIG, model.peft_config[name])
+    return folder
+
+
+def _order_patterns(file: Path, config: Any) -> None:
+    """Give the patterns of a written config their order in memory: of keys that match one layer, the first counts."""
+    written = json.loads(file.read_text(encoding="utf-8"))
+    for field, value in written.items():
+        own = getattr(config, field, None)
+        if isinstance(own, dict) and isinstance(value, dict) and own.keys() == value.keys():
+            written[field] = {key: value[key] for key in own}
+    file.write_text(json.dumps(written), encoding="utf-8")
 
 
 def _frozen(model: nn.Module, adapter: str) -> tuple[str, ...]:

@@ -52,11 +52,29 @@ def by_loose_path(patterns: Mapping[str, float], option: str, path: str, default
     return patterns.get(next(found, path), default)
 
 
-def pattern_of(methods: Mapping[str, Method], name: str, default: N, *, escaped: bool = True) -> dict[str, N]:
+def pattern_of(methods: Mapping[str, Method], name: str, default: N, *, loose: bool = False) -> dict[str, N]:
     """Return a pattern from each module path to its method's value of an option, where that is not `default`.
 
-    Keys are escaped for a regular expression. If not `escaped`, they are plain paths: some methods of HF PEFT do not
-    read a whole path as an expression.
+    Args:
+        methods: the method of each module path.
+        name: the option.
+        default: its value elsewhere.
+        loose: whether the keys are read as `by_loose_path` reads them.
     """
-    own = {path: getattr(method, name) for path, method in methods.items()}
-    return {re.escape(path) if escaped else path: value for path, value in own.items() if value != default}
+    return path_pattern({path: getattr(method, name) for path, method in methods.items()}, default, loose=loose)
+
+
+def path_pattern(values: Mapping[str, N], default: N, *, loose: bool = False) -> dict[str, N]:
+    """Return a pattern that gives each module path its own value, and no other path that one.
+
+    A key also matches each longer path that ends with it. Where one of `values` has such a path, the key is written so
+    that it matches its own path alone. Files sort keys, so the order of keys cannot decide.
+    """
+    ends = {path[at + 1 :] for path in values for at, letter in enumerate(path) if letter == "."}
+
+    def key(path: str) -> str:
+        if loose:  # no dot before the key, and an alternative that nothing matches
+            return rf"(?!)|{re.escape(path)}" if path in ends else path
+        return f"^{re.escape(path)}" if path in ends else re.escape(path)
+
+    return {key(path): value for path, value in values.items() if value != default}

@@ -12,7 +12,7 @@ from peftfx.bases.processors.image_size import processor_file
 from peftfx.bases.processors.padding import lacks_padding
 from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
-from peftfx.views.capturing.raised import line_of, raised_at, said_by
+from peftfx.views.capturing.raised import line_of, packs, raised_at, said_by
 from peftfx.views.dry_run import fake_run
 from peftfx.views.entry import Entry, EntryCall
 
@@ -41,6 +41,9 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
             hint = _FOLDER
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
+    elif packs(error):
+        why = "its code packs rows by their lengths (torch.nn.utils.rnn.pack_padded_sequence)"
+        hint = "run the recurrent layer on the padded rows, without lengths, and take what you need behind it"
     elif unknown := _UNKNOWN.search(str(error)):
         why = f"its forward returns an object of the class {unknown[1]}, which torch.export does not know"
         hint = f"call torch.export.register_dataclass({unknown[1]}) first, or return a tuple or a dict"

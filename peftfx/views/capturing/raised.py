@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import linecache
 import sys
+import traceback
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from peftfx.graph.capturing.sizes.asking_code import quoted
 
@@ -28,6 +30,12 @@ def line_of(error: BaseException, model: nn.Module) -> str:
     files = {getattr(sys.modules.get(type(module).__module__), "__file__", None) for module in model.modules()}
     own = next(((file, line) for file, line in reversed(places) if file in files), None)
     return said if own is None or own[0] == name else f"{said}, called from {Path(own[0]).name}:{own[1]}"
+
+
+def packs(error: BaseException) -> bool:
+    """Return whether an error came through code that has rows packed by their lengths."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(isinstance(value, PackedSequence) for frame in frames for value in frame.f_locals.values())
 
 
 def said_by(error: BaseException, word: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
@@ -18,7 +17,7 @@ from peftfx.contract.common.lora.kasa import with_diagonal_in
 from peftfx.contract.common.lora.refusals import for_layers_alone, refuse_on_parameters
 from peftfx.contract.common.lora.starts import Start, is_random
 from peftfx.contract.common.low_rank import A, B, summed, weighted_sum
-from peftfx.contract.common.patterns import by_path
+from peftfx.contract.common.patterns import by_path, pattern_of
 from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError
@@ -85,8 +84,7 @@ class LoraForms(WeightMethod):
         if len(starts) > 1:
             what = f"{self.init_lora_weights} at whole modules and at parts of others cannot be saved in one directory"
             raise PeftfxError(what, "init_lora_weights", "make an adapter of each (add_adapter), or export it merged")
-        ranks = {re.escape(path): m.r for path, m in own.items() if m.r != self.r}
-        alphas = {re.escape(path): m.lora_alpha for path, m in own.items() if m.lora_alpha != self.lora_alpha}
+        ranks, alphas = pattern_of(own, "r", self.r), pattern_of(own, "lora_alpha", self.lora_alpha)
         return self._with(rank_pattern=ranks, alpha_pattern=alphas, init_lora_weights=starts.pop())
 
     def naming(self, paths: Sequence[str], modules: Sequence[str]) -> Self:
