@@ -18,7 +18,7 @@ from torch.onnx._internal.exporter import _registration
 from torch.onnx._internal.exporter._registration import OnnxDecompMeta, ONNXRegistry
 
 _collect = ONNXRegistry.from_torchlib
-_list_composites = decomp_utils._collect_all_valid_cia_ops
+_list_composites = decomp_utils._collect_all_valid_cia_ops  # type: ignore[attr-defined]
 
 
 class _Unread(OnnxDecompMeta):
@@ -74,9 +74,9 @@ def _known_composites() -> frozenset[object]:
 def collected_once() -> Iterator[None]:
     """Make torch's exporter start from what is collected, of the registry from a copy, while this context lasts."""
     ONNXRegistry.from_torchlib = staticmethod(_copied)  # type: ignore[method-assign, assignment]
-    decomp_utils._collect_all_valid_cia_ops = _known_composites  # type: ignore[assignment]
+    decomp_utils._collect_all_valid_cia_ops = _known_composites  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        decomp_utils._collect_all_valid_cia_ops = _list_composites
+        decomp_utils._collect_all_valid_cia_ops = _list_composites  # type: ignore[attr-defined]
         ONNXRegistry.from_torchlib = _collect  # type: ignore[method-assign]
