@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.captures import remembering
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from support.captures import remembering
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfx
