@@ -74,7 +74,7 @@ def _known_composites() -> frozenset[object]:
 def collected_once() -> Iterator[None]:
     """Make torch's exporter start from what is collected, of the registry from a copy, while this context lasts."""
     ONNXRegistry.from_torchlib = staticmethod(_copied)  # type: ignore[method-assign, assignment]
-    decomp_utils._collect_all_valid_cia_ops = _known_composites  # type: ignore[attr-defined]
+    decomp_utils._collect_all_valid_cia_ops = _known_composites  # type: ignore[assignment, attr-defined]
     try:
         yield
     finally:
