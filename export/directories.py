@@ -104,7 +104,7 @@ def load_directories(
     return adapted
 
 
-def _bare(model: nn.Module, view: str, road: str | None, *, sized: bool = False) -> AdaptedModel:
+def _bare(model: nn.Module, view: str, road: str | None, *, sized: bool) -> AdaptedModel:
     return bare(model, road=road, view=sites_view(model, view, sized=sized))
 
 

@@ -70,7 +70,7 @@ def add_codes(report: Report, codes: dict[str, list[Choice]]) -> None:
 
 
 def add_sizes(
-    report: Report, program: ir.Model, limits: Sequence[Limit | Decision | str], graph: Graph, prefix: str = ""
+    report: Report, program: ir.Model, limits: Sequence[Limit | Decision | str], graph: Graph, prefix: str
 ) -> None:
     """Add the sizes and sides for which a model is right, to the report and to the model's metadata."""
     told = [*map(str, limits), *fixed_images(graph.inputs)]
@@ -99,7 +99,7 @@ def add_positions(program: ir.Model, view: object, base: nn.Module) -> None:
         program.metadata_props[POSITIONS_KEY] = told
 
 
-def add_images(report: Report, program: ir.Model, view: object, prefix: str = "") -> None:
+def add_images(report: Report, program: ir.Model, view: object, prefix: str) -> None:
     """Add the values of images that are constants of their graph, to the report and to the model's metadata.
 
     In a forward, they are sides of the graph, which refuses other values itself; see `add_sizes`.
@@ -115,7 +115,7 @@ def add_images(report: Report, program: ir.Model, view: object, prefix: str = ""
     report.sizes += [f"{prefix}{value}, as the model's code reads it{of}" for value in images.fixed]
 
 
-def add_graph(report: Report, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str = "") -> None:
+def add_graph(report: Report, graph: Graph, program: ir.Model, found: list[Comparison], prefix: str) -> None:
     """Add a written graph and its comparisons. A prefix distinguishes its names from another graph's names."""
     left_out = {value.name for value in program.graph.inputs if value.is_initializer()}
     report.slots += len(left_out)

@@ -246,8 +246,9 @@ def _written(value: object) -> str:
     return json.dumps(value)
 
 
-def _few(sizes: Sequence[str], most: int = 4) -> str:
+def _few(sizes: Sequence[str]) -> str:
     """Join the first conditions on sizes, and count the others."""
+    most = 4
     return "; ".join([*sizes[:most], *([f"and {len(sizes) - most} others"] if len(sizes) > most else [])])
 
 

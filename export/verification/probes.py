@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
@@ -62,6 +63,7 @@ def probes(
         PeftfxError: the model takes none of the sizes that were tried.
         VerificationError: the captured base differs from the eager base.
     """
+    runs = accepts or functools.partial(_by_own_code, adapted, example)
     found: list[dict[str, Tensor]] = []
     nowhere: list[str] = []  #: sizes at which the model gives no numbers
     refusal: Exception | None = None
@@ -69,13 +71,8 @@ def probes(
     own = captured.sizes_of(named_tensors(example))
     tried, count = _tried(own, captured.conditions, sizes, large=is_large(adapted.base))
     for wanted, case in _cases(adapted, specs, example, captured, tried, sizes):
-        want = None
         try:
-            if accepts is not None:
-                answer = accepts(case)
-            else:
-                with as_captured(adapted.base):
-                    answer = want = eager_forward(adapted, nested(case, example))
+            answer = runs(case)
         except (VerificationError, StateError):
             raise
         except Exception as error:  # a model's code raises various errors for a size that it does not take
@@ -87,7 +84,7 @@ def probes(
             nowhere.append(_shapes(case))
             continue
         if accepts is None:
-            hold_call(captured, case, want)
+            hold_call(captured, case, answer)
         found.append(case)
         tell_share(f"{len(found)} of {count} calls by the model's own code", len(found) / (2 * count))
         if len(found) == count:
@@ -99,6 +96,11 @@ def probes(
         hint = "in Python, pass inputs=... of a call that it takes"
         raise PeftfxError(what, type(adapted.base).__name__, hint) from refusal
     return found
+
+
+def _by_own_code(adapted: AdaptedModel, example: Mapping[str, object], case: Mapping[str, Tensor]) -> object:
+    with as_captured(adapted.base):
+        return eager_forward(adapted, nested(case, example))
 
 
 def _tried(

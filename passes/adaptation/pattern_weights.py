@@ -152,7 +152,7 @@ def refuse_unfolded(graph: Graph) -> None:
         raise PeftfxError(what, why[0].path, hint)
 
 
-def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Region] = ()) -> tuple[HeldWeight, ...]:
+def held_weights(graph: Graph, placement: PatternPlacement, beside: Sequence[Region]) -> tuple[HeldWeight, ...]:
     """Return the weights and biases of layers that hold the whole effect of a method at a match.
 
     Args:

@@ -88,7 +88,7 @@ def _of_buffer(values: torch.Tensor) -> str:
     return _POSITION if counts else _TYPE
 
 
-def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow], kept: Collection[str] = ()) -> set[fx.Node]:
+def reaches_output(graph: Graph, flows: Mapping[fx.Node, Flow], kept: Collection[str]) -> set[fx.Node]:
     """Return the nodes whose values reach an output only moved, scaled, shifted or masked by constants.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from peftfx.quantisation.codes import Blocks
-from peftfx.quantisation.grids import bytes_by_row
+from peftfx.quantisation.grids import bytes_by_block
 from peftfx.quantisation.packed import Packed
 
 MARKS = ("SCB",)
@@ -27,4 +27,4 @@ def read(packed: Packed) -> Blocks:
         raise packed.wrong("its weight is laid out in tiles, not row by row")
     if weight.ndim != 2 or scales.numel() != len(weight):
         raise packed.wrong(f"the shapes do not fit: weight {list(weight.shape)}, SCB {list(scales.shape)}")
-    return bytes_by_row("bitsandbytes int8", weight, lambda: scales.reshape(-1, 1) * _STEP)
+    return bytes_by_block("bitsandbytes int8", weight, weight.shape[1], lambda: scales.reshape(-1, 1) * _STEP)

@@ -13,13 +13,6 @@ from peftfx.quantisation.codes import Blocks, Unpacked
 _MIDDLE = 128
 
 
-def bytes_by_row(
-    name: str, weight: Tensor, scales: Callable[[], Tensor], zeros: Callable[[], Tensor] | None = None
-) -> Blocks:
-    """Return blocks of int8 codes [out, in] with one scale for each row. A row's zero is int8 too."""
-    return bytes_by_block(name, weight, weight.shape[1], scales, zeros)
-
-
 def bytes_by_block(
     name: str, weight: Tensor, block: int, scales: Callable[[], Tensor], zeros: Callable[[], Tensor] | None = None
 ) -> Blocks:

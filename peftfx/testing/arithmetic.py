@@ -60,10 +60,14 @@ def by_row(case: Case, method: WeightMethod) -> None:
                 some = {name: t[rows] if name in names else t for name, t in p.items()}
                 start, now = _rows(base, rows), _rows(whole, rows)
                 got = own.fold(site, now, some) if whole is base else own.fold_over(site, start, now, some)
-                for a, b in zip(got, _rows(folded, rows), strict=True):
-                    assert (a is None) == (b is None)
-                    if a is not None and b is not None:
-                        assert_close(a, b, 1e-6, f"rows of the weight of {site.path}")
+                _assert_same(got, _rows(folded, rows), f"rows of the weight of {site.path}")
+
+
+def _assert_same(got: Base, want: Base, what: str) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert_close(a, b, 1e-6, what)
 
 
 def _rows(base: Base, rows: slice) -> Base:

@@ -58,6 +58,7 @@ def test_the_checkpoint_is_one_that_peft_loads_and_that_the_adapter_changes(chec
     assert float(difference) > 0.05
 
 
+@pytest.mark.further
 @pytest.mark.parametrize(
     "name", but_for({"PEFT + transformers.exporters"}, (n for n in CONTENDERS if n.startswith("PEFT")))
 )

@@ -123,7 +123,7 @@ def _reads(self: nn.Module, *args: object, **kwargs: Any) -> object:
     return hf.modeling_outputs.CausalLMOutput(loss=loss)
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.further)], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize(("base", "names"), BASES)
 def test_a_forward_that_is_set_on_the_model_has_the_adapter(base: Any, names: Any, kept: bool, pair: Any) -> None:
     theirs, ours = pair(base, names, None)

@@ -32,7 +32,8 @@ def theirs(name: str, *, parameters: list[str], **options: object) -> nn.Module:
     return made.eval()
 
 
-EACH = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in (*MIXTURES, *WITHOUT_GROUPS)]
+MARKS = {**dict.fromkeys({*MIXTURES} - {*QUICK}, pytest.mark.slow), "longcat_flash": pytest.mark.further}
+EACH = [pytest.param(n, marks=MARKS.get(n, ())) for n in (*MIXTURES, *WITHOUT_GROUPS)]
 
 
 @pytest.mark.parametrize("name", EACH)

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from support.few import but_for
+from support.few import but_for, but_further
 
 from peftfx import runtime
 from peftfx.errors import PeftfxError, PeftfxWarning
@@ -50,7 +50,7 @@ def saved(root: Path, dtype: torch.dtype) -> Path:
     return root
 
 
-@pytest.mark.parametrize("wanted", but_for({"fp32"}, DTYPES))
+@pytest.mark.parametrize("wanted", [*but_for({"fp32"}, ["fp32", "fp16"]), *but_further({"bf16"}, ["bf16"])])
 def test_weights_are_merged_in_float32_and_rounded_once(half: Path, wanted: str, tmp_path: Path) -> None:
     said: list[str] = []
     report = export_directory(

@@ -16,9 +16,9 @@ from peftfx.export.directories import load_directories
 
 BASES = [
     ("image-text-to-text", "llava", "CAUSAL_LM"),
-    ("image-text-to-text", "qwen2_vl", "CAUSAL_LM"),
+    pytest.param("image-text-to-text", "qwen2_vl", "CAUSAL_LM", marks=pytest.mark.further),
     ("speech-to-text", "whisper", "SEQ_2_SEQ_LM"),
-    ("speech-to-text", "voxtral", "CAUSAL_LM"),
+    pytest.param("speech-to-text", "voxtral", "CAUSAL_LM", marks=pytest.mark.further),
 ]
 
 

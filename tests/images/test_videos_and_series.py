@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as hf
 from support.adapted import randomise
+from support.few import but_further
 from support.parity import outputs
 from torch import nn
 
@@ -58,9 +59,7 @@ def build(name: str) -> nn.Module:
     return MODELS[name][0]().eval()
 
 
-@pytest.mark.parametrize(
-    "name", [n if n != "timesformer" else pytest.param(n, marks=pytest.mark.further) for n in MODELS]
-)
+@pytest.mark.parametrize("name", but_further({"timesformer", "vjepa2"}, MODELS))
 def test_it_is_exported_by_itself_as_peft_computes_it(name: str, tmp_path: Path) -> None:
     base, shape = build(name), MODELS[name][1]
     targets = [p for p, m in base.named_modules() if type(m) is nn.Linear and "predictor" not in p]  # which is not run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 from laws.choices import CHOICES, whole
 from laws.renaming import roles
 
@@ -16,9 +17,18 @@ from peftfx.testing.pool import POOL
 
 FLOAT32 = tuple(spec for spec in POOL if spec.dtype == "float32")
 PAIRS = [(law, cls) for cls in methods().values() for law in LAWS if law.is_about(cls)]
+#: Laws of passes, which know no method: a default run tries them with methods of each kind, CI with every method.
+OF_PASSES = ("remove_one", "idempotence", "commute")
+KINDS = ("LORA", "IA3", "VERA", "BOFT", "LN_TUNING", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "PREFIX_TUNING", "PEANUT")
 
 
-@pytest.mark.parametrize(("law", "cls"), PAIRS, ids=[f"{law.name}-{cls.peft_type}" for law, cls in PAIRS])
+def _marked(law: Law, cls: type[Method]) -> ParameterSet:
+    further = law.name in OF_PASSES and cls.peft_type not in KINDS
+    marks = [pytest.mark.further] if further else []
+    return pytest.param(law, cls, marks=marks, id=f"{law.name}-{cls.peft_type}")
+
+
+@pytest.mark.parametrize(("law", "cls"), [_marked(*pair) for pair in PAIRS])
 def test_a_law_holds_for_a_method(law: Law, cls: type[Method]) -> None:
     law.hold(cls, CHOICES.get(cls.peft_type), whole=whole(), quick=1)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers as hf
+from _pytest.mark.structures import ParameterSet
 from safetensors.torch import load_file, save_file
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -38,6 +39,15 @@ CASES: tuple[tuple[type[peft.PeftConfig], Mapping[str, object], str], ...] = (
     (peft.FourierFTConfig, {"n_frequency": 20}, "n_frequency_pattern"),
     (peft.WaveFTConfig, {"n_frequency": 20}, "n_frequency_pattern"),
 )
+
+
+def _cases() -> Iterator[ParameterSet]:
+    """All keys with the first option, and with each those that meet in one module."""
+    for config, options, name in CASES:
+        for keys in KEYS:
+            marks = () if (name == CASES[0][2] and config is CASES[0][0]) or len(keys) > 1 else pytest.mark.further
+            own = f"{config.__name__}-{name}-{' '.join(keys)}"
+            yield pytest.param(config, options, name, keys, id=own, marks=marks)
 
 
 class Nested(nn.Module):
@@ -89,8 +99,7 @@ def trained(model: nn.Module) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("keys", KEYS, ids=" ".join)
-@pytest.mark.parametrize(("config", "options", "name"), CASES, ids=lambda v: getattr(v, "__name__", None))
+@pytest.mark.parametrize(("config", "options", "name", "keys"), _cases())
 def test_a_pattern_acts_where_it_acts_in_peft(
     config: type[peft.PeftConfig], options: dict[str, object], name: str, keys: dict[str, int], tmp_path: Path
 ) -> None:

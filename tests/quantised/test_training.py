@@ -11,6 +11,7 @@ import torch
 from quantised import in_memory as made
 from support import quantised as q
 from support.adapted import randomise
+from support.few import but_further
 from torch import Tensor, nn
 
 import peftfx
@@ -136,7 +137,7 @@ def test_a_layer_without_a_gradient_keeps_to_the_graph_and_says_so() -> None:
     torch.testing.assert_close(gradients, others)
 
 
-@pytest.mark.parametrize("kind", PACKAGES)
+@pytest.mark.parametrize("kind", but_further({"fp4"}, PACKAGES))
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 def test_loss_and_gradients_are_those_of_peft_on_the_same_base(
     kind: str, options: dict[str, bool], tmp_path: Path
@@ -158,7 +159,7 @@ def test_loss_and_gradients_are_those_of_peft_on_the_same_base(
         assert (gradient - others[name]).abs().max() <= 2e-6 * others[name].abs().max()
 
 
-@pytest.mark.parametrize("kind", PACKAGES)
+@pytest.mark.parametrize("kind", but_further({"fp4"}, PACKAGES))
 def test_a_package_s_base_is_exported_as_it_is_and_merged(kind: str, tmp_path: Path) -> None:
     package, quantise = PACKAGES[kind]
     pytest.importorskip(package)

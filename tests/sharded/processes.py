@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.captures import remembering
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch import multiprocessing as mp
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfx
 from peftfx import sharding
+from peftfx.views import capture
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 LORA = peftfx.LoRA(r=4, target="all-linear", modules_to_save=["lm_head"])
@@ -35,6 +37,7 @@ def _run(rank: int, work: Callable[..., Any], folder: Path, args: tuple[object, 
     store, patience = f"file://{folder / 'store'}", datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     sharding.PATIENCE = datetime.timedelta(seconds=20)
+    capture._captured = remembering()
     result = work(folder, *args)
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
     dist.barrier()

@@ -12,6 +12,7 @@ from sharded.processes import LORA, in_two, llama
 from sharded.work import alone, everything, methods, refused, resumed, tokens
 
 import peftfx
+from peftfx.model.processes import gathered
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,19 @@ def test_one_process_alone_is_refused_before_it_waits_for_the_others(
     saved, exported = seen[1][0]["alone"]
     assert all("rank 1 has not called it" in said and "in every process" in said for said in (saved, exported))
     assert not (seen[0] / "none").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_gathers_a_tied_weight_once(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that gathers once more than the others waits for them for ever."""
+    base, seen = llama(), list[int]()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    monkeypatch.setattr(gathered, "is_part", lambda tensor: isinstance(tensor, torch.nn.Parameter))
+    monkeypatch.setattr(gathered, "full", lambda tensor: seen.append(id(tensor)) or tensor.detach())
+    monkeypatch.setattr(gathered, "rank", lambda: rank)
+    with gathered.whole_base(base) as whole:
+        assert (whole is not None) == (rank == 0)
+    assert sorted(seen) == sorted({id(p) for p in base.parameters()})
 
 
 @pytest.mark.slow

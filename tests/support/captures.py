@@ -17,9 +17,11 @@ from transformers import PreTrainedConfig
 from peftfx.bases.guests import GUESTS, is_guest, own_class, own_modules, own_parameters
 from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.lazy_weights import Stored
 from peftfx.graph.linking import link
 from peftfx.model.graphs.fingerprints import value_key
 from peftfx.patterns.pattern import known_patterns
+from peftfx.quantisation.coded import Coded
 from peftfx.views import capture
 from peftfx.views.view import Axes
 
@@ -114,11 +116,18 @@ def _tensors_key(model: nn.Module) -> object:
     buffers = ((n, b) for n, b in model.named_buffers(remove_duplicate=False) if not is_guest(n))
     first, found = dict[int, str](), []
     for name, tensor in (*own_parameters(model, remove_duplicate=False), *buffers):
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.device.type != "cpu":
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer, Stored, Coded) or tensor.device.type != "cpu":
             raise _Unknown
-        memory = (tensor.dtype, tuple(tensor.shape), tensor.stride())
-        found.append((name, first.setdefault(id(tensor), name), *memory))
+        memory = (type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        found.append((name, first.setdefault(id(tensor), name), *memory, _late(tensor)))
     return tuple(found)
+
+
+def _late(tensor: Tensor) -> object:
+    """Return what is read in place of a tensor whose values are made by each operator that reads them."""
+    if isinstance(tensor, Coded):
+        return tensor.codes.format, tensor.codes.shape
+    return tensor.source.dtype if isinstance(tensor, Stored) else None
 
 
 def _sizes(graph: Graph) -> list[str]:

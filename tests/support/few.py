@@ -29,6 +29,11 @@ def few(names: Iterable[str]) -> list[ParameterSet]:
     return but_for({*names} - FEW, names)
 
 
+def but_further(further: Container[str], names: Iterable[str]) -> list[ParameterSet]:
+    """Parameters: of these names, those in `further` are left to `pytest -m further`."""
+    return [pytest.param(name, marks=pytest.mark.further if name in further else ()) for name in names]
+
+
 def but_for(slow: Container[str], names: Iterable[str]) -> list[ParameterSet]:
     """Parameters: of these names, those in `slow` are left to `pytest -m slow`."""
     return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]

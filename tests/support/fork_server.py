@@ -124,6 +124,26 @@ def out_of_memory(stage: str) -> None:
     _when(stage, limit)
 
 
+def not_a_byte(output: str) -> None:
+    """Write a directory until no memory is left, not even the little that Python keeps for small objects."""
+    from peftfx.export.writing.atomic_directory import publish
+
+    held, size = [], 1 << 20
+    with publish(output) as directory:
+        for name in range(40):
+            (directory / str(name)).touch()
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now, resource.RLIM_INFINITY))
+        AT_EXIT.append(lambda: resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)))
+        while True:
+            try:
+                held.append(bytearray(size))
+            except MemoryError:
+                size //= 2
+                if size < 64:
+                    raise
+
+
 def terminate(stage: str) -> None:
     """When a stage is announced, the process gets a SIGTERM."""
     _when(stage, lambda: os.kill(os.getpid(), signal.SIGTERM))

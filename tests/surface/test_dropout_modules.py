@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 from support.adapted import randomise, trained
 from support.zoo import ZOO
 from torch import nn
@@ -38,6 +39,7 @@ def losses(model: nn.Module) -> list[float]:
     return trained(model, lambda: model(input_ids=IDS, labels=IDS).loss)
 
 
+CHANGES = {"off": set_rate(0.0), "more": set_rate(0.6), "eval": evaluate}
 CONFIGS = [
     peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.3),
     peft.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.3, use_dora=True),
@@ -46,9 +48,16 @@ CONFIGS = [
 ]
 
 
+def _cases() -> Iterator[ParameterSet]:
+    """Each change with the first method, and one with each."""
+    for config, method in zip(CONFIGS, ("LoRA", "DoRA", "VeRA", "DeLoRA"), strict=True):
+        for name, change in CHANGES.items():
+            marks = () if method == "LoRA" or name == "more" else pytest.mark.further
+            yield pytest.param(config, change, id=f"{method}-{name}", marks=marks)
+
+
 @pytest.mark.parametrize("road", ["modules", "graph"])
-@pytest.mark.parametrize("change", [set_rate(0.0), set_rate(0.6), evaluate], ids=["off", "more", "eval"])
-@pytest.mark.parametrize("config", CONFIGS, ids=["LoRA", "DoRA", "VeRA", "DeLoRA"])
+@pytest.mark.parametrize(("config", "change"), _cases())
 def test_changed_it_trains_as_in_peft(
     config: peft.PeftConfig, change: Callable[[nn.Module], None], road: str, tmp_path: Path
 ) -> None:

@@ -190,6 +190,15 @@ def test_a_translations_source_is_read_when_its_signature_is_first_asked_for() -
         assert "signature" in vars(a)
 
 
+def test_an_operator_that_is_registered_between_two_exports_is_among_the_composite_ones() -> None:
+    with torchlib.collected_once():
+        torchlib._known_composites()
+    with torch.library._scoped_library("between", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: x + x, "CompositeImplicitAutograd")
+        assert torch.ops.between.twice.default in torchlib._known_composites()
+
+
 class Placed(nn.Module):
     """Rows that are written at the places of a mask, with what is there added; the write is in place."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from support.few import but_further
 from support.zoo import ZOO
 from torch import Tensor, nn
 from transformers.image_processing_utils import select_best_resolution
@@ -21,6 +22,8 @@ import peftfx.runtime
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.decode_view import decode_view
+
+HUB = "kernels-community/flash-attn2"  #: a kernel by its name on the hub
 
 
 class Apart(nn.Module):
@@ -353,7 +356,7 @@ def test_a_classifier_over_a_decoder_without_a_padding_token_is_told_to_name_it(
     assert peftfx.transform(model, peftfx.LoRA()).names() == ("default",)
 
 
-@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("attention", but_further({HUB}, ("flex_attention", "flash_attention_2", HUB)))
 def test_attention_of_other_kernels_is_captured_as_torchs_own(attention: str, tmp_path: Path) -> None:
     """No graph has these kernels, some run on no CPU, and what they compute is the same."""
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -95,7 +95,7 @@ class Sizes:
 EVERY = Sizes()
 
 
-def find_sizes(trial: Trial, *, allow_fixed: bool = False) -> Sizes:
+def find_sizes(trial: Trial, *, allow_fixed: bool) -> Sizes:
     """Try every condition of a graph on its other side: does the model take such sizes, and is the graph right there?
 
     A condition that makes no difference is dropped. A condition that divides the sizes that the model takes is refused.

@@ -121,7 +121,7 @@ def _trial(adapted: AdaptedModel, graph: Graph, make: Make, eager: Eager, shown:
     return Trial(graph, make, eager, shown, usual, parameters, longest)
 
 
-def _fixed_sides(trial: Trial, *, allow_fixed: bool = False) -> tuple[Decision, ...]:
+def _fixed_sides(trial: Trial, *, allow_fixed: bool) -> tuple[Decision, ...]:
     """Return the decisions of a graph that no call has shown to make no difference.
 
     A decision for which no call of the other side can be made here stays. The export then refuses such calls.

@@ -60,7 +60,7 @@ class FixedValues:
         return f"{self.name} {self.tensor().tolist()}"
 
 
-def as_text(values: Sequence[FixedValues], picture: Sequence[int], counted: tuple[str, int] | None = None) -> str:
+def as_text(values: Sequence[FixedValues], picture: Sequence[int], counted: tuple[str, int] | None) -> str:
     """Return fixed values, and the picture's height and width, as JSON for a model's metadata.
 
     Args:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,8 @@ def casting_in_graph() -> Iterator[None]:
         if threading.get_ident() != thread:
             return original(self, change, recurse)
         for module in self.modules() if recurse else (self,):
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None and _changes(change, tensor):
-                        tensors[name] = change(tensor)  # type: ignore[assignment]
+            _cast(module._parameters, change)
+            _cast(module._buffers, change)
         return self
 
     nn.Module._apply = apply  # type: ignore[method-assign]
@@ -37,6 +36,12 @@ def casting_in_graph() -> Iterator[None]:
         yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
+
+
+def _cast(tensors: MutableMapping[str, Any], change: Change) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and _changes(change, tensor):
+            tensors[name] = change(tensor)
 
 
 def _changes(change: Change, tensor: Tensor) -> bool:

@@ -61,16 +61,19 @@ def whole_base(base: nn.Module) -> Iterator[nn.Module | None]:
     """
     with tempfile.TemporaryDirectory(prefix="peftfx-gathered-") as folder, unhooked(base):
         made: dict[int, Tensor] = {}
-        for _, module in own_modules(base):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if is_part(tensor) and id(tensor) not in made:
-                    assert tensor is not None
-                    value = full(tensor)
-                    if rank() == 0:
-                        kept = _kept(value, Path(folder) / str(len(made)))
-                        made[id(tensor)] = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
-                    del value
+        for tensor in _parts(base):
+            value = full(tensor)
+            if rank() == 0:
+                kept = _kept(value, Path(folder) / str(len(made)))
+                made[id(tensor)] = nn.Parameter(kept, False) if isinstance(tensor, nn.Parameter) else kept
+            del value
         yield copied(base, made) if rank() == 0 else None
+
+
+def _parts(base: nn.Module) -> list[Tensor]:
+    """Return the base's tensors of which each process has a part, each once."""
+    held = (t for _, module in own_modules(base) for t in (*module._parameters.values(), *module._buffers.values()))
+    return list({id(t): t for t in held if t is not None and is_part(t)}.values())
 
 
 def _kept(value: Tensor, file: Path) -> Tensor:
