@@ -43,6 +43,8 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         {"target_modules": ["q_proj"]},
         {"target_modules": ["q_proj", "embed_tokens"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},  # of tied ones, the head keeps the base's
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ],
 )
 def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
@@ -83,3 +85,27 @@ def test_what_is_written_and_what_is_told(base: Path, tmp_path: Path) -> None:
             ours.save_pretrained(tmp_path / "rows")
         with pytest.raises(PeftfxError, match="cannot have the base's embeddings"):
             ours.save_pretrained(tmp_path / "rows", save_embedding_layers=True)
+
+
+@pytest.mark.further
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rows_that_only_modules_without_a_copy_read(tmp_path: Path) -> None:
+    """T5's encoder and decoder read the base's rows by modules of their own: they were in no file, and read of none."""
+    ZOO["t5"].build().save_pretrained(tmp_path / "base")
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
+
+    def base(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
+        model.resize_token_embeddings(105, mean_resizing=False)
+        return model
+
+    config = peft.LoraConfig(r=4, target_modules=["q"], modules_to_save=["shared", "lm_head"], task_type="SEQ_2_SEQ_LM")
+    for adapt, name in ((peftfx.transform, "ours"), (peft.get_peft_model, "theirs")):
+        adapted = adapt(base(1), config)
+        randomise(adapted)
+        adapted.save_pretrained(str(tmp_path / name))
+        want = adapted.eval()(**inputs).logits.detach()
+        for load in (peftfx.load, peft.PeftModel.from_pretrained):
+            read = load(base(2), str(tmp_path / name)).eval()
+            torch.testing.assert_close(read(**inputs).logits, want, rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.names import name_of_base
-from peftfx.bases.guests import own_modules
+from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, warn
 from peftfx.options import AUTO
@@ -51,11 +51,16 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
         return {}
     copied = {id(_parameter(base, override.name)) for override in adapter.overrides if not override.module}
     adapted = {p.known_as or p.site.path for p in adapter.placements.weights}
+    parts = {f"{o.module}.{o.name}": f"{o.module}.original_module.{o.name}" for o in adapter.overrides if o.module}
     found = {}
     for name, tensor in tables.items():
         path, _, leaf = name.rpartition(".")
-        if id(tensor) not in copied:
+        if id(tensor) in copied:
+            continue
+        if name not in parts:
             found[f"{path}.base_layer.{leaf}" if path in adapted else name] = tensor
+        elif any(p is tensor and other not in parts for other, p in own_parameters(base, remove_duplicate=False)):
+            found[parts[name]] = tensor
     if resized and found:
         warn(f"{where}: the file has the base's embeddings, too, for it was resized from {before} tokens after loading")
     return found
