@@ -44,12 +44,12 @@ def verify(
     """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
 
     A model in bfloat16 is run as its float32 twin over the same weights (`runnable`), because ONNX Runtime's CPU
-    provider has no bfloat16 kernels. A large model is run in parts: see `peftfx.export.verification.in_parts`. Outputs
-    that are not floating-point have to be equal, or may differ (`floats_alone`). If the first two axes of an output are those of `attention_mask`, the
-    output is not compared at tokens where the mask is 0: results for padding do not matter. A model in half precision
-    that chooses experts is compared under its own choices (`peftfx.export.verification.choices`), and so is another one
-    that would be refused, or whose measured tolerance lets nearly any answer pass. If it makes no choices, a warning
-    tells of such a tolerance.
+    provider has no bfloat16 kernels. A large model is run in parts: see `peftfx.export.verification.in_parts`.
+    Outputs that are not floating-point have to be equal, or may differ (`floats_alone`). If the first two axes of
+    an output are those of `attention_mask`, the output is not compared at tokens where the mask is 0: results for
+    padding do not matter. A model in half precision that chooses experts is compared under its own choices
+    (`peftfx.export.verification.choices`), and so is another one that would be refused, or whose measured tolerance
+    lets nearly any answer pass. If it makes no choices, a warning tells of such a tolerance.
 
     Args:
         directory: the directory that `save` wrote, or the model's `.onnx` file.

@@ -62,6 +62,24 @@ def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any],
             torch.testing.assert_close(again(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_two_adapters_of_one_resized_base_act_together(base: Path, road: str, tmp_path: Path) -> None:
+    """Both files have the same rows of the base. They were refused, as if both trained them."""
+    ours = peftfx.transform(resized(base, 1), peftfx.LoRA(r=2, target_modules=["q_proj", "lm_head"]))
+    ours.add_adapter("other", peftfx.LoRA(r=2, target_modules=["v_proj"]))
+    randomise(ours)
+    ours.save_pretrained(tmp_path / "both")
+    read = peftfx.load(resized(base, 2), tmp_path / "both", road=road)
+    read.load_adapter(tmp_path / "both" / "other", "other")
+    for adapted in (ours, read):
+        adapted.set_adapter(["default", "other"])
+    torch.testing.assert_close(read.eval()(input_ids=IDS).logits, ours.eval()(input_ids=IDS).logits, rtol=0, atol=1e-5)
+    read.adapter("other").get("saved.lm_head.weight").data.add_(1.0)
+    with pytest.raises(PeftfxError, match="both"):
+        read.set_adapter(["default", "other"])
+
+
 def test_what_is_written_and_what_is_told(base: Path, tmp_path: Path) -> None:
     rule = peftfx.LoRA(r=2, target_modules=["q_proj"])
     new, plain = peftfx.transform(resized(base, 1), rule), hf.AutoModelForCausalLM.from_pretrained(base)
