@@ -63,6 +63,20 @@ def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any],
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_magnitudes_that_peft_writes_twice(base: Path, tmp_path: Path) -> None:
+    """With the embedding itself, under the name that they have in memory: the file was refused."""
+    config = peft.LoraConfig(r=4, target_modules=["model.embed_tokens"], use_dora=True, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(resized(base, 1), config)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.lora_magnitude_vector.weight" in names
+    read = peftfx.load(resized(base, 2), tmp_path / "adapter").eval()
+    want = theirs.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(read(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("road", ["modules", "graph"])
 def test_two_adapters_of_one_resized_base_act_together(base: Path, road: str, tmp_path: Path) -> None:
     """Both files have the same rows of the base. They were refused, as if both trained them."""
