@@ -172,8 +172,10 @@ class Report:
         agree = ("ONNX Runtime = torch", f"to {self.max_abs:.1e} at {shapes} unseen shapes{rounding}")
         if self.quantized:
             most = max(self.comparisons, key=lambda c: c["max_rel"], default=None)
-            output = "no output" if most is None else most["output"]
-            lost = f"up to {self.max_rel:.1e} of the largest magnitude ({output}), at {shapes} unseen shapes"
+            lost = "not measured: no output is in floating point"
+            if most is not None:
+                magnitude = f"the largest magnitude ({most['output']})"
+                lost = f"up to {self.max_rel:.1e} of {magnitude}, at {shapes} unseen shapes"
             agree = ("quantisation's error", lost)
         elif self.verified not in ("", "the model"):
             agree = (agree[0], f"{agree[1]} ({self.verified})")

@@ -167,7 +167,7 @@ class Swappable(Deployment):
             views={part.stem: FORWARD if part.seen is None else part.seen.name for part in parts},
             atol=self.atol,
             rtol=self.rtol,
-            lost=max(c.max_rel for part in parts for c in part.found) if self.rounds else None,
+            lost=max((c.max_rel for part in parts for c in part.found), default=0.0) if self.rounds else None,
             image_size=self.image_size,
             slots=tuple(dataclasses.replace(slot, graph=part.stem) for part in parts for slot in part.slots),
         ).write(directory)

@@ -33,6 +33,7 @@ def verify(
     *,
     atol: float | None = 1e-4,
     rtol: float | None = 1e-4,
+    floats_alone: bool = False,
     graph: Graph | None = None,
     shown: Shown | None = None,
     put: Mapping[str, ort.OrtValue] | None = None,
@@ -43,12 +44,12 @@ def verify(
     """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
 
     A model in bfloat16 is run as its float32 twin over the same weights (`runnable`), because ONNX Runtime's CPU
-    provider has no bfloat16 kernels. A large model is run in parts: see `peftfx.export.verification.in_parts`. Outputs
-    that are not floating-point have to be equal. If the first two axes of an output are those of `attention_mask`, the
-    output is not compared at tokens where the mask is 0: results for padding do not matter. A model in half precision
-    that chooses experts is compared under its own choices (`peftfx.export.verification.choices`), and so is another one
-    that would be refused, or whose measured tolerance lets nearly any answer pass. If it makes no choices, a warning
-    tells of such a tolerance.
+    provider has no bfloat16 kernels. A large model is run in parts: see `peftfx.export.verification.in_parts`.
+    Outputs that are not floating-point have to be equal, or may differ (`floats_alone`). If the first two axes of
+    an output are those of `attention_mask`, the output is not compared at tokens where the mask is 0: results for
+    padding do not matter. A model in half precision that chooses experts is compared under its own choices
+    (`peftfx.export.verification.choices`), and so is another one that would be refused, or whose measured tolerance
+    lets nearly any answer pass. If it makes no choices, a warning tells of such a tolerance.
 
     Args:
         directory: the directory that `save` wrote, or the model's `.onnx` file.
@@ -57,6 +58,7 @@ def verify(
         atol: the absolute tolerance.
         rtol: the tolerance relative to the largest magnitude of an output. If both are None, the tolerance is measured:
             see `peftfx.export.verification.tolerances.tolerance`.
+        floats_alone: whether outputs that are not floating-point may differ, as rounding decides near-ties.
         graph: if given, the model also has to have the inputs and axes of this graph.
         shown: selects what to compare of an output, in place of the rule for `attention_mask` above.
         put: the tensors to put into the model's slots.
@@ -85,7 +87,7 @@ def verify(
             shown=shown or functools.partial(unpadded, model.axes),
             sigmoids=frozenset() if graph is None else made_by_sigmoids(graph),
         )
-        tolerance = Tolerance(atol, rtol, sigmoids=asked.sigmoids)
+        tolerance = Tolerance(atol, rtol, sigmoids=asked.sigmoids, floats_alone=floats_alone)
         follows = None
         if tolerance.measures and not large and unrounded is None:
             follows = stack.enter_context(shown_choices(path))

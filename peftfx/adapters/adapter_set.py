@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
@@ -186,7 +187,17 @@ def _refuse_rivals(adapters: dict[str, Adapter]) -> None:
         for override in adapter.overrides:
             others = owners.setdefault(override.key, [])
             for owner, other in others:
+                if _equal_and_untrained((adapters[owner], other), (adapter, override)):
+                    continue
                 if not other.rows or set(other.rows) & set(override.rows):
                     what = f"the adapters {owner!r} and {name!r} both train their own copy of this"
                     raise PeftfxError(what, override.key.partition(".")[2], "make one of them active at a time")
             others.append((name, override))
+
+
+def _equal_and_untrained(*kept: tuple[Adapter, Override]) -> bool:
+    """Return whether two adapters have only read the same values of a tensor: those of one base that was resized."""
+    if any(override.trained for _, override in kept):
+        return False
+    one, other = (adapter.get(override.key) for adapter, override in kept)
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+import keyword
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -14,7 +17,8 @@ class _Forward:
     def __get__(self, module: fx.GraphModule | None, owner: type) -> Any:
         if module is None:
             return self
-        fx.GraphModule.recompile(module)  # this replaces the forward
+        with _reading_keywords(module.graph):
+            fx.GraphModule.recompile(module)  # this replaces the forward
         return module.forward
 
 
@@ -30,7 +34,8 @@ class _Linked(fx.GraphModule):
     @property
     def code(self) -> str:
         if vars(type(self)).get("forward") is _PENDING:
-            super().recompile()
+            with _reading_keywords(self.graph):
+                super().recompile()
         return super().code
 
     def __reduce__(self) -> Any:
@@ -44,3 +49,26 @@ def link(graph: fx.Graph, holders: Mapping[str, nn.Module]) -> fx.GraphModule:
         module.add_module(name, holder)
     module.graph = graph
     return module
+
+
+def _reading_keywords(graph: fx.Graph) -> contextlib.AbstractContextManager[None]:
+    """Have generated code read attributes that are named like Python's keywords, as `in` of a `ModuleDict`."""
+    named = {n.name: str(n.target) for n in graph.nodes if n.op == "get_attr" and _has_keyword(str(n.target))}
+
+    def transform(statements: list[str], before: Callable[[list[str]], list[str]] | None) -> list[str]:
+        statements = before(statements) if before else statements
+        return [_reading(named, statement) for statement in statements] if named else statements
+
+    return graph.on_generate_code(lambda before: functools.partial(transform, before=before))
+
+
+def _has_keyword(target: str) -> bool:
+    return any(map(keyword.iskeyword, target.split(".")))
+
+
+def _reading(named: Mapping[str, str], statement: str) -> str:
+    name, assigned, _ = statement.partition(" = ")
+    if not assigned or name not in named:
+        return statement
+    read = functools.reduce(lambda owner, part: f"getattr({owner}, {part!r})", named[name].split("."), "self")
+    return f"{name} = {read}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,12 @@ class Weights:
         """Give these values from now on, instead of those that the file has under these names."""
         self._instead |= values
         self.shapes |= {name: tuple(value.shape) for name, value in values.items()}
+
+    def repeat(self, name: str, others: Iterable[str]) -> None:
+        """Have a tensor of the file under other names, too, unless the file has them."""
+        for other in others:
+            self.names.setdefault(other, self.names[name])
+            self.shapes.setdefault(other, self.shapes[name])
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._instead:

@@ -47,6 +47,8 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
         {"target_modules": ["q_proj"], "trainable_token_indices": [97, 100, 101]},
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [97, 100], "lm_head": [97, 100]}},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},  # of tied ones, the head keeps the base's
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ],
 )
 def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
@@ -62,6 +64,38 @@ def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any],
             read.save_pretrained(str(tmp_path / "again"))
             again = peftfx.load(resized(base, 3), tmp_path / "again").eval()
             torch.testing.assert_close(again(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_magnitudes_that_peft_writes_twice(base: Path, tmp_path: Path) -> None:
+    """With the embedding itself, under the name that they have in memory: the file was refused."""
+    config = peft.LoraConfig(r=4, target_modules=["model.embed_tokens"], use_dora=True, task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(resized(base, 1), config)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.embed_tokens.lora_magnitude_vector.weight" in names
+    read = peftfx.load(resized(base, 2), tmp_path / "adapter").eval()
+    want = theirs.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(read(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_two_adapters_of_one_resized_base_act_together(base: Path, road: str, tmp_path: Path) -> None:
+    """Both files have the same rows of the base. They were refused, as if both trained them."""
+    ours = peftfx.transform(resized(base, 1), peftfx.LoRA(r=2, target_modules=["q_proj", "lm_head"]))
+    ours.add_adapter("other", peftfx.LoRA(r=2, target_modules=["v_proj"]))
+    randomise(ours)
+    ours.save_pretrained(tmp_path / "both")
+    read = peftfx.load(resized(base, 2), tmp_path / "both", road=road)
+    read.load_adapter(tmp_path / "both" / "other", "other")
+    for adapted in (ours, read):
+        adapted.set_adapter(["default", "other"])
+    torch.testing.assert_close(read.eval()(input_ids=IDS).logits, ours.eval()(input_ids=IDS).logits, rtol=0, atol=1e-5)
+    read.adapter("other").get("saved.lm_head.weight").data.add_(1.0)
+    with pytest.raises(PeftfxError, match="both"):
+        read.set_adapter(["default", "other"])
 
 
 def test_what_is_written_and_what_is_told(base: Path, tmp_path: Path) -> None:
@@ -120,3 +154,27 @@ def test_trained_rows_are_put_into_the_embedding_of_the_file(
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     ours.merge()
     torch.testing.assert_close(ours.remove()(input_ids=IDS).logits, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.further
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rows_that_only_modules_without_a_copy_read(tmp_path: Path) -> None:
+    """T5's encoder and decoder read the base's rows by modules of their own: they were in no file, and read of none."""
+    ZOO["t5"].build().save_pretrained(tmp_path / "base")
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
+
+    def base(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = hf.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base").eval()
+        model.resize_token_embeddings(105, mean_resizing=False)
+        return model
+
+    config = peft.LoraConfig(r=4, target_modules=["q"], modules_to_save=["shared", "lm_head"], task_type="SEQ_2_SEQ_LM")
+    for adapt, name in ((peftfx.transform, "ours"), (peft.get_peft_model, "theirs")):
+        adapted = adapt(base(1), config)
+        randomise(adapted)
+        adapted.save_pretrained(str(tmp_path / name))
+        want = adapted.eval()(**inputs).logits.detach()
+        for load in (peftfx.load, peft.PeftModel.from_pretrained):
+            read = load(base(2), str(tmp_path / name)).eval()
+            torch.testing.assert_close(read(**inputs).logits, want, rtol=0, atol=1e-5)

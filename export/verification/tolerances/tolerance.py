@@ -38,6 +38,7 @@ class Tolerance:
         atol, rtol: the given tolerances; measured if both are None.
         learned: for each output, the largest magnitude in each call, and the noise if it was measured.
         sigmoids: the names of the outputs that a sigmoid makes.
+        floats_alone: whether other outputs, such as classes, may differ: rounded weights decide near-ties otherwise.
         half: whether an output is in half precision.
         failure: why float64 could not be used; empty if it could.
     """
@@ -46,6 +47,7 @@ class Tolerance:
     rtol: float | None
     learned: dict[str, list[tuple[float, float | None]]] = field(default_factory=dict)
     sigmoids: frozenset[str] = frozenset()
+    floats_alone: bool = False
     half: bool = False
     failure: str = ""
 

@@ -41,7 +41,8 @@ def repeats(weights: Weights, taken: Collection[str], base: nn.Module, method: M
     - RandLoRA's bases, once for each module, although all modules share them;
     - what a saved module was before its training (`original_module`). It may have other values than the base, as the
       trained copy acts in its place;
-    - in a copy of a norm, what the modules in the norm have.
+    - in a copy of a norm, what the modules in the norm have;
+    - DoRA's magnitudes of an embedding that is in the file, too, under the name that they have in memory.
     """
     return {
         name
@@ -70,6 +71,7 @@ def _originals(weights: Weights, name: str, taken: Collection[str], base: nn.Mod
         yield from (weights[n] for n in same)
     leaf = name.rpartition(".")[2]
     yield from (weights[n] for n in taken if n == f"base_model.{leaf}" and n in weights.names)
+    yield from (weights[n] for n in taken if name == f"{n}.weight" and n in weights.names)
     if name.endswith((".base_layer.weight", ".base_layer.bias")):
         yield from _tensor(base, name.replace(".base_layer.", "."))
     for plain in {wrapped.sub("", name, count=1) for wrapped in _SAVED} - {name}:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from peftfx.adapters.files.names import override_name
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placement import Placement
@@ -31,13 +32,14 @@ def replaced_weights(
 ) -> list[Override]:
     """Return the base's tensors that the file has with other values, as overrides that are not trained.
 
-    The file has such a tensor under the base's own name, or as the `base_layer` of an adapted module. HF PEFT replaces
-    the base's tensor when it loads the file: after a vocabulary was resized, the file has the embeddings. Tensors that
-    equal the base's are dropped from `weights.names`. The others become overrides that are not trained. `own_names`
-    are names that look like the base's but are the method's own: BitFit's biases are its parameters.
+    The file has such a tensor under the base's own name, as the `base_layer` of an adapted module, or as what a saved
+    module was before its training. HF PEFT replaces the base's tensor when it loads the file: after a vocabulary was
+    resized, the file has the embeddings. Tensors that equal the base's are dropped from `weights.names`. The others
+    become overrides that are not trained, of each module by itself if another module has a trained copy of the tensor.
+    `own_names` are names that look like the base's but are the method's own: BitFit's biases are its parameters.
 
     Raises:
-        PeftfxError: tied tensors differ in the file, or the file has trained values of a tensor for another module.
+        PeftfxError: tied tensors differ in the file.
     """
     own = dict(own_parameters(base, remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     layers = {p.site.path for p in placements}
@@ -46,12 +48,15 @@ def replaced_weights(
     overrides = list(overrides)
     trained = {override.key.removeprefix(f"{SAVED}.") for override in overrides}
     everywhere = {id(own[o.name]) for o in overrides if not o.module and not o.rows and o.name in own}
-    keys = {id(own[p]): key for key in weights.names if (p := _base_name(key, own, adapted)) in trained}
+    named = {key: path for key in weights.names if (path := _base_name(key, own, adapted)) and key not in own_names}
+    keys = {id(own[path]): key for key, path in named.items() if path in trained and _COPY not in key}
     copied = {id(own[p]) for p in trained if p in own}
-    found: dict[int, tuple[str, Override]] = {}
-    for key in list(weights.names):
-        path = _base_name(key, own, adapted)
-        if path is None or path in trained or key in own_names:
+    found: dict[int, tuple[str, list[Override]]] = {}
+    for key, path in named.items():
+        rest = [name for name, tensor in own.items() if tensor is own[path] and name not in trained]
+        if path in trained and (_COPY not in key or not rest or id(own[path]) in everywhere):
+            continue  # the adapter's own; or what its copy was made of, and the base reads the copy everywhere
+        if path not in trained and _COPY in key:
             continue
         if id(own[path]) in everywhere:  # another name of a tensor that is trained: with bias="all", of a tied bias
             _refuse_apart(weights, keys.get(id(own[path]), key), key)
@@ -60,18 +65,22 @@ def replaced_weights(
         if not _differs(weights, key, own[path]):
             weights.names.pop(key)
             continue
-        if id(own[path]) in copied:
-            what = (
-                "the file has a copy of this embedding that differs from the base's, and trained values for another "
-                "module that has it"
-            )
-            hint = "resize the base's embedding, put the file's weight into it, and save the base; then load this"
-            raise PeftfxError(what, key, hint)
-        before, _ = found.setdefault(id(own[path]), (key, Override(f"{SAVED}.{path}", "", path, trained=False)))
-        if before != key:
-            _refuse_apart(weights, before, key)
-            weights.names.pop(key)
-    return [override for _, override in found.values()]
+        if id(own[path]) in found:
+            _refuse_apart(weights, found[id(own[path])][0], key)
+            if id(own[path]) not in copied:
+                weights.names.pop(key)
+        elif id(own[path]) in copied:  # another module has a copy of its own
+            found[id(own[path])] = key, [_within(name) for name in rest]
+            weights.repeat(key, [override_name(override, adapted) for override in found[id(own[path])][1]])
+        else:
+            found[id(own[path])] = key, [Override(f"{SAVED}.{path}", "", path, trained=False)]
+    return [override for _, made in found.values() for override in made]
+
+
+def _within(name: str) -> Override:
+    """Return an untrained override of one of a tensor's names, for the module that has it under this name."""
+    module, _, leaf = name.rpartition(".")
+    return Override(f"{SAVED}.{name}", module, leaf, trained=False)
 
 
 def _refuse_apart(weights: Weights, before: str, key: str) -> None:
@@ -155,10 +164,10 @@ def _base_name(key: str, own: Mapping[str, Tensor], adapted: set[str]) -> str | 
     """Return the name of the base's tensor that a key of a file stands for, or None."""
     if key in own:
         return key
-    for mark in (_ROWS, _LAYER):
+    for mark in (_ROWS, _COPY, _LAYER):
         path, found, leaf = key.partition(mark)
         name = f"{path}.{leaf}"
-        if found and name in own and (mark == _ROWS or path in adapted):
+        if found and name in own and (mark != _LAYER or path in adapted):
             return name
     return None
 

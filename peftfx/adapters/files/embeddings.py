@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.names import name_of_base
-from peftfx.bases.guests import own_modules
+from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, warn
 from peftfx.options import AUTO
@@ -51,14 +51,19 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
             "itself, too (get_base_model().save_pretrained(DIR)), and load the adapter on that"
         )
         return {}
-    whole = [override for override in adapter.overrides if not (override.module or override.rows)]
-    copied = {id(_parameter(base, override.name)) for override in whole}
+    whole = [override for override in adapter.overrides if not override.rows]
+    parts = {f"{o.module}.{o.name}": f"{o.module}.original_module.{o.name}" for o in whole if o.module}
+    copied = {id(_parameter(base, override.name)) for override in whole if not override.module}
     layers = _layers(base, adapter)
     found = {}
     for name, tensor in tables.items():
         path, _, leaf = name.rpartition(".")
-        if id(tensor) not in copied:
+        if id(tensor) in copied:
+            continue
+        if name not in parts:
             found[f"{path}{layers.get(path, layers.get(id(tensor), ''))}.{leaf}"] = tensor
+        elif any(p is tensor and other not in parts for other, p in own_parameters(base, remove_duplicate=False)):
+            found[parts[name]] = tensor
     if resized and found:
         warn(f"{where}: the file has the base's embeddings, too, for it was resized from {before} tokens after loading")
     return found

@@ -1,0 +1,73 @@
+"""Outputs that are no floating-point numbers: equal in float32, and else where nothing is rounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.export import steps
+from peftfx.export.translation import stamped
+from peftfx.export.verification.comparison import VerificationError
+from peftfx.graph.graph import Graph
+from peftfx.graph.rewriter import Rewriter
+
+
+class Classes(nn.Module):
+    """Gives the most likely of 400 classes, and whether it is likely at all; two are often nearly as likely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(32, 32), nn.Linear(32, 400)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.outer(torch.relu(self.inner(x)))
+        return {"logits": logits, "classes": logits.argmax(-1), "likely": logits.softmax(-1).amax(-1) > 0.004}
+
+
+@pytest.mark.filterwarnings("ignore:bfloat16")
+@pytest.mark.parametrize(
+    "options", [{"quantize": "int4"}, {"quantize": "int8", "max_error": 0.5}, "float16", "bfloat16"]
+)
+def test_near_ties_that_rounding_decides_are_no_error(options: Any, tmp_path: Path) -> None:
+    """They were refused: the class may differ by 0, with a tolerance of 1e+30 times the largest magnitude."""
+    torch.manual_seed(1)
+    classes, dtype = Classes().eval(), torch.float32
+    if isinstance(options, str):
+        options, dtype = {}, getattr(torch, options)
+    x = torch.randn(3, 40, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    report = peftfx.export_onnx(classes.to(dtype), tmp_path / "out", inputs={"x": x}, **options)
+    assert {c["output"] for c in report.comparisons} == {"logits"}
+    if dtype != torch.bfloat16:
+        session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": x.numpy()}), strict=True))
+        want = classes(x)
+        assert (torch.from_numpy(found["classes"]) == want["classes"]).double().mean() > 0.8
+        assert (found["classes"].dtype, found["likely"].dtype) == ("int64", "bool")
+
+
+def _least_likely(graph: Graph) -> Graph:
+    """Make the graph give the least likely class, in place."""
+    rewriter = Rewriter(graph.module.graph)
+    (best,) = (n for n in graph.nodes() if n.target is torch.ops.aten.argmax.default)
+    (logits, *others) = best.args
+    best.args = (rewriter.before(best).call(torch.ops.aten.neg.default, logits), *others)
+    graph.module.recompile()
+    return graph
+
+
+def test_wrong_ones_in_half_precision_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compared where ONNX Runtime and torch round nothing, or as they are if torch cannot do that."""
+    prepare = stamped.prepare
+    monkeypatch.setattr(stamped, "prepare", lambda graph: _least_likely(prepare(graph)))
+    x = torch.randn(3, 40, 32).half()
+    with pytest.raises(VerificationError, match=r"without rounding to half precision(.|\n)*classes"):
+        peftfx.export_onnx(Classes().eval().half(), tmp_path / "out", inputs={"x": x})
+    monkeypatch.setattr(steps, "hold_without_rounding", lambda *_, **__: False)
+    with pytest.raises(VerificationError, match=r"disagrees with the reference(.|\n)*classes"):
+        peftfx.export_onnx(Classes().eval().half(), tmp_path / "out", inputs={"x": x})
