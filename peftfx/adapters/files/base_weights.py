@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapters.files.names import override_name
+from peftfx.adapters.files.names import override_name, row_layers
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.override import SAVED, Override
 from peftfx.contract.placement import Placement
@@ -71,7 +71,8 @@ def replaced_weights(
                 weights.names.pop(key)
         elif id(own[path]) in copied:  # another module has a copy of its own
             found[id(own[path])] = key, [_within(name) for name in rest]
-            weights.repeat(key, [override_name(override, adapted) for override in found[id(own[path])][1]])
+            around = adapted | set(row_layers(overrides))
+            weights.repeat(key, [override_name(override, around) for override in found[id(own[path])][1]])
         else:
             found[id(own[path])] = key, [Override(f"{SAVED}.{path}", "", path, trained=False)]
     return [override for _, made in found.values() for override in made]
