@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import onnx_ir as ir
 import sympy
@@ -90,13 +90,20 @@ def onnx_outputs(graph: Graph) -> tuple[str, ...]:
     return tuple(f"{name}.output" if name in inputs else name for name in graph.outputs)
 
 
+def values_of_outputs(graph: Graph) -> dict[str, Any]:
+    """Return the graph's own value of each output, by its name in ONNX, without outputs that are None."""
+    (output,) = (node for node in graph.nodes() if node.op == "output")
+    named = zip(onnx_outputs(graph), output.args[0], strict=True)  # type: ignore[arg-type]
+    return {name: value for name, value in named if value is not None}
+
+
 def flatten_outputs(graph: Graph) -> tuple[str, ...]:
     """Remove outputs that are None, and turn plain numbers into tensors. Return the remaining names."""
     (output,) = (node for node in graph.nodes() if node.op == "output")
-    named = [(n, v) for n, v in zip(onnx_outputs(graph), output.args[0], strict=True) if v is not None]  # type: ignore[arg-type]
+    values = values_of_outputs(graph)
     at = Rewriter(graph.module.graph).before(output)
-    output.args = (tuple(v if isinstance(v, fx.Node) else _full(at, v) for _, v in named),)
-    return tuple(name for name, _ in named)
+    output.args = (tuple(v if isinstance(v, fx.Node) else _full(at, v) for v in values.values()),)
+    return tuple(values)
 
 
 def _full(at: Cursor, number: fx.node.Argument) -> fx.Node:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from peftfx.errors import PeftfxError
-from peftfx.export.translation.program import onnx_outputs
+from peftfx.errors import PeftfxError, listed
+from peftfx.export.translation.program import onnx_outputs, values_of_outputs
 from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
 
@@ -71,6 +71,13 @@ class Comparison:
             return f"{self.output}: {self.wrong}"
         told = f"{self.output}: {self.max_abs:.3g} absolute, {self.max_rel:.3g} relative, may be {self.bound:.3g}"
         return told if self.noise is None else f"{told}; torch itself is {self.noise:.2g} from float64"
+
+
+def uncompared(found: Iterable[Comparison], graph: Graph) -> tuple[list[str], str]:
+    """Return the outputs of a graph of which only shapes were compared, and what a user is told about them."""
+    seen = {one.output for one in found}
+    apart = [name for name in values_of_outputs(graph) if name not in seen]
+    return apart, f"{listed(apart)}: only shapes are compared, as rounded weights may decide near-ties otherwise"
 
 
 def compared(
