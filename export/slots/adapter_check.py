@@ -13,7 +13,7 @@ from peftfx.errors import warn
 from peftfx.export.slots.adapter_tensors import unrounded_prefix
 from peftfx.export.slots.reopened import reopened
 from peftfx.export.slots.served_as import served_as
-from peftfx.export.verification.comparison import uncompared
+from peftfx.export.verification.comparison import but_near_ties, uncompared
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
@@ -84,7 +84,8 @@ def check_adapter(
         unrounded=None if lost is None else plain,
         on_loose=loose.append,
     )
-    found = compare(floats_alone=lost is not None or (exactly and plain is not None))
+    lenient = lost is not None or (exactly and plain is not None)
+    found = but_near_ties(compare, loose) if lenient else compare()
     held = False
     if exactly and plain is not None:
         held = hold_without_rounding(

@@ -3,8 +3,9 @@
 In half precision torch itself is a percent or so from exact arithmetic, and a measured tolerance is a multiple of that:
 an adapter with a small effect could be lost within it. So such a model is also compared where nothing is rounded to
 half precision: torch runs in float64, and ONNX Runtime runs a twin that computes the same graph in float32. These agree
-to about 1e-6 of the largest output. Outputs that are no floating-point numbers, such as classes, are compared here
-alone: in half precision, two correct programs decide near-ties otherwise.
+to about 1e-6 of the largest output. Outputs of whole numbers, such as classes, that differ in half precision are judged
+here: two correct programs may decide near-ties otherwise.
+
 The comparison has two steps, because merged weights are rounded:
 
 1. the captured graph, in float64, is the model's own code with its adapters, in float64;
