@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from peftfx.adapters.files.swap import swap_file, swap_state
-from peftfx.adapters.files.writer import config_and_tensors, refuse_save_arguments
-from peftfx.errors import PeftfxError
+from peftfx.adapters.files.writer import refuse_save_arguments, state_of
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.by_name import refuse_left_out_sizes
 
@@ -28,10 +27,11 @@ def get_peft_model_state_dict(
         model: the adapted model.
         adapter_name: the adapter's name.
         state_dict: this model's own state, as `Accelerator.get_state_dict` returns it; another state is refused.
-        save_embedding_layers: must not be true: only the adapter's own tensors are returned.
+        save_embedding_layers: whether the base's embeddings are returned, too. By default they are, as in HF PEFT, if
+            the base was resized after it was loaded.
 
     Raises:
-        PeftfxError: there is no such adapter, or an argument asks for other tensors.
+        PeftfxError: there is no such adapter, or an argument asks for tensors that it cannot return.
 
     Example:
         >>> sorted(peftfx.get_peft_model_state_dict(adapted))[0]
@@ -39,11 +39,8 @@ def get_peft_model_state_dict(
     """
     other = state_dict is not None and not model.is_own(state_dict)
     refuse_save_arguments(True, other, save_embedding_layers, None)
-    if save_embedding_layers is True:
-        what = "the base's embeddings are no part of the adapter's state"
-        raise PeftfxError(what, "save_embedding_layers", "save_pretrained(DIR, save_embedding_layers=True) writes them")
     with model.plain():
-        return config_and_tensors(model.source, model.adapter(adapter_name))[1]
+        return state_of(model.source, model.adapter(adapter_name), save_embedding_layers, "get_peft_model_state_dict")
 
 
 def set_peft_model_state_dict(

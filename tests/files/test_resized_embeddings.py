@@ -56,6 +56,10 @@ def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any],
     ours = peftfx.transform(resized(base, 1), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options))
     randomise(ours)
     ours.save_pretrained(tmp_path / "adapter")
+    state, written = peftfx.get_peft_model_state_dict(ours), load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert state.keys() == written.keys()
+    assert all(torch.equal(state[name], written[name]) for name in state)
+    peftfx.set_peft_model_state_dict(ours, state)
     want = ours.eval()(input_ids=IDS).logits.detach()
     for load in (peftfx.load, peft.PeftModel.from_pretrained):
         read = load(resized(base, 2), str(tmp_path / "adapter")).eval()

@@ -65,7 +65,7 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
         elif any(p is tensor and other not in parts for other, p in own_parameters(base, remove_duplicate=False)):
             found[parts[name]] = tensor
     if resized and found:
-        warn(f"{where}: the file has the base's embeddings, too, for it was resized from {before} tokens after loading")
+        warn(f"{where}: the base's embeddings are saved, too, for it was resized from {before} tokens after loading")
     return found
 
 

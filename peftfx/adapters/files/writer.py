@@ -66,11 +66,9 @@ def save_adapters(
         warn_unlike_peft(base, adapters[name], str(target))
         for kind in dict.fromkeys(type(p.method).__name__ for p in adapters[name].placements.patterns):
             warn(f"{target}: peft cannot load {kind}: it acts at a pattern, which peftfx alone finds")
-        beside = embeddings_beside(base, adapters[name], embeddings, str(target))
         _, files = next(iter(rules.values()))
-        if beside:
-            prefix = adapters[name].rules[0].prefix
-            files[WEIGHTS] = dict(_apart({**{f"{prefix}{key}": t for key, t in beside.items()}, **files[WEIGHTS]}))
+        if beside := _embeddings(base, adapters[name], embeddings, str(target)):
+            files[WEIGHTS] = dict(_apart({**beside, **files[WEIGHTS]}))
         with writing(target), _folder(target):
             _write(target, rules)
             write_card(target, base, adapters[name])
@@ -103,6 +101,21 @@ def config_and_tensors(base: nn.Module, adapter: Adapter) -> tuple[dict[str, obj
         )
     config, files = contents[0]
     return config, files[WEIGHTS]
+
+
+def state_of(base: nn.Module, adapter: Adapter, embeddings: str | bool, where: str) -> dict[str, Tensor]:
+    """Return an adapter's tensors, and the base's embeddings as `embeddings_beside` has them, by HF PEFT's names.
+
+    Raises:
+        PeftfxError: the adapter has several rules, or the embeddings are asked for and cannot be there.
+    """
+    _, tensors = config_and_tensors(base, adapter)
+    return {**_embeddings(base, adapter, embeddings, where), **tensors}
+
+
+def _embeddings(base: nn.Module, adapter: Adapter, asked: str | bool, where: str) -> dict[str, Tensor]:
+    beside = embeddings_beside(base, adapter, asked, where)
+    return {f"{adapter.rules[0].prefix}{name}": tensor for name, tensor in beside.items()}
 
 
 def refuse_save_arguments(safe: bool, other_state: bool, embeddings: str | bool, initial: object) -> None:
