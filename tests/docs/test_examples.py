@@ -27,7 +27,7 @@ LAUNCHED = {  #: in two processes
 }
 SLOW = NEEDS.keys() | LAUNCHED.keys()
 APART = "train_and_export"
-FIRST = ("custom_module", "peft_to_onnx", "train_and_export")  #: what every run runs
+FIRST = ("custom_module", "peft_to_onnx")  #: what every run runs
 
 
 def _cases() -> Iterator[object]:

@@ -42,6 +42,7 @@ def test_the_package_that_is_tested_has_every_module(names: list[str]) -> None:
     assert [name for name in names if find_spec(name) is None] == []
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("links", but_for({"links", "text files"}, ["links", "text files", "nothing"]))
 def test_a_clone_has_every_module(links: str, names: list[str], tmp_path: Path) -> None:
     for folder in PACKAGES.values():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from support.adapted import randomise
+from support.few import but_further
 from torch import Tensor, nn
 
 import peftfx
@@ -103,7 +104,7 @@ def qwen() -> nn.Module:
 
 MODELS = {"qwen": qwen, "voxtral": voxtral, "flamingo": flamingo, "granite": granite}
 #: For tests of each model: the default run has one with a method that encodes sounds, and the one without.
-KINDS = [pytest.param(kind, marks=() if kind in ("qwen", "voxtral") else pytest.mark.further) for kind in MODELS]
+KINDS = but_further({*MODELS} - {"qwen"}, MODELS)
 
 
 def adapted_by_peft(kind: str, directory: Path, alpha: int = 8) -> peft.PeftModel:

@@ -356,7 +356,9 @@ def test_a_classifier_over_a_decoder_without_a_padding_token_is_told_to_name_it(
     assert peftfx.transform(model, peftfx.LoRA()).names() == ("default",)
 
 
-@pytest.mark.parametrize("attention", but_further({HUB}, ("flex_attention", "flash_attention_2", HUB)))
+@pytest.mark.parametrize(
+    "attention", but_further({"flash_attention_2", HUB}, ("flex_attention", "flash_attention_2", HUB))
+)
 def test_attention_of_other_kernels_is_captured_as_torchs_own(attention: str, tmp_path: Path) -> None:
     """No graph has these kernels, some run on no CPU, and what they compute is the same."""
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -148,7 +148,7 @@ def captured(model: nn.Module, name: str, stamp: bool) -> Graph:
     return capture(model, view.inputs(model), axes=view.axes, call=view, stamp=stamp)
 
 
-@pytest.mark.parametrize("case", but_for({*VIEWS} - {*SHORT}, VIEWS))
+@pytest.mark.parametrize("case", but_for({*VIEWS} - {*SHORT[:2]}, VIEWS))
 def test_a_graph_is_that_of_a_whole_capture(case: str, copies: list[str]) -> None:
     name, view = case.split()
     torch.manual_seed(0)
