@@ -115,9 +115,9 @@ def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str
     if not has_module(base, path):
         return ""
     kind = next((site.kind for site in sites if site.path == path), None)
-    if hasattr(base.get_submodule(path), "parametrizations"):
-        return "the model runs it with a weight that is computed from others (torch.nn.utils.parametrize)"
     own = base.get_submodule(path)
+    if hasattr(own, "parametrizations"):
+        return "the model runs it with a weight that is computed from others (torch.nn.utils.parametrize)"
     names = (s.path for s in sites if s.path != path and has_module(base, s.path) and base.get_submodule(s.path) is own)
     if kind is None and (name := next(names, "")):
         return f"it is one module with {name}, and the model runs it under that name: name that"

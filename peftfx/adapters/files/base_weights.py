@@ -51,9 +51,12 @@ def replaced_weights(
     named = {key: path for key in weights.names if (path := _base_name(key, own, adapted)) and key not in own_names}
     keys = {id(own[path]): key for key, path in named.items() if path in trained and _COPY not in key}
     copied = {id(own[p]) for p in trained if p in own}
+    untrained: dict[int, list[str]] = {}
+    for name in (name for name in own if name not in trained):
+        untrained.setdefault(id(own[name]), []).append(name)
     found: dict[int, tuple[str, list[Override]]] = {}
     for key, path in named.items():
-        rest = [name for name, tensor in own.items() if tensor is own[path] and name not in trained]
+        rest = untrained.get(id(own[path]), [])
         if path in trained and (_COPY not in key or not rest or id(own[path]) in everywhere):
             continue  # the adapter's own; or what its copy was made of, and the base reads the copy everywhere
         if path not in trained and _COPY in key:
