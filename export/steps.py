@@ -26,7 +26,7 @@ from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
-from peftfx.export.verification.comparison import Comparison, VerificationError, but_near_ties, uncompared
+from peftfx.export.verification.comparison import Comparison, VerificationError, but_near_ties, only_shapes
 from peftfx.export.verification.eager.kept_casts import refuse_lost_casts
 from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
@@ -262,7 +262,7 @@ class ExportSteps:
             on_loose=loose.append,
         )
         try:
-            found = but_near_ties(compare, loose) if self.asked.rounds or measures else compare()
+            found, differs = but_near_ties(compare, loose) if self.asked.rounds or measures else (compare(), None)
         except VerificationError:
             if self.brief:  # the cause may be a branch on a size of 1, which the whole trial names
                 self._sizes(part)
@@ -280,12 +280,10 @@ class ExportSteps:
                 shown_of(part),
                 sigmoids=made_by_sigmoids(part.exported),
             )
-        apart, only_shapes = uncompared(found, part.graph)
-        if apart and measures and not exact:
-            loose.clear()
-            found = compare()
-        elif apart and self.asked.rounds:
-            loose.append(only_shapes)
+        if differs and measures and not exact:
+            raise differs
+        if differs and self.asked.rounds:
+            loose.append(only_shapes(found, part.graph))
         for told in () if exact else loose:
             warn(told)
         return found

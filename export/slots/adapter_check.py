@@ -13,7 +13,7 @@ from peftfx.errors import warn
 from peftfx.export.slots.adapter_tensors import unrounded_prefix
 from peftfx.export.slots.reopened import reopened
 from peftfx.export.slots.served_as import served_as
-from peftfx.export.verification.comparison import but_near_ties, uncompared
+from peftfx.export.verification.comparison import but_near_ties, only_shapes
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
@@ -85,7 +85,7 @@ def check_adapter(
         on_loose=loose.append,
     )
     lenient = lost is not None or (exactly and plain is not None)
-    found = but_near_ties(compare, loose) if lenient else compare()
+    found, differs = but_near_ties(compare, loose) if lenient else (compare(), None)
     held = False
     if exactly and plain is not None:
         held = hold_without_rounding(
@@ -100,12 +100,10 @@ def check_adapter(
             sigmoids=made_by_sigmoids(plain.graph),
             put=put,
         )
-    apart, only_shapes = uncompared(found, graph)
-    if apart and exactly and not held:
-        loose.clear()
-        found = compare()
-    elif apart and lost is not None:
-        loose.append(only_shapes)
+    if differs and exactly and not held:
+        raise differs
+    if differs and lost is not None:
+        loose.append(only_shapes(found, graph))
     for told in () if held else loose:
         warn(told)
     _tell_loss(max((c.max_rel for c in found), default=0.0), lost, path)

@@ -73,25 +73,30 @@ class Comparison:
         return told if self.noise is None else f"{told}; torch itself is {self.noise:.2g} from float64"
 
 
-def but_near_ties(compare: Callable[..., list[Comparison]], told: list[str]) -> list[Comparison]:
+def but_near_ties(
+    compare: Callable[..., list[Comparison]], told: list[str]
+) -> tuple[list[Comparison], VerificationError | None]:
     """Compare all outputs, or only those in floating point if others differ: rounding may decide near-ties of these.
 
     Args:
         compare: compares them, and takes `floats_alone`.
         told: what `compare` says; of a comparison that failed it is removed.
+
+    Returns:
+        The comparisons, and the error that says what differs if it is not in floating point.
     """
     try:
-        return compare()
-    except VerificationError:
+        return compare(), None
+    except VerificationError as error:
         told.clear()
-        return compare(floats_alone=True)
+        return compare(floats_alone=True), error
 
 
-def uncompared(found: Iterable[Comparison], graph: Graph) -> tuple[list[str], str]:
-    """Return the outputs of a graph of which only shapes were compared, and what a user is told about them."""
+def only_shapes(found: Iterable[Comparison], graph: Graph) -> str:
+    """Return what a user is told about the outputs of a graph that are not among what was found."""
     seen = {one.output for one in found}
     apart = [name for name in values_of_outputs(graph) if name not in seen]
-    return apart, f"{listed(apart)}: only shapes are compared, as rounded weights may decide near-ties otherwise"
+    return f"{listed(apart)}: only shapes are compared, as rounded weights may decide near-ties otherwise"
 
 
 def compared(
