@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 from support.captures import own_capture, remembering
 from support.command import peftfx as peftfx
@@ -28,6 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """`--update-golden`: what is held to a golden file is written there instead."""
     parser.addoption("--update-golden", action="store_true", help="write golden files anew")
     parser.addoption("--capture-each", action="store_true", help="capture each model, seen before or not")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test draws at random is the same in each run, whichever tests ran before it."""
+    transformers.set_seed(0)
 
 
 def pytest_collection_finish() -> None:
