@@ -9,7 +9,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import transformers as hf
 from support.zoo import ZOO
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from peftfx import PeftfxError
 from peftfx.adapters.files import accounts
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
+from peftfx.errors import PeftfxWarning
 from peftfx.export import OnnxModel
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
@@ -278,13 +278,25 @@ def test_a_bias_at_a_layer_whose_code_reads_none_is_held_against_its_graph(
     assert plain.export(tmp_path / "plain", merge=merge).reference.startswith("the model's own code")
 
 
+class Idle(nn.Module):
+    """Two layers, of which one never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
 def test_a_module_that_never_runs_is_named_in_the_report(tmp_path: Path) -> None:
-    config = hf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, pad_token_id=0)
-    model = hf.T5ForConditionalGeneration(config).eval()
-    adapted = stirred(peftfx.transform(model, peftfx.LoRA(r=2, target="all-linear"), seed=0))
-    adapted.adapter("default").named = frozenset({"shared"})
-    report = adapted.export(tmp_path / "out", view="auto")
-    assert report.idle in ([], ["shared"])
+    made = peft.get_peft_model(Idle(), peft.LoraConfig(r=2, target_modules=["used", "spare"], init_lora_weights=False))
+    made.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.warns(PeftfxWarning, match="no call of the model runs"):
+        adapted = peftfx.load(Idle(), tmp_path / "adapter", inputs={"x": torch.randn(3, 6)})
+    report = adapted.export(tmp_path / "out")
+    assert report.idle == ["spare"]
+    assert "never run: 1 modules with an adapter: spare" in str(report)
 
 
 class Counts(nn.Module):
