@@ -173,7 +173,7 @@ def leaving(
 def split_heads(y: Tensor, rows: tuple[tuple[int, int], ...], heads: int) -> Tensor:
     """Cut the given `rows` of a layer's output [1, n, rows of the layer] into heads: [heads, n, features]."""
     own = Block.of(Part("", rows), y.shape[-1]).take(y, -1)
-    return own.squeeze(0).unflatten(-1, (heads, -1)).transpose(0, 1)
+    return own.squeeze(0).unflatten(-1, (heads, own.shape[-1] // heads)).transpose(0, 1)
 
 
 def unstack(x: Tensor, heads: Heads) -> Tensor:

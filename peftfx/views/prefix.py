@@ -73,7 +73,8 @@ class Prefix(Entry):
             given[_positions(self.decodes)] = positions + count
         if isinstance(types := given.get(self.types), Tensor):
             given[self.types] = after_prefix(types, count, self.plain)
-        table = hole.unflatten(1, (2 * self.layers, self.heads, -1)).permute(1, 2, 0, 3)
+        width = hole.shape[1] // (2 * self.layers * self.heads)  # of a hole without rows, -1 could be any number
+        table = hole.unflatten(1, (2 * self.layers, self.heads, width)).permute(1, 2, 0, 3)
         rows = table.expand(_batch(arguments), *table.shape).unbind(1)
         cache = _filled(rows)
         output = call(base, {**given, _CACHE: _beside_encoder(cache) if self.decodes else cache})
