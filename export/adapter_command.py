@@ -9,6 +9,7 @@ from typing import Unpack
 
 import torch
 
+from peftfx.adapters.files.base_weights import resize_vocabulary
 from peftfx.bases.load import load_base
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.sentences.encoder import as_sentence_encoder
@@ -26,7 +27,8 @@ from peftfx.files import is_folder
 from peftfx.graph.slots import Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
-from peftfx.rules.peft_files import read_adapter_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
+from peftfx.rules.tied_copies import method_of_file
 
 
 @takes(AdapterDirectoryOptions)
@@ -66,6 +68,7 @@ def export_adapter_directories(
         _refuse_head(folder, manifest.model)
     say("load")
     model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
+    resize_vocabulary(model, [_weights(rule) for adapter, _ in given for rule in rule_folders(adapter)])
     sentences = SentenceModules.found([Path(graph)])  # None unless the graph embeds sentences
     adapted = bare(model if sentences is None else as_sentence_encoder(model, sentences.build()))
     names = [f"adapter_{i}" for i in range(len(given))]
@@ -98,6 +101,11 @@ def _refuse_head(folder: Path, model: str) -> None:
         task = PEFT_TASKS[kind]
         what = f"this adapter brings a head for {task}, and the graph is of {model}, which has none"
         raise PeftfxError(what, str(folder), f"export a base that has one (--task {task}), or the adapter merged")
+
+
+def _weights(folder: Path) -> Weights:
+    """Return the tensors of the file in a rule's folder."""
+    return Weights(folder, method_of_file(read_adapter_config(folder), str(folder / CONFIG)).prefix)
 
 
 def _weighted(text: str) -> tuple[Path, float | None]:

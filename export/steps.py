@@ -26,7 +26,7 @@ from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
-from peftfx.export.verification.comparison import Comparison, VerificationError, but_near_ties, only_shapes
+from peftfx.export.verification.comparison import Comparison, VerificationError, but_near_ties
 from peftfx.export.verification.eager.kept_casts import refuse_lost_casts
 from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
@@ -249,7 +249,6 @@ class ExportSteps:
 
     def _compare(self, part: GraphPart, oracle: Oracle, directory: Path) -> list[Comparison]:
         atol, rtol = tolerances(self.asked)
-        loose, exact = list[str](), False
         measures = atol is None and rtol is None and not self.passes and runs_without_rounding(self.adapted.base)
         compare = functools.partial(
             verify,
@@ -259,34 +258,35 @@ class ExportSteps:
             rtol=rtol,
             graph=part.graph,
             shown=shown_of(part),
-            on_loose=loose.append,
         )
+        hold = functools.partial(self._hold_without_rounding, part, oracle, directory) if measures else None
         try:
-            found, differs = but_near_ties(compare, loose) if self.asked.rounds or measures else (compare(), None)
+            return but_near_ties(compare, part.graph, rounds=bool(self.asked.rounds), without_rounding=hold)
         except VerificationError:
             if self.brief:  # the cause may be a branch on a size of 1, which the whole trial names
                 self._sizes(part)
             raise
-        if measures:
-            bare = self.way.bare(self.adapted, part, oracle, self.example)
-            if bare is not None:
-                refuse_lost_casts(bare.code, bare.graph, oracle.largest, type(self.adapted.base).__name__)
-            exact = hold_without_rounding(
-                directory / part.file,
-                self.way.captured(self.adapted, part, oracle, self.example),
-                graph_of(with_rounded_numbers(part.exported)),
-                oracle.largest,
-                found,
-                shown_of(part),
-                sigmoids=made_by_sigmoids(part.exported),
-            )
-        if differs and measures and not exact:
-            raise differs
-        if differs and self.asked.rounds:
-            loose.append(only_shapes(found, part.graph))
-        for told in () if exact else loose:
-            warn(told)
-        return found
+
+    def _hold_without_rounding(
+        self, part: GraphPart, oracle: Oracle, directory: Path, found: Sequence[Comparison]
+    ) -> bool:
+        """Compare a written model where nothing is rounded, and say whether that could be done.
+
+        Raises:
+            VerificationError: the graph, or ONNX Runtime with it, computes something else.
+        """
+        bare = self.way.bare(self.adapted, part, oracle, self.example)
+        if bare is not None:
+            refuse_lost_casts(bare.code, bare.graph, oracle.largest, type(self.adapted.base).__name__)
+        return hold_without_rounding(
+            directory / part.file,
+            self.way.captured(self.adapted, part, oracle, self.example),
+            graph_of(with_rounded_numbers(part.exported)),
+            oracle.largest,
+            found,
+            shown_of(part),
+            sigmoids=made_by_sigmoids(part.exported),
+        )
 
     def _oracle(self, part: GraphPart) -> Oracle:
         return behind(self.way.oracle(self.adapted, part, self.example), self.passes, part)

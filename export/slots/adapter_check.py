@@ -13,7 +13,7 @@ from peftfx.errors import warn
 from peftfx.export.slots.adapter_tensors import unrounded_prefix
 from peftfx.export.slots.reopened import reopened
 from peftfx.export.slots.served_as import served_as
-from peftfx.export.verification.comparison import but_near_ties, only_shapes
+from peftfx.export.verification.comparison import but_near_ties
 from peftfx.export.verification.oracle import eager_oracle
 from peftfx.export.verification.sizes.search import sizes_of
 from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
@@ -66,7 +66,7 @@ def check_adapter(
     given = adapted.example if example is None else example
     oracle = eager_oracle(adapted, graph, view, given, sizes_of(adapted, view, given, allow_fixed=True))
     put = read_adapter_file(file_of(path, name, tuple(manifest.views)))[1]
-    file, shown, loose = directory / f"{name}.onnx", None if view is None else view.shown, list[str]()
+    file, shown = directory / f"{name}.onnx", None if view is None else view.shown
     lost, rtol = manifest.lost, manifest.rtol
     exactly = lost is None and manifest.atol is None and rtol is None and runs_without_rounding(adapted.base)
     stored = in_slot_dtypes(tensors, manifest.of(name))
@@ -82,30 +82,21 @@ def check_adapter(
         shown=shown,
         put=put,
         unrounded=None if lost is None else plain,
-        on_loose=loose.append,
     )
-    lenient = lost is not None or (exactly and plain is not None)
-    found, differs = but_near_ties(compare, loose) if lenient else (compare(), None)
-    held = False
+    hold = None
     if exactly and plain is not None:
-        held = hold_without_rounding(
+        exact = plain.holding(_exact(adapted, tensors))
+        hold = functools.partial(
+            hold_without_rounding,
             file,
-            CodeAndGraph(
-                oracle.reference,
-                plain.holding(_exact(adapted, tensors)),
-                CodeAndGraph(oracle.reference, plain),
-            ),
+            CodeAndGraph(oracle.reference, exact, CodeAndGraph(oracle.reference, plain)),
             plain.of(with_rounded_numbers(plain.graph)),
-            *(oracle.largest, found, shown),
+            oracle.largest,
+            shown=shown,
             sigmoids=made_by_sigmoids(plain.graph),
             put=put,
         )
-    if differs and exactly and not held:
-        raise differs
-    if differs and lost is not None:
-        loose.append(only_shapes(found, graph))
-    for told in () if held else loose:
-        warn(told)
+    found = but_near_ties(compare, graph, rounds=lost is not None, without_rounding=hold)
     _tell_loss(max((c.max_rel for c in found), default=0.0), lost, path)
 
 

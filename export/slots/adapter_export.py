@@ -15,7 +15,9 @@ from typing import Unpack
 
 from torch import Tensor
 
+from peftfx.adapters.files.embeddings import vocabulary_of
 from peftfx.bases.processors.pictures import pictures_of
+from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, listed, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_check import check_adapter, in_slot_dtypes
@@ -25,7 +27,7 @@ from peftfx.export.slots.served_as import idle_in, pictured
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes
-from peftfx.files import already_there, write_file, writing
+from peftfx.files import already_there, is_file, write_file, writing
 from peftfx.graph.fingerprint import fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import (
@@ -104,8 +106,7 @@ def export_adapter(
     if asked.atol is not None or asked.rtol is not None:
         manifest = dataclasses.replace(manifest, atol=asked.atol, rtol=asked.rtol)
     if fingerprint(adapted.base, manifest.fingerprint_version) != manifest.fingerprint:
-        what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
-        raise PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
+        raise _of_another_base(adapted, directory, manifest)
     picture, example = pictured(adapted, manifest)
     with pictures_of(picture):
         with in_eval(adapted):
@@ -124,6 +125,18 @@ def export_adapter(
             output.parent.mkdir(parents=True, exist_ok=True)
             write_file(output, write, replace=asked.force)
     return output
+
+
+def _of_another_base(adapted: AdaptedModel, directory: Path, manifest: Manifest) -> PeftfxError:
+    """Return the error for a graph whose base has other weights than the one here."""
+    what = f"the graph here is of another base ({manifest.model} from {manifest.base or 'memory'})"
+    here = vocabulary_of(getattr(adapted.base, "config", None))
+    there = vocabulary_of(read_config(directory)) if here is not None and is_file(directory / "config.json") else here
+    if there != here:
+        what += f": that has {there} tokens, and the base here has {here}"
+        hint = "save the base that has the adapter's tokens (resize_token_embeddings, save_pretrained), and export that"
+        return PeftfxError(what, str(directory), hint)
+    return PeftfxError(what, str(directory), "give the base that it was exported from, or export this one")
 
 
 def _of_adapter(graphs: tuple[str, ...], directory: Path) -> list[str] | None:

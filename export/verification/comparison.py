@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftfx.errors import PeftfxError, listed
+from peftfx.errors import PeftfxError, listed, warn
 from peftfx.export.translation.program import onnx_outputs, values_of_outputs
 from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
@@ -74,25 +74,43 @@ class Comparison:
 
 
 def but_near_ties(
-    compare: Callable[..., list[Comparison]], told: list[str]
-) -> tuple[list[Comparison], VerificationError | None]:
-    """Compare all outputs, or only those in floating point if others differ: rounding may decide near-ties of these.
+    compare: Callable[..., list[Comparison]],
+    graph: Graph,
+    *,
+    rounds: bool = False,
+    without_rounding: Callable[[Sequence[Comparison]], bool] | None = None,
+) -> list[Comparison]:
+    """Compare all outputs; where rounding may decide near-ties, judge those that are not in floating point apart.
 
     Args:
-        compare: compares them, and takes `floats_alone`.
-        told: what `compare` says; of a comparison that failed it is removed.
+        compare: compares outputs, takes `floats_alone`, and tells `on_loose` how it compares them.
+        graph: the graph whose outputs they are.
+        rounds: whether weights were rounded. Then the shapes of such outputs are compared alone, if they differ.
+        without_rounding: compares the model where nothing is rounded, given the comparisons with its rounding, and says
+            whether it could. It then decides about such outputs, and what `compare` tells is no longer of interest.
 
-    Returns:
-        The comparisons, and the error that says what differs if it is not in floating point.
+    Raises:
+        VerificationError: outputs differ.
     """
+    loose, differs = list[str](), None
     try:
-        return compare(), None
+        found = compare(on_loose=loose.append)
     except VerificationError as error:
-        told.clear()
-        return compare(floats_alone=True), error
+        if not rounds and without_rounding is None:
+            raise
+        loose.clear()
+        found, differs = compare(on_loose=loose.append, floats_alone=True), error
+    exact = without_rounding is not None and without_rounding(found)
+    if differs and not (rounds or exact):
+        raise differs
+    if differs and rounds:
+        loose.append(_only_shapes(found, graph))
+    for told in () if exact else loose:
+        warn(told)
+    return found
 
 
-def only_shapes(found: Iterable[Comparison], graph: Graph) -> str:
+def _only_shapes(found: Iterable[Comparison], graph: Graph) -> str:
     """Return what a user is told about the outputs of a graph that are not among what was found."""
     seen = {one.output for one in found}
     apart = [name for name in values_of_outputs(graph) if name not in seen]

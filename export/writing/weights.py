@@ -15,10 +15,12 @@ from onnx_ir.tensor_adapters import TorchTensor
 
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import PERM, PIECES, SOURCE
+from peftfx.export.writing.digest import Digest
 from peftfx.export.writing.finite import refuse_infinite
 from peftfx.export.writing.stream import Stream
 from peftfx.files import writing
 from peftfx.memory.pages import PAGE
+from peftfx.serving.data_file import DATA_KEY, data_end, told_data
 
 INLINE = 1024  #: bytes up to which an initializer is kept inside `model.onnx`
 LARGE = 65536  #: bytes from which a tensor starts on a page of its own, so that it can be memory-mapped
@@ -84,14 +86,16 @@ def save_together(
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         refuse_full_disk(max((place.end for place in places), default=0), path.parent)
+        told = {}
         if places:
-            _write(places, path, written or (lambda done, total: None), infinite)
+            digest = _write(places, path, written or (lambda done, total: None), infinite)
+            told[DATA_KEY] = told_data(digest, data)
         for value in _inline(models.values(), external_threshold):
             assert value.const_value is not None
             read = value.const_value.numpy()
             refuse_infinite(value, torch.from_numpy(read.copy()), infinite)
             value.const_value = ir.Tensor(read, dtype=value.const_value.dtype, name=value.const_value.name)
-        with _external(places, data, path.parent):
+        with _external(places, data, path.parent), _telling(models.values(), told):
             for name, model in models.items():
                 if _inline_size(model) > _LIMIT:
                     what, hint = "the model's graph is over protobuf's 2 GB", "lower external_threshold"
@@ -143,15 +147,19 @@ def _inline(models: Iterable[ir.Model], threshold: int) -> Iterator[ir.Value]:
             yield value
 
 
-def _write(places: Sequence[_Place], path: Path, written: Written, infinite: Collection[str] | None) -> None:
+def _write(places: Sequence[_Place], path: Path, written: Written, infinite: Collection[str] | None) -> str:
+    """Write the tensors, and the digest at the end. Return the digest."""
     own = [place for place in places if not place.shared]
-    total = own[-1].end
+    total, digest = own[-1].end, Digest()
     with Stream(path) as stream:
         for place in own:
             stream.pad(place.offset)
             for part in _bytes(place, infinite):
+                digest.update(part)
                 stream.write(part)
             written(place.end, total)
+        stream.write(memoryview(data_end(digest.hexdigest())))
+    return digest.hexdigest()
 
 
 def _bytes(place: _Place, infinite: Collection[str] | None) -> Iterator[memoryview]:
@@ -169,6 +177,20 @@ def _bytes(place: _Place, infinite: Collection[str] | None) -> Iterator[memoryvi
         value = part.detach().cpu().contiguous()
         refuse_infinite(place.value, value, infinite)
         yield memoryview(value.reshape(-1).view(torch.uint8).numpy())
+
+
+@contextmanager
+def _telling(models: Iterable[ir.Model], told: Mapping[str, str]) -> Iterator[None]:
+    """Add metadata to models while this context lasts."""
+    before = [(model, dict(model.metadata_props)) for model in models]
+    for model, _ in before:
+        model.metadata_props.update(told)
+    try:
+        yield
+    finally:
+        for model, props in before:
+            model.metadata_props.clear()
+            model.metadata_props.update(props)
 
 
 @contextmanager

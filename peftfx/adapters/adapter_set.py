@@ -14,9 +14,9 @@ from torch import nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.override import Override
 from peftfx.errors import PeftfxError, nearest, shown, warn
+from peftfx.views.row_adapters import NO_ADAPTER
 
 _LONGEST = 200  #: the most bytes of an adapter's name, because the name becomes a folder's name
-NO_ADAPTER = "__base__"  #: the name that stands for no adapter, as in HF PEFT
 _NAME = re.compile(r'[^\x00-\x1f\x7f\ud800-\udfff./\\:*?"<>|]+')
 """Without dots, as in HF PEFT, because dots separate module names; and valid as a directory name on every system."""
 

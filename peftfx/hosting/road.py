@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.adapter_set import NO_ADAPTER, AdapterSet
+from peftfx.adapters.adapter_set import AdapterSet
 from peftfx.bases.guests import GUESTS
 from peftfx.contract.placement import SequencePlacement, owner_of
 from peftfx.errors import PeftfxError
@@ -25,6 +25,7 @@ from peftfx.hosting.replaced import Copy, FoldedTensor
 from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
 from peftfx.sharding import settle, share_whole
 from peftfx.views.entry import Entry
+from peftfx.views.row_adapters import NO_ADAPTER
 
 _NUMBERS = itertools.count()
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from peftfx.adapters.adapter_set import NO_ADAPTER
 from peftfx.errors import PeftfxError, shown
 from peftfx.generation.invocation import OFFSETS
 from peftfx.graph.capturing.trace_lock import TRACING
@@ -23,10 +22,11 @@ from peftfx.hosting.call_inputs import invocations, take
 from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed
 from peftfx.hosting.other_forward import run_other
 from peftfx.model.graphs.runs import Checkpoints
-from peftfx.model.own_generation import NAMES, refuse_other_count, rows_of_each
+from peftfx.model.own_generation import refuse_other_count, rows_of_each
 from peftfx.model.peft_surface import PeftSurface
 from peftfx.model.processes.gathered import gathered_for, refuse_graph
 from peftfx.views.arguments import named_arguments
+from peftfx.views.row_adapters import NAMES, NO_ADAPTER
 
 _CACHES = ("use_cache", "past_key_values")  #: arguments by which a model's own code reads or returns a cache
 LOSS = "loss"  #: the output that methods add their penalties to

@@ -138,6 +138,8 @@ class Merging(SavedAdapters):
         self._shared.changed()
         self._sites = sites
         self.ledger, self.named.folded, self.named.unfold = ledger, names, put_back
+        if left := [name for name in self.named.active if name not in names]:
+            warn(f"until unmerge_adapter calls run the merged base alone, without the active {', '.join(left)}")
 
     def unmerge_adapter(self) -> None:
         """Put the base's original tensors back in place of the weights that `merge_adapter` wrote."""

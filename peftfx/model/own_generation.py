@@ -10,8 +10,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import encodes_and_decodes
 from peftfx.errors import PeftfxError
-
-NAMES = "adapter_names"  #: the argument of a call that has an adapter's name for each row
+from peftfx.views.row_adapters import NAMES
 
 
 def refuse_names(kwargs: Mapping[str, Any]) -> None:

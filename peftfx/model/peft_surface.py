@@ -43,11 +43,12 @@ class PeftSurface(Merging):
 
     @property
     def base_model(self) -> nn.Module:
-        """The base's own inner model. As in HF PEFT, it has `update_and_allocate` if an adapter gives out ranks."""
-        if not any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules):
-            return self.base.base_model  # type: ignore[return-value]
-        inner = getattr(self.base, "base_model", self.base)
-        return TunerOfPeft(inner, self)  # type: ignore[return-value]
+        """The base's own inner model, with what HF PEFT's users call on it: `set_adapter`, `delete_adapter` and so on.
+
+        As in HF PEFT, it has `update_and_allocate` if an adapter gives out ranks.
+        """
+        allocates = any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules)
+        return TunerOfPeft(getattr(self.base, "base_model", self.base), self, allocates=allocates)  # type: ignore[return-value]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftfx.analysis.running import READ_BY_ATTENTION
@@ -116,8 +116,11 @@ def why_no_place(path: str, base: nn.Module, sites: Sites, kinds: Collection[str
         return ""
     kind = next((site.kind for site in sites if site.path == path), None)
     own = base.get_submodule(path)
+    computed = "the model runs it with a weight that is computed from others"
     if hasattr(own, "parametrizations"):
-        return "the model runs it with a weight that is computed from others (torch.nn.utils.parametrize)"
+        return f"{computed}: torch.nn.utils.parametrize.remove_parametrizations makes it a plain layer"
+    if isinstance(vars(own).get("weight"), Tensor):  # hooks set it: it is neither a parameter nor a buffer
+        return f"{computed}: torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove makes it plain"
     names = (s.path for s in sites if s.path != path and has_module(base, s.path) and base.get_submodule(s.path) is own)
     if kind is None and (name := next(names, "")):
         return f"it is one module with {name}, and the model runs it under that name: name that"

@@ -22,7 +22,7 @@ from peftfx.files import is_file
 from peftfx.formats import BATCHED, read_stamped
 from peftfx.generation.step import Step
 from peftfx.serving.onnx_model import OnnxModel
-from peftfx.views.row_adapters import IDS
+from peftfx.views.row_adapters import IDS, NAMES, NO_ADAPTER
 
 
 class CallRows:
@@ -106,23 +106,30 @@ class RowAdapters:
         given, first = self.numbered(inputs), next(iter(inputs.values()))
         if IDS not in self.model.inputs:
             if IDS in given:
-                hint = "export it with --batched NAME=DIR"
-                raise PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
+                raise self._no_choice()
             return given
         ids = given[IDS] if IDS in given else self.numbers_of(first.shape[0])
         self._check_ids(ids, first.shape[0])
         return {**given, IDS: ids.long()}
 
     def numbered(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the `inputs`, with adapters' numbers in place of their names in `adapter_ids`.
+        """Return the `inputs`, with adapters' numbers in place of their names in `adapter_ids`, or in `adapter_names`.
+
+        In `adapter_names`, HF PEFT's argument, `__base__` is no adapter.
 
         Raises:
-            PeftfxError: there is no such adapter, or one name is given for all rows, or names by HF PEFT's argument.
+            PeftfxError: there is no such adapter, or one name is given for all rows, or both arguments are given.
         """
-        if inputs.get("adapter_names") is not None:
-            hint = "pass adapter_ids=[name, None, ...]: a name, or None, for each row"
-            raise PeftfxError("rows of an exported model name their adapters by adapter_ids", "adapter_names", hint)
-        ids = inputs.get(IDS)
+        names, ids = inputs.get(NAMES), inputs.get(IDS)
+        inputs = {name: value for name, value in inputs.items() if name != NAMES}
+        if names is not None and ids is not None:
+            raise PeftfxError(f"both {NAMES} and {IDS} say which adapters rows have", NAMES, "give one of them")
+        if names is not None:
+            if not isinstance(names, list | tuple):
+                raise PeftfxError(f"not a list of names: {shown(names)}", NAMES, "give one adapter's name for each row")
+            if not self.row_adapters:
+                raise self._no_choice()
+            return {**inputs, IDS: self.adapter_ids([None if name == NO_ADAPTER else name for name in names])}
         if isinstance(ids, str):
             hint = f"pass [{ids!r}, ...]: a name, or None, for each row; or set_adapter({ids!r}) for all rows"
             raise PeftfxError(f"one name is no list of names: {shown(ids)}", IDS, hint)
@@ -130,6 +137,10 @@ class RowAdapters:
         if ids is None or isinstance(ids, Tensor):
             return dict(inputs)
         return {**inputs, IDS: self.adapter_ids(ids) if named else torch.as_tensor(ids)}
+
+    def _no_choice(self) -> PeftfxError:
+        hint = "export it with --batched NAME=DIR"
+        return PeftfxError("the rows of this model have no adapters to choose from", str(self.directory), hint)
 
     @contextmanager
     def _numbering(self, ids: Tensor | None) -> Iterator[None]:

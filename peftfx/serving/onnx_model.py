@@ -16,6 +16,7 @@ from peftfx.errors import PeftfxError, first_line, nearest
 from peftfx.files import is_file, is_folder
 from peftfx.formats import SIZES_KEY
 from peftfx.serving.call_inputs import why_refused
+from peftfx.serving.data_file import refuse_other_data
 from peftfx.serving.providers import Provider, chosen_providers, refuse_fallback
 
 _VIEWS = {torch.bfloat16: (torch.int16, ml_dtypes.bfloat16)}  # dtypes that numpy lacks, and what replaces them
@@ -64,6 +65,7 @@ class OnnxModel:
                 f"ONNX Runtime cannot open the model: {first_line(error)}", str(self.path), hint
             ) from error
         refuse_fallback(chosen, self._session, str(self.path))
+        refuse_other_data(self.path, self.metadata)
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -28,6 +28,8 @@ from peftfx.views.prefix import after_prefix
 from peftfx.views.view import Axes, RunView
 
 IDS = "adapter_ids"  #: the input: the number of each row's adapter, -1 for none
+NAMES = "adapter_names"  #: HF PEFT's argument of a call, which has the name of each row's adapter
+NO_ADAPTER = "__base__"  #: the name that stands for no adapter, as in HF PEFT
 NOWHERE = 1 << 31  #: an index beyond every stack
 PREFIXES, PROMPTS = "prefixes", "prompts"  #: the names of the holes
 _MASK = "attention_mask"

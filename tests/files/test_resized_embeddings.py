@@ -19,6 +19,7 @@ from torch import nn
 import peftfx
 import peftfx.runtime
 from peftfx.errors import PeftfxError, PeftfxWarning
+from peftfx.export.adapter_command import export_adapter_directories
 
 IDS = torch.randint(96, 104, (2, 5), generator=torch.Generator().manual_seed(0))  # most are new
 
@@ -194,3 +195,23 @@ def test_rows_are_trained_where_the_tied_head_has_its_own_copy(tmp_path: Path) -
     ours.save_pretrained(tmp_path / "adapter")
     again = peftfx.load(resized(tmp_path / "base", 2), tmp_path / "adapter")
     torch.testing.assert_close(again.eval()(input_ids=IDS).logits, ours.eval()(input_ids=IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_base_without_the_tokens_of_a_file_is_named(base: Path, tmp_path: Path) -> None:
+    """Files, hot swaps and graphs with slots: the messages told of places, shapes or another base alone."""
+    rule, plain = peftfx.LoRA(r=2, target_modules=["q_proj"]), hf.AutoModelForCausalLM.from_pretrained(base)
+    peftfx.transform(resized(base, 1), rule).save_pretrained(tmp_path / "new")
+    peftfx.export_onnx(plain, tmp_path / "graph", slots="attention.query", view="forward", source=base)
+    ours, other = peftfx.transform(plain, rule), peftfx.transform(resized(base, 2), rule)
+    with pytest.raises(PeftfxError) as error:
+        peftfx.hotswap_adapter(ours, tmp_path / "new")
+    assert "have 105 tokens, and the base's have 99: resize the base" in error.value.hint
+    with pytest.raises(PeftfxError, match=r"its own values of lm_head.weight.*, and the loaded one has not"):
+        peftfx.hotswap_adapter(other, tmp_path / "new")
+    other.load_adapter(tmp_path / "new", "new")
+    other.set_adapter("new")
+    with pytest.raises(PeftfxError, match="that has 99 tokens, and the base here has 105"):
+        peftfx.export_adapter(other, tmp_path / "graph", tmp_path / "x")
+    with pytest.raises(PeftfxError, match="that has 99 tokens, and the base here has 105"):
+        export_adapter_directories([str(tmp_path / "new")], tmp_path / "graph", tmp_path / "x")

@@ -106,11 +106,19 @@ def test_rows_without_a_number_are_the_bases_and_beams_keep_theirs(llama: tuple[
     got = served.generate(**given, **beams, adapter_ids=served.adapter_ids(["low", "low"]))
     assert torch.equal(got, adapted.generate(**given, **beams))
     assert torch.equal(served.generate(**given, **beams, adapter_ids=["low", "low"]), got)
+    both = served.generate(**given, **beams, adapter_names=["__base__", "low"])  # HF PEFT's argument
+    assert torch.equal(both, served.generate(**given, **beams, adapter_ids=[None, "low"]))
+    assert torch.equal(both[1], got[1])
+    assert not torch.equal(both[0], got[0])
     with pytest.raises(PeftfxError, match="no adapter 'lwo'") as raised:
         served.adapter_ids(["lwo"])
     assert "low" in raised.value.hint
     with pytest.raises(PeftfxError, match="one name is no list of names: 'low'"):
         served.generate(**given, adapter_ids="low")
+    with pytest.raises(PeftfxError, match="not a list of names: 'low'"):
+        served(**given, adapter_names="low")
+    with pytest.raises(PeftfxError, match="both adapter_names and adapter_ids"):
+        served(**given, adapter_names=["low", "low"], adapter_ids=[0, 0])
 
 
 def test_a_row_is_guided_by_its_own_adapter(llama: tuple[AdaptedModel, Path]) -> None:

@@ -72,6 +72,13 @@ def test_as_in_peft(pair: tuple[peftfx.AdaptedModel, nn.Module]) -> None:
     assert all(after[name][0] == before[name][0] and torch.equal(after[name][1], before[name][1]) for name in before)
 
 
+def test_an_active_adapter_that_is_not_merged_is_told(pair: tuple[peftfx.AdaptedModel, nn.Module]) -> None:
+    """HF PEFT runs it where nothing is merged: its layers without an adapter of `two`."""
+    with pytest.warns(PeftfxWarning, match="merged base alone, without the active one"):
+        pair[0].merge_adapter(["two"])
+    assert torch.equal(logits(pair[0]), logits(pair[0].base))
+
+
 @pytest.mark.parametrize(
     ("name", "road"),
     [("custom", None), ("gpt2", "graph"), *(pytest.param("t5", r, marks=pytest.mark.slow) for r in (None, "graph"))],

@@ -67,8 +67,8 @@ def test_a_mask_shorter_than_the_text_is_refused(exported: Path) -> None:
             served(input_ids=IDS[:, :1], attention_mask=torch.ones_like(IDS), cache=cache)
 
 
-def test_names_of_adapters_by_another_argument_are_told_theirs(exported: Path) -> None:
-    with pytest.raises(PeftfxError, match=r"adapter_ids \[adapter_names\](.|\n)*adapter_ids=\[name, None"):
+def test_names_of_adapters_need_a_batched_export(exported: Path) -> None:
+    with pytest.raises(PeftfxError, match=r"no adapters to choose from(.|\n)*--batched"):
         peftfx.runtime.load(exported)(input_ids=IDS, adapter_names=["one", "__base__"])
 
 

@@ -1,13 +1,17 @@
-"""Training loops as they are written for HF PEFT: its tuner, `base_model`, is asked to give out ranks."""
+"""Training loops as they are written for HF PEFT: they call its tuner, `base_model`."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
+import peft
 import pytest
 import torch
 from peft.tuners.adamss.asa_callback import AdamssAsaCallback
+from support.adapted import randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 
@@ -25,6 +29,7 @@ ADAMSS = peftfx.AdaMSS(
     mask_interval=1,
     target_modules=["q_proj"],
 )
+LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
 
 
 def given(model: nn.Module) -> dict[str, Tensor]:
@@ -75,5 +80,36 @@ def test_base_model_is_the_inner_model_in_all_else() -> None:
     custom = ZOO["custom"]
     plain = peftfx.transform(custom.build(), peftfx.AdaLoRA(total_step=9, target="all-linear"), inputs=custom.inputs())
     assert plain.base_model.update_and_allocate == plain.update_and_allocate
-    plain.delete_adapter("default")
-    assert not hasattr(plain, "base_model")
+    plain.base_model.delete_adapter("default")
+    assert not plain.names()
+    assert not hasattr(plain.base_model, "update_and_allocate")
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_adapters_are_set_merged_and_deleted_on_base_model(road: str) -> None:
+    """transformers' own methods of these names answered, that the version of PEFT is not compatible."""
+    ours = peftfx.transform(ZOO["llama"].build(), peft.LoraConfig(**LORA), road=road).eval()
+    theirs = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**LORA)).eval()
+    for model in (ours, theirs):
+        model.add_adapter("two", peft.LoraConfig(r=2, target_modules=["v_proj", "down_proj"]))
+    for name in ("default", "two"):
+        theirs.base_model.set_adapter(name)
+        randomise(theirs, len(name))
+        state = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+        peftfx.set_peft_model_state_dict(ours, state, name)
+    call = given(ours.base)
+    steps: list[Callable[[Any], object]] = [
+        lambda tuner: tuner.set_adapter(["default", "two"]),
+        lambda tuner: tuner.merge_adapter(),
+        lambda tuner: tuner.unmerge_adapter(),
+        lambda tuner: tuner.delete_adapter("default"),
+    ]
+    for step in steps:
+        for model in (ours, theirs):
+            step(model.base_model)
+        want = theirs.base_model(**call).logits  # PeftModel still asks for the config of the deleted one
+        torch.testing.assert_close(ours(**call).logits, want, rtol=0, atol=1e-5)
+        assert ours.base_model.active_adapters == theirs.base_model.active_adapters
+    with pytest.raises(AttributeError, match=r"with model.disable_adapter\(\)"):
+        ours.base_model.disable_adapter_layers()
+    assert torch.equal(ours.base_model.unload()(**call).logits, ZOO["llama"].build().eval()(**call).logits)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from support.adapted import randomise
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -65,6 +66,15 @@ def weight_norm(size: int, out: int) -> nn.Module:
 
 def spectral_norm(size: int, out: int) -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Linear(size, out))
+
+
+def masked_by_hooks(size: int, out: int) -> nn.Module:
+    with torch.no_grad():  # a weight with a history cannot be copied
+        return prune.l1_unstructured(nn.Linear(size, out), "weight", 0.5)
+
+
+def normed_by_hooks(size: int, out: int) -> nn.Module:
+    return nn.utils.spectral_norm(nn.Linear(size, out))
 
 
 class Two(nn.Module):
@@ -122,8 +132,10 @@ def saved(base: nn.Module, directory: Path, *modules: str, **options: object) ->
         (Split, "its weight is read by chunk"),
         (Einsum, "its weight is read by einsum"),
         (Autocast, "it runs under torch.autocast"),
-        (weight_norm, "a weight that is computed from others"),
+        (weight_norm, "a weight that is computed from others: .*remove_parametrizations"),
         (spectral_norm, "a weight that is computed from others"),
+        (masked_by_hooks, "a weight that is computed from others: .*prune.remove"),
+        (normed_by_hooks, "a weight that is computed from others: .*remove_spectral_norm"),
     ],
 )
 def test_a_layer_that_runs_in_a_way_of_its_own_is_refused_by_name(

@@ -93,6 +93,39 @@ def test_an_export_of_one_window_serves_several(kind: type[Overlapping], tmp_pat
         torch.testing.assert_close(served(x=x)["output"], model(x), atol=1e-5, rtol=1e-5)
 
 
+class WholeWindows(TokensFirst):
+    """Repeats a text six times, and takes those that then are whole windows: `(6 * k) // (3 * k // 2)` tokens are 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = 6 * x.shape[1]
+        if total % WINDOW != 0:
+            raise ValueError("the text has no whole windows")
+        heads = self.vectors(x.repeat(1, 6, 1)).transpose(1, 2).reshape(x.shape[0] * HEADS, total, 2)
+        windows = self.overlapping(heads)
+        return torch.einsum("bcxd,bcyd->bcxy", (windows, windows))
+
+    def overlapping(self, heads: Tensor) -> Tensor:
+        count = torch.div(heads.shape[1], WINDOW, rounding_mode="trunc")
+        windows = heads.view(heads.shape[0], count, heads.shape[1] // count, 2)
+        sizes, strides = list(windows.size()), list(windows.stride())
+        sizes[1], strides[1] = 2 * sizes[1] - 1, strides[1] // 2
+        return windows.as_strided(size=sizes, stride=strides)
+
+
+def test_a_window_of_a_text_that_is_whole_is_known_by_the_recorded_condition(tmp_path: Path) -> None:
+    """torch does not simplify by it. The read was left, and its translation to ONNX reads the elements in one row."""
+    torch.manual_seed(0)
+    model = WholeWindows().eval()
+    graph = peftfx.capture(model, {"x": torch.randn(2, 4, 4)}, axes=AXES)
+    assert not graph.module.graph.find_nodes(op="call_function", target=torch.ops.aten.as_strided.default)
+    export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 4, 4)})
+    served = OnnxModel(tmp_path / "out")
+    for batch, length in ((1, 4), (3, 2), (1, 6), (2, 10)):
+        x = torch.randn(batch, length, 4)
+        torch.testing.assert_close(graph.run(x)[0], model(x))
+        torch.testing.assert_close(served(x=x)["output"], model(x), atol=1e-5, rtol=1e-5)
+
+
 class FewWindows(Overlapping):
     """Takes no text of several windows."""
 

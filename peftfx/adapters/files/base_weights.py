@@ -102,13 +102,9 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
     Raises:
         PeftfxError: a file has no rows of the output for the new tokens, and the output is not tied to the embedding.
     """
-    embedding, output = input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)()
-    paths = [path for path, module in own_modules(base) if module in (embedding, output)]
-    tables: dict[int, list[str]] = {}
-    for path in paths:
-        if isinstance(weight := getattr(base.get_submodule(path), "weight", None), Tensor):
-            tables.setdefault(id(weight), []).extend(f"{path}{copy}weight" for copy in (_ROWS, _COPY, _LAYER, "."))
-    own = getattr(embedding, "weight", None)
+    paths = _table_paths(base)
+    own = getattr(input_embeddings(base), "weight", None)
+    tables = _names_in_files(base, paths)
     if not isinstance(own, Tensor) or id(own) not in tables:
         return
     rows, found = len(own), dict[str, Tensor]()
@@ -129,6 +125,35 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
         base.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
         for path, value in found.items():
             base.get_submodule(path).weight.data[before:rows].copy_(value[before:rows])  # type: ignore[index]
+
+
+def other_tokens(base: nn.Module, weights: Weights) -> str:
+    """Return what to do about a file whose embeddings have another number of tokens than the base's; empty if none."""
+    embedding = input_embeddings(base)
+    if not isinstance(embedding, nn.Embedding):
+        return ""
+    own = embedding.weight
+    names = _names_in_files(base, _table_paths(base)).get(id(own), [])
+    found = next((weights.shapes[name][0] for name in names if name in weights.shapes), len(own))
+    if found == len(own):
+        return ""
+    what = f"the file's embeddings have {found} tokens, and the base's have {len(own)}"
+    return f"{what}: resize the base first (base.resize_token_embeddings({found})), as it was for the training"
+
+
+def _table_paths(base: nn.Module) -> list[str]:
+    """Return the paths of the modules that hold the base's embeddings of the input and of the output."""
+    output = getattr(base, "get_output_embeddings", lambda: None)()
+    return [path for path, module in own_modules(base) if module in (input_embeddings(base), output)]
+
+
+def _names_in_files(base: nn.Module, paths: Iterable[str]) -> dict[int, list[str]]:
+    """Return the names that the weights at these paths have in files, by the ids of the weights."""
+    tables: dict[int, list[str]] = {}
+    for path in paths:
+        if isinstance(weight := getattr(base.get_submodule(path), "weight", None), Tensor):
+            tables.setdefault(id(weight), []).extend(f"{path}{copy}weight" for copy in (_ROWS, _COPY, _LAYER, "."))
+    return tables
 
 
 def _read_tables(modules: Sequence[nn.Module]) -> None:

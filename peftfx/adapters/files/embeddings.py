@@ -35,7 +35,7 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
         PeftfxError: they are asked for, and the base has none, or the file cannot have them.
     """
     before = _tokens_in_files(base) if asked == AUTO else None
-    resized = before is not None and before != _tokens(getattr(base, "config", None))
+    resized = before is not None and before != vocabulary_of(getattr(base, "config", None))
     if not (resized or asked is True):
         return {}
     tables, obstacle = dict(_tables(base)), _obstacle(base, adapter)
@@ -102,7 +102,8 @@ def _parameter(base: nn.Module, name: str) -> object:
     return functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), base)  # type: ignore[arg-type, return-value]
 
 
-def _tokens(config: object) -> object:
+def vocabulary_of(config: object) -> object:
+    """Return how many tokens a config tells; None if it tells none."""
     text = getattr(config, "get_text_config", lambda: config)()
     return getattr(text, "vocab_size", None)
 
@@ -111,9 +112,9 @@ def _tokens_in_files(base: nn.Module) -> object:
     """Return how many tokens the files have that a base was loaded from; None if that is not known on this machine."""
     name, config = name_of_base(base), getattr(base, "config", None)
     read = getattr(type(config), "from_pretrained", None)
-    if name is None or read is None or _tokens(config) is None:
+    if name is None or read is None or vocabulary_of(config) is None:
         return None
     try:
-        return _tokens(read(os.fspath(name), local_files_only=True))
+        return vocabulary_of(read(os.fspath(name), local_files_only=True))
     except Exception:  # whatever is wrong with those files, this adapter is not to blame
         return None

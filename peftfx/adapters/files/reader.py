@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.converted import make_room, take_over
 from peftfx.adapters.files.accounts import Idle, repeats
-from peftfx.adapters.files.base_weights import replaced_weights
+from peftfx.adapters.files.base_weights import other_tokens, replaced_weights
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import inner_layers, module_of, name_of, named_modules, override_name
 from peftfx.adapters.files.parameters import exchange_read, parameter_path
@@ -146,6 +146,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         module_of=lambda name: module_of(name, found.marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
         modules=[name for name, _ in own_modules(base)],
+        other_tokens=other_tokens(base, weights),
     )
     if left_out and not placements:
         first = _path(found.left_out[0], base)

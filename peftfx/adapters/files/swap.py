@@ -14,7 +14,7 @@ from peftfx.adapters.files.reader import read_adapter
 from peftfx.adapters.files.writer import config_and_tensors, write_rule_directory
 from peftfx.contract.method import PLACING
 from peftfx.contract.placement import Placement
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, listed, shown
 from peftfx.rules.peft_files import WEIGHTS
 from peftfx.sites.sites import Sites
 
@@ -72,7 +72,7 @@ def swap_file(base: nn.Module, sites: Sites, adapter: Adapter, directory: Path) 
     known, computed = _computed(adapter), _computed(new)
     unlike += [key for key, options in computed.items() if _plain(options) != _plain(known.get(key, {}))]
     if unlike:
-        told = _differences(known, computed)
+        told = _differences(adapter, new)
         what = f"this adapter cannot take the place of the loaded one: its places or options differ{told}"
         raise PeftfxError(what, unlike[0], "load it beside the other one: load_adapter(path, another_name)")
     shapes = [t.shape for t in own.values()] != [others[n].shape for n in own if n in others]
@@ -138,8 +138,9 @@ def _computed(adapter: Adapter) -> dict[str, dict[str, object]]:
     return {p.key: _options(p) for rule in adapter.asked for p in rule.placements}
 
 
-def _differences(known: Mapping[str, Mapping[str, object]], computed: Mapping[str, Mapping[str, object]]) -> str:
-    """Return in words which places an adapter has that the loaded one lacks, and which of its options are others."""
+def _differences(adapter: Adapter, new: Adapter) -> str:
+    """Return in words which places and tensors one of two adapters has alone, and which options are others."""
+    known, computed = _computed(adapter), _computed(new)
     more = sorted(computed.keys() - known.keys())
     told = [f"it acts at {shown(more[0])}, and the loaded one does not"] if more else []
     other: dict[str, str] = {}
@@ -149,7 +150,16 @@ def _differences(known: Mapping[str, Mapping[str, object]], computed: Mapping[st
             if here != value:
                 other.setdefault(name, f"{name} is {shown(value)} in the file, and {shown(here)} here")
     told += other.values()
+    told += _copies(new, adapter, "it has its own values of {}, and the loaded one has not")
+    told += _copies(adapter, new, "the loaded one has its own values of {}, and this one has not")
     return f": {'; '.join(told)}" if told else ""
+
+
+def _copies(adapter: Adapter, other: Adapter, what: str) -> list[str]:
+    """Return in words which tensors of the base an adapter has values of its own for, and another one has not."""
+    there = {override.key for override in other.overrides}
+    names = {".".join(filter(None, (o.module, o.name))) for o in adapter.overrides if o.key not in there}
+    return [what.format(listed(sorted(names)))] if names else []
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

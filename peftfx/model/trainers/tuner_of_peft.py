@@ -1,50 +1,61 @@
-"""The class `TunerOfPeft`: the base's inner model, with the method by which code for HF PEFT gives out ranks."""
+"""The class `TunerOfPeft`: the base's inner model, with the methods that HF PEFT's users call on `base_model`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from typing import SupportsIndex
 
 from torch import nn
 
+_OF_ADAPTED = frozenset(
+    {
+        *("active_adapters", "add_weighted_adapter", "delete_adapter", "merge_adapter", "merge_and_unload"),
+        *("peft_config", "set_adapter", "set_requires_grad", "unload", "unmerge_adapter"),
+    }
+)
+"""Names of HF PEFT's tuner that are the adapted model's own. Some are transformers' too, and mean its own adapters."""
 
-class _Allocates(Protocol):
-    """The part of an adapted model that code for HF PEFT asks its `base_model` for."""
+_ALLOCATE = "update_and_allocate"
 
-    @property
-    def peft_config(self) -> Mapping[str, object]: ...
-    def update_and_allocate(self, global_step: int) -> None: ...
-
-
-_OF_PEFT = frozenset({"update_and_allocate", "peft_config"})
+_INSTEAD = {
+    "disable_adapter_layers": "`with model.disable_adapter():`, or model.set_adapter([])",
+    "enable_adapter_layers": "model.set_adapter([...]) after model.set_adapter([])",
+}
 
 
 class TunerOfPeft:
-    """The inner model of a base, which has `update_and_allocate` and `peft_config` of the adapted model, too.
+    """The inner model of a base, with the adapted model's methods that HF PEFT has on `base_model`.
 
-    In HF PEFT, `base_model` is the tuner: training loops and callbacks call its `update_and_allocate`, and leave it out
-    without a word if there is none. All else is the inner model's own.
+    In HF PEFT, `base_model` is the tuner. Code for it calls the tuner's `set_adapter`, say; and training loops and
+    callbacks call its `update_and_allocate`, and leave it out without a word if there is none. All else is the inner
+    model's own.
 
     Args:
         inner: the base's own `base_model`, or the base if it has none.
         adapted: the adapted model.
+        allocates: whether an adapter gives out ranks.
     """
 
-    def __init__(self, inner: nn.Module, adapted: _Allocates) -> None:
-        self.__dict__.update(_inner=inner, _adapted=adapted)
+    def __init__(self, inner: nn.Module, adapted: nn.Module, *, allocates: bool) -> None:
+        self.__dict__.update(_inner=inner, _adapted=adapted, _names=_OF_ADAPTED | ({_ALLOCATE} if allocates else set()))
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         return type(self.__dict__["_inner"])
 
     def __getattr__(self, name: str) -> object:
-        return getattr(self.__dict__["_adapted" if name in _OF_PEFT else "_inner"], name)
+        if name in _INSTEAD:
+            raise AttributeError(f"an adapted model has no {name}(): use {_INSTEAD[name]}")
+        return getattr(self.__dict__["_adapted" if name in self.__dict__["_names"] else "_inner"], name)
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(self.__dict__["_inner"], name, value)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self.__dict__["_inner"](*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
+        """Copy and save the inner model alone."""
+        return self.__dict__["_inner"].__reduce_ex__(protocol)  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return repr(self.__dict__["_inner"])

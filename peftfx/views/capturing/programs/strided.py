@@ -7,6 +7,7 @@ indices reads the same elements wherever they lie.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 from collections.abc import Sequence
@@ -51,7 +52,9 @@ def _replace(rewriter: Rewriter, node: fx.Node) -> None:
         return
     first, last, steps = found
     at = rewriter.before(node)
-    with value.fake_mode:
+    shapes = value.fake_mode.shape_env
+    # The choice is right for all sizes. What its operators ask of the example's sizes is no condition.
+    with value.fake_mode, shapes.suppress_guards() if shapes else contextlib.nullcontext():
         joined = source
         if value.ndim - last - first > 1:
             joined = at.call(_aten.flatten.using_ints, source, first, value.ndim - last - 1)
@@ -66,7 +69,7 @@ def _index(at: Cursor, device: torch.device, sizes: Sequence[int | fx.Node], ste
     count = functools.reduce(lambda one, other: at.call(operator.mul, one, other), sizes)
     rest = at.call(_aten.arange.default, count, dtype=torch.int64, device=device, pin_memory=False)
     index: fx.Node | None = None
-    for axis, (size, step) in reversed(list(enumerate(zip(sizes, steps, strict=True)))):
+    for axis, (size, step) in reversed(list(enumerate(zip(map(_known, sizes), steps, strict=True)))):
         position = at.call(_aten.remainder.Scalar, rest, size) if axis else rest
         part = position if step == 1 else at.call(_aten.mul.Tensor, position, step)
         index = part if index is None else at.call(_aten.add.Tensor, index, part)
@@ -102,13 +105,37 @@ def _middle(value: Tensor, shape: Sequence[_Size], strides: Sequence[_Size]) -> 
 
 def _times(stride: _Size, row: _Size) -> int | None:
     """Return how many times a row's stride a stride is, if that is a whole number for all sizes."""
-    one, other = (sympy.sympify(s) if isinstance(s, int) else s.node.expr for s in (stride, row))
+    one, other = map(_simplified, (stride, row))
     times = sympy.S.Zero if other == 0 else one / other
     return int(times) if times.is_Integer and times > 0 else None
 
 
+def _known(size: int | fx.Node) -> int | fx.Node:
+    """Return a size as a number, if the conditions of the capture leave one; else its node."""
+    found = _simplified(_value(size))
+    return int(found) if found.is_Integer else size
+
+
 def _same(one: _Size, other: _Size) -> bool:
-    return statically_known_true(one == other)
+    return statically_known_true(one == other) or _simplified(one) == _simplified(other)
+
+
+def _simplified(size: _Size) -> sympy.Expr:
+    """Return a size as the conditions of the capture leave it: where `s % 4 == 0`, `s // (s // 4)` is 4.
+
+    torch records such a condition, and does not simplify by it.
+    """
+    if isinstance(size, int):
+        return sympy.Integer(size)
+    expr, counts = size.node.expr, dict[sympy.Symbol, sympy.Integer]()
+    for condition in size.node.shape_env.divisible:
+        value, divisor = condition.args
+        factor, symbol = value.as_coeff_Mul()
+        if divisor.is_Integer and factor.is_Integer and symbol.is_Symbol:
+            least = divisor / sympy.gcd(factor, divisor)
+            counts[symbol] = sympy.ilcm(counts.get(symbol, 1), least)
+    whole = {s: count * sympy.Symbol(f"{s}/{count}", integer=True, positive=True) for s, count in counts.items()}
+    return expr.xreplace(whole)
 
 
 def _value(size: object) -> _Size:

@@ -1,0 +1,82 @@
+"""The file of weights of another export beside a graph: it was read without a message."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from support.adapted import adapt
+from support.zoo import ZOO
+
+import peftfx
+from peftfx.errors import PeftfxError
+from peftfx.export.writing.digest import Digest
+from peftfx.serving.onnx_model import OnnxModel
+
+DATA = "model.onnx.data"
+
+
+def export(directory: Path, name: str, seed: int) -> Path:
+    """An export with one trained row of a table: all else is the same for each seed."""
+    adapted = adapt(name, peftfx.TrainableTokens(token_indices=[7]))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapted.adapters.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    adapted.export(directory, view="forward" if name == "llama" else "decode")
+    return directory
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.further)])
+def test_weights_of_another_export_are_refused(name: str, tmp_path: Path) -> None:
+    one, other = (export(tmp_path / str(seed), name, seed) for seed in (1, 2))
+    assert (one / DATA).stat().st_size == (other / DATA).stat().st_size
+    graphs = list(one.glob("*.onnx"))
+    assert all(OnnxModel(graph).inputs for graph in graphs)
+    shutil.copy(other / DATA, one / DATA)
+    for graph in graphs:
+        with pytest.raises(PeftfxError, match=f"{DATA} has the weights of another export") as error:
+            OnnxModel(graph)
+        assert "copy the graph and its weights from one export" in error.value.hint
+
+
+@pytest.mark.further
+def test_the_same_weights_and_those_that_another_tool_wrote_are_read(tmp_path: Path) -> None:
+    """A tool keeps the metadata, and writes no digest."""
+    made, again = (export(tmp_path / name, "llama", 1) for name in ("made", "again"))
+    assert (made / DATA).read_bytes() == (again / DATA).read_bytes()
+    shutil.copy(again / DATA, made / DATA)
+    graph = onnx.load(made / "model.onnx")
+    (tmp_path / "anew").mkdir()
+    onnx.save(graph, tmp_path / "anew" / "model.onnx", save_as_external_data=True, location=DATA)
+    assert OnnxModel(tmp_path / "anew").metadata == OnnxModel(made).metadata
+    given = {name: tensor for name, tensor in ZOO["llama"].inputs(2, 5).items() if name in OnnxModel(made).inputs}
+    want, got = (OnnxModel(path)(**given)["logits"] for path in (made, tmp_path / "anew"))
+    assert torch.equal(got, want)
+
+
+def test_a_digest_tells_every_byte_and_its_place() -> None:
+    random = np.random.default_rng(0)
+    data = random.integers(0, 256, (3 << 20) + 4096 + 13, dtype=np.uint8)
+
+    def digest(*parts: np.ndarray) -> str:
+        found = Digest()
+        for part in parts:
+            found.update(memoryview(part))
+        return found.hexdigest()
+
+    want, seen = digest(data), set()
+    assert digest(data.copy()) == want
+    for place in (0, 1 << 20, len(data) - 4096 - 14, len(data) - 1, *random.integers(0, len(data), 5)):
+        changed = data.copy()
+        changed[place] += 1
+        seen.add(digest(changed))
+    rows = data.copy()
+    rows[:8192] = np.roll(rows[:8192], 4096)
+    columns = data.copy()
+    columns[:4096] = np.roll(columns[:4096], 8)
+    assert len(seen | {digest(rows), digest(columns), want}) == 12
