@@ -15,6 +15,7 @@ if not os.path.isdir(os.path.join(__path__[0], "passes")):
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
 _HOME = {
     "AdaptedModel": "peftfx.model.adapted",
+    "AdapterInCheckpoints": "peftfx.model.trainers.callbacks",
     "ExportOptions": "peftfx.export_options.export",
     "Graph": "peftfx.graph.graph",
     "MemoryInLogs": "peftfx.model.trainers.callbacks",
