@@ -60,7 +60,7 @@ def refuse_mismatch(
     if not any(lists.values()):
         return
     lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
-    hint = "load it on the model that it was trained on (the same size, the same number of labels)"
+    hint = "load it on the model that it was trained on (the same size, the same number of labels and of tokens)"
     if odd:
         hint = next(iter(odd.values()))
     elif homeless and not unexpected:
