@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -48,6 +49,12 @@ def copy_assets(source: Path, target: Path, *leave: str) -> list[Path]:
         else:
             shutil.copyfile(path, target / path.name)
     return left_out
+
+
+def tell_links(links: Sequence[Path], say: Callable[[str], object]) -> None:
+    """Say which symbolic links `copy_assets` did not follow."""
+    if links:
+        say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
 
 
 def assets_of(source: Path, *leave: str) -> list[str]:

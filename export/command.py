@@ -14,7 +14,7 @@ from peftfx.bases.processors.image_size import write_image_size
 from peftfx.bases.sentences.encoder import embeds_sentences
 from peftfx.bases.sentences.modules import ALL, SentenceModules, transformer_folder
 from peftfx.errors import PeftfxError
-from peftfx.export.assets import copy_assets
+from peftfx.export.assets import copy_assets, tell_links
 from peftfx.export.deployment.image_size import chosen_picture
 from peftfx.export.directories import load_directories, served_dtype
 from peftfx.export.onnx_directory import export_onnx
@@ -104,8 +104,7 @@ def _export(
             link for own in reversed(folders.values()) for link in copy_assets(own, directory, "config.json", *leave)
         ]
         links += copy_assets(home, directory, *leave)  # after the adapters': an adapter's own tokenizer wins
-        if links:
-            say(f"not copied, links that leave their directory: {', '.join(map(str, links))}")
+        tell_links(links, say)
         if isinstance(asked.images, tuple) and not chosen_picture(adapted.base, asked.images, asked.view):
             write_image_size(directory, asked.images)
         inputs.check()

@@ -67,26 +67,11 @@ def convert_directory(
     Raises:
         PeftfxError: bad input, or a change that no LoRA can express.
     """
-    check_choice(to, FORMATS, "to", "unknown format")
-    if to == PEFT and prefix is not None:
-        what = "only the keys of a single file have a prefix, and a directory is to be written"
-        raise PeftfxError(what, "prefix", "leave it out, or write a file: --to kohya, or --to diffusers")
     target = Path(output)
-    if to != PEFT and target.suffix.lower() in _PICKLES:
-        what = f"the file would be safetensors, and programs take a file of this name for a pickle ({target.suffix})"
-        raise PeftfxError(what, str(target), f"name it {target.with_suffix('.safetensors').name}")
+    _refuse_target(target, to, prefix, force=force)
     if sum(source is not None for source in (adapter, tuned, file)) != 1:
         raise PeftfxError("give one thing to convert: --adapter, --tuned or --file", "adapter", "give exactly one")
-    if target.exists() and not force:
-        raise PeftfxError(
-            "the output exists already", str(target), "choose another path, or pass --force to replace it"
-        )
-    if to == PEFT and target.is_file():
-        raise PeftfxError("the output is a file, and a directory is to be made", str(target), "choose another path")
     refuse_inputs(target, [Path(source) for source in (base, adapter, tuned, file) if source is not None])
-    if to != PEFT and target.is_file() and not _has_tensors(target):
-        what = "the file there is not a safetensors file, so it is not replaced"
-        raise PeftfxError(what, str(target), "delete it yourself, or choose another output")
     kept, change = 1.0, None
     if adapter is not None:
         adapted = load_directories(Path(base), {_LORA: Path(adapter)})
@@ -119,6 +104,26 @@ def convert_directory(
     cut = "" if kept > 1 - _ROUNDING else f"; it keeps {100 * kept:.2f}% of the energy"
     kind = type(made.rules[0]).__name__
     return f"{target}: a {kind} of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"
+
+
+def _refuse_target(target: Path, to: str, prefix: str | None, *, force: bool) -> None:
+    """Refuse a format that does not exist, and a target that is not of it or may not be replaced."""
+    check_choice(to, FORMATS, "to", "unknown format")
+    if to == PEFT and prefix is not None:
+        what = "only the keys of a single file have a prefix, and a directory is to be written"
+        raise PeftfxError(what, "prefix", "leave it out, or write a file: --to kohya, or --to diffusers")
+    if to != PEFT and target.suffix.lower() in _PICKLES:
+        what = f"the file would be safetensors, and programs take a file of this name for a pickle ({target.suffix})"
+        raise PeftfxError(what, str(target), f"name it {target.with_suffix('.safetensors').name}")
+    if target.exists() and not force:
+        raise PeftfxError(
+            "the output exists already", str(target), "choose another path, or pass --force to replace it"
+        )
+    if to == PEFT and target.is_file():
+        raise PeftfxError("the output is a file, and a directory is to be made", str(target), "choose another path")
+    if to != PEFT and target.is_file() and not _has_tensors(target):
+        what = "the file there is not a safetensors file, so it is not replaced"
+        raise PeftfxError(what, str(target), "delete it yourself, or choose another output")
 
 
 def _has_tensors(path: Path) -> bool:

@@ -11,8 +11,8 @@ from torch import nn
 from peftfx.bases.peft_models.plain import is_peft_model
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.processors.videos import with_videos
-from peftfx.errors import warn
-from peftfx.export.assets import write_configs
+from peftfx.errors import PeftfxError, warn
+from peftfx.export.assets import copy_assets, tell_links, write_configs
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.image_size import chosen_picture, example_of_size
 from peftfx.export.deployment.left_out import warn_of_left_out
@@ -36,6 +36,7 @@ from peftfx.export.writing.memory import refuse_memory
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
 from peftfx.export_options.export import ExportChanges, ExportOptions
+from peftfx.files import is_folder
 from peftfx.generation.invocation import INVOCATION_KEY
 from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.graph.contexts import without_autocast
@@ -76,9 +77,9 @@ def export_onnx(
         directory: the directory to write. It appears only when it is complete.
         options: see `peftfx.ExportOptions`. Options can be given by name as well, for example `view="decode"`.
         inputs: keyword arguments of a forward call, needed if peftfx cannot make example inputs for the model.
-        source: the directory that the base was read from. An export with slots records it, and its tokenizer reads a
-            `calibration` text.
-        assets: called with the new directory, to put files beside the model.
+        source: the directory that the base was read from. Its tokenizer and processor files are copied, its tokenizer
+            reads a `calibration` text, and an export with slots records it.
+        assets: called with the new directory, to put files beside the model, in place of those of `source`.
         progress: called with a line when a stage begins.
         written: called with the bytes of weights written so far, and the total.
         passes: run on the merged graphs before their translation to ONNX; see `peftfx.passes`. If a pass changes the
@@ -97,6 +98,10 @@ def export_onnx(
         torch.Size([1, 3, 64])
     """
     asked = ExportOptions.of(options, changes)
+    if source and not is_folder(Path(source)):
+        raise PeftfxError(
+            "there is no such directory", f"source: {source}", "give the folder of the base, or leave it out"
+        )
     adapted = _adapted(model, inputs, asked).floating()
     picture = chosen_picture(adapted.base, asked.images, asked.view)
     if asked.images is not None and (picture is None or (inputs is not None and asked.view != DECODE)):
@@ -146,6 +151,8 @@ def export_onnx(
         report.measure(temporary)
         if assets is not None:
             assets(temporary)
+        elif source:
+            tell_links(copy_assets(Path(source), temporary), progress or warn)
         write_configs(adapted.base, temporary)
         report.write(temporary)
     return report

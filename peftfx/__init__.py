@@ -15,6 +15,7 @@ if not os.path.isdir(os.path.join(__path__[0], "passes")):
 # Names are imported when first used: torch and transformers take seconds, and `peftfx --help` needs neither.
 _HOME = {
     "AdaptedModel": "peftfx.model.adapted",
+    "AdapterInCheckpoints": "peftfx.model.trainers.callbacks",
     "ExportOptions": "peftfx.export_options.export",
     "Graph": "peftfx.graph.graph",
     "MemoryInLogs": "peftfx.model.trainers.callbacks",
@@ -56,13 +57,21 @@ def __getattr__(name: str) -> object:
     if home is None and name[:1].isupper():  # a method: only its own file names it
         home = _homes().get(name)
     if home is None:
-        raise AttributeError(f"module 'peftfx' has no attribute {name!r}")
+        raise AttributeError(f"module 'peftfx' has no attribute {name!r}{_for_pefts_name(name)}")
     if not home:
         return importlib.import_module(f"peftfx.{name}")
     # Kept in this module: an import of a submodule of the same name would else replace the function by the module.
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
+
+
+def _for_pefts_name(name: str) -> str:
+    """Return what a name of HF PEFT is here, for the message about it; empty for other names."""
+    told = {"get_peft_model": "peftfx.transform does that", "PeftModel": "peftfx.load is its from_pretrained"}
+    if name.endswith("Config"):
+        return ": peftfx.transform takes the configs of peft as they are"
+    return f": {told[name]}" if name in told else ""
 
 
 def __dir__() -> list[str]:

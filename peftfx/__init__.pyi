@@ -61,6 +61,7 @@ from peftfx.model.api import transform as transform
 from peftfx.model.state_functions import get_peft_model_state_dict as get_peft_model_state_dict
 from peftfx.model.state_functions import hotswap_adapter as hotswap_adapter
 from peftfx.model.state_functions import set_peft_model_state_dict as set_peft_model_state_dict
+from peftfx.model.trainers.callbacks import AdapterInCheckpoints as AdapterInCheckpoints
 from peftfx.model.trainers.callbacks import MemoryInLogs as MemoryInLogs
 from peftfx.model.trainers.callbacks import RankAllocation as RankAllocation
 from peftfx.patterns.pattern import Pattern as Pattern
@@ -74,6 +75,7 @@ __all__ = [
     "AdaLoRA",
     "AdaMSS",
     "AdaptedModel",
+    "AdapterInCheckpoints",
     "BEFT",
     "BOFT",
     "BitFit",

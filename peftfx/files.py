@@ -15,10 +15,15 @@ from peftfx.errors import PeftfxError
 _DEEPEST = 100  #: the most levels of a JSON file: recursive code would run out of stack on a deeper one
 _ADVICE = {
     2: "make its folder first",
+    17: "a file has this name: choose another path",
+    20: "a part of this path is a file: choose another path",
+    21: "this is a directory: give the path of a file in it",
     13: "choose a directory that you may write to",
     28: "free some space, or choose a directory on another disk",
     30: "the file system is read-only: choose another directory",
 }
+
+_OF_THE_PATH = (2, 20, 21)  #: errors of the path that was given
 
 
 def is_file(path: Path) -> bool:
@@ -96,7 +101,7 @@ def writing(path: Path) -> Iterator[None]:
         if number is None:  # not the system's
             raise
         reason = error.strerror if isinstance(error, OSError) else os.strerror(number)
-        named = None if number == 2 else getattr(error, "filename", None)  # not the temporary file in that folder
+        named = None if number in _OF_THE_PATH else getattr(error, "filename", None)  # not of the temporary file there
         raise PeftfxError(f"cannot write: {reason or error}", str(named or path), _ADVICE.get(number, "")) from error
 
 

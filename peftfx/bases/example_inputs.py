@@ -69,13 +69,11 @@ def example_inputs(
         raise PeftfxError(
             f"unknown size {name!r}", "sizes", nearest(name, _SIZES) or f"the sizes are {', '.join(_SIZES)}"
         )
-    config = getattr(model, "config", None)
     if denoises(model):
         return denoiser_inputs(model, {**_SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
-    if not hasattr(model, "main_input_name") or not hasattr(config, "get_text_config"):
-        raise PeftfxError(
-            "peftfx makes example inputs only for transformers models", type(model).__name__, _PASS_INPUTS
-        )
+    if not _of_transformers(model):
+        what = "peftfx makes example inputs only for transformers models"
+        raise PeftfxError(what, type(model).__name__, _PASS_INPUTS + _model_inside(model))
     task = task_of(model) if task is None else resolve_task(task)
     with unset_fake_temporarily(), torch.device("cpu"):
         maker = _Maker(model, task, {**_SIZES, **(sizes or {})}, torch.Generator().manual_seed(seed))
@@ -94,7 +92,19 @@ _CLASSIFYING = ("text-classification", "image-classification", "video-classifica
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
 #: Tokens of a text that names the task, as OneFormer reads them beside an image, and their vocabulary in the config.
 _TASK, _TASK_VOCABULARY = "task_inputs", "text_encoder_vocab_size"
+
+
 _PASS_INPUTS = "in Python, pass `inputs`, the keyword arguments of one call"
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "main_input_name") and hasattr(getattr(model, "config", None), "get_text_config")
+
+
+def _model_inside(model: nn.Module) -> str:
+    """Return what to do about a wrapper of a transformers model, such as a SentenceTransformer; empty for others."""
+    path = next((path for path, module in model.named_modules() if _of_transformers(module)), None)
+    return "" if path is None else f"; or adapt the transformers model inside, {path}, and put the result in its place"
 
 
 @dataclass

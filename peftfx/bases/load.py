@@ -111,6 +111,9 @@ def read_base_config(directory: Path) -> dict[str, object]:
         if is_file(directory / _ADAPTER):
             hint = "give it with --adapter, and the folder of its base with --base (in Python: load(base, adapter))"
             raise PeftfxError("this is an adapter, and not a base", str(directory), hint)
+        if is_file(directory / "training_args.bin"):  # `Trainer` writes no config of a model that it does not know
+            what = "this is what Trainer saves of an adapted model, its tensors alone, and no model or adapter"
+            raise PeftfxError(what, str(directory), "after the training, trainer.model.save_pretrained(DIR) writes one")
         below = (p.parent for depth in ("*", "snapshots/*") for p in directory.glob(f"{depth}/config.json"))
         parts = sorted(p.relative_to(directory).as_posix() for p in below)
         hint = f"pass one of its folders: {', '.join(parts)}" if parts else "pass the folder of a base model"

@@ -17,7 +17,7 @@ import torch
 
 from peftfx.errors import PeftfxError, first_line, shown
 from peftfx.field_types import misfits
-from peftfx.files import is_file
+from peftfx.files import is_file, is_folder
 from peftfx.formats import SLOTS, read_stamped, with_version
 from peftfx.sites.site import Site
 
@@ -124,6 +124,10 @@ class Manifest:
         """
         path = directory / SLOTS_FILE
         if not is_file(path):
+            if not is_folder(directory):
+                raise PeftfxError(
+                    "there is no such directory", str(directory), "`peftfx export --swappable` writes one"
+                )
             hint = "export it with --swappable"
             raise PeftfxError(f"the model here takes no adapters: there is no {SLOTS_FILE}", str(directory), hint)
         raw: Any = read_stamped(path, "export the base again")

@@ -31,6 +31,9 @@ class LoadOptions(TypedDict, total=False):
     autocast_adapter_dtype: bool
     ephemeral_gpu_offload: bool
     low_cpu_mem_usage: bool
+    device_map: object
+    max_memory: object
+    offload_folder: object
     key_mapping: Mapping[str, str] | None
     ignore_mismatched_sizes: bool
     subfolder: str | None
@@ -108,6 +111,9 @@ class AdaptersByName(HostedBase):
         autocast_adapter_dtype: bool = True,
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
+        device_map: object = None,
+        max_memory: object = None,
+        offload_folder: object = None,
         key_mapping: Mapping[str, str] | None = None,
         ignore_mismatched_sizes: bool = False,
         subfolder: str | None = None,
@@ -128,7 +134,8 @@ class AdaptersByName(HostedBase):
             adapter_name: the adapter's name in this model.
             is_trainable: whether the adapter is trained, until the next `set_adapter`. If not, the model is set to eval
                 mode, as in HF PEFT.
-            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage: ignored: the adapter goes where its modules are.
+            torch_device, ephemeral_gpu_offload, low_cpu_mem_usage, device_map, max_memory, offload_folder: ignored: the
+                adapter goes where its modules are.
             autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
             key_mapping, ignore_mismatched_sizes: refused: each tensor of the file is taken, by its own name.
             subfolder: a folder in `path`, in which the adapter is.

@@ -241,5 +241,8 @@ def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:
     matched_but = {reason.why for reason in reasons if reason.why.startswith(("exclude", "its layer"))}
     roles = ", ".join(f"{role} ({count})" for role, count in sorted(Counter(site.role for site in sites).items()))
     ours = [_OF_PEFT] if any(site.path.endswith(".base_layer") for site in sites) else []
+    named = where.get("target_modules")
+    if isinstance(named, str) and any(ends_with_any(name, [named]) for name in names):
+        ours.append(f"a text is a regular expression for the whole name, as in HF PEFT: pass a list, [{named!r}]")
     hint = "; ".join([*ours, *sorted(matched_but), *close, f"The model has {roles or 'no site'}"])
     return PeftfxError("the target matches no site", ", ".join(texts), hint)

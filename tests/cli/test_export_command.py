@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from support.adapted import randomise
 from support.command import LABELS, Inputs, Result, assert_refused, typed
 
-from peftfx import IA3, LoRA, PromptTuning, transform
+from peftfx import IA3, LoRA, PeftfxError, PromptTuning, transform
 from peftfx.export import OnnxModel
 
 
@@ -202,3 +202,12 @@ def test_a_base_without_its_processor_is_told_so_once(tmp_path: Path, peftfx: Ca
     done = peftfx(*words, "--view", "decode")
     assert done.code == 0, done.err
     assert done.err.count("images are left out, and text alone is served") == 1
+
+
+def test_in_python_the_files_of_the_source_are_beside_the_model(inputs: Inputs, tmp_path: Path) -> None:
+    adapted = transform(hf.AutoModel.from_pretrained(inputs.encoder), LoRA(r=2, target="attention.query"))
+    with pytest.raises(PeftfxError, match="no such directory"):
+        adapted.export(tmp_path / "out", source=tmp_path / "nothing")
+    adapted.export(tmp_path / "out", source=inputs.encoder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (inputs.encoder / name).read_bytes()

@@ -118,7 +118,7 @@ def exporting(adapted: peftfx.AdaptedModel, graph: peftfx.Graph, folder: Path) -
 
 def training(adapted: peftfx.AdaptedModel) -> None:
     """What goes with transformers' Trainer; the laws; errors."""
-    callbacks = [peftfx.RankAllocation(), peftfx.MemoryInLogs()]
+    callbacks = [peftfx.RankAllocation(), peftfx.MemoryInLogs(), peftfx.AdapterInCheckpoints()]
     print(callbacks, peftfx.testing.check(Scale))
     try:
         adapted.merge()

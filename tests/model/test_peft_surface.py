@@ -319,7 +319,7 @@ def test_adapters_are_added_loaded_and_saved_by_the_names_of_pefts_arguments(sav
     theirs = peft.PeftModel.from_pretrained(theirs, str(saved / "one"))
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for model in (ours, theirs):
-        model.load_adapter(str(saved / "two"), adapter_name="two", is_trainable=False, low_cpu_mem_usage=False)
+        model.load_adapter(str(saved / "two"), adapter_name="two", is_trainable=False, device_map="auto")
         assert not any(p.requires_grad for n, p in model.named_parameters() if ".two." in n)
         model.add_adapter(adapter_name="three", peft_config=config, low_cpu_mem_usage=True)
         model.save_pretrained(save_directory=str(tmp_path / type(model).__name__), selected_adapters=["two"])

@@ -173,6 +173,7 @@ class TestRules:
         ("rules", "message"),
         [
             (LoRA(target_modules=["querry"]), "matches no site.*querry.*did you mean 'query'"),
+            (LoRA(target_modules="query"), "a regular expression for the whole name.*pass a list"),
             (LoRA(target="attention.quer"), "did you mean 'attention.query'"),
             ([LoRA(), LoRA(target="attention")], "two rules act here.*query.*narrow one"),
             (LoRA(target_modules=["classifier"], modules_to_save=["classifier"]), "every targeted module"),
@@ -183,7 +184,7 @@ class TestRules:
             (7, "not a rule: 7"),
             ([], "there are no rules"),
         ],
-        ids=["no match", "no role", "two", "all saved", "no module", "option", "method", "text", "number", "none"],
+        ids=["none here", "name", "role", "two", "saved", "module", "option", "method", "text", "number", "none"],
     )  # fmt: skip
     def test_what_cannot_be_followed_is_an_error(self, bare_bert: AdaptedModel, rules: object, message: str) -> None:
         with pytest.raises(PeftfxError, match=f"(?s){message}"):

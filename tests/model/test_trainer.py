@@ -113,7 +113,8 @@ class TestRun:
     def run(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> hf.Trainer:
         directory = tmp_path_factory.mktemp("run")
         options = arguments(directory, learning_rate=0.1, save_strategy="steps", save_steps=STEPS // 2)
-        trainer = hf.Trainer(adapted(dropout=0.2), options, train_dataset=rows, eval_dataset=rows)
+        data = {"train_dataset": rows, "eval_dataset": rows}
+        trainer = hf.Trainer(adapted(dropout=0.2), options, callbacks=[peftfx.AdapterInCheckpoints()], **data)
         trainer.train()
         return trainer
 
@@ -134,6 +135,14 @@ class TestRun:
         fresh.load_state_dict(saved)
         batch = ZOO["bert"].inputs(model=fresh.base)
         assert torch.equal(fresh.eval()(**batch).logits, run.model.eval()(**batch).logits)
+
+    def test_a_checkpoint_is_an_adapter_by_the_callback(self, run: hf.Trainer) -> None:
+        folder = Path(run.args.output_dir) / f"checkpoint-{STEPS}"
+        assert (folder / "model.safetensors").is_file()
+        batch = ZOO["bert"].inputs(model=run.model.base)
+        want = run.model.eval()(**batch).logits
+        assert peftfx.load(classifier(), folder).eval()(**batch).logits.equal(want)
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(classifier(), folder).eval()(**batch).logits, want)
 
     def test_resumed_it_goes_on_exactly(self, run: hf.Trainer, rows: list[Row]) -> None:
         directory = Path(run.args.output_dir)

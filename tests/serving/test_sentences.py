@@ -19,7 +19,7 @@ from support.command import Result, assert_refused
 from support.words import word_tokenizer
 from torch import Tensor, nn
 
-from peftfx import runtime
+from peftfx import LoRA, PeftfxError, runtime, transform
 from peftfx.bases.sentences.steps import POOLINGS
 from peftfx.export.command import export_directory
 from peftfx.export.merge_command import merge_directory
@@ -293,6 +293,27 @@ def test_a_merged_directory_is_sentence_transformers_too(
     ids = torch.tensor([[5, 6, 7]])
     want = embedded(places[2], places[3], ids, torch.ones_like(ids))
     np.testing.assert_allclose(model.encode(["w5 w6 w7"]), want.numpy(), atol=1e-5)
+
+
+@pytest.mark.further
+def test_the_transformer_inside_is_adapted_trained_and_saved(places: tuple[Path, ...], tmp_path: Path) -> None:
+    library, texts = pytest.importorskip("sentence_transformers"), ["w5 w6 w7", "w8"]
+    model = library.SentenceTransformer(str(places[0]), device="cpu")
+    plain = model.encode(texts)
+    with pytest.raises(PeftfxError, match=r"adapt the transformers model inside, 0\.model"):
+        transform(model, LoRA())
+    model[0].model = transform(model[0].model, LoRA(r=2))
+    for _ in range(2):
+        model.train()(model.preprocess(texts))["sentence_embedding"].sum().backward()
+        torch.optim.SGD(model[0].model.adapters.parameters(), lr=0.5).step()
+    trained = model.encode(texts)
+    assert np.abs(trained - plain).max() > 0.01
+    model[0].model.save_pretrained(tmp_path / "adapter")
+    export_directory(places[0], tmp_path / "onnx", adapter=tmp_path / "adapter")
+    np.testing.assert_allclose(runtime.load(tmp_path / "onnx").encode(texts), trained, atol=1e-5)
+    model[0].model = model[0].model.merge_and_unload()
+    model.save(str(tmp_path / "merged"))
+    np.testing.assert_allclose(library.SentenceTransformer(str(tmp_path / "merged")).encode(texts), trained, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -44,10 +44,10 @@ def _run(rank: int, work: Callable[..., Any], folder: Path, args: tuple[object, 
     dist.destroy_process_group()
 
 
-def llama() -> LlamaForCausalLM:
+def llama(*, tied: bool = False) -> LlamaForCausalLM:
     """The same in every process."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **SIZE))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=tied, **SIZE))
 
 
 def two() -> DeviceMesh:

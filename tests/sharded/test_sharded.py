@@ -9,7 +9,7 @@ import pytest
 import torch
 from sharded.accelerated import handed_out, wrapped_otherwise
 from sharded.processes import LORA, in_two, llama
-from sharded.work import alone, everything, methods, refused, resumed, tokens
+from sharded.work import alone, everything, methods, refused, resumed, tied, tokens
 
 import peftfx
 from peftfx.model.processes import gathered
@@ -62,6 +62,21 @@ def test_each_process_gathers_a_tied_weight_once(rank: int, monkeypatch: pytest.
     with gathered.whole_base(base) as whole:
         assert (whole is not None) == (rank == 0)
     assert sorted(seen) == sorted({id(p) for p in base.parameters()})
+
+
+@pytest.mark.further
+def test_a_base_with_tied_weights_is_exported_and_merged(tmp_path: Path) -> None:
+    both = in_two(tied, tmp_path)
+    ids = torch.arange(3, 13)[None]
+    for target in ("attention", "head"):
+        with torch.no_grad():
+            want = peftfx.load(llama(tied=True), tmp_path / target).eval()(input_ids=ids).logits
+        for found in both:  # merged, or as it was where the merge is refused
+            torch.testing.assert_close(found[f"{target} logits"], want)
+    served = peftfx.runtime.load(tmp_path / "onnx")
+    torch.testing.assert_close(served(input_ids=ids, attention_mask=ids * 0 + 1).logits, want)
+    assert all(found["attention"] == "no error" for found in both)
+    assert all("is one tensor with model.embed_tokens.weight" in found["head"] for found in both)
 
 
 @pytest.mark.slow

@@ -115,6 +115,24 @@ def refused(folder: Path) -> list[str]:
     ]
 
 
+def tied(folder: Path) -> dict[str, Any]:
+    """What two processes export and merge of a base whose head and embedding are one tensor."""
+    found: dict[str, Any] = {}
+    for target in ("attention", "head"):
+        model = peftfx.transform(llama(tied=True), peftfx.LoRA(r=2, target=target), seed=0)
+        for layer in model.base.model.layers:
+            fully_shard(layer, mesh=two())
+        fully_shard(model, mesh=two())
+        train(model, steps=1, rank=dist.get_rank())
+        model.save_pretrained(folder / target)
+        if target == "head":  # the export unties what the adapter tells apart
+            model.export(folder / "onnx", view="forward")
+        found[target] = message(model.merge)
+        with torch.no_grad():
+            found[f"{target} logits"] = model.eval()(input_ids=torch.arange(3, 13)[None]).logits.detach()
+    return found
+
+
 def methods(folder: Path) -> dict[str, tuple[float, float]]:
     found = {}
     for rule in METHODS:

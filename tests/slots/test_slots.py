@@ -200,7 +200,10 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path, peftfx: Run) -> None:
         (
             "base",
             "five",
-            ("classifier.weight: [5, 32] in the file, [3, 32] in this model", "the same number of labels"),
+            (
+                "classifier.weight: [5, 32] in the file, [3, 32] in this model",
+                "the same number of labels and of tokens",
+            ),
         ),
         ("bare", "three", ("a head for text-classification, and the graph is of BertModel", "--task")),
     ):

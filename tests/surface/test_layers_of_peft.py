@@ -127,3 +127,18 @@ def test_a_peft_model_trains_the_biases_of_its_base_on(bias: str) -> None:
     model(**_inputs(2)).logits.sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name in before)
     assert any(name.endswith("bias") and p.requires_grad for name, p in ours.named_parameters())
+
+
+def test_a_file_is_not_loaded_onto_layers_of_peft(tmp_path: Path) -> None:
+    model = _adapted(CONFIGS["LoRA"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PeftfxError, match=r"(?s)does not fit.*has layers of peft in it: load the file onto the model"):
+        peftfx.load(model.get_base_model(), tmp_path)
+
+
+def test_pefts_names_are_told_what_they_are_here() -> None:
+    with pytest.raises(AttributeError, match=r"'get_peft_model': peftfx\.transform does that"):
+        peftfx.get_peft_model  # noqa: B018
+    with pytest.raises(AttributeError, match="takes the configs of peft as they are"):
+        peftfx.LoraConfig  # noqa: B018
+    assert not hasattr(peftfx, "nothing")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,37 +122,45 @@ def find_sizes(trial: Trial, *, allow_fixed: bool) -> Sizes:
             probes += _last(condition, [trial.whole(sizes) for sizes in condition.tried()]) if condition.below else ()
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
-        beyond = [sizes for sizes in around if not condition.met(sizes)]
-        tried = [sizes for sizes in beyond if trial.affords(sizes) and trial.tells(condition, sizes)][:_TRIALS]
-        answers = [answer(condition, sizes) for sizes in tried]
-        if answers and {*answers} <= {TAKES_NO_OTHER, _UNREACHED}:  # it may take sizes nearer to the example's
-            near = map(trial.whole, condition.broken_near(trial.graph.sizes))
-            new = (s for s in near if s not in tried and trial.affords_near(s) and trial.tells(condition, s))
-            tried += itertools.islice(new, _NEAR)
-            answers += [answer(condition, sizes) for sizes in tried[len(answers) :]]
-        why = _verdict(answers)
+        tried = _try(trial, condition, around, answer)
+        why = _verdict([found for _, found in tried])
         if why == BRANCHES and trial.is_of_long_texts(condition):
             why = LONGER
         told = trial.is_of_images(condition) or trial.is_of_most_sounds(condition)
         if why == BRANCHES and not allow_fixed and not told:
-            rest = [(sizes, found) for sizes, found in zip(tried, answers, strict=True) if found != BRANCHES]
-            wrong = [sizes for sizes, found in zip(tried, answers, strict=True) if found == BRANCHES]
-            if not rest or not all(_broken_beside(condition, trial.graph.conditions, sizes) for sizes in wrong):
+            wrong = [sizes for sizes, found in tried if found == BRANCHES]
+            tried = [(sizes, found) for sizes, found in tried if found != BRANCHES]
+            if not tried or not all(_broken_beside(condition, trial.graph.conditions, sizes) for sizes in wrong):
                 raise _refused(condition, condition in trial.graph.filled)
             shared += [(condition, sizes) for sizes in wrong]
-            tried, answers = map(list, zip(*rest, strict=True))
-            why = _verdict(answers)
+            why = _verdict([found for _, found in tried])
         limits += [Limit(condition, why)] if why else []
         if not condition.edge:  # a size of 1 is always verified
-            probes += [sizes for sizes, answer in zip(tried, answers, strict=True) if answer == SAME][:1]
-            last = _last(condition, around)
-            probes += [sizes for sizes in last if TAKES_NO_OTHER not in answers or trial.takes(sizes)]
+            probes += [sizes for sizes, found in tried if found == SAME][:1]
+            takes_all = all(found != TAKES_NO_OTHER for _, found in tried)
+            probes += [sizes for sizes in _last(condition, around) if takes_all or trial.takes(sizes)]
     found = Sizes(tuple(limits))
     for condition, sizes in shared:
         if found.allow(sizes):  # no other condition was refused, or is told, for these
             raise _refused(condition, condition in trial.graph.filled)
     probes = [sizes for sizes in probes if found.allow(sizes) and trial.affords(sizes)]
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))
+
+
+def _try(
+    trial: Trial, condition: Condition, around: Sequence[Sized], answer: Callable[[Condition, Sized], str]
+) -> list[tuple[Sized, str]]:
+    """Return sizes for which a condition does not hold, each with what `answer` says of the model there."""
+    beyond = [sizes for sizes in around if not condition.met(sizes)]
+    far = [sizes for sizes in beyond if trial.affords(sizes) and trial.tells(condition, sizes)][:_TRIALS]
+    tried = [(sizes, answer(condition, sizes)) for sizes in far]
+    if tried and {found for _, found in tried} <= {TAKES_NO_OTHER, _UNREACHED}:  # it may take some near the example's
+        for sizes in map(trial.whole, condition.broken_near(trial.graph.sizes)):
+            if len(tried) == len(far) + _NEAR:
+                break
+            if all(sizes != seen for seen, _ in tried) and trial.affords_near(sizes) and trial.tells(condition, sizes):
+                tried.append((sizes, answer(condition, sizes)))
+    return tried
 
 
 def _refused(condition: Condition, first: bool) -> PeftfxError:

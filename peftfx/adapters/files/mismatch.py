@@ -62,9 +62,11 @@ def refuse_mismatch(
     if not any(lists.values()):
         return
     lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
-    hint = "load it on the model that it was trained on (the same size, the same number of labels)"
+    hint = "load it on the model that it was trained on (the same size, the same number of labels and of tokens)"
     if odd:
         hint = next(iter(odd.values()))
+    elif any(path.endswith(".base_layer") for path in modules):
+        hint = "this model has layers of peft in it: load the file onto the model without them"
     elif homeless and not unexpected:
         hint = "merge the adapter into the base with HF PEFT; or, in Python, pass inputs= of a call that runs them"
     elif unexpected and len(unexpected) < len(weights.names):  # a file of which nothing fits is of another model

@@ -1,11 +1,13 @@
-"""Callbacks of transformers' `Trainer`: rank allocation in each training step, and peak memory in the logs."""
+"""Callbacks of transformers' `Trainer`: ranks in each training step, adapters in checkpoints, memory in the logs."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftfx.errors import PeftfxError
 from peftfx.model.adapted import AdaptedModel
@@ -23,11 +25,34 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Reallocate ranks after the optimizer's step, while there are gradients."""
-        model = kwargs["model"]
-        if not isinstance(model, AdaptedModel):
-            what = f"ranks are allocated in an AdaptedModel, not in a {type(model).__name__}"
-            raise PeftfxError(what, "callbacks", "train what peftfx.transform returned")
-        model.update_and_allocate(state.global_step)
+        _adapted(kwargs["model"]).update_and_allocate(state.global_step)
+
+
+class AdapterInCheckpoints(TrainerCallback):
+    """A callback that writes the adapters into each checkpoint of `transformers.Trainer`, too (`callbacks=`).
+
+    `Trainer` writes of an adapted model its tensors alone, from which it resumes. With this callback a checkpoint is
+    also a directory of HF PEFT, as that of a `PeftModel` is: `peftfx.load`, `peft` and `peftfx export` read it.
+
+    Example:
+        >>> callbacks = [peftfx.AdapterInCheckpoints()]  # for `Trainer(model=adapted, callbacks=callbacks, ...)`
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Write the adapters beside what `Trainer` has just saved. Each process of several calls this.
+
+        Args:
+            args, state, control: as `Trainer` gives them to each callback.
+            kwargs: the model among them.
+
+        Raises:
+            PeftfxError: the trainer has another model, or searches hyperparameters.
+        """
+        model = _adapted(kwargs["model"])
+        if state.is_hyper_param_search:
+            what = "the runs of a search have folders of their own, and no callback is told which"
+            raise PeftfxError(what, "callbacks", "leave AdapterInCheckpoints out of the search")
+        model.save_pretrained(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 class MemoryInLogs(TrainerCallback):
@@ -48,6 +73,13 @@ class MemoryInLogs(TrainerCallback):
         """Add the peak memory to the logs before they are printed."""
         if logs is not None:
             logs["peak_memory_gb"] = round(peak_memory(), 3)
+
+
+def _adapted(model: object) -> AdaptedModel:
+    if not isinstance(model, AdaptedModel):
+        what = f"this callback is for an AdaptedModel, and the trainer has a {type(model).__name__}"
+        raise PeftfxError(what, "callbacks", "train what peftfx.transform returned")
+    return model
 
 
 def peak_memory() -> float:
