@@ -96,7 +96,7 @@ def _updates_of(adapted: AdaptedModel, own: Mapping[str, Tensor], weights: Mappi
         p = adapted.adapter(name).params(placement)
         updates[site.path] = before.then(_update_at(placement, _base(adapted, site, before, own, weights), p))
     if any(placements.patterns for _, placements in _placements(adapted)):
-        graph = adapted.graph()
+        graph = adapted.whole_graph()
         for site, step in (pair for match in _matches(graph) for pair in match.steps()):
             before = updates.get(site.path, Update())
             updates[site.path] = before.then(step.update(_base(adapted, site, before, own, weights), graph.get))

@@ -75,7 +75,9 @@ def merge_into(
         values = [(_later if late else _now)(folding, read, roundings) for folding in group]
         shared = len(sharing.get(id(site_tensors(base, group[0].site)[0]), ())) > 1
         for folding, value in zip(group, values, strict=True):
-            written += _write(writer, folding.site, value, untie=shared)
+            also = sharing.get(id(site_tensors(base, folding.site)[1]), ())
+            apart = len(also) > 1 and _has_own_bias(folding, value, read)
+            written += _write(writer, folding.site, value, untie=shared, untie_bias=apart)
             untied += [own_names(base, folding.site)[0]] if shared else []
     done = {name for f in folded.values() for name in own_names(base, f.site)}
     copies = _write_overrides(writer, adapters, sharing, done, roundings)
@@ -213,15 +215,20 @@ def _names_by_tensor(base: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _write(writer: BaseWriter, site: Site, value: Base, *, untie: bool) -> int:
+def _has_own_bias(folding: Folding, value: Base, read: Get) -> bool:
+    """Return whether methods changed the bias: it is neither the base's nor a trained copy, which all layers read."""
+    return value.bias is not None and (folding.bias is None or value.bias is not read(str(folding.bias)))
+
+
+def _write(writer: BaseWriter, site: Site, value: Base, *, untie: bool, untie_bias: bool) -> int:
     weight, bias = own_names(writer.base, site)
     module = writer.base.get_submodule(site.path) if site.kind == "conv" else None
     if module is not None and value.weight.shape != getattr(module, "weight").shape:  # noqa: B009
         writer.put(vars(module), "groups", 1)
     written = writer.assign(weight, value.weight, untie=untie)
-    if untie:
+    if untie or untie_bias:
         writer.untie_configs()
-    return written + (0 if value.bias is None else writer.assign(bias, value.bias, untie=False))
+    return written + (0 if value.bias is None else writer.assign(bias, value.bias, untie=untie_bias))
 
 
 def _refuse_infinite(site: Site, value: Base) -> None:
@@ -233,8 +240,7 @@ def _refuse_infinite(site: Site, value: Base) -> None:
 
 def own_names(base: nn.Module, site: Site) -> tuple[str, str]:
     """Return the names of a site's weight and bias in its own module; a graph may name a tied weight by another."""
-    own = f"{site.path}.weight"
-    holder, leaf = owner_of(base, own) if has_module(base, site.path) else (None, "")
-    weight = own if holder is not None and leaf in holder._parameters else site.weight.partition(".")[2]
-    bias = f"{site.path}.bias" if site.bias is None else site.bias.partition(".")[2]
+    held = base.get_submodule(site.path)._parameters if has_module(base, site.path) else {}
+    weight = f"{site.path}.weight" if "weight" in held else site.weight.partition(".")[2]
+    bias = f"{site.path}.bias" if site.bias is None or held.get("bias") is not None else site.bias.partition(".")[2]
     return weight, bias

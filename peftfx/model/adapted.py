@@ -159,6 +159,7 @@ class AdaptedModel(AdapterCalls):
     def _over(self, base: nn.Module, adapters: Mapping[str, Adapter]) -> AdaptedModel:
         """Return the same adapters over another base that has the same modules."""
         made = AdaptedModel.on(base, self.sites, self.example, self.wanted)
+        made.whole = self.whole
         for name, adapter in adapters.items():
             made._install(name, adapter)
         made.set_adapter(self.active)
@@ -181,7 +182,7 @@ class AdaptedModel(AdapterCalls):
 
     def print_readable(self) -> str:
         """Print the adapted graph as Python code, and return the text."""
-        return str(self.graph().module.print_readable())
+        return str(self.whole_graph().module.print_readable())
 
     def graph(
         self,

@@ -25,6 +25,7 @@ from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
+from peftfx.views.finding.image_text import IMAGE_TEXT
 from peftfx.views.finding.named_views import find_view, view_of_sites
 
 
@@ -190,10 +191,12 @@ def bare(
     example = example_inputs(model) if inputs is None else inputs
     twin = Twin(model)
     with evaluating(model):
-        own = find_view(twin.module, view_of_sites(model) if view == FORWARD and inputs is None else view)
+        name = view_of_sites(model) if view == FORWARD and inputs is None else view
+        own = find_view(twin.module, name)
         given = example if own is None else own.inputs(twin.module)
         graph = capture(twin.module, given, axes=None if own is None else own.axes, call=own)
     adapted = AdaptedModel.on(model, graph.sites, example, road, twin)
+    adapted.whole = IMAGE_TEXT if name == IMAGE_TEXT else FORWARD
     with evaluating(model):
         adapted.graphs.base = twin.module
         adapted.graphs.keep(graph, given, own)

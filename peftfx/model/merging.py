@@ -157,6 +157,6 @@ def merged_graph(adapted: Merging) -> Graph:
     """
     refuse_unmergeable({name: adapted.adapter(name) for name in adapted.active})
     with evaluating(adapted.base):
-        graph = adapted.graph()
+        graph = adapted.whole_graph()
         refuse_unfolded(graph)
         return Merge()(graph).graph

@@ -50,7 +50,10 @@ def overrides_of(base: nn.Module, method: Method, saved: Collection[str], sites:
         names = [n for n, p in own_parameters(base) if n.rpartition(".")[2] == "bias" and id(p) not in apart]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
     elif method.bias.endswith("_only"):
-        names = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
+        # As for "all", a tensor has the first of its names: that of a layer in HF PEFT's file.
+        own, first = dict(own_parameters(base, remove_duplicate=False)), {id(p): n for n, p in own_parameters(base)}
+        read = [site.bias.partition(".")[2] for site in sites if site.bias is not None]
+        names = [first[id(own[name])] if name in own else name for name in read]
         found += [Override(f"{SAVED}.{name}", "", name) for name in names]
     return found + trained_tokens(base, method.trainable_token_indices, saved)
 

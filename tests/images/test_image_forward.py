@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,18 @@ def test_images_that_depend_on_each_other_are_not_encoded_apart(tmp_path: Path) 
     model = peftfx.transform(build(TASK, "molmo2"), peftfx.LoRA(r=2, target="all-linear"))
     with pytest.raises(PeftfxError):
         model.export(tmp_path / "out", view="forward")
+
+
+def test_a_model_whose_forward_cannot_be_captured_is_merged() -> None:
+    """Its code reads the values of an image's arguments: graphs are of a call in which these are constants."""
+    model = adapted("qwen2_vl")
+    inputs = example_inputs(model.base, sizes={"batch": 3, "sequence": 4}, seed=1)
+    with torch.no_grad():
+        want = model(**inputs).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(**inputs).logits, want, atol=1e-5, rtol=1e-4)
+        model.unmerge_adapter()
+        model = copy.deepcopy(model)
+        model.merge()
+        model.add_adapter("more", peftfx.LoRA(r=2, target="attention.value"))  # it starts as the identity
+        torch.testing.assert_close(model(**inputs).logits, want, atol=1e-5, rtol=1e-4)

@@ -123,6 +123,39 @@ def test_what_merges_in_place_is_what_it_computed(tmp_path: Path) -> None:
         torch.testing.assert_close(model.remove()(x), want, atol=1e-5, rtol=1e-5)
 
 
+class OneBias(nn.Module):
+    """Two layers that read one bias, and one of them under a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.out.bias = self.lin.bias
+        self.other = self.lin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.out(self.lin(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("targets", [["lin"], ["lin", "out"]])
+@pytest.mark.parametrize(
+    "options", [{"lora_bias": True}, {"lora_bias": True, "bias": "lora_only"}, {"bias": "lora_only"}]
+)
+def test_a_bias_that_several_layers_read_changes_where_it_is_adapted(
+    targets: list[str], options: dict[str, object], tmp_path: Path
+) -> None:
+    """A merge wrote the bias of one layer into all, or added both to each; a file with trained ones was refused."""
+    base, x = OneBias().eval(), {"x": torch.randn(2, 5, 6)}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=targets, **options))
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    adapted, want = peftfx.load(copy.deepcopy(base), tmp_path, inputs=x).eval(), theirs.eval()(**x)
+    torch.testing.assert_close(adapted(**x), want, atol=1e-5, rtol=1e-5)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(**x), want, atol=1e-5, rtol=1e-5)
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(adapted.merge_and_unload()(**x), want, atol=1e-5, rtol=1e-5)
+
+
 class SecondAlone(Block):
     """A layer under two names, which runs under its second one alone."""
 

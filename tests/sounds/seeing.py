@@ -31,12 +31,13 @@ def made(kind: str) -> nn.Module:
     return build(TASK, kind)
 
 
-def saved(kind: str, directory: Path, alpha: int = 8, targets: str = "all-linear") -> peft.PeftModel:
+def saved(kind: str, directory: Path, alpha: int = 8, targets: str = "all-linear", **more: object) -> peft.PeftModel:
     """A model with an adapter, the same each time, in all layers but those that videos alone run."""
     names = [n for n, m in made(kind).named_modules() if isinstance(m, nn.Linear)]
     wanted = [n for n in names if "video" not in n and (targets == "all-linear" or targets in n)]
     torch.manual_seed(0)  # the starts of peft are random
-    model = peft.get_peft_model(made(kind), peft.LoraConfig(r=3, lora_alpha=alpha, target_modules=wanted)).eval()
+    config = peft.LoraConfig(r=3, lora_alpha=alpha, target_modules=wanted, **more)
+    model = peft.get_peft_model(made(kind), config).eval()
     randomise(model)
     model.save_pretrained(str(directory))
     return model

@@ -86,6 +86,16 @@ def test_the_graphs_of_an_adapted_model_write_about_both(tmp_path: Path) -> None
 
 
 @pytest.mark.further
+def test_sounds_are_heard_beside_trained_tokens(tmp_path: Path) -> None:
+    """An adapter's module has two names then, of a tied head: torch's capture gives stand-ins, and sounds were lost."""
+    kind = "gemma4_unified"
+    want = saved(kind, tmp_path / "adapter", targets="model.", trainable_token_indices=[5, 9])
+    loaded(kind, tmp_path / "adapter").export(tmp_path / "out", view="decode", image_size=SIZE)
+    served, given = runtime.load(tmp_path / "out"), call(want.get_base_model(), BOTH)
+    assert_writes_the_same(served, want, given, 5e-4, **OPTIONS)
+
+
+@pytest.mark.further
 def test_rows_choose_adapters_of_the_layers_of_text_and_images(tmp_path: Path) -> None:
     kind, wants = "gemma4_unified", {}
     for name, alpha in (("a", 8), ("b", 3)):

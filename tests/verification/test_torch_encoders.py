@@ -50,3 +50,12 @@ def test_they_are_verified_by_the_road_that_the_graph_has(rule: str, tmp_path: P
     with torch.no_grad():
         got, want = OnnxModel(tmp_path / "out")(**other)["output"], adapted(**other)
     torch.testing.assert_close(got[~other["padding"]], want[~other["padding"]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_of_padding_alone_gives_numbers(tmp_path: Path) -> None:
+    """Its mask has -inf for all keys: torch's attention gives 0 there, and ONNX Runtime gave NaN."""
+    base = Encoder().eval()
+    peftfx.export_onnx(base, tmp_path / "out", inputs=call(5, 0))
+    other = call(4, 0, 2)
+    got, want = OnnxModel(tmp_path / "out")(**other)["output"], base(**other)  # with gradients: not the fast path
+    torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=1e-5)

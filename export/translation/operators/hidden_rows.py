@@ -1,12 +1,17 @@
-"""Attention whose mask hides every key from a token: torch gives 0 for it, and ONNX Runtime the mean of the values.
+"""Attention whose mask hides every key from a token: torch gives 0 for it, and ONNX Runtime something else.
 
-Where that changes no token that counts, nothing is done: where each row of a mask shows a key, where the rows without
-one are padding that no other token sees (causal masks), or where all outputs are of tokens. This is seen by computing
-the mask for a padded text.
+A boolean mask gives the mean of the values there. A mask in floating point with -inf, as `torch.nn.TransformerEncoder`
+makes one of a padding mask, gives NaN, which all outputs of a text show; so zeros are always put there.
+
+Where a boolean mask changes no token that counts, nothing is done: where each row of it shows a key, where the rows
+without one are padding that no other token sees (causal masks), or where all outputs are of tokens. This is seen by
+computing the mask for a padded text.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,7 +31,7 @@ _SHORTEST, _LONGEST = 64, 2048  #: the length of the padded text
 
 
 def zero_hidden_rows(rewriter: Rewriter, graph: Graph) -> None:
-    """Put zeros where a boolean mask of an attention hides all keys, if that may matter."""
+    """Put zeros where the mask of an attention hides all keys, if that may matter."""
     if any(_PAST in spec.shape for spec in graph.inputs):
         return
     shown: dict[fx.Node, fx.Node | None] = {}
@@ -35,23 +40,38 @@ def zero_hidden_rows(rewriter: Rewriter, graph: Graph) -> None:
         if mask is None:
             continue
         if mask not in shown:
-            rows = rewriter.after(mask).call(aten.any.dim, mask, -1, True) if _matters(mask, graph) else None
-            shown[mask] = rows
+            shown[mask] = _rows_that_see(rewriter, mask, graph)
         rows = shown[mask]
         if rows is not None:
             at = rewriter.after(node)
             rewriter.extend(node, at.call(aten.where.ScalarOther, rows, node, 0.0))
 
 
+def _rows_that_see(rewriter: Rewriter, mask: fx.Node, graph: Graph) -> fx.Node | None:
+    """Return a node that tells the rows of a mask that show a key; None if it does not matter."""
+    if mask.meta["val"].dtype != torch.bool:
+        keys = rewriter.after(mask).call(aten.ne.Scalar, mask, -math.inf)
+        return rewriter.after(keys).call(aten.any.dim, keys, -1, True)
+    return rewriter.after(mask).call(aten.any.dim, mask, -1, True) if _matters(mask, graph) else None
+
+
 def _mask_of(node: fx.Node) -> fx.Node | None:
-    """Return the boolean mask of an attention that has one for each token of the queries."""
+    """Return the mask of an attention: one with -inf, or a boolean one for each token of the queries."""
     if node.target is not _ATTENTION:
         return None
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     value = mask.meta.get("val") if isinstance(mask, fx.Node) else None
-    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.ndim < 2:
+    if not isinstance(value, Tensor) or value.ndim < 2:
         return None
-    return mask if not _is_one(value.shape[-2]) else None  # type: ignore[return-value]
+    assert isinstance(mask, fx.Node)
+    hides = not _is_one(value.shape[-2]) if value.dtype == torch.bool else _writes_infinity(mask)
+    return mask if hides else None
+
+
+def _writes_infinity(mask: fx.Node) -> bool:
+    """Return whether the code that computes a mask writes -inf into it."""
+    near = itertools.islice(ancestors(mask), _MOST)
+    return any(-math.inf in (*node.args, *node.kwargs.values()) for node in near)
 
 
 def _is_one(size: int | torch.SymInt) -> bool:

@@ -34,7 +34,6 @@ from peftfx.views.cache_prefix import Prefilled
 from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
-from peftfx.views.finding.image_text import IMAGE_TEXT
 from peftfx.views.finding.named_views import find_view
 from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.sizes import with_fixed_sizes
@@ -59,7 +58,6 @@ class Graphs:
         self.runs = Runs()
         self._views: dict[tuple[str, Size | None, bool], View | None] = {}
         self._patterns = patterns_version()
-        self.whole = "forward"  #: the view that runs all of the base
 
     def view(self, name: str) -> View | None:
         """Return the base's view of this name, or None for the forward."""
@@ -184,8 +182,6 @@ class Graphs:
         """Cache a graph that was captured, with these inputs, from the base in its present state."""
         if view is not None:
             self._views[view.name, chosen_size(), takes_videos()] = view
-            if view.name == IMAGE_TEXT:
-                self.whole = IMAGE_TEXT
         self._known(inputs, None, view).append(graph)
 
     def capture_with(self, inputs: Mapping[str, object], axes: Axes, entry: Entry | None = None) -> Graph:

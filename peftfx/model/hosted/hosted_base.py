@@ -60,6 +60,7 @@ class HostedBase(SeenByTrainers):
         self._patterns = version()
         self.named = AdapterSet(self.adapters)
         self._twin = Twin(base) if twin is None else twin
+        self.whole = "forward"  #: the view that runs all of the base
         self.graphs = Graphs(self.source, self.named)
         self.modules_road = ModulesRoad(base, self.named)
         self._shared = shared(base, self)
@@ -70,6 +71,10 @@ class HostedBase(SeenByTrainers):
     @abstractmethod
     def graph(self, *, adapted: bool = True, view: str = "forward") -> Graph:
         """Return the graph of an example call in a view."""
+
+    def whole_graph(self, *, adapted: bool = True) -> Graph:
+        """Return the graph of an example call that runs all of the base; its forward alone may not be captured."""
+        return self.graph(adapted=adapted, view=self.whole)
 
     @abstractmethod
     def run_other(self, call: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
@@ -86,7 +91,7 @@ class HostedBase(SeenByTrainers):
         if self._sites is None or self._patterns != version():
             self._patterns = version()
             with evaluating(self.base):
-                self._sites = self.graph(adapted=False).sites
+                self._sites = self.whole_graph(adapted=False).sites
         return self._sites
 
     @property
@@ -170,7 +175,7 @@ class HostedBase(SeenByTrainers):
         if self.wanted == "graph":
             return Seating(obstacle=self.obstacle)
         with evaluating(self.base):
-            seating = seat(self.graph(adapted=False, view=self.graphs.whole), adapter, self._twin.obstacles)
+            seating = seat(self.whole_graph(adapted=False), adapter, self._twin.obstacles)
         if late := may_run_late(self.source, adapter, self.sites):
             seating = Seating(obstacle=late)
         if self.wanted == "modules":

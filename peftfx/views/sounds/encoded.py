@@ -158,7 +158,8 @@ def handed_to(base: nn.Module) -> list[nn.Module]:
     """
     inner, tokens = base.base_model, base.get_input_embeddings()  # type: ignore[operator]
     assert isinstance(inner, nn.Module)
-    return [part for part in inner.children() if any(module is tokens for module in part.modules())]
+    # In a capture, torch may give stand-ins for modules, which share the state of these: if one module has two names.
+    return [part for part in inner.children() if any(vars(module) is vars(tokens) for module in part.modules())]
 
 
 def _written_into(text: Tensor, ids: Tensor, token: int, features: Tensor) -> Tensor:
