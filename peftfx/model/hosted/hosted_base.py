@@ -73,7 +73,11 @@ class HostedBase(SeenByTrainers):
         """Return the graph of an example call in a view."""
 
     def whole_graph(self, *, adapted: bool = True) -> Graph:
-        """Return the graph of an example call that runs all of the base; its forward alone may not be captured."""
+        """Return the graph of an example call that runs all of the base; its forward alone may not be captured.
+
+        Args:
+            adapted: whether the active adapters act in it.
+        """
         return self.graph(adapted=adapted, view=self.whole)
 
     @abstractmethod
