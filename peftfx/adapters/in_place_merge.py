@@ -64,7 +64,7 @@ def merge_into(
     writer.part({f.site.path for f in folded.values()} | trained, _run(merged))
     sharing = _names_by_tensor(base)
     sites = [folding.site for folding in folded.values()]
-    _refuse_untying(base, sharing, sites)
+    _refuse_untying(base, sharing, [d for d in merged.derived.values() if isinstance(d, Derived)])
     tied = {site.path for site in sites if len(sharing.get(id(site_tensors(base, site)[0]), ())) > 1}
     refuse_other_readers(merged, sites, tied)
     groups: dict[str, list[Folding]] = {}
@@ -191,13 +191,14 @@ def _refuse_new_biases(base: nn.Module, merged: Graph, *, written: bool) -> None
             )
 
 
-def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], sites: Iterable[Site]) -> None:
+def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], derived: Iterable[Derived]) -> None:
     """Refuse to untie a tensor that FSDP2 has sharded, because FSDP2 forgets a new parameter at the next call."""
-    for site in sites:
-        tensor = site_tensors(base, site)[0]
-        if is_part(tensor) and len(sharing.get(id(tensor), ())) > 1:
+    for new in derived:
+        site = new.folding.site
+        tensor = site_tensors(base, site)[("weight", "bias").index(new.output)]
+        if tensor is not None and is_part(tensor) and len(sharing.get(id(tensor), ())) > 1:
             what = (
-                f"its weight is one tensor with {', '.join(sharing[id(tensor)])}, and each process has "
+                f"its {new.output} is one tensor with {', '.join(sharing[id(tensor)])}, and each process has "
                 "only a part of it"
             )
             raise PeftfxError(what, site.path, "export it merged, or save the adapter and merge in one process")

@@ -44,10 +44,11 @@ def _run(rank: int, work: Callable[..., Any], folder: Path, args: tuple[object, 
     dist.destroy_process_group()
 
 
-def llama(*, tied: bool = False) -> LlamaForCausalLM:
+def llama(*, tied: bool = False, biases: bool = False) -> LlamaForCausalLM:
     """The same in every process."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=tied, **SIZE))
+    own = {"tie_word_embeddings": tied, "attention_bias": biases}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **own, **SIZE))
 
 
 def two() -> DeviceMesh:

@@ -96,7 +96,8 @@ def test_dcp_saves_and_resumes_the_adapter_alone(tmp_path: Path) -> None:
 def test_other_ways_are_refused_and_fsdp2_is_named(tmp_path: Path) -> None:
     for said in in_two(refused, tmp_path):
         assert all("FSDP2" in line for line in said[:1]), said
-        assert "each process has only a part of it" in said[1]
+        assert all("each process has only a part of it" in line for line in said[1:]), said
+        assert "its bias is one tensor with" in said[2]
 
 
 @pytest.mark.slow

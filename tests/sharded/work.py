@@ -109,9 +109,15 @@ def refused(folder: Path) -> list[str]:
     tied.lm_head.weight = tied.model.embed_tokens.weight
     head = peftfx.transform(tied, peftfx.LoRA(r=2, target="lm_head"))
     fully_shard(head, mesh=two())
+    biases = llama(biases=True)
+    for layer in biases.model.layers:
+        layer.self_attn.v_proj.bias = layer.self_attn.k_proj.bias
+    with_biases = peftfx.transform(biases, peftfx.LoRA(r=2, target="v_proj", lora_bias=True))
+    fully_shard(with_biases, mesh=two())
     return [
         message(lambda: peftfx.transform(parallel, LORA)),
         message(head.merge),
+        message(with_biases.merge),
     ]
 
 
