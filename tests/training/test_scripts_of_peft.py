@@ -72,6 +72,8 @@ def test_base_model_is_the_inner_model_in_all_else() -> None:
     ours = peftfx.transform(base, ADALORA)
     assert isinstance(ours.base_model, type(base.model))
     assert ours.base_model.layers is base.model.layers
+    assert ours.base_model.model is base
+    assert ours.base_model.model.model.layers[0] is base.model.layers[0]
     assert torch.equal(ours.base_model(torch.tensor([[3, 5]]))[0], base.model(torch.tensor([[3, 5]]))[0])
     with pytest.raises(PeftfxError, match="no steps in which ranks are cut"):
         ours.base_model.peft_config["default"].total_step = 1

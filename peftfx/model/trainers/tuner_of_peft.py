@@ -27,7 +27,7 @@ class TunerOfPeft:
 
     In HF PEFT, `base_model` is the tuner. Code for it calls the tuner's `set_adapter`, say; and training loops and
     callbacks call its `update_and_allocate`, and leave it out without a word if there is none. All else is the inner
-    model's own.
+    model's own, but for `model`: if the inner model has no such module, it is the whole base, as in HF PEFT.
 
     Args:
         inner: the base's own `base_model`, or the base if it has none.
@@ -45,6 +45,8 @@ class TunerOfPeft:
     def __getattr__(self, name: str) -> object:
         if name in _INSTEAD:
             raise AttributeError(f"an adapted model has no {name}(): use {_INSTEAD[name]}")
+        if name == "model" and not hasattr(self.__dict__["_inner"], name):
+            return self.__dict__["_adapted"].get_base_model()
         return getattr(self.__dict__["_adapted" if name in self.__dict__["_names"] else "_inner"], name)
 
     def __setattr__(self, name: str, value: object) -> None:
