@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import peft
@@ -282,6 +283,7 @@ def test_doras_layer_is_not_at_once_where_a_weight_would_round_the_update_away_o
         assert not is_scaled_at_once(x, weight, None, a)
 
 
+@pytest.mark.skipif(version("onnxruntime").startswith("1.31."), reason="ONNX Runtime 1.31 does not open such a graph")
 @pytest.mark.parametrize(
     "config",
     [peft.OFTConfig(r=0, oft_block_size=2), peft.PsoftConfig(r=1, use_cayley_neumann=True)],
