@@ -195,7 +195,8 @@ def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], deriv
     """Refuse to untie a tensor that FSDP2 has sharded, because FSDP2 forgets a new parameter at the next call."""
     for new in derived:
         site = new.folding.site
-        tensor = site_tensors(base, site)[("weight", "bias").index(new.output)]
+        weight, bias = site_tensors(base, site)
+        tensor = weight if new.output == "weight" else bias
         if tensor is not None and is_part(tensor) and len(sharing.get(id(tensor), ())) > 1:
             what = (
                 f"its {new.output} is one tensor with {', '.join(sharing[id(tensor)])}, and each process has "

@@ -92,8 +92,6 @@ _CLASSIFYING = ("text-classification", "image-classification", "video-classifica
 _PART = "_input_ids"  #: the end of an argument's name: of tokens for a part of a model
 #: Tokens of a text that names the task, as OneFormer reads them beside an image, and their vocabulary in the config.
 _TASK, _TASK_VOCABULARY = "task_inputs", "text_encoder_vocab_size"
-
-
 _PASS_INPUTS = "in Python, pass `inputs`, the keyword arguments of one call"
 
 

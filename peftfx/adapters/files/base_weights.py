@@ -143,8 +143,8 @@ def other_tokens(base: nn.Module, weights: Weights) -> str:
 
 def _table_paths(base: nn.Module) -> list[str]:
     """Return the paths of the modules that hold the base's embeddings of the input and of the output."""
-    output = getattr(base, "get_output_embeddings", lambda: None)()
-    return [path for path, module in own_modules(base) if module in (input_embeddings(base), output)]
+    tables = (input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)())
+    return [path for path, module in own_modules(base) if module in tables]
 
 
 def _names_in_files(base: nn.Module, paths: Iterable[str]) -> dict[int, list[str]]:

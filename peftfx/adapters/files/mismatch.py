@@ -22,7 +22,7 @@ def refuse_mismatch(
     expected: Collection[str] = (),
     module_of: Callable[[str], str] = lambda name: name,
     why: Callable[[str], str] = lambda path: "",
-    other_tokens: str = "",
+    other_tokens: Callable[[], str] = lambda: "",
 ) -> None:
     """Refuse a file that does not fit the base, in one error that lists everything that does not fit.
 
@@ -35,7 +35,7 @@ def refuse_mismatch(
         expected: module paths for which the file must have at least one tensor.
         module_of: returns the module path in a name.
         why: returns why the module at a path cannot be adapted, or an empty text if no reason is known.
-        other_tokens: what to do if the file's embeddings have another number of tokens; else empty.
+        other_tokens: returns what to do if the file's embeddings have another number of tokens, else an empty text.
     """
     left = weights.names.keys() - wanted.keys() - set(harmless)
     odd = {name: told for name in sorted(left) if (told := _told_of_state(name, module_of(name), modules))}
@@ -72,7 +72,7 @@ def refuse_mismatch(
     elif unexpected and len(unexpected) < len(weights.names):  # a file of which nothing fits is of another model
         hint = nearest(module_of(unexpected[0]), modules) or hint
     elif not unexpected:
-        hint = other_tokens or hint
+        hint = other_tokens() or hint
     raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
 
 

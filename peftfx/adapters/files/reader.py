@@ -146,7 +146,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         module_of=lambda name: module_of(name, found.marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
         modules=[name for name, _ in own_modules(base)],
-        other_tokens=other_tokens(base, weights),
+        other_tokens=lambda: other_tokens(base, weights),
     )
     if left_out and not placements:
         first = _path(found.left_out[0], base)
