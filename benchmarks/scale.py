@@ -1,6 +1,7 @@
 """What training costs on each road and in `peft`, in one process: seconds and memory of a step, as ratios of one run.
 
     python benchmarks/scale.py [--lengths 32 256 512] [--row TEXT] [--pairs 15] [--batch 4] [--width 256] [--layers 8]
+                               [--threads N]
 
 Prints a Markdown table. A row's models have the same weights, adapter and batch, and step in turns, so that what else
 runs slows all; a ratio to `peft` is the median over rounds: of seconds on the clock, and of CPU seconds, which other
@@ -186,7 +187,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH, help="texts of a batch")
     parser.add_argument("--width", type=int, default=WIDTH, help="the model's hidden size")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch's operations")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     sizes = {"texts": args.batch, "layers": args.layers, "width": args.width}
     warnings.simplefilter("ignore")
     print("| | tokens | road | ms | time to `peft` | CPU to `peft` | MB | memory to `peft` | a step |")
@@ -194,7 +197,8 @@ def main() -> None:
     for row in (row for row in ROWS if args.row in row.name):
         for length in args.lengths:
             print(*lines(row, length, args.pairs, **sizes), sep="\n", flush=True)
-    print(f"\n{date.today()}; {', '.join(f'{n} {v}' for n, v in versions().items())}", file=sys.stderr)
+    known = {"threads": args.threads, **versions()}
+    print(f"\n{date.today()}; {', '.join(f'{n} {v}' for n, v in known.items())}", file=sys.stderr)
 
 
 if __name__ == "__main__":
