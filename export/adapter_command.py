@@ -9,7 +9,7 @@ from typing import Unpack
 
 import torch
 
-from peftfx.adapters.files.base_weights import resize_vocabulary
+from peftfx.adapters.files.base.vocabulary import resize_vocabulary
 from peftfx.bases.load import load_base
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.sentences.encoder import as_sentence_encoder

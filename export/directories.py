@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peftfx.adapters.files.base_weights import resize_vocabulary, tell_tokens_without_rows
+from peftfx.adapters.files.base.vocabulary import resize_vocabulary, tell_tokens_without_rows
 from peftfx.bases.labels import name_labels
 from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED, quantise

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftfx.adapters.files.names import module_of
+from peftfx.adapters.files.names import ORIGINAL, module_of
 from peftfx.contract.method import Method
 from peftfx.contract.override import TOKENS
 from peftfx.errors import listed, warn
@@ -25,7 +25,6 @@ from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import never_runs
 from peftfx.sites.sites import Sites
 
-_ORIGINAL = ".original_module."
 #: What HF PEFT puts into the names of a trained module's tensors; of the module's parts, the adapter's name too.
 _SAVED = (re.compile(r"\.(?:modules_to_save|original_module)(?=\.)"), re.compile(r"\.modules_to_save\.[^.]+(?=\.)"))
 
@@ -47,7 +46,7 @@ def repeats(weights: Weights, taken: Collection[str], base: nn.Module, method: M
     return {
         name
         for name in weights.names.keys() - set(taken)
-        if (name.replace(_ORIGINAL, ".") in taken and _ORIGINAL in name)
+        if (name.replace(ORIGINAL, ".") in taken and ORIGINAL in name)
         or any(_equal(weights[name], t) for t in _originals(weights, name, taken, base))
         or any(_equal(weights[name], t) for t in _in_copies(method, name, taken, base))
     }

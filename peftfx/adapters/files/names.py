@@ -11,6 +11,9 @@ from peftfx.bases.guests import own_modules
 from peftfx.contract.override import SAVED, Override
 
 _ROWS = ".token_adapter"  #: HF PEFT's layer around the trained rows of a tensor, under the module's path
+BASE_LAYER = ".base_layer."  #: what follows a module's path in the names of tensors of the module that HF PEFT adapts
+ORIGINAL = ".original_module."  #: the same for a module of which HF PEFT trains a copy
+WRAPPERS = (f"{_ROWS}{BASE_LAYER}", ORIGINAL, BASE_LAYER)  #: what may stand for the dot before a tensor's last name
 
 
 def name_of(path: str, suffix: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.files.base_weights import replaced_weights
+from peftfx.adapters.files.base.replaced import replaced_weights
 from peftfx.adapters.files.names import name_of_base
 from peftfx.adapters.files.sizes import without_memory
 from peftfx.bases.guests import own_modules

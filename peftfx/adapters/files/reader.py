@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.converted import make_room, take_over
 from peftfx.adapters.files.accounts import Idle, repeats
-from peftfx.adapters.files.base_weights import other_tokens, replaced_weights
+from peftfx.adapters.files.base.replaced import replaced_weights
+from peftfx.adapters.files.base.vocabulary import other_tokens
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import inner_layers, module_of, name_of, named_modules, override_name
 from peftfx.adapters.files.parameters import exchange_read, parameter_path

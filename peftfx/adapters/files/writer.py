@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import UNKNOWN, Account, Adapter, shared_key
-from peftfx.adapters.files.embeddings import embeddings_beside
+from peftfx.adapters.files.base.embeddings import embeddings_beside
 from peftfx.adapters.files.model_card import write_card
 from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, named_modules, override_name, row_layers
 from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
