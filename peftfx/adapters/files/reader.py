@@ -96,9 +96,9 @@ def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
 def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     """Return the adapter in the directory of one rule."""
     config = read_adapter_config(directory)
-    if config.get(TYING):
-        warn(f"{directory}: {TYING}: trained on here, the copies of the tied tensor change apart")
-    config = with_tied_names(config, base)
+    asked, config = config, with_tied_names(config, base)
+    if asked.get("target_modules") != config.get("target_modules"):
+        warn(f"{directory}: {TYING}: trained on here, the LoRAs at the tied tensor change apart")
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
     method, why = method.as_saved(weights.shapes)

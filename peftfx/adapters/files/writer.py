@@ -203,6 +203,9 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     account = adapter.accounts.get(number)
     adapted = {*methods, *row_layers(rule.overrides), *inner_layers(account.taken if account else ())}
     tensors |= {override_name(override, adapted): adapter.get(override.key) for override in rule.overrides}
+    for override in (override for override in rule.overrides if override.tied):
+        names = (name_of(path, "weight") for path in tied_paths(base, override.name.rpartition(".")[0]))
+        tensors |= {name: adapter.get(override.key) for name in names}
     methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}
     gathered = named_by.gather(methods | _idle_methods(base, rule.method, account))
     if gathered.unloadable:
