@@ -54,7 +54,16 @@ def refuse_unplaced(
         raise PeftfxError(f"target_modules name modules that cannot be adapted here: {told}", "rules", hint)
     if idle:
         told = "the outputs depend on nothing of" if loaded else "no call of the model runs"
-        warn(f"{told} {', '.join(idle[:_MOST])}: nothing is adapted there")
+        read = [path for own in idle for path in _readers(own, base, sites)]
+        more = f"; the model reads this weight in {listed(read, _MOST)}: name these" if read else ""
+        warn(f"{told} {', '.join(idle[:_MOST])}: nothing is adapted there{more}")
+
+
+def _readers(path: str, base: nn.Module, sites: Sites) -> list[str]:
+    """Return the sites that have the weight of the module at a path under another name, as T5's embeddings."""
+    weight = getattr(base.get_submodule(path), "weight", None)
+    others = (s.path for s in sites if s.weight and has_module(base, s.path))
+    return [p for p in others if weight is not None and getattr(base.get_submodule(p), "weight", None) is weight]
 
 
 def named_elsewhere(base: nn.Module, method: Method, sites: Sites, where: Where, done: Collection[str]) -> list[str]:
