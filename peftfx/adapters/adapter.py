@@ -17,7 +17,6 @@ from peftfx.contract.placed import DROPOUTS, SHARED, Placed, Placements, shared_
 from peftfx.contract.placement import Placement, owner_of
 from peftfx.errors import PeftfxError
 from peftfx.sharding import full, is_part
-from peftfx.sites.site import Site
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,10 @@ class Adapter(Holder):
         self.copy_overridden(base)
 
     @torch.no_grad()
-    def share(self, base: nn.Module, rng: torch.Generator | None = None, beside: Sequence[Site] = ()) -> None:
+    def share(self, base: nn.Module, rng: torch.Generator | None = None) -> None:
         """Make the tensors that all placements of a rule share, for each rule; see `shared_by`."""
         for number, rule in enumerate(self.placed):
-            for name, value in shared_by(rule, base, rng, beside).items():
+            for name, value in shared_by(rule, base, rng).items():
                 self.put(shared_key(number, name), value, trained=not rule.method.is_constant(name, value))
 
     def copy_overridden(self, base: nn.Module) -> None:

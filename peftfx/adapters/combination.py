@@ -135,6 +135,9 @@ def _refuse_copies(adapters: Mapping[str, Adapter]) -> None:
     owners: dict[str, str] = {}
     for name, adapter in adapters.items():
         for override in adapter.overrides:
+            if override.tied:
+                what = "adapters with one copy for tied modules cannot be summed"
+                raise PeftfxError(what, override.name, "train without it (ensure_weight_tying, modules_to_save)")
             if not override.module:
                 raise PeftfxError(
                     "adapters that train the base's biases cannot be summed",

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.contract.override import SAVED
+from peftfx.contract.override import SAVED, tied_paths
 from peftfx.errors import PeftfxError
 
 Known = bool | Literal["irregular"]
@@ -125,7 +125,10 @@ def _places(base: nn.Module, adapter: Adapter) -> Iterable[tuple[str, str, list[
         kind = f"{placement.method.peft_type.lower()}.{type(base.get_submodule(path)).__name__}"
         yield path, kind, list(adapter.get_submodule(placement.key).parameters())
     for override in adapter.overrides:
-        if override.module and override.key.startswith(f"{SAVED}."):
+        if override.tied:
+            paths = tied_paths(base, override.name.rpartition(".")[0])
+            yield from ((path, "ModulesToSaveWrapper", [adapter.get(override.key)]) for path in paths)
+        elif override.module and override.key.startswith(f"{SAVED}."):
             yield override.module, "ModulesToSaveWrapper", [adapter.get(override.key)]
 
 

@@ -293,9 +293,9 @@ class Method(ABC):
         return None
 
     @property
-    def shares_by_sizes(self) -> bool:
-        """Whether `shared` reads nothing but the sites' sizes, and no weights: so it can be asked for other modules."""
-        return False
+    def has_shared(self) -> bool:
+        """Whether the places of a rule share tensors."""
+        return type(self).shared is not Method.shared
 
     def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
         """Return the key in a HF PEFT checkpoint of each shared tensor that is saved, prefix included.

@@ -35,6 +35,7 @@ class Override:
         name: the tensor's name, relative to the module.
         rows: the rows of the base's tensor that the adapter's tensor replaces; empty for all rows.
         trained: whether the adapter trains its tensor. A tensor that was only read from a file is not trained.
+        tied: whether it is a copy of a module's weight that acts at all modules which share the weight.
     """
 
     key: str
@@ -42,11 +43,12 @@ class Override:
     name: str
     rows: tuple[int, ...] = ()
     trained: bool = True
+    tied: bool = False
 
     @property
     def stands(self) -> bool:
         """Whether the tensor counts as the base's own, as HF PEFT counts a trained bias. Copies and rows are extra."""
-        return self.trained and not self.module and not self.rows
+        return self.trained and not self.module and not self.rows and not self.tied
 
     @property
     def indices(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.contract.completeness import asking, refuse_keys, refuse_parameters
-from peftfx.contract.method import Method, Params
+from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.override import Override
 from peftfx.contract.placement import (
     AttentionPlacement,
@@ -23,6 +23,7 @@ from peftfx.contract.placement import (
     whole_tensors,
 )
 from peftfx.sharding import is_part
+from peftfx.sites.blocks import turned
 from peftfx.sites.site import Site
 
 DROPOUTS = "dropout_of_rule"  #: the adapter's folder of dropout modules, by the number of the rule
@@ -70,11 +71,14 @@ class Placed:
         method: the rule's method, with the rule's options.
         placements: where the method acts.
         overrides: the base's tensors of which the rule trains copies (`modules_to_save`, `bias`).
+        counted: the sites that HF PEFT counts for the tensors that the places share, in the base's order: of modules
+            that the call does not run, too. Empty if they are the placements' alone.
     """
 
     method: Method
     placements: Placements
     overrides: tuple[Override, ...] = ()
+    counted: tuple[Site, ...] = ()
 
     def dropping(self, rate: float) -> Placed:
         """Return the rule with another rate of its dropout."""
@@ -89,8 +93,8 @@ class Placed:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """The sites, or the parts of sites, of the rule's placements."""
-        return tuple(p.view for p in self.placements)
+        """The sites, or the parts of sites, that the rule's shared tensors are for."""
+        return self.counted or tuple(p.view for p in self.placements)
 
     def reads(self, placement: Placement, shared: Params) -> dict[str, str]:
         """Return which shared tensors `placement` reads: by its name there, the name that the tensor is shared by."""
@@ -98,16 +102,13 @@ class Placed:
         return {name: name for name in shared} if chosen is None else chosen
 
 
-def shared_by(
-    rule: Placed, base: nn.Module, rng: torch.Generator | None, beside: Sequence[Site] = ()
-) -> dict[str, Tensor]:
+def shared_by(rule: Placed, base: nn.Module, rng: torch.Generator | None) -> dict[str, Tensor]:
     """Return new tensors that the places of a rule share.
 
     Args:
         rule: the rule.
         base: the base.
         rng: the generator of random numbers.
-        beside: sites without a placement that the tensors are as large for as well.
 
     Raises:
         PeftfxError: the method's `shared` does not give tensors by name, or `shared_keys` leaves out a trained tensor.
@@ -117,11 +118,22 @@ def shared_by(
     method = rule.method
     first = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))
     like = torch.empty(0, dtype=first.dtype, device=first.device) if is_part(first) else first
-    bases = (p.base(*whole_tensors(base, p.site)) for p in rule.placements.weights)
     with asking(method, "shared", ""):
-        made = method.shared((*rule.sites, *beside), bases, like, rng)
+        made = method.shared(rule.sites, _bases(rule, base), like, rng)
         keys = method.shared_keys(rule.sites)
     refuse_parameters(method, "", made, member="shared")
+    if rule.counted:  # what only the places read that do not run is not made
+        read = {kept for placement in rule.placements for kept in rule.reads(placement, made).values()}
+        made = {name: value for name, value in made.items() if name in read or name in keys}
     named = {rule.reads(p, made).get(name) for p in rule.placements for name in p.suffixes()} if made else set()
     refuse_keys(method, "shared_keys", "", keys, {name: t for name, t in made.items() if name not in named})
     return made
+
+
+def _bases(rule: Placed, base: nn.Module) -> Iterator[Base]:
+    """Yield the tensors of the base at each site of a rule with weights."""
+    at = {p.view: p for p in rule.placements.weights}
+    for site in rule.sites if at else ():
+        own = at.get(site)
+        weight, bias = whole_tensors(base, own.site if own else site)
+        yield own.base(weight, bias) if own else Base(turned(weight, site.transposed), bias)

@@ -72,6 +72,8 @@ class LoRA(LoraForms):
         alora_invocation_tokens: the adapter acts only from the last occurrence of these tokens in a row's text on
             (aLoRA, arXiv:2504.12397). Before them the row, and its cache, are the base's. Only for linear layers in
             causal models.
+        ensure_weight_tying: whether a trained copy in `modules_to_save` (`embed_tokens`, `lm_head`) is one for all
+            modules that share the tensor, as in HF PEFT.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, lora_alpha=16, target="attention | mlp"))
@@ -93,6 +95,7 @@ class LoRA(LoraForms):
     alora_invocation_tokens: Sequence[int] | None = None
     use_bdlora: Mapping[str, object] | None = None
     kasa_config: Mapping[str, object] | None = None
+    ensure_weight_tying: bool = False
 
     peft_type: ClassVar[str] = "LORA"
     kinds: ClassVar[frozenset[str]] = frozenset({*WEIGHT_KINDS, EXPERTS})

@@ -13,12 +13,13 @@ from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.peft_status import LayerStatus, ModelStatus, layer_status, model_status
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
-from peftfx.hosting.checkpointing import checkpoint_base, stop_checkpointing
+from peftfx.hosting.checkpointing import checkpoint_base, is_checkpointed, stop_checkpointing
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.merging import Merging
 from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, refuse_function_of_peft, wrapped
 from peftfx.model.trainers.hub import upload
 from peftfx.model.trainers.reference import ReferenceModel
+from peftfx.model.trainers.refused import refuse_options
 from peftfx.model.trainers.tuner_of_peft import TunerOfPeft
 
 
@@ -194,11 +195,15 @@ class PeftSurface(Merging):
         self.base.tie_weights(*args, **kwargs)  # type: ignore[operator]
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
-        """Add tags for the model card; see `save_pretrained`.
+        """Add tags for the model card; see `save_pretrained`. Trainers of TRL do so when they are made.
 
         Args:
             tags: one tag, or several.
+
+        Raises:
+            PeftfxError: a trainer that has options which do not work with this model.
         """
+        refuse_options(self, sys._getframe(1).f_locals.get("args"))
         self.base.add_model_tags(tags)  # type: ignore[operator]
 
     def reference(self, names: str | Sequence[str] = ()) -> ReferenceModel:
@@ -256,6 +261,16 @@ class PeftSurface(Merging):
             activation_checkpointing_kwargs, options: see `gradient_checkpointing_enable`.
         """
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether layers are checkpointed in training: by the base's own code, or in the graph that calls run."""
+        return is_checkpointed(self.base) or (self.checkpoints is not None and not self.checkpoints.in_modules)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The same as `is_activation_checkpointing`, by transformers' old name."""
+        return self.is_activation_checkpointing
 
     def gradient_checkpointing_disable(self) -> None:
         """Disable gradient checkpointing: keep all activations again."""

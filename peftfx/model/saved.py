@@ -43,6 +43,8 @@ class SavedAdapters(AdapterSums):
         state_dict: Mapping[str, Tensor] | None = None,
         save_embedding_layers: str | bool = "auto",
         save_function: object = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
         path_initial_model_for_weight_conversion: object = None,
     ) -> None:
         """Write HF PEFT directories: one adapter in `save_directory`, others in folders of their names below it.
@@ -58,6 +60,8 @@ class SavedAdapters(AdapterSums):
             save_embedding_layers: whether the files have the base's embeddings, too. By default they do, as in HF PEFT,
                 if the base was resized (`resize_token_embeddings`) after loading: its own files lack the new tokens.
             save_function: ignored: the files are always safetensors.
+            max_shard_size: ignored, as in HF PEFT: an adapter has one file.
+            push_to_hub: refused, because it names no repository: there is a method of this name.
             path_initial_model_for_weight_conversion: refused, because no start changes the base.
 
         Raises:
@@ -69,8 +73,11 @@ class SavedAdapters(AdapterSums):
         from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
 
         other = is_main_process and state_dict is not None and not self.is_own(state_dict)
+        if not str(save_directory):
+            what = "the directory's name is empty, and would be the working directory"
+            raise PeftfxError(what, "save_directory", "name a directory; the working directory is '.'")
         refuse_save_arguments(
-            safe_serialization, other, save_embedding_layers, path_initial_model_for_weight_conversion
+            safe_serialization, other, save_embedding_layers, path_initial_model_for_weight_conversion, push_to_hub
         )
         if adapter_name is not None and selected_adapters is not None:
             raise PeftfxError(

@@ -38,7 +38,7 @@ def get_peft_model_state_dict(
         'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
     other = state_dict is not None and not model.is_own(state_dict)
-    refuse_save_arguments(True, other, save_embedding_layers, None)
+    refuse_save_arguments(True, other, save_embedding_layers, None, False)
     with model.plain():
         return state_of(model.source, model.adapter(adapter_name), save_embedding_layers, "get_peft_model_state_dict")
 

@@ -30,6 +30,7 @@ from peftfx.rules.naming import as_named
 from peftfx.rules.parameters import as_parameter, refuse_read_past, refuse_unknown_parameters
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
+from peftfx.rules.tied_copies import refuse_tied_targets
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, tell_read_past
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
@@ -83,6 +84,7 @@ def _place(base: nn.Module, sites: Sites, method: Method) -> Placed:
     if method.exclude_modules and not _excluded(base, method, sites):
         warn(f"exclude_modules={method.exclude_modules!r} names no layer of this model: it excludes nothing")
     own = as_modules(base, method, own)
+    refuse_tied_targets(base, method, [p.site.path for p in own])
     if any(p.key.endswith(".") for p in own):  # a copy is kept under its site's path
         what = "the model itself is a targeted layer, and a copy of its tensors has no name: no path leads to it"
         raise PeftfxError(what, type(base).__name__, "put the layer into a module of its own, or target others")

@@ -26,7 +26,9 @@ from peftfx.sites.target import Where, explain
 _MOST = 4
 
 
-def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where, done: Collection[str]) -> None:
+def refuse_unplaced(
+    base: nn.Module, method: Method, sites: Sites, where: Where, done: Collection[str], *, loaded: bool = False
+) -> None:
     """Refuse a rule whose `target_modules` name modules with weights that have no site here.
 
     Args:
@@ -35,12 +37,42 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
         sites: the base's sites.
         where: the rule's options that say where it applies.
         done: module paths where the rule acts, or whose modules it trains whole.
+        loaded: whether the rule is a file's, whose reader counts modules that do not run or reach no output.
 
     Raises:
         PeftfxError: such a module runs, or may run in another call, or HF PEFT counts it (`Method.counted`).
     """
+    named = named_elsewhere(base, method, sites, where, done)
+    idle = [path for path in named if never_runs(path, base, sites) or (loaded and path in sites.unread)]
+    if idle and method.counted and not loaded:
+        what = f"no call of the model runs these, and what {type(method).__name__} has elsewhere depends on them"
+        raise PeftfxError(what, ", ".join(idle[:_MOST]), "exclude them, by exclude_modules or by narrower targets")
+    reasons = {path: why_no_place(path, base, sites, method.kinds) for path in named if path not in idle}
+    if reasons:
+        told = listed([f"{path}: {why}" for path, why in reasons.items()], _MOST, "; ")
+        hint = "narrow target_modules (exclude_modules), or, in Python, pass inputs= of a call that runs them"
+        raise PeftfxError(f"target_modules name modules that cannot be adapted here: {told}", "rules", hint)
+    if idle:
+        told = "the outputs depend on nothing of" if loaded else "no call of the model runs"
+        read = [path for own in idle for path in _readers(own, base, sites)]
+        more = f"; the model reads this weight in {listed(read, _MOST)}: name these" if read else ""
+        warn(f"{told} {', '.join(idle[:_MOST])}: nothing is adapted there{more}")
+
+
+def _readers(path: str, base: nn.Module, sites: Sites) -> list[str]:
+    """Return the sites that have the weight of the module at a path under another name, as T5's embeddings."""
+    weight = getattr(base.get_submodule(path), "weight", None)
+    others = (s.path for s in sites if s.weight and has_module(base, s.path))
+    return [p for p in others if weight is not None and getattr(base.get_submodule(p), "weight", None) is weight]
+
+
+def named_elsewhere(base: nn.Module, method: Method, sites: Sites, where: Where, done: Collection[str]) -> list[str]:
+    """Return the paths of the modules with weights that `target_modules` name and that have no site here.
+
+    See `refuse_unplaced` for the arguments.
+    """
     if method.target_modules is None:
-        return
+        return []
     known = {as_named(base, method, site).path for site in sites if site.weight} | set(done)
     known -= cut_attentions(base, sites)
     linear = method.target_modules == ALL_LINEAR
@@ -51,18 +83,7 @@ def refuse_unplaced(base: nn.Module, method: Method, sites: Sites, where: Where,
     ]
     mark = Site("", "linear", "linear", None, "-", None, (), False, (), ())
     stand_ins = [dataclasses.replace(mark, path=path, layer=layer_of(path)) for path in candidates]
-    named = [r.site.path for r in explain(stand_ins, **where, kinds=("linear",)) if r.match]
-    idle = [path for path in named if never_runs(path, base, sites)]
-    if idle and method.counted:
-        what = f"no call of the model runs these, and what {type(method).__name__} has elsewhere depends on them"
-        raise PeftfxError(what, ", ".join(idle[:_MOST]), "exclude them, by exclude_modules or by narrower targets")
-    reasons = {path: why_no_place(path, base, sites, method.kinds) for path in named if path not in idle}
-    if reasons:
-        told = listed([f"{path}: {why}" for path, why in reasons.items()], _MOST, "; ")
-        hint = "narrow target_modules (exclude_modules), or, in Python, pass inputs= of a call that runs them"
-        raise PeftfxError(f"target_modules name modules that cannot be adapted here: {told}", "rules", hint)
-    if idle:
-        warn(f"no call of the model runs {', '.join(idle[:_MOST])}: nothing is adapted there")
+    return [r.site.path for r in explain(stand_ins, **where, kinds=("linear",)) if r.match]
 
 
 def refuse_unasked(base: nn.Module, method: Method) -> None:

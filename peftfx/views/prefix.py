@@ -163,12 +163,17 @@ def _refuse_checkpointing(base: nn.Module) -> None:
     """Refuse a prefix with gradient checkpointing, as HF PEFT does: checkpointed layers drop the cache."""
     checkpointed = (module for module in base.modules() if getattr(module, "gradient_checkpointing", False))
     if base.training and torch.is_grad_enabled() and next(checkpointed, None) is not None:
-        what = "a prefix does not work with gradient checkpointing: it is a cache, which checkpointed layers drop"
-        hint = (
-            "call gradient_checkpointing_disable() (TRL switches it on: gradient_checkpointing=False), adapt with "
-            'road="graph", or train, for example, PromptTuning'
-        )
-        raise PeftfxError(what, type(base).__name__, hint)
+        raise no_checkpointing(base)
+
+
+def no_checkpointing(base: nn.Module) -> PeftfxError:
+    """Return the error for a prefix whose model is to be trained with gradient checkpointing."""
+    what = "a prefix does not work with gradient checkpointing: it is a cache, which checkpointed layers drop"
+    hint = (
+        "call gradient_checkpointing_disable() (TRL switches it on: gradient_checkpointing=False), adapt with "
+        'road="graph", or train, for example, PromptTuning'
+    )
+    return PeftfxError(what, type(base).__name__, hint)
 
 
 def _no_place(base: nn.Module) -> PeftfxError:

@@ -102,8 +102,9 @@ VARIANTS = (
     ),
     Variant(
         *("tied copies", {"ensure_weight_tying": True}, "files"),
-        "its files are read, exported and saved as HF PEFT's; training is refused: it trains one copy of a tied weight "
-        "for all its modules, and here each module has its own",
+        "a copy in `modules_to_save` is one for all tied modules: HF PEFT's numbers, training and files both ways. "
+        "LoRAs at tied modules are read, exported and saved as HF PEFT's; training them is refused: HF PEFT trains two "
+        "over one memory",
     ),
     Variant(
         *("Megatron", {"megatron_config": {"tensor_model_parallel_size": 1}}, "refused"),

@@ -156,6 +156,18 @@ class TestCheckpointing:
         with pytest.raises(PeftfxError, match="prefix does not work with gradient checkpointing"):
             model.train()(**example(model))
 
+    @pytest.mark.filterwarnings("error::FutureWarning")
+    @pytest.mark.parametrize("road", ["modules", "graph"])
+    def test_the_model_says_whether_it_does(self, road: str) -> None:
+        """On the graph road transformers' own property said no: there the graph is cut, and no module is asked."""
+        model = adapt("llama", peftfx.LoRA(), road=road)
+        for on in (False, True, False):
+            if on:
+                model.gradient_checkpointing_enable()
+            else:
+                model.gradient_checkpointing_disable()
+            assert (model.is_activation_checkpointing, model.is_gradient_checkpointing) == (on, on)
+
     def test_a_graph_in_which_no_layer_ends_is_refused(self) -> None:
         with pytest.raises(PeftfxError, match="no place was found in it where a layer of the model ends"):
             adapt("custom", peftfx.LoRA(), road="graph").gradient_checkpointing_enable()

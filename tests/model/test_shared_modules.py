@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from support.adapted import randomise
+from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
@@ -177,3 +178,14 @@ def test_a_name_under_which_a_layer_does_not_run_is_told_the_other() -> None:
     with pytest.raises(PeftfxError, match="lin: it is one module with last, and the model runs it under that name"):
         peftfx.transform(SecondAlone(), LoRA(target_modules=["lin"]), inputs={"x": x})
     peftfx.transform(SecondAlone(), LoRA(target_modules=["last"]), inputs={"x": x})
+
+
+def test_a_module_that_only_holds_a_tied_weight_is_told_where_the_weight_is_read() -> None:
+    """T5's `shared` does not run. HF PEFT puts a layer there that no call reaches, and says nothing."""
+    theirs = peft.get_peft_model(ZOO["t5"].build(), peft.LoraConfig(target_modules=["shared"]))
+    inputs, plain = ZOO["t5"].inputs(2, 5), ZOO["t5"].build().eval()
+    randomise(theirs)
+    torch.testing.assert_close(theirs.eval()(**inputs).logits, plain(**inputs).logits)
+    told = pytest.warns(UserWarning, match="reads this weight in encoder.embed_tokens, decoder.embed_tokens, lm_head")
+    with told, pytest.raises(PeftfxError, match="matches no site"):
+        peftfx.transform(plain, LoRA(target_modules=["shared"]))

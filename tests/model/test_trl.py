@@ -332,9 +332,19 @@ def test_a_reference_that_is_mixed_with_the_model_is_refused(reference: str, sav
     ours.set_adapter("default")
     held = ours.reference("ref") if reference == "adapter" else ZOO["llama"].build()
     before = {name: tensor.clone() for name, tensor in held.state_dict().items()}
-    with pytest.raises(PeftfxError, match=r"sync_ref_model mixes(.|\n)*set_peft_model_state_dict"):
-        dpo(ours, tmp_path, held, sync_ref_model=True, ref_model_sync_steps=1)
+    arguments = trl.DPOConfig(str(tmp_path), sync_ref_model=True, **FIXED)
+    with pytest.raises(PeftfxError, match=r"sync_ref_model mixes(.|\n)*set_peft_model_state_dict"):  # before it trains
+        Pairs(ours, held, arguments, train_dataset=rows(PAIRS), processing_class=tokenizer())
+    with pytest.raises(PeftfxError, match="sync_ref_model mixes"):  # and where a callback mixes without that option
+        getattr(trl, "SyncRefModelCallback").sync_target_model(ours, held, 0.5)  # noqa: B009
     assert all(torch.equal(tensor, before[name]) for name, tensor in held.state_dict().items())
     peftfx.set_peft_model_state_dict(ours, peftfx.get_peft_model_state_dict(ours), "ref")
     own = dict(ours.adapter("default").tensors())
     assert all(torch.equal(tensor, own[name]) for name, tensor in ours.adapter("ref").tensors())
+
+
+def test_a_prefix_is_refused_with_checkpoints_when_the_trainer_is_made(tmp_path: Path) -> None:
+    """GRPO and RLOO would write texts first. TRL switches checkpoints on by default."""
+    ours = adapt("llama", peftfx.PrefixTuning(num_virtual_tokens=3))
+    with pytest.raises(PeftfxError, match=r"prefix does not work with gradient checkpointing(.|\n)*=False"):
+        sft_trainer(ours, tmp_path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.adapted import randomise
 from support.zoo import ZOO
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.contract.common.householder import orthonormal
@@ -141,3 +144,47 @@ def test_places_that_hf_peft_counts_must_run() -> None:
 
     with pytest.raises(PeftfxError, match="no call of the model runs these"):
         peftfx.transform(Idle(), peftfx.UniLoRA(target_modules=["one", "two"]), inputs={"x": torch.ones(1, 4)})
+
+
+class Between(nn.Module):
+    """Between two layers that act are one that never runs, and one whose results reach no output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.idle, self.unread = nn.Linear(4, 5), nn.Linear(9, 8), nn.Linear(5, 12)
+        self.last, self.large = nn.Linear(5, 6), nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        self.unread(hidden)
+        return self.last(hidden)
+
+
+COUNTING: tuple[Case, ...] = (
+    ("TINYLORA", {"u": 6, "weight_tying": 0.5}),
+    ("TINYLORA", {"u": 6, "save_projection": False}),
+    ("UNILORA", {"r": 2, "theta_d_length": 7}),
+    ("WAVEFT", {"n_frequency": 9, "proportional_parameters": True}),
+    ("FROD", {"save_projection": False}),
+    ("LILY", {"r": 2, "stride_A": 2}),
+)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("kind", "options"), COUNTING, ids=lambda value: str(value))
+def test_places_are_counted_as_hf_peft_counts_them_where_some_do_not_run(
+    kind: str, options: Mapping[str, object], tmp_path: Path
+) -> None:
+    base, x = Between(), torch.randn(3, 4)
+    targets = ["first", "idle", "unread", "last", "large"]
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)](target_modules=targets, **options)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "theirs", inputs={"x": x}).eval()
+    torch.testing.assert_close(ours(x=x), theirs(x))
+    ours.save_pretrained(tmp_path / "ours")
+    first, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    ours.export(tmp_path / "onnx", inputs={"x": x})

@@ -49,6 +49,7 @@ def test_selected_adapters_are_those_that_are_saved(adapted: AdaptedModel, tmp_p
         ({"state_dict": {}}, "the adapters' own tensors"),
         ({"save_embedding_layers": True}, "the base has no embeddings"),
         ({"save_embedding_layers": "always"}, "one of 'auto', True, False"),
+        ({"push_to_hub": True}, "pushes to no repository"),
         ({"path_initial_model_for_weight_conversion": "start"}, "its start has not changed the base"),
         ({"adapter_name": "one", "selected_adapters": ["one"]}, "are both given"),
     ],
@@ -73,8 +74,20 @@ def test_what_accelerate_gives_to_save_pretrained_is_taken(adapted: AdaptedModel
 
 
 def test_an_argument_that_nobody_knows_is_a_type_error(adapted: AdaptedModel, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="push_to_hub"):
-        adapted.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(TypeError, match="selected_adapter"):
+        adapted.save_pretrained(tmp_path, selected_adapter=["one"])
+
+
+def test_an_empty_name_is_not_the_working_directory(
+    adapted: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script's variable that was never set; HF PEFT and transformers refuse it too."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PeftfxError, match="name is empty"):
+        adapted.save_pretrained("")
+    assert not any(tmp_path.iterdir())
+    adapted.save_pretrained(".", "one", max_shard_size="1MB")  # an argument for whole models, as HF PEFT takes it
+    assert folders(tmp_path) == {"."}
 
 
 @pytest.mark.parametrize("kind", ["meta", "fake"])

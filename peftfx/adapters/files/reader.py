@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.pytorch_utils import Conv1D
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.converted import make_room, take_over
-from peftfx.adapters.files.accounts import Idle, repeats
+from peftfx.adapters.files.accounts import Idle, counted_sites, repeats
 from peftfx.adapters.files.base.replaced import replaced_weights
 from peftfx.adapters.files.base.vocabulary import other_tokens
 from peftfx.adapters.files.mismatch import refuse_mismatch
@@ -32,7 +31,6 @@ from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
-from peftfx.graph.places import has_module
 from peftfx.rules.parameters import picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
 from peftfx.rules.resolution import (
@@ -50,8 +48,8 @@ from peftfx.rules.resolution import (
 from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.torch_attention import wrapper_of
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
-from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
-from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, Site
+from peftfx.rules.unplaced import named_elsewhere, refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
+from peftfx.sites.site import EXPERTS, WEIGHT_KINDS
 from peftfx.sites.sites import Sites
 
 
@@ -99,9 +97,9 @@ def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
 def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     """Return the adapter in the directory of one rule."""
     config = read_adapter_config(directory)
-    if config.get(TYING):
-        warn(f"{directory}: {TYING}: trained on here, the copies of the tied tensor change apart")
-    config = with_tied_names(config, base)
+    asked, config = config, with_tied_names(config, base)
+    if asked.get("target_modules") != config.get("target_modules"):
+        warn(f"{directory}: {TYING}: trained on here, the LoRAs at the tied tensor change apart")
     method = method_from_config(config, str(directory / CONFIG))
     weights = Weights(directory, method.prefix)
     method, why = method.as_saved(weights.shapes)
@@ -129,7 +127,11 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     names = set(weights.names)
     own_names = {name for placement in placements for name in _names(placement, base)}
     overrides += replaced_weights(base, weights, placements, overrides, own_names)
-    rule = Placed(method, Placements(placements), tuple(overrides))
+    done = {path for p in placements for path in (p.site.path, _path(p, base))}
+    done |= {path for path, _ in own_modules(base) if is_inside(path, saved)}
+    beside = named_elsewhere(base, method, sites, where(method), done) if method.has_shared else []
+    counted = counted_sites([p.view for p in placements], beside, base)
+    rule = Placed(method, Placements(placements), tuple(overrides), counted if placements else ())
     adapter = Adapter([rule], config)
     with without_memory(not fit(rule, weights, base)):  # a rule that does not fit is refused below
         adapter.create(base, None)
@@ -139,10 +141,11 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     again = repeats(weights, wanted, base, method)
     rest = weights.names.keys() - wanted.keys() - again
     idle = Idle.among(rest, weights, method, found.marks, base, sites, left_out)
-    _share_beside(adapter, method, base, set(idle.by_module.values()) - idle.left_out, directory)
+    kept = idle.by_module.keys() | (rest & set(method.shared_keys(counted).values()))  # if it is placed nowhere
+    _refuse_beside(adapter, method, beside, directory)
     targeted = {path for path in found.targeted if found.marks and not is_inside(path, saved)}
     refuse_mismatch(
-        *(weights, {n: adapter.get(k) for n, k in wanted.items()}, idle.by_module.keys() | again, directory),
+        *(weights, {n: adapter.get(k) for n, k in wanted.items()}, kept | again, directory),
         expected={path for path in targeted if wrapper_of(base, method, path) is None},
         module_of=lambda name: module_of(name, found.marks),
         why=lambda path: why_no_place(path, base, sites, method.kinds),
@@ -163,7 +166,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     again |= names - weights.names.keys()
     instead = take_over(adapter)
     wanted = {name: instead.get(key, key) for name, key in wanted.items()}
-    unused = {name: weights[name] for name in sorted(idle.by_module)}
+    unused = {name: weights[name] for name in sorted(kept)}
     adapter.accounts[0] = Account(wanted, tuple(sorted(again)), unused, idle.of_this_call)
     adapter.named = named_modules(names - idle.outside, base)
     idle.tell(directory)
@@ -202,7 +205,7 @@ def _places_in(weights: Weights, method: Method, base: nn.Module, sites: Sites) 
     placements = [p for p in placements if p not in left_out]
     if not marks:
         placements = list(chosen_placements(method, base, sites))
-        refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements})
+        refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements}, loaded=True)
     return _Places(as_modules(base, method, without_ties(placements)), left_out, targeted, marks)
 
 
@@ -283,28 +286,13 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
     return wanted
 
 
-def _share_beside(adapter: Adapter, method: Method, base: nn.Module, idle: Collection[str], where: Path) -> None:
-    """Make shared tensors that the file lacks as HF PEFT does, which has layers at the modules of idle tensors, too.
-
-    Raises:
-        PeftfxError: they depend on more of those modules than the sizes of linear layers.
-    """
-    unsaved = adapter.shared(0).keys() - method.shared_keys(adapter.placed[0].sites).keys()
-    if not unsaved or not idle:
-        return
-    sites = [_linear_like(adapter.placed[0].sites[0], path, base) for path in sorted(idle)]
-    if not method.shares_by_sizes or None in sites:
+def _refuse_beside(adapter: Adapter, method: Method, beside: Sequence[str], where: Path) -> None:
+    """Refuse a file without the tensors that its places share, if they depend on modules that are no plain layers."""
+    rule = adapter.placed[0]
+    unsaved = adapter.shared(0).keys() - method.shared_keys(rule.sites).keys()
+    if unsaved and beside and not rule.counted:
         what = f"{', '.join(sorted(unsaved))} are not in the file, and depend on modules that this call does not run"
-        raise PeftfxError(what, f"{where}: {min(idle)}", "save the adapter with them in the file")
-    adapter.share(base, beside=[site for site in sites if site is not None])
-
-
-def _linear_like(site: Site, path: str, base: nn.Module) -> Site | None:
-    """Return a site of the sizes of the linear layer at a path, for its sizes alone; None for another module."""
-    module = base.get_submodule(path) if has_module(base, path) else None
-    if not isinstance(module, nn.Linear | Conv1D):
-        return None
-    return dataclasses.replace(site, path=path, shape=tuple(module.weight.shape), transposed=isinstance(module, Conv1D))
+        raise PeftfxError(what, f"{where}: {beside[0]}", "train the adapter without these modules (exclude_modules)")
 
 
 def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:

@@ -118,7 +118,7 @@ def _embeddings(base: nn.Module, adapter: Adapter, asked: str | bool, where: str
     return {f"{adapter.rules[0].prefix}{name}": tensor for name, tensor in beside.items()}
 
 
-def refuse_save_arguments(safe: bool, other_state: bool, embeddings: str | bool, initial: object) -> None:
+def refuse_save_arguments(safe: bool, other_state: bool, embeddings: str | bool, initial: object, to_hub: bool) -> None:
     """Refuse arguments of HF PEFT's `save_pretrained` that ask for what peftfx does not write."""
     if not safe:
         hint = "leave safe_serialization out: HF PEFT reads safetensors"
@@ -130,6 +130,9 @@ def refuse_save_arguments(safe: bool, other_state: bool, embeddings: str | bool,
         what = "the adapter is not converted when it is saved: its start has not changed the base"
         hint = "leave it out; convert_to_lora(name, 2 * r) adds a LoRA for the same base that needs no such start"
         raise PeftfxError(what, "path_initial_model_for_weight_conversion", hint)
+    if to_hub:
+        what = "save_pretrained writes a directory, and pushes to no repository (HF PEFT ignores this argument)"
+        raise PeftfxError(what, "push_to_hub", "call model.push_to_hub(repo_id)")
     if embeddings not in (AUTO, True, False):
         raise PeftfxError(f"unknown value {embeddings!r}", "save_embedding_layers", "one of 'auto', True, False")
 
@@ -200,6 +203,9 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     account = adapter.accounts.get(number)
     adapted = {*methods, *row_layers(rule.overrides), *inner_layers(account.taken if account else ())}
     tensors |= {override_name(override, adapted): adapter.get(override.key) for override in rule.overrides}
+    for override in (override for override in rule.overrides if override.tied):
+        names = (name_of(path, "weight") for path in tied_paths(base, override.name.rpartition(".")[0]))
+        tensors |= {name: adapter.get(override.key) for name in names}
     methods = {parameters.get(path, path): method for path, method in by_wrapper(base, methods).items()}
     gathered = named_by.gather(methods | _idle_methods(base, rule.method, account))
     if gathered.unloadable:

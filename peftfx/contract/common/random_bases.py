@@ -59,10 +59,6 @@ class RandomBasesMethod(WeightMethod):
     def frozen(self) -> frozenset[str]:
         return frozenset(self.bases)
 
-    @property
-    def shares_by_sizes(self) -> bool:
-        return True
-
     def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
         return {name: f"base_model.{name}" for name in self.bases} if self.save_projection else {}
 

@@ -48,12 +48,7 @@ class SeenByTrainers(nn.Module):
             PeftfxError: TRL asks for them to mix them into those of a reference model, which has others.
         """
         if sys._getframe(1).f_code.co_name == _MIXER:
-            what = "sync_ref_model mixes the parameters of two whole models, and the reference of an adapter has others"
-            hint = (
-                "pass sync_ref_model=False; to renew the reference, copy the adapter's state: "
-                "set_peft_model_state_dict(model, get_peft_model_state_dict(model), 'ref')"
-            )
-            raise PeftfxError(what, "sync_ref_model=True", hint)
+            raise no_mixing()
         return super().parameters(recurse)
 
     def named_parameters(
@@ -81,6 +76,16 @@ class SeenByTrainers(nn.Module):
             remove_duplicate: whether to yield a buffer that has several names once.
         """
         return _once(super().named_buffers(prefix, recurse, remove_duplicate))
+
+
+def no_mixing() -> PeftfxError:
+    """Return the error for a reference model whose parameters are to be mixed with those of an adapted model."""
+    what = "sync_ref_model mixes the parameters of two whole models, and the reference of an adapter has others"
+    hint = (
+        "pass sync_ref_model=False; to renew the reference, copy the adapter's state: "
+        "set_peft_model_state_dict(model, get_peft_model_state_dict(model), 'ref')"
+    )
+    return PeftfxError(what, "sync_ref_model=True", hint)
 
 
 def _once(named: Iterator[tuple[str, _T]]) -> Iterator[tuple[str, _T]]:

@@ -11,9 +11,6 @@ _AT_LAYERS = ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "use_bd
 #: Fields of HF PEFT's config that make a LoRA which peftfx refuses: why, and what to do.
 REFUSED = {
     "arrow_config": "Arrow mixes several LoRAs by each token, and no weight does that; make one LoRA active at a time",
-    "ensure_weight_tying": "it trains one copy of a tied weight for all its modules, and here each module has its own; "
-    "leave it out, and the named module has its own copy; for new tokens, take trainable_token_indices, whose rows "
-    "tied modules share; or train with peft and load the file",
     "layer_replication": "it makes a model of more layers than the base has; build that model, and adapt it",
     "megatron_config": "it is for Megatron's own parallel layers; merge it with peft",
     "monteclora_config": "MonteCLoRA draws its factors in training from distributions that its file has beside them; "

@@ -1,0 +1,26 @@
+"""Options of TRL's trainers that do not work with an adapted model: refused when a trainer is made."""
+
+from __future__ import annotations
+
+from peftfx.model.by_name import AdaptersByName
+from peftfx.model.trainers.seen_by_trainers import no_mixing
+from peftfx.views.prefix import Prefix, no_checkpointing
+
+
+def refuse_options(model: AdaptersByName, args: object) -> None:
+    """Refuse a trainer's options that would end its training later: at the first step, or at the first renewal.
+
+    Args:
+        model: the adapted model.
+        args: the trainer's arguments; anything else is passed over.
+
+    Raises:
+        PeftfxError: one of these options is on.
+    """
+    if getattr(args, "sync_ref_model", False):
+        raise no_mixing()
+    checkpoints = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)
+    if checkpoints and model.road == "modules":
+        prompts = (p for adapter in model.named.acting() for p in adapter.placements.prompts)
+        if any(isinstance(p.method.entry(model.base, p.site), Prefix) for p in prompts):
+            raise no_checkpointing(model.base)
