@@ -112,8 +112,8 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
 
 
 def warn(text: str) -> None:
-    """Warn the user; the warning points to the line of the user's code that called this package."""
+    """Warn the user; the warning points to the line of the user's code that called this package, or torch."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "peftfx":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("peftfx", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(text, PeftfxWarning, stacklevel=level)

@@ -45,7 +45,8 @@ def pool_any_size(rewriter: Rewriter, node: fx.Node) -> bool:
         want = size.meta["val"] if isinstance(size, fx.Node) else size
         if not statically_known_true(want == value.meta["val"].shape[axis]):
             how = (axis, None if given else size, node.target in _LARGEST)
-            value = at.trace(functools.partial(_pooled, how), value, *given, key=("adaptive pool", *how))
+            key = ("adaptive pool", *how)
+            value = at.trace(functools.partial(_pooled, how), value, *given, key=key, what="an adaptive pool")
     for result in results:
         rewriter.replace(result, value)
     return True
@@ -62,12 +63,13 @@ def _pooled(how: tuple[int, int | None, bool], x: Tensor, size: int = 1) -> Tens
     axis, fixed, largest = how
     size = size if fixed is None else fixed
     length, behind = x.shape[axis], [1] * (x.ndim - axis - 1)
-    if size == 1:
+    if fixed == 1:  # a size that a node computes may be 1 in one call, and not in another
         return x.amax(axis, keepdim=True) if largest else x.mean(axis, keepdim=True)
+    parts = size if fixed is not None else torch.sym_max(size, 1)  # of no place, ONNX Runtime divides by zero
     place = torch.arange(size, device=x.device)
-    start = (place * length).div(size, rounding_mode="floor")
-    end = ((place + 1) * length + size - 1).div(size, rounding_mode="floor")
-    window = length // size + 2
+    start = (place * length).div(parts, rounding_mode="floor")
+    end = ((place + 1) * length + parts - 1).div(parts, rounding_mode="floor")
+    window = length // parts + 2
     at = start[:, None] + torch.arange(window, device=x.device)
     inside = (at < end[:, None]).reshape(size, window, *behind)
     rows = x.index_select(axis, at.clamp(max=length - 1).flatten())

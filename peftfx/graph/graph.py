@@ -64,6 +64,7 @@ class Graph:
             same for an empty axis; an export tries it.
         fixed: the line of the model's code that fixed an axis at the example's size, by the axis's name, where known.
         decisions: branches on booleans of a call's inputs, of which this program has one side.
+        backwards: names of steps of the model's code that have a backward of their own, which this program has not.
 
     Example:
         >>> graph = peftfx.capture(model)
@@ -82,6 +83,7 @@ class Graph:
     fixed: Mapping[str, str] = field(default_factory=dict)
     filled: tuple[Condition, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    backwards: tuple[str, ...] = ()
 
     @property
     def base(self) -> nn.Module:

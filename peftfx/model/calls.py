@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, shown, warn
 from peftfx.generation.invocation import OFFSETS
 from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.graph.graph import Graph
@@ -238,4 +238,15 @@ class AdapterCalls(PeftSurface):
             asked = Checkpoints()
         with TRACING:  # wait: another thread may be making the graph that this call needs
             graph = self.graph_of_call(named)
+            if graph.backwards and torch.is_grad_enabled():
+                self._tell_backwards(graph.backwards)
             return graph, self.graphs.runs.runner(graph, tensors, asked if self.training else None), tensors
+
+    def _tell_backwards(self, backwards: Sequence[str]) -> None:
+        """Warn that a graph's gradients are not those of the model's code, if adapters are trained."""
+        if not any(parameter.requires_grad for adapter in self.named.acting() for parameter in adapter.parameters()):
+            return
+        obstacle = "" if self.wanted == "graph" else self.modules_road.obstacle(self.named.called, dearer=False)
+        advice = f"no module can run the adapter: {obstacle}" if obstacle else 'train with road="modules"'
+        steps = ", ".join(backwards)
+        warn(f"the model's code has a backward of its own ({steps}), and a graph has torch's: {advice}")

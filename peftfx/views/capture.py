@@ -40,6 +40,7 @@ from peftfx.views.capturing.attributes_of_tensors import attributes_kept
 from peftfx.views.capturing.errors import capture_error
 from peftfx.views.capturing.fixed_sides import fixed_sides
 from peftfx.views.capturing.longer import with_longer
+from peftfx.views.capturing.own_backwards import own_backwards
 from peftfx.views.capturing.program_graph import as_graph
 from peftfx.views.capturing.settling import on_general_sides, served
 from peftfx.views.capturing.whole_blocks import with_whole_blocks
@@ -156,6 +157,7 @@ def _captured(
             with (
                 noted(sides.decide) as notes,
                 asked_if_empty() as questions,
+                own_backwards() as backwards,
                 tied(named),
                 broadcast_masks(),
                 casting_in_graph(),
@@ -177,7 +179,7 @@ def _captured(
             raise_if_memory_is_out(raised)
             raise capture_error(model, raised, entry, wrapper.call) from raised
     graph = as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
-    return dataclasses.replace(graph, decisions=tuple(sides.made))
+    return dataclasses.replace(graph, decisions=tuple(sides.made), backwards=tuple(backwards))
 
 
 class _Flat(nn.Module):

@@ -26,6 +26,7 @@ PICTURES: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest middles": lambda x: functional.interpolate(x, size=(5, 9), mode="nearest-exact"),
     "twice as large": lambda x: functional.interpolate(x, scale_factor=(2, 1.25), mode="nearest-exact"),
     "smaller": lambda x: functional.interpolate(x, scale_factor=0.5, mode="nearest-exact"),
+    "half, or nothing": lambda x: functional.interpolate(x, scale_factor=0.5, mode="area"),
 }
 SOUNDS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda x: functional.interpolate(x, scale_factor=2, mode="linear"),

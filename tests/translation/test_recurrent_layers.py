@@ -60,6 +60,13 @@ def test_every_length_is_exported(kind: type[nn.RNNBase], options: dict[str, Any
             torch.testing.assert_close(got, value, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_a_batch_without_rows_does_not_end_the_process(kind: type[nn.RNNBase], tmp_path: Path) -> None:
+    export_onnx(Recurrent(kind, {"batch_first": True}).eval(), tmp_path / "out", inputs={"x": torch.randn(2, 7, 5)})
+    with pytest.raises(PeftfxError, match="ONNX Runtime refuses"):
+        OnnxModel(tmp_path / "out")(x=torch.randn(0, 4, 5))
+
+
 @torch.no_grad()
 def test_a_state_is_taken(tmp_path: Path) -> None:
     base = Recurrent(nn.LSTM, {"batch_first": True}).eval()

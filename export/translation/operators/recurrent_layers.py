@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
 
@@ -39,6 +40,7 @@ def refuse_recurrent_layers(graph: Graph) -> None:
             raise PeftfxError(what, module_path(node), "export a float32 base: model.float()")
 
 
+_END_THE_PROCESS = frozenset({"GRU", "LSTM"})  #: what ONNX Runtime's operators do for a batch without rows
 _NOT_RUN = (torch.float16, torch.float64)  #: bfloat16 is verified in float32
 
 
@@ -73,6 +75,9 @@ def _recurrent_layer(
         parts = call_op("Split", value, sizes, _num_outputs=len(gates), axis=0)
         return op("Concat", *(parts[gate] for gate in gates), axis=0)
 
+    if _OPERATORS[kind] in _END_THE_PROCESS:  # of an empty call, row 1 of a table of one row is asked for: an error
+        empty = op("Cast", op("Equal", op("Size", x), op("Constant", value_int=0)), to=ir.DataType.INT64)
+        hidden = op("Mul", hidden, op("CastLike", op("Gather", constant(1), empty), hidden))
     bias = None
     if bias_ih is not None and bias_hh is not None:
         bias = row(op("Concat", ordered(bias_ih), ordered(bias_hh), axis=0))

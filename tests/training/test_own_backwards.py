@@ -1,0 +1,80 @@
+"""Code with a backward of its own: modules have its gradients, and a graph that lacks them says so."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
+
+import peftfx
+from peftfx.errors import PeftfxWarning
+from peftfx.model.adapted import AdaptedModel
+
+LORA = peftfx.LoRA(r=2, target_modules=["one", "two"], init_lora_weights=False)
+
+
+class Steps(Function):
+    """Rounds to quarters, with the gradient of a line."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+class Layers(nn.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.one, self.two, self.between = nn.Linear(6, 6), nn.Linear(6, 3), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.between == "checkpoint":
+            x = checkpoint(self.one, x, use_reentrant=True) + checkpoint(self.rounded, x, use_reentrant=True)
+        else:
+            x = self.one(x)
+        return self.two(Steps.apply(x) if self.between == "function" else x)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.one(x))
+
+
+def gradients(model: AdaptedModel, x: Tensor) -> list[Tensor | None]:
+    model.zero_grad()
+    model(x=x).pow(2).sum().backward()
+    return [p.grad for p in model.parameters() if p.requires_grad]
+
+
+def test_a_graph_without_a_backward_of_the_codes_own_says_so() -> None:
+    x = torch.randn(4, 6)
+    model = peftfx.transform(Layers("function"), LORA, inputs={"x": x})
+    with warnings.catch_warnings(action="error"):
+        want = gradients(model, x)
+    assert model.road == "modules"
+    model.wanted = "graph"
+    with pytest.warns(PeftfxWarning, match=r"backward of its own \(Steps\).*train with road=.modules") as told:
+        got = gradients(model, x)
+    assert told[0].filename == __file__
+    assert not torch.allclose(got[0], want[0])  # type: ignore[arg-type]
+    with torch.no_grad(), warnings.catch_warnings(action="error"):
+        model(x=x)
+
+
+def test_layers_under_a_reentrant_checkpoint_have_gradients_in_a_graph() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    model = peftfx.transform(Layers("checkpoint"), LORA, inputs={"x": x}, road="modules")
+    want = gradients(model, x)
+    model.wanted = "graph"
+    with warnings.catch_warnings(action="error"):
+        got = gradients(model, x)
+    assert len(got) == len(want) == 4
+    torch.testing.assert_close(got, want)
