@@ -34,7 +34,7 @@ from peftfx.export.rounding.calibrated import fit_weights
 from peftfx.export.rounding.texts import compared_text, refuse_text, split_text
 from peftfx.export.stages import OnStage, Stages
 from peftfx.export.verification.agreement import agreement
-from peftfx.export.verification.cases import FEW, PROBE_SIZES, is_large
+from peftfx.export.verification.cases import FEW, PROBE_SIZES, is_large, with_trained_tokens
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.writing.atomic_directory import publish
@@ -207,7 +207,8 @@ def _verify(
     want, got = (EagerReference(model, None, model.example) for model in (adapted, again))
     feeds = []
     for number, sizes in enumerate(FEW if is_large(adapted.base) else PROBE_SIZES[:2]):
-        feeds.append(feed := example_inputs(adapted.base, sizes=sizes, seed=number + 1))
+        made = example_inputs(adapted.base, sizes=sizes, seed=number + 1)
+        feeds.append(feed := with_trained_tokens(made, adapted, number))
         shapes = {name: list(value.shape) for name, value in feed.items()}
         found, wanted = got(feed), want(feed)
         report.differences += [_difference(name, shapes, wanted[name], found.get(name)) for name in wanted]

@@ -258,6 +258,7 @@ class ExportSteps:
             rtol=rtol,
             graph=part.graph,
             shown=shown_of(part),
+            empty=oracle.empty,
         )
         hold = functools.partial(self._hold_without_rounding, part, oracle, directory) if measures else None
         try:

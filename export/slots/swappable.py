@@ -112,7 +112,8 @@ class Swappable(Deployment):
         """Make the oracle: the graph with random tensors in its slots. With empty slots, the model's own code."""
         cases = self._cases(adapted, part, example)
         told = "the graph with random tensors in its slots; without them, the model's own code"
-        return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases), told)
+        layers = frozenset(slot.name for slot in slots_of(part.graph, adapted.sites.headed))
+        return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases), told, empty=layers)
 
     def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return the model's own code and the graph with empty slots; with soft prompts, where a view has them."""

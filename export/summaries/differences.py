@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_f
 from peftfx.rules.tied_copies import method_of_file
 
 _MOST, _FEW = 20, 4  #: the most items of a kind that are listed; the most items of one list
+_DIGITS = 16  #: as many of a digest are shown
 #: The fields of a report in which two runs of the same export differ.
 _PASSING = ("seconds", "memory", "probes", "comparisons")
 
@@ -66,12 +68,28 @@ def differences(first: Path, second: Path) -> Differences:
     if all(kinds):
         a, b = read_report(first), read_report(second)
         changed = changed_files(first, a), changed_files(second, b)
-        fields = {"not as written": changed} if any(changed) else {}
-        return Differences("export", {**_fields(_leave(a, _PASSING), _leave(b, _PASSING)), **fields})
+        fields = _fields(_leave(a, _PASSING), _leave(b, _PASSING)) | _contents(first, second, a["bytes"])
+        return Differences("export", fields | ({"not as written": changed} if any(changed) else {}))
     if any(kinds):
         what = "an export and something else have nothing to compare"
         raise PeftfxError(what, f"{first}, {second}", "give two exports, or two adapters")
     return _of_adapters(first, second)
+
+
+def _contents(first: Path, second: Path, names: Iterable[str]) -> dict[str, tuple[Any, Any]]:
+    """Return the files of equal size whose bytes differ, by the start of their SHA-256: no report has weights."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in names:
+        one, other = first / name, second / name
+        if is_file(one) and is_file(other) and one.stat().st_size == other.stat().st_size:
+            a, b = _sha256(one), _sha256(other)
+            found |= {f"content.{name}": (a[:_DIGITS], b[:_DIGITS])} if a != b else {}
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _of_adapters(first: Path, second: Path) -> Differences:

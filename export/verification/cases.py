@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from peftfx.bases.config_fields import first_of, special_tokens
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.image_tokens import most_in_a_text
+from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, completed
 from peftfx.graph.graph import TensorSpec
@@ -29,6 +31,8 @@ FEW: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 5, "decoder_sequence": 3},
     {"batch": 3, "sequence": 3, "decoder_sequence": 4},
 )  #: for a model that takes about a second for each token
+_TEXTS = ("input_ids", "decoder_input_ids")
+_EVERY = 3  #: of so many tokens of a text one is a trained one
 _LARGE = 1 << 30  #: bytes of weights from which a model is large
 
 
@@ -144,3 +148,44 @@ def _resized(
     if hides:
         value = value & ~value.all(-1, keepdim=True)
     return value | ~value.any(-1, keepdim=True) if shows else value
+
+
+def with_trained_tokens(
+    inputs: Mapping[str, Tensor], adapted: AdaptedModel, seed: int = 0, *, ends: bool = False
+) -> dict[str, Tensor]:
+    """Return inputs with trained tokens (`trainable_token_indices`) at some places of the text, in turn.
+
+    A few random texts have a small part of a vocabulary: else no call would read what was trained. Special tokens in
+    a text stay where they are.
+
+    Args:
+        inputs: the inputs of a call.
+        adapted: the model, whose adapters train the tokens, active or not.
+        seed: where the trained tokens begin.
+        ends: whether a trained token may be the one that begins or ends texts; the forwards of some models count it.
+    """
+    special = set(special_tokens(getattr(adapted.base, "config", None)))
+    trained = _trained(adapted, special - (_ends(adapted) if ends else set()))
+    made = dict(inputs)
+    for name in _TEXTS if len(trained) else ():
+        ids = made.get(name)
+        if ids is not None and ids.ndim >= 2 and not ids.is_floating_point():
+            places = torch.arange(seed, seed + ids.numel()).reshape(ids.shape)
+            taken = places % _EVERY == 0
+            for token in special:
+                taken &= ids != token
+            made[name] = torch.where(taken, trained[places // _EVERY % len(trained)], ids)
+    return made
+
+
+def _trained(adapted: AdaptedModel, barred: set[int]) -> Tensor:
+    """Return the tokens of which adapters have rows of their own, without the barred ones."""
+    weight = getattr(input_embeddings(adapted.base), "weight", None)
+    rows = 0 if weight is None else weight.shape[0]
+    known = {row for name in adapted.names() for own in adapted.adapter(name).overrides for row in own.rows}
+    return torch.tensor(sorted(row for row in known - barred if row < rows), dtype=torch.int64)
+
+
+def _ends(adapted: AdaptedModel) -> set[int]:
+    found = (first_of(getattr(adapted.base, "config", None), name) for name in ("bos_token_id", "eos_token_id"))
+    return {token for value in found for token in (value if isinstance(value, list | tuple) else (value,))}

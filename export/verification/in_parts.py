@@ -68,6 +68,10 @@ class InParts:
             OSError: the weights cannot be read.
         """
         held = [self.model.feed(call) for call in calls]
+        for name in {name for values in held for name in values}:  # a part is opened once, for all calls
+            for values in held:
+                if name not in values:
+                    values[name] = to_ort(self._default(name))
         memory, wider = (memoryview(page_memory(size)) for size in _room(self.parts))
         with ExitStack() as opened:
             names = {weight.file for part in self.parts for weight in part.weights}
@@ -119,6 +123,10 @@ class InParts:
     def _output(self, name: str, values: Values) -> Tensor:
         if name in values:
             return to_torch(values[name])
+        return self._default(name)
+
+    def _default(self, name: str) -> Tensor:
+        """Return what the file has under this name, such as what a slot holds in a call that leaves it out."""
         return torch.tensor(numpy_helper.to_array(self._stored[name], str(self.model.path.parent)))
 
 

@@ -32,6 +32,7 @@ class Oracle:
         measured: the numbers of the calls that are also run in float64.
         told: what the reference is, in one line.
         eager: the reference as an `EagerReference`, if it is the model's own code; otherwise None.
+        empty: slots whose tensors in the first call change nothing, and are left out of it in ONNX Runtime.
     """
 
     reference: Reference
@@ -39,6 +40,7 @@ class Oracle:
     measured: frozenset[int]
     told: str
     eager: EagerReference | None = None
+    empty: frozenset[str] = frozenset()
 
     @property
     def largest(self) -> Tensors:

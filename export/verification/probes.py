@@ -19,6 +19,7 @@ from peftfx.export.verification.cases import (
     sizes_beside,
     sizes_of_one,
     varied_sizes,
+    with_trained_tokens,
 )
 from peftfx.export.verification.comparison import VerificationError, short_shapes
 from peftfx.export.verification.eager.kept_state import StateError
@@ -133,7 +134,8 @@ def _cases(
         whole = completed(captured.conditions, wanted)
         if min(whole.values(), default=1) < 1:
             continue
-        case = invoked(case_of(adapted, specs, example, whole, seed), adapted.invocations, seed)
+        case = with_trained_tokens(case_of(adapted, specs, example, whole, seed), adapted, seed)
+        case = invoked(case, adapted.invocations, seed)
         if sizes.allow(captured.sizes_of(case)) and sizes.serve(case):
             yield wanted, case
 
@@ -154,7 +156,7 @@ def view_cases(adapted: AdaptedModel, view: View, run: RunView, sizes: Sizes = E
     wanted_sizes = (*trials_of(adapted, view), *own, *sizes.probes)
     for seed, wanted in enumerate(wanted_sizes, 1):
         tell_share(f"{seed} of {len(wanted_sizes)} calls by the model's own code", seed / (2 * len(wanted_sizes)))
-        made = view.inputs(adapted.base, sizes=wanted, seed=seed)
+        made = with_trained_tokens(view.inputs(adapted.base, sizes=wanted, seed=seed), adapted, seed, ends=True)
         if sizes.allow(_named_sizes(view.axes, made)) and sizes.serve(made):
             cases.append(view.with_past(adapted.base, made, run, seed))
     return cases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ def verify(
     put: Mapping[str, ort.OrtValue] | None = None,
     measured: Collection[int] | None = None,
     unrounded: Reference | None = None,
+    empty: Collection[str] = (),
     on_loose: Callable[[str], object] = warn,
 ) -> list[Comparison]:
     """Run the model saved in `directory` and the `reference` on each set of inputs, and compare every output.
@@ -65,6 +66,8 @@ def verify(
         measured: the numbers of the calls that are also run in float64 if the tolerance is measured; by default all.
         unrounded: computes in torch what the model computes, without the rounding of its weights. It is held to the
             reference by the measured tolerance.
+        empty: slots whose tensors in the first call change nothing. The model runs that call without them, by what its
+            file has in them.
         on_loose: called with a sentence if a measured tolerance lets nearly any answer pass.
 
     Raises:
@@ -78,11 +81,12 @@ def verify(
         model.put(put or {})
         if graph is not None:
             _same_interface(model, graph)
+        calls = [_widened(feed, model) if widened else feed for feed in inputs]
         asked = _Asked(
             where,
             reference,
             feeds=inputs,
-            calls=[_widened(feed, model) if widened else feed for feed in inputs],
+            calls=[*_left_out(calls[:1], empty), *calls[1:]],
             measured=range(len(inputs)) if measured is None else measured,
             shown=shown or functools.partial(unpadded, model.axes),
             sigmoids=frozenset() if graph is None else made_by_sigmoids(graph),
@@ -211,6 +215,10 @@ def _loosest(loose: Sequence[Comparison], where: str) -> str:
         f"largest number is {worst.largest:.2g}, as torch itself is {worst.noise:.2g} from float64; give --atol "
         "and --rtol"
     )
+
+
+def _left_out(calls: Iterable[Tensors], names: Collection[str]) -> list[Tensors]:
+    return [{name: value for name, value in call.items() if name not in names} for call in calls]
 
 
 def _widened(feed: Tensors, model: OnnxModel) -> Tensors:

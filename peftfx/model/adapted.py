@@ -21,6 +21,7 @@ from peftfx.hosting.base_methods import COUNTS, base_method
 from peftfx.model.calls import AdapterCalls
 from peftfx.model.own_generation import refuse_names
 from peftfx.model.processes.gathered import gathering, whole_base
+from peftfx.model.trainers.tuner_of_peft import refuse_layers_of_peft
 from peftfx.passes.base import Pass
 from peftfx.sharding import is_sharded, on_first
 from peftfx.sites.sites import Sites
@@ -276,6 +277,7 @@ class AdaptedModel(AdapterCalls):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            refuse_layers_of_peft(name)
             base = super().__getattr__(BASE)
             value = getattr(base, name)
             if not inspect.ismethod(value):

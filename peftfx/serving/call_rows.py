@@ -164,11 +164,12 @@ class RowAdapters:
 
     def _check_ids(self, ids: Tensor, rows: int) -> None:
         hint = "pass adapter_ids([name, None, ...]) of this model: a name, or None, for each row"
-        if ids.dtype not in _INTEGERS or ids.shape != (rows,):
-            what = (
-                f"{rows} rows need {rows} whole numbers, not {str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
-            )
-            raise PeftfxError(what, IDS, hint)
+        if ids.dtype not in _INTEGERS or ids.ndim != 1:
+            dtype = str(ids.dtype).removeprefix("torch.")
+            raise PeftfxError(f"{rows} rows need {rows} whole numbers, not {dtype} {list(ids.shape)}", IDS, hint)
+        if len(ids) != rows:
+            told = "give each row one: its name in the first, or its number in the second"
+            raise PeftfxError(f"{rows} rows need {rows} adapters, not {len(ids)}", f"{NAMES} or {IDS}", told)
         wrong = sorted({number for number in ids.tolist() if not -1 <= number < len(self.row_adapters)})
         if wrong:
             most = len(self.row_adapters) - 1

@@ -59,11 +59,8 @@ class OnnxModel:
         try:
             self._session = ort.InferenceSession(str(self.path), options, providers=chosen)
         except Exception as error:
-            dtypes = "the CPU has no kernel for a dtype of the model (bfloat16, float64): export in float32"
-            hint = dtypes if "NOT_IMPL" in str(error) else ""
-            raise PeftfxError(
-                f"ONNX Runtime cannot open the model: {first_line(error)}", str(self.path), hint
-            ) from error
+            what = f"ONNX Runtime cannot open the model: {first_line(error)}"
+            raise PeftfxError(what, str(self.path), _why_closed(str(error))) from error
         refuse_fallback(chosen, self._session, str(self.path))
         refuse_other_data(self.path, self.metadata)
 
@@ -181,6 +178,14 @@ class OnnxModel:
             raise PeftfxError(
                 f"the model also needs {', '.join(map(repr, missing))}", str(self.path), "pass each by name"
             )
+
+
+def _why_closed(error: str) -> str:
+    if "NOT_IMPL" in error:
+        return "the CPU has no kernel for a dtype of the model (bfloat16, float64): export in float32"
+    if "External data path" in error or "External initializer" in error:
+        return "a file of weights beside the graph is missing or cut: copy all files of the export again"
+    return ""
 
 
 def session_options(threads: int = 0, mapped: bool = False) -> ort.SessionOptions:

@@ -90,9 +90,13 @@ def test_graphs_that_are_missing_or_cut_are_told(inputs: Inputs, peftfx: Command
     assert peftfx(*words).code == 0
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     assert peftfx("diff", tmp_path / "out", tmp_path / "copy").out.strip() == "the same export"
+    data = tmp_path / "copy" / "model.onnx.data"
+    weights = data.read_bytes()
+    data.write_bytes(bytes([weights[0] ^ 1]) + weights[1:])
+    done = peftfx("diff", tmp_path / "out", tmp_path / "copy")
+    assert (done.code, done.out.split(": ")[0]) == (1, "content.model.onnx.data")
     assert "not as written" not in peftfx("info", tmp_path / "copy").out
     (tmp_path / "copy" / "model.onnx").unlink()
-    data = tmp_path / "copy" / "model.onnx.data"
     whole = data.stat().st_size
     data.write_bytes(data.read_bytes()[:100])
     told = ["model.onnx is missing", f"model.onnx.data has 100 bytes, and was written with {whole:,}"]

@@ -42,6 +42,16 @@ def test_weights_of_another_export_are_refused(name: str, tmp_path: Path) -> Non
         with pytest.raises(PeftfxError, match=f"{DATA} has the weights of another export") as error:
             OnnxModel(graph)
         assert "copy the graph and its weights from one export" in error.value.hint
+    weights = (one / DATA).read_bytes()
+    for left, what in ((len(weights) - 1, "the weights of another export"), (1000, "cannot open the model")):
+        (one / DATA).write_bytes(weights[:left])
+        with pytest.raises(PeftfxError, match=what) as error:
+            OnnxModel(graphs[0])
+    assert error.value.hint.startswith("a file of weights beside the graph is missing or cut")
+    (one / DATA).unlink()
+    with pytest.raises(PeftfxError, match="cannot open the model") as error:
+        OnnxModel(graphs[0])
+    assert error.value.hint.startswith("a file of weights beside the graph is missing or cut")
 
 
 @pytest.mark.further
@@ -57,6 +67,8 @@ def test_the_same_weights_and_those_that_another_tool_wrote_are_read(tmp_path: P
     given = {name: tensor for name, tensor in ZOO["llama"].inputs(2, 5).items() if name in OnnxModel(made).inputs}
     want, got = (OnnxModel(path)(**given)["logits"] for path in (made, tmp_path / "anew"))
     assert torch.equal(got, want)
+    onnx.save(onnx.load(made / "model.onnx"), export(tmp_path / "other", "llama", 2) / "inline.onnx")
+    assert torch.equal(OnnxModel(tmp_path / "other" / "inline.onnx")(**given)["logits"], want)
 
 
 def test_a_digest_tells_every_byte_and_its_place() -> None:

@@ -154,7 +154,7 @@ def test_one_adapter_acts_in_all_rows_that_choose_none(llama: tuple[AdaptedModel
         ([4, 0], "no adapter has the number 4"),
         ([0.0, 1.5], "2 rows need 2 whole numbers, not float32 [2]"),
         ([True, False], "2 rows need 2 whole numbers, not bool [2]"),
-        ([0], "2 rows need 2 whole numbers, not int64 [1]"),
+        ([0], "2 rows need 2 adapters, not 1 [adapter_names or adapter_ids]"),
         ([[0], [1]], "2 rows need 2 whole numbers, not int64 [2, 1]"),
     ],
     ids=str,

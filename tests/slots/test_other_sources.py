@@ -97,7 +97,7 @@ def test_each_row_has_its_own_adapter(case: Case) -> None:
                 assert torch.equal(got[row : row + 1], theirs[adapter].generate(**alone, **options))
     given = given_to(name, 2)
     assert torch.equal(served.generate(**given, **GREEDY), theirs[None].generate(**given, **GREEDY))
-    with pytest.raises(PeftfxError, match="2 rows need 2 whole numbers"):
+    with pytest.raises(PeftfxError, match="2 rows need 2 adapters, not 3"):
         served.generate(**given, **GREEDY, adapter_ids=["low", "low", None])
 
 

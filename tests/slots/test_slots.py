@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from torch import Tensor, nn
 
 from peftfx import IA3, AdaLoRA, LoRA, PeftfxError, PrefixTuning, export_onnx, runtime, transform
 from peftfx.export import OnnxModel
+from peftfx.export.slots import initializers
 from peftfx.export.slots.adapter_export import export_adapter
+from peftfx.export.verification import verify as verification
 from peftfx.export.verification.comparison import VerificationError, reference_of
+from peftfx.export.verification.in_parts import InParts
 from peftfx.export.verification.verify import verify
 from peftfx.graph.slots import Manifest
 from peftfx.serving.adapter_file import read_adapter_file
@@ -254,3 +258,19 @@ def test_slots_of_layers_whose_names_are_no_names_in_code(tmp_path: Path) -> Non
     served = runtime.load(tmp_path / "graph", adapter=tmp_path / "low.onnx_adapter")
     x = torch.randn(5, 4)
     torch.testing.assert_close(served(x=x)["output"], adapted(x=x).detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("parts", [pytest.param(False, marks=pytest.mark.further), True])
+def test_what_slots_hold_by_themselves_is_compared(
+    parts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls put tensors into all slots: a graph that computes nothing with empty slots passed."""
+    if parts:
+        monkeypatch.setattr(verification, "MAPPED", 0)
+        monkeypatch.setattr(verification, "InParts", functools.partial(InParts, limit=1, least=0))
+    model, options = ZOO["llama"].build(), {"view": "forward", "slots": "attention.query"}
+    report = export_onnx(model, tmp_path / "right", **options)
+    assert (" parts" in report.verified) == parts
+    monkeypatch.setattr(initializers, "neutral_of", lambda slot: torch.zeros(slot.empty))
+    with pytest.raises(VerificationError, match="ONNX Runtime disagrees"):
+        export_onnx(model, tmp_path / "wrong", **options)

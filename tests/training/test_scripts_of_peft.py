@@ -112,6 +112,8 @@ def test_adapters_are_set_merged_and_deleted_on_base_model(road: str) -> None:
         want = theirs.base_model(**call).logits  # PeftModel still asks for the config of the deleted one
         torch.testing.assert_close(ours(**call).logits, want, rtol=0, atol=1e-5)
         assert ours.base_model.active_adapters == theirs.base_model.active_adapters
-    with pytest.raises(AttributeError, match=r"with model.disable_adapter\(\)"):
-        ours.base_model.disable_adapter_layers()
+    assert ours.base_model.active_adapter == theirs.base_model.active_adapters == ["two"]
+    for model in (ours, ours.base_model):
+        with pytest.raises(AttributeError, match=r"with model.disable_adapter\(\)"):
+            model.disable_adapter_layers()
     assert torch.equal(ours.base_model.unload()(**call).logits, ZOO["llama"].build().eval()(**call).logits)

@@ -8,8 +8,8 @@ from torch import nn
 
 _OF_ADAPTED = frozenset(
     {
-        *("active_adapters", "add_weighted_adapter", "delete_adapter", "merge_adapter", "merge_and_unload"),
-        *("peft_config", "set_adapter", "set_requires_grad", "unload", "unmerge_adapter"),
+        *("active_adapters", "add_weighted_adapter", "delete_adapter", "merge_adapter"),
+        *("merge_and_unload", "peft_config", "set_adapter", "set_requires_grad", "unload", "unmerge_adapter"),
     }
 )
 """Names of HF PEFT's tuner that are the adapted model's own. Some are transformers' too, and mean its own adapters."""
@@ -20,6 +20,16 @@ _INSTEAD = {
     "disable_adapter_layers": "`with model.disable_adapter():`, or model.set_adapter([])",
     "enable_adapter_layers": "model.set_adapter([...]) after model.set_adapter([])",
 }
+
+
+def refuse_layers_of_peft(name: str) -> None:
+    """Refuse a name by which HF PEFT switches its layers on and off, and say what does so here.
+
+    Raises:
+        AttributeError: it is such a name.
+    """
+    if name in _INSTEAD:
+        raise AttributeError(f"an adapted model has no {name}(): use {_INSTEAD[name]}")
 
 
 class TunerOfPeft:
@@ -43,8 +53,9 @@ class TunerOfPeft:
         return type(self.__dict__["_inner"])
 
     def __getattr__(self, name: str) -> object:
-        if name in _INSTEAD:
-            raise AttributeError(f"an adapted model has no {name}(): use {_INSTEAD[name]}")
+        refuse_layers_of_peft(name)
+        if name == "active_adapter":
+            return self.__dict__["_adapted"].active_adapters  # HF PEFT's tuner has a list there
         if name == "model" and not hasattr(self.__dict__["_inner"], name):
             return self.__dict__["_adapted"].get_base_model()
         return getattr(self.__dict__["_adapted" if name in self.__dict__["_names"] else "_inner"], name)
