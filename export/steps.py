@@ -18,7 +18,7 @@ from peftfx.export.deployment.deployment import Deployment, InGraph, Inputs
 from peftfx.export.deployment.image_size import capture_free
 from peftfx.export.deployment.parts import GraphPart, is_forward
 from peftfx.export.own_passes import behind, run_own, shown_of
-from peftfx.export.quantised import agreement_of, round_weights
+from peftfx.export.quantised import agreement_of, round_weights, warn_of_lost
 from peftfx.export.reports import facts
 from peftfx.export.reports.report import Report
 from peftfx.export.slots.batched import Batched
@@ -238,6 +238,7 @@ class ExportSteps:
                 found = self._compare(part, oracle, directory)
                 verified.append(replace(part, found=found))
                 if self.asked.rounds:
+                    warn_of_lost(found, part.file)
                     path = directory / part.file
                     report.agreement |= agreement_of(path, self.adapted, part, oracle, self.source, self.asked)
                 report.reference = oracle.told
