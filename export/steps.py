@@ -280,15 +280,15 @@ class ExportSteps:
         bare = self.way.bare(self.adapted, part, oracle, self.example)
         if bare is not None:
             refuse_lost_casts(bare.code, bare.graph, oracle.largest, type(self.adapted.base).__name__)
-        return hold_without_rounding(
-            directory / part.file,
-            self.way.captured(self.adapted, part, oracle, self.example),
+        hold = functools.partial(
+            hold_without_rounding,
+            *(directory / part.file, self.way.captured(self.adapted, part, oracle, self.example)),
             graph_of(with_rounded_numbers(part.exported)),
-            oracle.largest,
-            found,
-            shown_of(part),
+            compared_as_is=found,
+            shown=shown_of(part),
             sigmoids=made_by_sigmoids(part.exported),
         )
+        return all(hold(call=call) for call in oracle.held)
 
     def _oracle(self, part: GraphPart) -> Oracle:
         return behind(self.way.oracle(self.adapted, part, self.example), self.passes, part)
