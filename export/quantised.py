@@ -12,7 +12,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, listed, warn
 from peftfx.export.coded.rounded import Choose, columns_of, left_out, multiplied_in, quantize, read_weight, roundable
 from peftfx.export.coded.schemes import ROUTER_LEFT, routers_in, scheme_for
 from peftfx.export.deployment.parts import GraphPart
@@ -24,7 +24,7 @@ from peftfx.export.rounding.calibrated import Candidate, fit_weights, paths_of
 from peftfx.export.rounding.texts import compared_text, split_text, whole_call
 from peftfx.export.verification.agreement import Agreement, agreement, texts
 from peftfx.export.verification.cases import PROBE_SIZES
-from peftfx.export.verification.comparison import Reference, VerificationError
+from peftfx.export.verification.comparison import Comparison, Reference, VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.oracle import Oracle, named_in
 from peftfx.export.verification.tolerances.tolerance import Tensors
@@ -180,6 +180,18 @@ def agreement_of(
         view = None
     found = agreement(model, adapted, view, reference, oracle.cases, ids, Path(text or "").name)
     return {} if found is None else {part.stem: found}
+
+
+def warn_of_lost(found: Sequence[Comparison], file: str) -> None:
+    """Warn of outputs that are as far from the model's own as they are large: rounding alone rarely loses so much."""
+    lost = []
+    for name in dict.fromkeys(c.output for c in found):
+        own = [c for c in found if c.output == name]
+        most, largest = max(c.max_abs for c in own), max(c.largest for c in own)
+        lost += [f"{name}: {most / largest:.2g} times"] if most >= largest > 0 else []
+    if lost:
+        what = f"{file} differs from the model by more than its outputs are large ({listed(lost)})"
+        warn(f"{what}: it may be useless; round fewer layers, or bound the error (max_error=)")
 
 
 def refuse_disagreement(report: _Told, limit: MaxError | None, text: str | Path | None, where: Path) -> None:

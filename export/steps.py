@@ -18,7 +18,7 @@ from peftfx.export.deployment.deployment import Deployment, InGraph, Inputs
 from peftfx.export.deployment.image_size import capture_free
 from peftfx.export.deployment.parts import GraphPart, is_forward
 from peftfx.export.own_passes import behind, run_own, shown_of
-from peftfx.export.quantised import agreement_of, round_weights
+from peftfx.export.quantised import agreement_of, round_weights, warn_of_lost
 from peftfx.export.reports import facts
 from peftfx.export.reports.report import Report
 from peftfx.export.slots.batched import Batched
@@ -238,6 +238,7 @@ class ExportSteps:
                 found = self._compare(part, oracle, directory)
                 verified.append(replace(part, found=found))
                 if self.asked.rounds:
+                    warn_of_lost(found, part.file)
                     path = directory / part.file
                     report.agreement |= agreement_of(path, self.adapted, part, oracle, self.source, self.asked)
                 report.reference = oracle.told
@@ -279,15 +280,15 @@ class ExportSteps:
         bare = self.way.bare(self.adapted, part, oracle, self.example)
         if bare is not None:
             refuse_lost_casts(bare.code, bare.graph, oracle.largest, type(self.adapted.base).__name__)
-        return hold_without_rounding(
-            directory / part.file,
-            self.way.captured(self.adapted, part, oracle, self.example),
+        hold = functools.partial(
+            hold_without_rounding,
+            *(directory / part.file, self.way.captured(self.adapted, part, oracle, self.example)),
             graph_of(with_rounded_numbers(part.exported)),
-            oracle.largest,
-            found,
-            shown_of(part),
+            compared_as_is=found,
+            shown=shown_of(part),
             sigmoids=made_by_sigmoids(part.exported),
         )
+        return all(hold(call=call) for call in oracle.held)
 
     def _oracle(self, part: GraphPart) -> Oracle:
         return behind(self.way.oracle(self.adapted, part, self.example), self.passes, part)

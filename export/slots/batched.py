@@ -24,7 +24,14 @@ from peftfx.export.deployment.image_parts import capture_with_images
 from peftfx.export.deployment.parts import GraphPart, capture_parts, refuse_fixed, views_of
 from peftfx.export.slots.adapter_tensors import AdapterTensors, ahead, unrounded_prefix
 from peftfx.export.slots.encoders import ENCODED_APART, encoder_by_row
-from peftfx.export.slots.row_references import chooses_by_row, each_under_its_own, encodes_apart, model_alone, with_ids
+from peftfx.export.slots.row_references import (
+    chooses_by_row,
+    covering,
+    each_under_its_own,
+    encodes_apart,
+    model_alone,
+    with_ids,
+)
 from peftfx.export.slots.row_stacks import stacks_of_rows, told
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
@@ -125,7 +132,8 @@ class Batched(Deployment):
             with adapted.named.acting_as((name,)):
                 why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
-        return Oracle(each_under_its_own(part, alone), cases, measured_of(adapted, cases), told)
+        reference = each_under_its_own(part, alone)
+        return Oracle(reference, cases, measured_of(adapted, cases), told, rows=covering(cases))
 
     def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return each row alone, by the model's own code, and the graph, in which the adapters are not yet rounded."""

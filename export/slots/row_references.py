@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from peftfx.export.slots.encoders import ENCODED_APART
 from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
-from peftfx.export.verification.oracle import named_in
+from peftfx.export.verification.oracle import named_in, numbers_in
+from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.evaluate import Evaluate
@@ -106,11 +108,28 @@ def model_alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], 
 
 
 def with_ids(graph: Graph, cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """Add adapter numbers to calls of a graph: the rows take the adapters, and none, in turn."""
+    """Add adapter numbers to calls of a graph: the rows take the adapters, and none, in turn.
+
+    If there are fewer rows than adapters, the call with most rows is made again, until each adapter has a row.
+    """
     (axis,) = next(spec.shape for spec in graph.inputs if spec.name == IDS)
     known = next(spec.name for spec in graph.inputs if spec.shape[:1] == (axis,) and spec.name != IDS)
-    made = []
-    for first, case in enumerate(cases):
+    widest = max(cases, key=lambda case: case[known].shape[0])
+    made, given = list[dict[str, Tensor]](), 0
+    for case in chain(cases, repeat(widest)):
+        if len(made) >= len(cases) and given > count:
+            break
         rows = case[known].shape[0]
-        made.append({**case, IDS: (torch.arange(first, first + rows) % (count + 1)) - 1})
+        made.append({**case, IDS: (torch.arange(given, given + rows) % (count + 1)) - 1})
+        given += rows
     return made
+
+
+def covering(cases: Sequence[Tensors]) -> tuple[int, ...]:
+    """Return the numbers of calls, the largest first, in whose rows there are all adapters that any call has."""
+    seen, found = set[int](), list[int]()
+    for number in sorted(range(len(cases)), key=lambda i: -numbers_in(cases[i])):
+        if not seen.issuperset(own := cases[number][IDS].tolist()):
+            seen.update(own)
+            found.append(number)
+    return tuple(found)

@@ -134,7 +134,8 @@ def compared(
         raise VerificationError(f"the model has no output {', '.join(missing)}", where, "export it again")
     shapes = {name: tuple(value.shape) for name, value in feed.items()}
     for name, value in want.items():
-        if tolerance.floats_alone and not value.is_floating_point() and value.shape == got[name].shape:
+        alike = value.shape == got[name].shape and value.dtype == got[name].dtype
+        if tolerance.floats_alone and not value.is_floating_point() and alike:
             continue
         select = functools.partial(choose, name, feed)
         one = _compare(name, value.detach(), got[name], select)
@@ -167,7 +168,8 @@ def judged(
         lines = "".join(f"\n  {c}" for c in worst)
         more = f"\n  and {names - len(worst)} more outputs" if names > len(worst) else ""
         at = "\n  at " + ", ".join(f"{name} {shape}" for name, shape in short_shapes(wrong[0].shapes).items())
-        raise VerificationError(f"{what}:{lines}{more}{at}", where, tolerance.told())
+        whole = not any(c.dtype.is_floating_point or c.wrong for c in wrong)
+        raise VerificationError(f"{what}:{lines}{more}{at}", where, _WHOLE if whole else tolerance.told())
     return judged
 
 
@@ -203,6 +205,9 @@ def reference_of(graph: Graph) -> Reference:
 def _compare(name: str, want: Tensor, got: Tensor, select: Callable[[Tensor], Tensor]) -> Comparison:
     if want.shape != got.shape:
         return Comparison(name, {}, _INF, _INF, False, wrong=f"shape {list(got.shape)}, not {list(want.shape)}")
+    if want.dtype != got.dtype and not (want.is_floating_point() and got.is_floating_point()):
+        kinds = (str(value.dtype).removeprefix("torch.") for value in (got, want))
+        return Comparison(name, {}, _INF, _INF, False, wrong=", not ".join(kinds))
     small = _SMALL if want.dtype == torch.float16 else ""
     want, got = select(want.cpu().to(torch.float64)), select(got.to(torch.float64))
     for side, value in (("the model's own code", want), ("ONNX Runtime", got)):
@@ -226,4 +231,5 @@ def _largest_difference(exact: Tensor, value: Tensor, select: Callable[[Tensor],
 
 
 _INF = float("inf")
+_WHOLE = "whole numbers have to be equal, and rounding may decide near-ties: return the scores that decide them instead"
 _SMALL = "; float16 has no numbers above 65504: export it in float32 or bfloat16"

@@ -33,6 +33,7 @@ class Oracle:
         told: what the reference is, in one line.
         eager: the reference as an `EagerReference`, if it is the model's own code; otherwise None.
         empty: slots whose tensors in the first call change nothing, and are left out of it in ONNX Runtime.
+        rows: the numbers of calls in whose rows all adapters are; empty if rows choose none.
     """
 
     reference: Reference
@@ -41,11 +42,17 @@ class Oracle:
     told: str
     eager: EagerReference | None = None
     empty: frozenset[str] = frozenset()
+    rows: tuple[int, ...] = ()
 
     @property
     def largest(self) -> Tensors:
         """The largest of the calls that are also run in float64."""
-        return max((self.cases[i] for i in self.measured), key=_size)
+        return max((self.cases[i] for i in self.measured), key=numbers_in)
+
+    @property
+    def held(self) -> list[Tensors]:
+        """The calls that are also compared where nothing is rounded."""
+        return [self.cases[i] for i in self.rows] or [self.largest]
 
     @property
     def idle(self) -> set[str]:
@@ -110,11 +117,12 @@ def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[in
     """
     parameters = sum(p.numel() for p in adapted.base.parameters())
     count = max(1, MOST_EXACT // max(1, parameters))
-    largest_first = sorted(range(len(cases)), key=lambda i: -_size(cases[i]))
+    largest_first = sorted(range(len(cases)), key=lambda i: -numbers_in(cases[i]))
     return frozenset(largest_first[:count])
 
 
-def _size(case: Tensors) -> int:
+def numbers_in(case: Tensors) -> int:
+    """Return how many numbers a call has."""
     return sum(value.numel() for value in case.values())
 
 

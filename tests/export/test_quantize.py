@@ -20,14 +20,16 @@ from support.zoo import TOKENS, ZOO
 from torch import Tensor, nn
 
 import peftfx as px
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.coded.rounded import left_out, quantize
 from peftfx.export.coded.schemes import ROUTER_LEFT, scheme_for
 from peftfx.export.metadata import SOURCE
+from peftfx.export.translation import stamped
 from peftfx.export.verification.agreement import _shown
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export_options.quantize import BITS, Scheme, parse_schemes
-from peftfx.graph.graph import DERIVED
+from peftfx.graph.graph import DERIVED, Graph
+from peftfx.graph.rewriter import Rewriter
 from peftfx.quantisation.codes import TABLES
 from peftfx.quantisation.rounding import round_blocks, round_table
 
@@ -352,3 +354,20 @@ def test_a_stack_that_one_product_reads_stays_and_is_told(tmp_path: Path) -> Non
     report = px.export_onnx(Stacked().eval(), tmp_path / "out", inputs={"x": torch.randn(5, 64)}, quantize="int4")
     assert report.left["model.onnx"] == {"stack": "a product reads it as a stack of 3 weights"}
     assert list(report.quantized["model.onnx"]) == ["first.weight"]
+
+
+def _negated(graph: Graph) -> Graph:
+    """Make the graph give the negative of its first output, in place."""
+    (output,) = (n for n in graph.nodes() if n.op == "output")
+    first, *others = output.args[0]
+    output.args = ((Rewriter(graph.module.graph).before(output).call(torch.ops.aten.neg.default, first), *others),)
+    graph.module.recompile()
+    return graph
+
+
+def test_an_error_that_is_larger_than_the_output_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a bound an export whose graph is wrong gave the numbers in its report, and no message."""
+    prepare = stamped.prepare
+    monkeypatch.setattr(stamped, "prepare", lambda graph: _negated(prepare(graph)))
+    with pytest.warns(PeftfxWarning, match=r"more than its outputs are large \(logits: 2 times\)"):
+        px.export_onnx(ZOO["llama"].build(), tmp_path / "out", view="forward", quantize="int8")

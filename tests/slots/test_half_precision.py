@@ -134,3 +134,30 @@ def test_rows_are_held_without_rounding(
     monkeypatch.setattr(batched, "stacks_of_rows", wrong)
     with pytest.warns(PeftfxWarning, match=OWN_CODE):
         model.export(tmp_path / "wrong", view=view, batched=("x", "prompt"), progress=lambda line: None)
+
+
+@pytest.mark.further
+def test_more_adapters_than_a_call_has_rows_are_all_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call was held without rounding, and what no row of it chose was not."""
+    names = [f"a{i}" for i in range(7)]
+    model = stirred(peftfx.transform(build("text-generation", "llama").half(), LORA, names[0], seed=0), names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LORA, seed=0)
+        stirred(model, name)
+    right, off = batched.stacks_of_rows, list[int]()
+
+    def wrong(model: AdaptedModel, each: list[AdapterTensors]) -> tuple[Mapping[tuple[str, str], Tensor], object]:
+        stacks, kinds = right(model, each)
+        factors = torch.ones(len(names) + 1)
+        factors[off] = 1.003
+        of = {place: factors.reshape(-1, *[1] * (value.ndim - 1)) for place, value in stacks.items()}
+        return {p: v * of[p].to(v.dtype) if p[1] == SLOT_B else v for p, v in stacks.items()}, kinds
+
+    monkeypatch.setattr(batched, "stacks_of_rows", wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PeftfxWarning)
+        model.export(tmp_path / "rows", view="forward", batched=names, progress=lambda line: None)
+    for number in (0, 3, 6):
+        off[:] = [number + 1]  # none comes first
+        with pytest.warns(PeftfxWarning, match=OWN_CODE):
+            model.export(tmp_path / f"off{number}", view="forward", batched=names, progress=lambda line: None)

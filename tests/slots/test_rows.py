@@ -12,6 +12,8 @@ from support.zoo import TOKENS, ZOO
 from torch import nn
 
 from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning, PTuning, runtime, transform
+from peftfx.export.slots import batched
+from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.row_adapters import IDS, lay
@@ -22,6 +24,7 @@ RULES = {
     "prompt": PromptTuning(num_virtual_tokens=5),
     "mixed": [PTuning(num_virtual_tokens=2, encoder_hidden_size=16), LoRA(r=3, target="attention.value | mlp.down")],
 }
+FURTHER = pytest.mark.further
 NAMES = ["prompt", None, "mixed", "low", "scales"]
 
 
@@ -121,3 +124,27 @@ def test_prefixes_of_rows_are_refused_where_positions_are_not_theirs(tmp_path: P
         with pytest.raises(PeftfxError, match="its own prefix only in a decoder"):
             adapted.export(tmp_path / "out", view=view, batched=["prefix"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lost", ["a16", pytest.param("a0", marks=FURTHER), pytest.param(None, marks=FURTHER)])
+def test_each_of_many_adapters_has_a_row_that_is_compared(
+    lost: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls had rows for eight adapters: the tensors of the others were in the graph, and no call read them."""
+    names = [f"a{i}" for i in range(17)]
+    adapted = transform(ZOO["bert"].build(), LoRA(r=1, target="attention.query"), names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, LoRA(r=1, target="attention.query"))
+    for name in names:
+        stirred(adapted, name)
+    stacked = batched.stacks_of_rows
+
+    def lossy(base: AdaptedModel, each: list[dict]) -> object:
+        return stacked(base, [{} if name == lost else own for name, own in zip(names, each, strict=True)])
+
+    monkeypatch.setattr(batched, "stacks_of_rows", lossy)
+    if lost is None:
+        assert adapted.export(tmp_path / "out", batched=names).comparisons
+    else:
+        with pytest.raises(VerificationError, match="disagrees"):
+            adapted.export(tmp_path / "out", batched=names)

@@ -75,3 +75,40 @@ def test_wrong_ones_in_half_precision_are_seen(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(steps, "hold_without_rounding", lambda *_, **__: False)
     with pytest.raises(VerificationError, match=r"disagrees with the reference(.|\n)*classes"):
         peftfx.export_onnx(Classes().eval().half(), tmp_path / "out", inputs={"x": x})
+
+
+def _narrow(graph: Graph) -> Graph:
+    """Make the graph give its classes in 32 bits, in place."""
+    rewriter = Rewriter(graph.module.graph)
+    (best,) = (n for n in graph.nodes() if n.target is torch.ops.aten.argmax.default)
+    narrow = rewriter.after(best).call(torch.ops.aten._to_copy.default, best, dtype=torch.int32)
+    (output,) = (n for n in graph.nodes() if n.op == "output")
+    output.args = (tuple(narrow if value is best else value for value in output.args[0]),)
+    graph.module.recompile()
+    return graph
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}])
+def test_numbers_of_another_dtype_are_an_error(options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were compared by their values alone."""
+    prepare = stamped.prepare
+    monkeypatch.setattr(stamped, "prepare", lambda graph: _narrow(prepare(graph)))
+    with pytest.raises(VerificationError, match="classes: int32, not int64"):
+        peftfx.export_onnx(Classes().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 40, 32)}, **options)
+
+
+class Order(Classes):
+    """Gives the order of all 400 classes, in which two are often nearly as likely, and the logits."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = super().forward(x)["logits"]
+        return {"logits": logits, "order": logits.argsort(-1)}
+
+
+@pytest.mark.further
+def test_an_order_that_rounding_decides_in_float32_is_told(tmp_path: Path) -> None:
+    """The hint named tolerances, which whole numbers have none of."""
+    torch.manual_seed(1)
+    with pytest.raises(VerificationError, match="order: ") as error:
+        peftfx.export_onnx(Order().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 400, 32)}, atol=1e-4)
+    assert error.value.hint.startswith("whole numbers have to be equal")
