@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peftfx.adapters.files.base.embeddings import vocabulary_of
 from peftfx.bases.processors.pictures import pictures_of
+from peftfx.bases.processors.videos import with_videos
 from peftfx.bases.transformers_config import read_config
 from peftfx.errors import PeftfxError, listed, shown, warn
 from peftfx.export.deployment.serving_mode import in_eval
@@ -52,6 +53,7 @@ from peftfx.serving.adapter_file import (
     is_adapter_file,
     write_adapter_file,
 )
+from peftfx.views.images.videos import VIDEO
 
 _WORDS = {
     SLOT_A: "a low-rank sum at",
@@ -108,7 +110,7 @@ def export_adapter(
     if fingerprint(adapted.base, manifest.fingerprint_version) != manifest.fingerprint:
         raise _of_another_base(adapted, directory, manifest)
     picture, example = pictured(adapted, manifest)
-    with pictures_of(picture):
+    with pictures_of(picture), with_videos(VIDEO in manifest.views.values()):
         with in_eval(adapted):
             tensors = slot_tensors(adapted, manifest, idle_in(adapted, directory, manifest))
         write = functools.partial(_write_checked, adapted, directory, manifest, tensors, asked.check, example)

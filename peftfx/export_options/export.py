@@ -169,9 +169,6 @@ class ExportOptions(Checked):
         if self.merge and (names or places is not None):
             what = "adapters that are chosen when the graph runs cannot be merged"
             raise PeftfxError(what, "merge, batched" if names else "merge, slots", "leave merge out")
-        if self.videos and places is not None:
-            hint = "export it merged, or with --batched"
-            raise PeftfxError("graphs of videos take no swappable adapters", "videos, slots", hint)
         if self.merged_decoder and (names or places is not None):
             what = "merged_decoder is for adapters that are in the weights, or for none"
             raise PeftfxError(what, "merged_decoder, batched" if names else "merged_decoder, slots", "leave one out")

@@ -215,3 +215,11 @@ def test_a_base_without_the_tokens_of_a_file_is_named(base: Path, tmp_path: Path
         peftfx.export_adapter(other, tmp_path / "graph", tmp_path / "x")
     with pytest.raises(PeftfxError, match="that has 99 tokens, and the base here has 105"):
         export_adapter_directories([str(tmp_path / "new")], tmp_path / "graph", tmp_path / "x")
+
+
+def test_a_folder_without_a_config_tells_no_number_of_tokens(tmp_path: Path) -> None:
+    """transformers reads a config of defaults there, of other tokens: the adapter's file had the embeddings."""
+    model = ZOO["llama"].build()
+    model.config.name_or_path = str(tmp_path)
+    ours = peftfx.transform(model, peftfx.LoRA(r=2))
+    assert not [name for name in peftfx.get_peft_model_state_dict(ours) if "embed_tokens" in name]

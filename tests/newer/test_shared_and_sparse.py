@@ -188,3 +188,14 @@ def test_places_are_counted_as_hf_peft_counts_them_where_some_do_not_run(
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
     ours.export(tmp_path / "onnx", inputs={"x": x})
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_file_of_one_vector_has_no_place_in_a_head_that_is_trained_whole(tmp_path: Path) -> None:
+    """It names no modules: the config's targets are in the head, too. It was refused."""
+    config = peft.UniLoraConfig(r=2, theta_d_length=30, target_modules=["dense"], task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(ZOO["roberta"].build(), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours, given = peftfx.load(ZOO["roberta"].build(), tmp_path), ZOO["roberta"].inputs(3, 5)
+    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits)

@@ -269,3 +269,23 @@ def test_virtual_tokens_count_in_the_length_at_which_a_model_branches(tmp_path: 
     report = export_onnx(hf.DogeForCausalLM(config).eval(), tmp_path / "graph", view="forward", slots="all-linear")
     told = [line.partition(" (")[0] for line in report.sizes]
     assert told == ["sequence <= 32", "prefix + prompt + sequence <= 32"]
+
+
+class Some(hf.LlamaModel):
+    """A model that gives some states, and None in place of the others, as DeepSeek-VL's hybrid does."""
+
+    def forward(self, input_ids: object = None, attention_mask: object = None, **given: object) -> object:
+        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)
+        out.hidden_states = (None, out.last_hidden_state * 2)
+        return out
+
+
+def test_outputs_that_are_none_are_passed_over(tmp_path: Path) -> None:
+    """The export ended in an `AttributeError`."""
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = Some(hf.LlamaConfig(vocab_size=99, **size)).eval()
+    export_onnx(model, tmp_path / "out", view="forward", slots="attention.query")
+    ids = torch.arange(3, 13).view(2, 5)
+    got = OnnxModel(tmp_path / "out")(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with torch.no_grad():
+        torch.testing.assert_close(got["hidden_states.1"], model(ids).hidden_states[1], rtol=1e-4, atol=1e-5)

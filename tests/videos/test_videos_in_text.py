@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,28 @@ def test_a_video_is_encoded_under_the_adapter_of_its_row(tmp_path: Path) -> None
         assert torch.equal(said[row], wants[name].generate(**given, **OPTIONS)[row]), name
 
 
+@pytest.mark.parametrize("kind", but_for({*SLICED, "llava_onevision"}, (*SLICED, *WHOLE)))
+def test_adapters_are_swapped_where_videos_are_read(kind: str, tmp_path: Path) -> None:
+    """They act where videos are encoded, too."""
+    wants = {name: saved(kind, tmp_path, name, alpha) for name, alpha in (("a", 8), ("b", 3))}
+    base = made(kind, tmp_path)
+    peftfx.export_onnx(base, tmp_path / "out", view="decode", image_size=SIZE, videos=True, slots="all-linear")
+    served = runtime.load(tmp_path / "out")
+    assert set(served.graphs) == {"vision_encoder", "video_encoder", "model"}
+    for name in wants:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the graph does not run these modules", PeftfxWarning)
+            ours = peftfx.load(made(kind, tmp_path), tmp_path / name)
+            path = peftfx.export_adapter(ours, tmp_path / "out", tmp_path / f"{name}.onnx_adapter")
+        served.load_adapter(path, name)
+    for rows in (ONE, ROWS, TEXT):
+        given, said = call(base, rows), set()
+        for name, model in (*wants.items(), (None, base)):
+            served.set_adapter(name)
+            said.add(tuple(assert_writes_the_same(served, model, given, 1e-4, **OPTIONS)[0, -5:].tolist()))
+        assert len(said) == 3
+
+
 def test_what_the_graphs_do_not_take_is_refused(tmp_path: Path) -> None:
     base = made("qwen2_vl", tmp_path)
     peftfx.export_onnx(base, tmp_path / "out", view="decode", image_size=SIZE, videos=True)
@@ -83,8 +106,6 @@ def test_an_export_says_why_it_has_no_videos(tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match="the model's code finds no video at the video token of its config"):
         peftfx.export_onnx(build(TASK, "glm4v"), tmp_path / "out", view="decode", image_size=SIZE, videos=True)
     base = made("qwen2_vl", tmp_path)
-    with pytest.raises(PeftfxError, match="graphs of videos take no swappable adapters"):
-        peftfx.export_onnx(base, tmp_path / "out", view="decode", image_size=SIZE, videos=True, slots="all-linear")
     with pytest.raises(PeftfxError, match="a graph of videos goes with one that writes text"):
         peftfx.export_onnx(base, tmp_path / "out", view="forward", image_size=SIZE, videos=True)
     with pytest.warns(PeftfxWarning, match="videos are left out, and text with images is served: pass --videos"):

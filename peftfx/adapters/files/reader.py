@@ -204,7 +204,8 @@ def _places_in(weights: Weights, method: Method, base: nn.Module, sites: Sites) 
     left_out = _left_out(placements, targeted, method, base)
     placements = [p for p in placements if p not in left_out]
     if not marks:
-        placements = list(chosen_placements(method, base, sites))
+        saved = saved_modules(base, method)
+        placements = [p for p in chosen_placements(method, base, sites) if not is_inside(p.site.path, saved)]
         refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements}, loaded=True)
     return _Places(as_modules(base, method, without_ties(placements)), left_out, targeted, marks)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from peftfx.adapters.files.names import name_of_base
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, warn
+from peftfx.files import is_file, is_folder
 from peftfx.options import AUTO
 from peftfx.sharding import is_part
 
@@ -114,6 +116,8 @@ def _tokens_in_files(base: nn.Module) -> object:
     read = getattr(type(config), "from_pretrained", None)
     if name is None or read is None or vocabulary_of(config) is None:
         return None
+    if is_folder(Path(name)) and not is_file(Path(name) / "config.json"):
+        return None  # transformers reads its defaults there
     try:
         return vocabulary_of(read(os.fspath(name), local_files_only=True))
     except Exception:  # whatever is wrong with those files, this adapter is not to blame
