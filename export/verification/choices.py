@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,32 @@ def _chooses(graph: onnx.GraphProto) -> bool:
     return any(node.op_type == "TopK" for node in graph.node) or any(map(_chooses, _inner(graph)))
 
 
+_ROWS: ContextVar[Tensor | None] = ContextVar("_ROWS", default=None)
+
+
+@contextmanager
+def rows_of_answer(rows: Tensor) -> Iterator[None]:
+    """Run a call of a reference from which only some rows of a batch go into its answer: so do their scores.
+
+    Args:
+        rows: for each row of the batch, whether it goes into the answer.
+    """
+    before = _ROWS.set(rows)
+    try:
+        yield
+    finally:
+        _ROWS.reset(before)
+
+
+def _with_rows(scores: Tensor, known: Tensor | None) -> Tensor:
+    """Return the scores of an answer, of which a call gives some rows, and earlier calls the others."""
+    rows = _ROWS.get()
+    if rows is None or known is None or known.shape != scores.shape or scores.shape[0] % len(rows):
+        return scores
+    own = rows.repeat_interleave(scores.shape[0] // len(rows))  # routers list the tokens, row by row
+    return torch.where(own.view(-1, *[1] * (scores.ndim - 1)), scores, known)
+
+
 @dataclass
 class Following:
     """A reference that goes on with given choices, in the order in which it makes its own.
@@ -105,7 +132,7 @@ class Following:
     Attributes:
         reference: the reference.
         choices: the choices.
-        scores: the reference's own scores in its last call.
+        scores: the reference's own scores in its last answer.
         alike: whether its code has made as many choices as are given, each of as many scores.
         wrong: which given choice, counted from 1, is not of the largest of its scores; 0 if none is.
     """
@@ -126,15 +153,16 @@ class Following:
 
     def takes(self, number: int, scores: Tensor, count: int, axis: int, largest: bool) -> Tensor | None:
         """Return the places that choice `number` takes of the scores; None, if it is none of these."""
-        given = self.choices[number % len(self.choices)]
-        self.scores[number % len(self.choices)] = scores
+        place = number % len(self.choices)
+        given = self.choices[place]
+        self.scores[place] = _with_rows(scores, self.scores.get(place))
         found, own = given.scores, scores.shape
         self.alike &= found.shape == own and given.places.shape == (*own[:axis], count, *own[axis + 1 :])
         if not self.alike:
             return None
         best, taken = found.topk(count, axis, largest).values, found.gather(axis, given.places)
         if not torch.equal(*(values.sort(axis).values.nan_to_num() for values in (best, taken))):
-            self.wrong = 1 + number % len(self.choices)
+            self.wrong = 1 + place
         return given.places.clone()
 
 
