@@ -182,6 +182,21 @@ class _Follows(TorchDispatchMode):
         return func(*args, **(kwargs or {})) if places is None else (scores.gather(axis, places), places)
 
 
+def unpadded_scores(scores: Tensor, feed: Tensors) -> Tensor:
+    """Return the scores of the tokens of a call that are no padding, whose scores mean nothing.
+
+    Args:
+        scores: the scores of each token of the call, row by row; others are returned as they are.
+        feed: the inputs of the call.
+    """
+    ids, mask = feed.get("input_ids"), feed.get("attention_mask")
+    if ids is None or mask is None or ids.ndim != 2 or mask.ndim != 2 or mask.shape[1] < ids.shape[1]:
+        return scores
+    tokens = scores.flatten(0, 1) if scores.shape[:2] == ids.shape else scores
+    shown = mask[:, -ids.shape[1] :].flatten() != 0  # behind those of the past
+    return tokens[shown] if len(tokens) == len(shown) else scores
+
+
 @dataclass
 class Nearness:
     """How far scores are from float64, over all calls: the largest difference at each choice, of the largest score.
@@ -196,13 +211,22 @@ class Nearness:
     torch: dict[int, float] = field(default_factory=dict)
     comparable: bool = True
 
-    def learn(self, choices: Sequence[TakenChoice], own: Mapping[int, Tensor], exact: Mapping[int, Tensor]) -> None:
-        """Record the scores of a call: of ONNX Runtime, and of the reference in its own dtype and in float64."""
+    def learn(
+        self, choices: Sequence[TakenChoice], own: Mapping[int, Tensor], exact: Mapping[int, Tensor], feed: Tensors
+    ) -> None:
+        """Record the scores of a call: of ONNX Runtime, and of the reference in its own dtype and in float64.
+
+        Args:
+            choices: the scores and choices of ONNX Runtime.
+            own, exact: those of the reference, in its own dtype and in float64.
+            feed: the inputs of the call.
+        """
         for number, choice in enumerate(choices):
-            best = exact[number].double()
+            best = unpadded_scores(exact[number], feed).double()
             finite = best.isfinite()
             scale = best[finite].abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if finite.any() else 1.0
-            for scores, known in ((choice.scores, self.runtime), (own[number], self.torch)):
+            for found, known in ((choice.scores, self.runtime), (own[number], self.torch)):
+                scores = unpadded_scores(found, feed)
                 self.comparable &= torch.equal(finite, scores.isfinite())
                 far = (scores.double() - best)[finite].abs() / scale
                 known[number] = max(known.get(number, 0.0), float(far.amax()) if far.numel() else 0.0)
