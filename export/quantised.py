@@ -13,7 +13,16 @@ import onnx_ir as ir
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.errors import PeftfxError, listed, warn
-from peftfx.export.coded.rounded import Choose, columns_of, left_out, multiplied_in, quantize, read_weight, roundable
+from peftfx.export.coded.rounded import (
+    IN_BFLOAT16,
+    Choose,
+    columns_of,
+    left_out,
+    multiplied_in,
+    quantize,
+    read_weight,
+    roundable,
+)
 from peftfx.export.coded.schemes import ROUTER_LEFT, routers_in, scheme_for
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.metadata import SOURCE
@@ -111,7 +120,8 @@ def round_weights(
         reasons = Counter(why for found in left.values() for why in found.values()).most_common(1)
         why = "".join(f": of {count} weights, {reason}" for reason, count in reasons)
         what = f"{', '.join(map(str, asked.schemes)) or 'the budget'} rounds no weight of this model{why}"
-        raise PeftfxError(what, "quantize", "choose a smaller block, other roles, or no quantisation")
+        smaller = "choose a smaller block, other roles, or no quantisation"
+        raise PeftfxError(what, "quantize", "export model.float()" if IN_BFLOAT16 in why else smaller)
 
 
 def _left_routers(program: ir.Model, sites: Sites, choose: Choose) -> dict[str, str]:

@@ -33,6 +33,7 @@ FINITE = 1e30  #: the bound on the error if none is asked for: the loss depends 
 _ACCURACY = 4  #: activations are rounded to int8 at run time: several times faster than float32, and usual
 _UINT8 = ir.DataType.UINT8
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+IN_BFLOAT16 = "it is in bfloat16, and those in float32 and float16 are rounded"  #: why a weight is left out
 Choose = Callable[[object], Scheme | None]
 """A function from a weight's source to the scheme that rounds the weight; None leaves it in floating point."""
 
@@ -97,10 +98,13 @@ def left_out(model: ir.Model, choose: Choose) -> dict[str, str]:
     for weight in model.graph.initializers.values():
         scheme, shape = choose(stack_of(weight.meta.get(SOURCE))), weight.shape
         named = isinstance(weight.meta.get(SOURCE), str) and not str(weight.name).startswith(f"{ADAPTERS}.")
-        if scheme is None or not named or shape is None or len(shape) < 2 or weight.dtype not in _FLOATS:
+        other = weight.dtype not in (*_FLOATS, ir.DataType.BFLOAT16)
+        if scheme is None or not named or shape is None or len(shape) < 2 or other:
             continue
         products = list(readers(weight))
-        if products and len(shape) != 2:
+        if products and weight.dtype not in _FLOATS:
+            found[str(weight.name)] = IN_BFLOAT16
+        elif products and len(shape) != 2:
             found[str(weight.name)] = f"a product reads it as a stack of {shape[0]} weights"
         elif products:
             narrow = columns_of(weight, products[0].transposed)

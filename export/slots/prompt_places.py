@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import prefix, sequence_site, untyped, virtual_tokens
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.export.verification.captured import hold
+from peftfx.export.verification.captured import hold, hold_call
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
@@ -118,9 +118,5 @@ def hold_forward(
     except Exception as error:  # a model's code raises various errors for a size that it does not take
         raise_if_memory_is_out(error)
         return False
-    got = graph.run(*(case[spec.name] for spec in graph.inputs))
-    leaves = [leaf for leaf in pytree.tree_leaves(want) if isinstance(leaf, Tensor)]
-    given = [(name, b) for name, b in zip(graph.outputs, got, strict=True) if isinstance(b, Tensor)]  # some may be None
-    for a, (name, b) in zip(leaves, given, strict=True):
-        hold(name, a, b, close(base), same=a.shape == b.shape)
+    hold_call(graph, case, want)
     return True

@@ -13,6 +13,7 @@ from peftfx.export.deployment.deployment import Inputs
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.slots.encoders import ENCODED_APART
 from peftfx.export.translation.program import onnx_outputs
+from peftfx.export.verification.choices import rows_of_answer
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
 from peftfx.export.verification.oracle import named_in, numbers_in
@@ -53,7 +54,9 @@ def _each_alone(part: GraphPart, alone: Sequence[Reference]) -> Reference:
         for number in sorted(set(ids.tolist())):
             rest = {name: value for name, value in feed.items() if name != IDS}
             rest = view.alone(feed, number) if isinstance(view, WithRowAdapters) else rest
-            for name, value in alone[number](rest).items():
+            with rows_of_answer(ids == number):
+                answer = alone[number](rest)
+            for name, value in answer.items():
                 own = found[name][tuple(slice(size) for size in value.shape)]
                 rows = (*(slice(None) for _ in range(along[name])), ids == number) if name in along else ...
                 own[rows] = value[rows]

@@ -1,4 +1,4 @@
-"""Adaptive pools over axes whose size is free.
+"""Adaptive pools over axes whose size is free, and those of largest values.
 
 torch's decomposition asks how the sizes divide, and its result is right for the example's answer alone. Here each
 window is read whole: place `i` of `n` pools the values from `floor(i L / n)` up to `ceil((i + 1) L / n)`.
@@ -25,7 +25,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def pool_any_size(rewriter: Rewriter, node: fx.Node) -> bool:
-    """Replace an adaptive pool over an axis whose size is free. Return whether the node was one.
+    """Replace an adaptive pool over an axis whose size is free, or of largest values. Return whether the node was one.
 
     A pool whose largest values' places are used is left to torch.
     """
@@ -37,7 +37,8 @@ def pool_any_size(rewriter: Rewriter, node: fx.Node) -> bool:
     first = value.meta["val"].ndim - len(sizes)
     results = [user for user in node.users if user.target is operator.getitem] if node.target in _LARGEST else [node]
     places = [user for user in results if node.target in _LARGEST and user.args[1] == 1 and user.users]
-    if places or all(isinstance(size, int) for size in value.meta["val"].shape[first:]):
+    fixed = all(isinstance(size, int) for size in value.meta["val"].shape[first:])
+    if places or (fixed and node.target in _MEANS):  # of a largest value, torch has no decomposition
         return False
     at = rewriter.before(node)
     for axis, size in enumerate(sizes, start=first):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,32 @@ def _chooses(graph: onnx.GraphProto) -> bool:
     return any(node.op_type == "TopK" for node in graph.node) or any(map(_chooses, _inner(graph)))
 
 
+_ROWS: ContextVar[Tensor | None] = ContextVar("_ROWS", default=None)
+
+
+@contextmanager
+def rows_of_answer(rows: Tensor) -> Iterator[None]:
+    """Run a call of a reference from which only some rows of a batch go into its answer: so do their scores.
+
+    Args:
+        rows: for each row of the batch, whether it goes into the answer.
+    """
+    before = _ROWS.set(rows)
+    try:
+        yield
+    finally:
+        _ROWS.reset(before)
+
+
+def _with_rows(scores: Tensor, known: Tensor | None) -> Tensor:
+    """Return the scores of an answer, of which a call gives some rows, and earlier calls the others."""
+    rows = _ROWS.get()
+    if rows is None or known is None or known.shape != scores.shape or scores.shape[0] % len(rows):
+        return scores
+    own = rows.repeat_interleave(scores.shape[0] // len(rows))  # routers list the tokens, row by row
+    return torch.where(own.view(-1, *[1] * (scores.ndim - 1)), scores, known)
+
+
 @dataclass
 class Following:
     """A reference that goes on with given choices, in the order in which it makes its own.
@@ -105,7 +132,7 @@ class Following:
     Attributes:
         reference: the reference.
         choices: the choices.
-        scores: the reference's own scores in its last call.
+        scores: the reference's own scores in its last answer.
         alike: whether its code has made as many choices as are given, each of as many scores.
         wrong: which given choice, counted from 1, is not of the largest of its scores; 0 if none is.
     """
@@ -126,15 +153,16 @@ class Following:
 
     def takes(self, number: int, scores: Tensor, count: int, axis: int, largest: bool) -> Tensor | None:
         """Return the places that choice `number` takes of the scores; None, if it is none of these."""
-        given = self.choices[number % len(self.choices)]
-        self.scores[number % len(self.choices)] = scores
+        place = number % len(self.choices)
+        given = self.choices[place]
+        self.scores[place] = _with_rows(scores, self.scores.get(place))
         found, own = given.scores, scores.shape
         self.alike &= found.shape == own and given.places.shape == (*own[:axis], count, *own[axis + 1 :])
         if not self.alike:
             return None
         best, taken = found.topk(count, axis, largest).values, found.gather(axis, given.places)
         if not torch.equal(*(values.sort(axis).values.nan_to_num() for values in (best, taken))):
-            self.wrong = 1 + number % len(self.choices)
+            self.wrong = 1 + place
         return given.places.clone()
 
 
@@ -154,6 +182,21 @@ class _Follows(TorchDispatchMode):
         return func(*args, **(kwargs or {})) if places is None else (scores.gather(axis, places), places)
 
 
+def unpadded_scores(scores: Tensor, feed: Tensors) -> Tensor:
+    """Return the scores of the tokens of a call that are no padding, whose scores mean nothing.
+
+    Args:
+        scores: the scores of each token of the call, row by row; others are returned as they are.
+        feed: the inputs of the call.
+    """
+    ids, mask = feed.get("input_ids"), feed.get("attention_mask")
+    if ids is None or mask is None or ids.ndim != 2 or mask.ndim != 2 or mask.shape[1] < ids.shape[1]:
+        return scores
+    tokens = scores.flatten(0, 1) if scores.shape[:2] == ids.shape else scores
+    shown = mask[:, -ids.shape[1] :].flatten() != 0  # behind those of the past
+    return tokens[shown] if len(tokens) == len(shown) else scores
+
+
 @dataclass
 class Nearness:
     """How far scores are from float64, over all calls: the largest difference at each choice, of the largest score.
@@ -168,13 +211,22 @@ class Nearness:
     torch: dict[int, float] = field(default_factory=dict)
     comparable: bool = True
 
-    def learn(self, choices: Sequence[TakenChoice], own: Mapping[int, Tensor], exact: Mapping[int, Tensor]) -> None:
-        """Record the scores of a call: of ONNX Runtime, and of the reference in its own dtype and in float64."""
+    def learn(
+        self, choices: Sequence[TakenChoice], own: Mapping[int, Tensor], exact: Mapping[int, Tensor], feed: Tensors
+    ) -> None:
+        """Record the scores of a call: of ONNX Runtime, and of the reference in its own dtype and in float64.
+
+        Args:
+            choices: the scores and choices of ONNX Runtime.
+            own, exact: those of the reference, in its own dtype and in float64.
+            feed: the inputs of the call.
+        """
         for number, choice in enumerate(choices):
-            best = exact[number].double()
+            best = unpadded_scores(exact[number], feed).double()
             finite = best.isfinite()
             scale = best[finite].abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if finite.any() else 1.0
-            for scores, known in ((choice.scores, self.runtime), (own[number], self.torch)):
+            for found, known in ((choice.scores, self.runtime), (own[number], self.torch)):
+                scores = unpadded_scores(found, feed)
                 self.comparable &= torch.equal(finite, scores.isfinite())
                 far = (scores.double() - best)[finite].abs() / scale
                 known[number] = max(known.get(number, 0.0), float(far.amax()) if far.numel() else 0.0)

@@ -190,7 +190,7 @@ class _Asked:
             if following.alike and number in self.measured:
                 exact = tolerance.measure(following, feed)
                 if exact and following.alike:
-                    near.learn(following.choices, own, following.scores)
+                    near.learn(following.choices, own, following.scores, feed)
             if not following.alike or tolerance.failure:
                 return []
             if following.wrong:

@@ -309,6 +309,8 @@ def test_a_scheme_that_rounds_no_weight_is_refused(tmp_path: Path) -> None:
     model = ZOO["llama"].build().eval()
     with pytest.raises(PeftfxError, match=r"int4\(block=256\) rounds no weight of this model: of \d+ weights, its 32"):
         px.export_onnx(model, tmp_path / "out", view="forward", quantize="int4(block=256)")
+    with pytest.raises(PeftfxError, match=r"it is in bfloat16, and those in float32(.|\n)*model.float"):
+        px.export_onnx(model.bfloat16(), tmp_path / "out", view="forward", quantize="int8")
     assert list(tmp_path.iterdir()) == []
 
 

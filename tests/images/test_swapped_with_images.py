@@ -169,3 +169,9 @@ def test_the_command_swaps_adapters_where_pictures_have_a_chosen_size(tmp_path: 
         given = example_inputs(theirs, sizes={"batch": 2, "sequence": 9, "images": 2}, seed=1)
     said = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     assert torch.equal(served.generate(**given, **said), theirs.generate(**given, **said))
+
+
+def test_outputs_that_are_none_in_a_list_are_left_out(tmp_path: Path) -> None:
+    """Layers of which the model's code keeps no features."""
+    export_onnx(build(TASK, "qianfan_ocr"), tmp_path / "out", slots="all-linear", view="forward")
+    assert {"prompt"} <= {*runtime.load(tmp_path / "out").model.slots}

@@ -18,7 +18,8 @@ import peftfx
 from peftfx.errors import PeftfxWarning
 from peftfx.export.slots import adapter_check, adapter_export, batched
 from peftfx.export.slots.adapter_tensors import AdapterTensors
-from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification import verify
+from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.graph.slots import SLOT_B
 from peftfx.method import Method
 from peftfx.model.adapted import AdaptedModel
@@ -161,3 +162,21 @@ def test_more_adapters_than_a_call_has_rows_are_all_held(tmp_path: Path, monkeyp
         off[:] = [number + 1]  # none comes first
         with pytest.warns(PeftfxWarning, match=OWN_CODE):
             model.export(tmp_path / f"off{number}", view="forward", batched=names, progress=lambda line: None)
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("view", ["decode", pytest.param("forward", marks=pytest.mark.further)])
+def test_the_scores_of_routers_are_those_of_each_rows_adapter(
+    kind: torch.dtype, view: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference runs once for each adapter, and each time all rows are routed."""
+    asked, right = [], verify._Asked.under_choices
+
+    def under(*arguments: object) -> list[Comparison]:
+        asked.append(right(*arguments))  # type: ignore[arg-type]
+        return asked[-1]
+
+    monkeypatch.setattr(verify._Asked, "under_choices", under)
+    model = peftfx.transform(build("text-generation", "mixtral").to(kind), LORA, "x", seed=0)
+    stirred(model, "x").export(tmp_path / "rows", view=view, batched=("x",))
+    assert any(asked)

@@ -35,6 +35,7 @@ SOUNDS: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest": lambda x: functional.interpolate(x, scale_factor=1.25, mode="nearest"),
     "nearest middles": lambda x: functional.interpolate(x, scale_factor=3, mode="nearest-exact"),
     "area": lambda x: functional.interpolate(x, size=4, mode="area"),
+    "largest of the channels": lambda x: functional.adaptive_max_pool1d(x.mT, 2),
 }
 
 

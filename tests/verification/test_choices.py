@@ -148,3 +148,14 @@ def test_a_branch_that_makes_no_choice_hides_none(inside: bool, tmp_path: Path) 
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     with choosing.shown_choices(tmp_path / "model.onnx") as found:
         assert (found is None) == inside
+
+
+def test_scores_of_padding_are_not_compared() -> None:
+    scores, places = torch.arange(24.0).view(6, 4), torch.zeros(6, 1, dtype=torch.long)
+    ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]])  # one token in the past
+    other = scores.clone()
+    other[3] += 9
+    for feed, far in (({"input_ids": ids, "attention_mask": mask}, False), ({"input_ids": ids}, True)):
+        near = choosing.Nearness()
+        near.learn([choosing.TakenChoice(other, places)], {0: scores}, {0: scores}, feed)
+        assert bool(near.too_far) == far

@@ -282,3 +282,20 @@ def test_a_branch_on_a_buffer_that_the_code_changes_is_refused() -> None:
 
     with pytest.raises(peftfx.PeftfxError, match="branches on the values of a tensor"):
         peftfx.capture(Counting().eval(), {"input_ids": torch.randn(2, 4)})
+
+
+CODE = {
+    "runs aten.equal": lambda x: torch.cov(x[0]),
+    "calls torch.cond": lambda x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)),
+    "no graph has: a Generator": lambda x: x + torch.ones(3, 1, 1).normal_(generator=torch.Generator().manual_seed(0)),
+}
+
+
+@pytest.mark.parametrize("told", CODE)
+def test_code_that_no_graph_has_is_named(told: str) -> None:
+    class Behind(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return CODE[told](x)
+
+    with pytest.raises(peftfx.PeftfxError, match=f"cannot capture this model: .*{told}"):
+        peftfx.capture(Behind().eval(), {"x": torch.randn(3, 4, 5)})

@@ -41,6 +41,12 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
             hint = _FOLDER
         if _loops_over_experts(model):
             hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
+    elif type(error).__name__ in ("DataDependentOutputException", "DynamicOutputShapeException"):
+        why = f"its code runs {error}, whose result, or its size, follows from the values of a tensor"
+        hint = "compute it outside of the model, or pass arguments or a config that avoid it"
+    elif type(error).__name__ == "UncapturedHigherOrderOpError":
+        why = "its code calls torch.cond, or another operator that takes functions, which no graph here has"
+        hint = "compute both sides, and choose by torch.where"
     elif packs(error):
         why = "its code packs rows by their lengths (torch.nn.utils.rnn.pack_padded_sequence)"
         hint = "run the recurrent layer on the padded rows, without lengths, and take what you need behind it"
