@@ -17,13 +17,14 @@ from peftfx.graph.graph import TensorSpec
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import named_tensors
 from peftfx.views.forward_axes import WRITTEN
+from peftfx.views.view import LONG_TEXT
 
 PROBE_SIZES: Sequence[Mapping[str, int]] = (
     {"batch": 1, "sequence": 9, "decoder_sequence": 4},
     {"batch": 3, "sequence": 5, "decoder_sequence": 8},
-    {"batch": 4, "sequence": 12, "decoder_sequence": 6},
+    {"batch": 2, "sequence": LONG_TEXT, "decoder_sequence": LONG_TEXT},
     {"batch": 5, "sequence": 8, "decoder_sequence": 3},
-    {"batch": 2, "sequence": 16, "decoder_sequence": 7},
+    {"batch": 4, "sequence": 12, "decoder_sequence": 6},
 )
 ONE: Mapping[str, int] = dict.fromkeys(PROBE_SIZES[0], 1)
 COUNT = 3  #: how many sizes are compared; the others replace sizes that the model itself refuses

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from peftfx.bases.config_fields import length_of
 from peftfx.errors import PeftfxError, raise_if_memory_is_out, warn
 from peftfx.export.verification.captured import eager_forward, gives_nan, hold_call, tensors_in
 from peftfx.export.verification.cases import (
@@ -30,7 +31,7 @@ from peftfx.graph.graph import Graph, TensorSpec
 from peftfx.model.adapted import AdaptedModel
 from peftfx.telling import tell_share
 from peftfx.views.arguments import named_tensors, nested
-from peftfx.views.view import Axes, LastRun, RunView, View, as_captured
+from peftfx.views.view import LONG_TEXT, Axes, LastRun, RunView, View, as_captured
 
 Accepts = Callable[[dict[str, Tensor]], object]
 """A function that runs the model on the inputs of a call, and returns what it gives.
@@ -168,5 +169,14 @@ def _named_sizes(axes: Axes, inputs: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def trials_of(adapted: AdaptedModel, view: View) -> Sequence[Mapping[str, int]]:
-    """Return the sizes at which a view is compared. A large model has fewer."""
-    return view.trials[::2] if is_large(adapted.base) else view.trials
+    """Return the sizes at which a view is compared. A large model has fewer, and no long text.
+
+    Where the config says how many tokens the model takes, a long text has at most half of them: prompts may be there.
+    """
+    if is_large(adapted.base):
+        return view.trials[::2]
+    most = length_of(getattr(adapted.base, "config", None))
+    if most is None:
+        return view.trials
+    long = min(LONG_TEXT, max(most // 2, 1))
+    return [{axis: long if size == LONG_TEXT else size for axis, size in own.items()} for own in view.trials]

@@ -22,13 +22,13 @@ from transformers import DynamicCache
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.caches.cache import cache_of, empty_cache, held
 from peftfx.caches.held import Held, cache_names, kept_by
-from peftfx.views.view import Axes, RunView, called_with_cache
+from peftfx.views.view import LONG_TEXT, Axes, RunView, called_with_cache
 
 PAST, PRESENT = "past_key_values", "present"
 _SIZES: Mapping[str, int] = {"batch": 2, "sequence": 5, "past": 3}
 _TRIALS: tuple[Mapping[str, int], ...] = (
     {"batch": 1, "sequence": 5, "past": 0},
-    {"batch": 3, "sequence": 4, "past": 0},
+    {"batch": 3, "sequence": LONG_TEXT, "past": 0},
     {"batch": 2, "sequence": 3, "past": 6},
     {"batch": 4, "sequence": 1, "past": 7},
     {"batch": 1, "sequence": 1, "past": 1},

@@ -30,7 +30,7 @@ from peftfx.caches.cache import cache_of, held
 from peftfx.caches.held import Held, cache_names, kept_by
 from peftfx.graph.slots import SLOT_PROMPT
 from peftfx.views.decode import PAST, PRESENT
-from peftfx.views.view import Axes, RunView, called_with_cache
+from peftfx.views.view import LONG_TEXT, Axes, RunView, called_with_cache
 
 _SIZES: Mapping[str, int] = {"batch": 2, "encoder_sequence": 7, "sequence": 5, "past": 3}
 ENCODED, DECODED = "encoder", "decoder"
@@ -84,7 +84,7 @@ class Encoder:
     name = ENCODED
     trials: ClassVar[tuple[Mapping[str, int], ...]] = (
         {"batch": 1, "encoder_sequence": 5},
-        {"batch": 3, "encoder_sequence": 9},
+        {"batch": 3, "encoder_sequence": LONG_TEXT},
         {"batch": 4, "encoder_sequence": 4},
     )
 
@@ -131,7 +131,7 @@ class Decoder:
     name = DECODED
     trials: ClassVar[tuple[Mapping[str, int], ...]] = (
         {"batch": 1, "encoder_sequence": 5, "sequence": 1, "past": 0},
-        {"batch": 3, "encoder_sequence": 9, "sequence": 4, "past": 0},
+        {"batch": 3, "encoder_sequence": 9, "sequence": LONG_TEXT, "past": 0},
         {"batch": 2, "encoder_sequence": 4, "sequence": 3, "past": 6},
         {"batch": 4, "encoder_sequence": 8, "sequence": 1, "past": 7},
     )

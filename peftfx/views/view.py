@@ -18,6 +18,9 @@ Axes = Mapping[str, tuple[str | None, ...]]
 
 MAY_BE_EMPTY = frozenset({"past"})  #: axes that are empty in the first call of a generation
 
+LONG_TEXT = 36
+"""The tokens of one compared text: T5, for example, computes distances from 16 tokens on in another way."""
+
 RunView = Callable[["View", Mapping[str, Tensor]], Mapping[str, Tensor]]
 """A function that runs a model in a view: it takes the view and its inputs, and returns the outputs by name."""
 

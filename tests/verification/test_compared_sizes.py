@@ -1,4 +1,4 @@
-"""An export of a user's own module is compared at a size of 1 along every free axis."""
+"""An export is compared at a size of 1 along every free axis of a user's own module, and at a text of many tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_model.checks import build
 from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxError
+from peftfx.export import steps
+from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.verification.comparison import VerificationError
+
+_aten = torch.ops.aten
 
 
 class Spread(nn.Module):
@@ -86,3 +92,21 @@ def test_float32_of_a_model_in_half_precision_is_as_good_as_half_precision(tmp_p
     x = torch.randn(2, 7, 64, dtype=torch.float16)
     report = peftfx.export_onnx(Halved().eval(), tmp_path / "out", inputs={"x": x})
     assert not report.sizes
+
+
+@pytest.mark.further
+def test_what_is_wrong_for_long_texts_alone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = steps.ExportSteps.captured
+
+    def spoiled(self: steps.ExportSteps) -> tuple[steps.ExportSteps, list[GraphPart]]:
+        work, parts = captured(self)
+        logarithms = [node for node in parts[-1].graph.nodes() if node.target is _aten.log.default]
+        assert len(logarithms) == 1
+        logarithms[0].target = _aten.neg.default
+        parts[-1].graph.module.recompile()
+        return work, parts
+
+    monkeypatch.setattr(steps.ExportSteps, "captured", spoiled)
+    adapted = peftfx.transform(build("text2text-generation", "t5"), peftfx.LoRA(r=2), seed=0)
+    with pytest.raises(VerificationError, match="disagrees"):
+        adapted.export(tmp_path / "out", view="decode")
