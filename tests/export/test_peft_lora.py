@@ -59,7 +59,7 @@ def test_a_lora_of_peft_is_served_as_peft_computes_it(
     assert report.merged
     written = json.loads((tmp_path / "out" / "peftfx_report.json").read_text())
     assert written["merged"] == report.merged
-    assert all(shape[0] in ("batch", "image_batch") for shape in report.inputs.values())
+    assert all(shape[0] in ("batch", "image_batch", "images") for shape in report.inputs.values())
     assert all(isinstance(shape[1], str) for n, shape in report.inputs.items() if n.endswith("_ids"))
     check(entry, want, OnnxModel(tmp_path / "out"), base, base)
 
