@@ -56,7 +56,7 @@ def test_a_graph_equals_its_model_and_batch_and_sequence_stay_free(captured: Get
     case = captured(name)
     axes = name_axes(case.entry.inputs(model=case.model))
     for spec in case.graph.inputs:
-        free = {"batch" if axis == "image_batch" else axis for axis in spec.shape}  # images beside texts
+        free = {"batch" if axis in ("image_batch", "images") else axis for axis in spec.shape}  # images beside texts
         assert set(axes[spec.name]) & FREE == free & FREE, spec
     assert not [output for output in case.graph.outputs if "cache" in output or "past" in output]
     for batch, sequence in ((3, 9), (1, 6), (1, 1)):
