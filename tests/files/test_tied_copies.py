@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from support.adapted import randomise
+from support.adapted import randomise, trained
 from support.zoo import ZOO
 from torch import Tensor, nn
 
@@ -43,6 +43,10 @@ def _logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(IDS).logits
     return found
+
+
+def _losses(model: nn.Module, ids: Tensor) -> list[float]:
+    return trained(model, lambda: model(input_ids=ids, labels=ids).loss, rate=0.02)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -97,16 +101,7 @@ def test_one_copy_of_a_tied_tensor_trains_as_in_peft(saved: list[str], road: str
     assert new.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     ours = px.load(_base(), tmp_path / "theirs", is_trainable=True, road=road)
     assert (ours.road, ours.get_nb_trainable_parameters()) == (road, new.get_nb_trainable_parameters())
-    seen: list[list[float]] = []
-    for model in (theirs.eval(), ours.eval()):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        seen.append([])
-        for _ in range(4):
-            loss = model(input_ids=IDS, labels=IDS).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen[-1].append(loss.item())
+    seen = [_losses(model, IDS) for model in (theirs.eval(), ours.eval())]
     assert seen[1] == pytest.approx(seen[0], abs=1e-5)
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(_base(), tmp_path / "ours").eval()
@@ -142,16 +137,7 @@ def test_a_tied_bias_that_a_file_has_twice_is_trained_on(road: str, saved: list[
     assert {n.removeprefix("base_model.model.cls.predictions.") for n in names} >= {"bias", "decoder.bias"}
     ours = px.load(_masked(), tmp_path / "theirs", road=road)
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
-    seen: list[list[float]] = []
-    for model in (theirs.eval(), ours):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-        seen.append([])
-        for _ in range(4):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            seen[-1].append(loss.item())
+    seen = [_losses(model, ids) for model in (theirs.eval(), ours)]
     assert seen[1] == pytest.approx(seen[0], abs=1e-5)
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(_masked(), str(tmp_path / "ours")).eval()
