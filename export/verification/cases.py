@@ -165,9 +165,12 @@ def with_trained_tokens(
         seed: where the trained tokens begin.
         ends: whether a trained token may be the one that begins or ends texts; the forwards of some models count it.
     """
+    made, known = dict(inputs), _trained(adapted)
+    if not known:
+        return made
     special = set(special_tokens(getattr(adapted.base, "config", None)))
-    trained = _trained(adapted, special - (_ends(adapted) if ends else set()))
-    made = dict(inputs)
+    barred = special - (_ends(adapted) if ends else set())
+    trained = torch.tensor(sorted(known - barred), dtype=torch.int64)
     for name in _TEXTS if len(trained) else ():
         ids = made.get(name)
         if ids is not None and ids.ndim >= 2 and not ids.is_floating_point():
@@ -179,12 +182,12 @@ def with_trained_tokens(
     return made
 
 
-def _trained(adapted: AdaptedModel, barred: set[int]) -> Tensor:
-    """Return the tokens of which adapters have rows of their own, without the barred ones."""
+def _trained(adapted: AdaptedModel) -> set[int]:
+    """Return the tokens of which adapters have rows of their own."""
     weight = getattr(input_embeddings(adapted.base), "weight", None)
     rows = 0 if weight is None else weight.shape[0]
     known = {row for name in adapted.names() for own in adapted.adapter(name).overrides for row in own.rows}
-    return torch.tensor(sorted(row for row in known - barred if row < rows), dtype=torch.int64)
+    return {row for row in known if row < rows}
 
 
 def _ends(adapted: AdaptedModel) -> set[int]:
