@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +19,7 @@ from peftfx.graph.places import has_module
 from peftfx.rules.naming import as_named
 from peftfx.rules.torch_attention import cut_attentions, is_read_by_attention
 from peftfx.sites.expression import ALL_LINEAR
-from peftfx.sites.site import Site, layer_of
+from peftfx.sites.site import Site, WeightSite, layer_of
 from peftfx.sites.sites import Sites
 from peftfx.sites.target import Where, explain
 
@@ -84,6 +84,36 @@ def named_elsewhere(base: nn.Module, method: Method, sites: Sites, where: Where,
     mark = Site("", "linear", "linear", None, "-", None, (), False, (), ())
     stand_ins = [dataclasses.replace(mark, path=path, layer=layer_of(path)) for path in candidates]
     return [r.site.path for r in explain(stand_ins, **where, kinds=("linear",)) if r.match]
+
+
+def counted_sites(placed: Sequence[Site], beside: Collection[str], base: nn.Module) -> tuple[Site, ...]:
+    """Return the sites of all modules at which HF PEFT has a layer of a rule, in the order of the base's modules.
+
+    Args:
+        placed: the sites where the rule acts.
+        beside: the paths of the other modules.
+        base: the model.
+
+    Returns:
+        No sites if all modules are in `placed`, or one of the others is no layer that a site can stand for.
+    """
+    if not beside:
+        return ()
+    others = [_layer_at(path, base) for path in sorted(beside)]
+    order = {path: number for number, (path, _) in enumerate(own_modules(base))}
+    sites = [*placed, *(site for site in others if site is not None)]
+    return () if None in others else tuple(sorted(sites, key=lambda s: order.get(s.path, len(order))))
+
+
+def _layer_at(path: str, base: nn.Module) -> WeightSite | None:
+    """Return a site for the layer at a path, without calls; None for a module that is no plain layer."""
+    module = base.get_submodule(path)
+    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+        return None
+    kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
+    bias = None if getattr(module, "bias", None) is None else f"base.{path}.bias"
+    shape, transposed = tuple(module.weight.shape), isinstance(module, Conv1D)
+    return WeightSite(path, kind, kind, layer_of(path), f"base.{path}.weight", bias, shape, transposed, (), ())
 
 
 def refuse_unasked(base: nn.Module, method: Method) -> None:

@@ -9,23 +9,20 @@ nothing in HF PEFT either. Unused tensors are kept, and saved again.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peftfx.adapters.files.names import ORIGINAL, module_of
-from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.contract.override import TOKENS
 from peftfx.errors import listed, warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
 from peftfx.rules.unplaced import never_runs
-from peftfx.sites.site import Site, WeightSite, layer_of
 from peftfx.sites.sites import Sites
 
 #: What HF PEFT puts into the names of a trained module's tensors; of the module's parts, the adapter's name too.
@@ -110,34 +107,6 @@ def _copies(method: Method, tensors: Mapping[str, Tensor], base: nn.Module, path
     return bool(method.copy_mark()) and all(
         suffix in own and _equal(value, own[suffix]) for suffix, value in tensors.items()
     )
-
-
-def counted_sites(placed: Sequence[Site], beside: Collection[str], base: nn.Module) -> tuple[Site, ...]:
-    """Return the sites of all modules at which HF PEFT has a layer of a rule, in the order of the base's modules.
-
-    Args:
-        placed: the sites where the rule acts.
-        beside: the paths of the other modules.
-        base: the model.
-
-    Returns:
-        No sites if all modules are in `placed`, or one of the others is no layer that a site can stand for.
-    """
-    others = [_layer_at(path, base) for path in sorted(beside)]
-    order = {path: number for number, (path, _) in enumerate(own_modules(base))}
-    sites = [*placed, *(site for site in others if site is not None)]
-    return () if not others or None in others else tuple(sorted(sites, key=lambda s: order.get(s.path, len(order))))
-
-
-def _layer_at(path: str, base: nn.Module) -> WeightSite | None:
-    """Return a site for the layer at a path, without calls; None for a module that is no plain layer."""
-    module = base.get_submodule(path)
-    if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
-        return None
-    kind = "embedding" if isinstance(module, nn.Embedding) else "linear"
-    bias = None if getattr(module, "bias", None) is None else f"base.{path}.bias"
-    shape, transposed = tuple(module.weight.shape), isinstance(module, Conv1D)
-    return WeightSite(path, kind, kind, layer_of(path), f"base.{path}.weight", bias, shape, transposed, (), ())
 
 
 @dataclass(frozen=True)

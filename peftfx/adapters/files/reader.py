@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.converted import make_room, take_over
-from peftfx.adapters.files.accounts import Idle, counted_sites, repeats
+from peftfx.adapters.files.accounts import Idle, repeats
 from peftfx.adapters.files.base.replaced import replaced_weights
 from peftfx.adapters.files.base.vocabulary import other_tokens
 from peftfx.adapters.files.mismatch import refuse_mismatch
@@ -48,7 +48,14 @@ from peftfx.rules.resolution import (
 from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.torch_attention import wrapper_of
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
-from peftfx.rules.unplaced import named_elsewhere, refuse_unasked, refuse_unplaced, tell_elsewhere, why_no_place
+from peftfx.rules.unplaced import (
+    counted_sites,
+    named_elsewhere,
+    refuse_unasked,
+    refuse_unplaced,
+    tell_elsewhere,
+    why_no_place,
+)
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS
 from peftfx.sites.sites import Sites
 
@@ -127,9 +134,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     names = set(weights.names)
     own_names = {name for placement in placements for name in _names(placement, base)}
     overrides += replaced_weights(base, weights, placements, overrides, own_names)
-    done = {path for p in placements for path in (p.site.path, _path(p, base))}
-    done |= {path for path, _ in own_modules(base) if is_inside(path, saved)}
-    beside = named_elsewhere(base, method, sites, where(method), done) if method.has_shared else []
+    beside = _beside(method, placements, saved, base, sites) if method.has_shared else []
     counted = counted_sites([p.view for p in placements], beside, base)
     rule = Placed(method, Placements(placements), tuple(overrides), counted if placements else ())
     adapter = Adapter([rule], config)
@@ -285,6 +290,15 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
         if len(shape) == value.ndim and all(a >= b for a, b in zip(shape, value.shape, strict=True)):
             adapter.put(kept, value.new_empty(shape), trained=isinstance(value, nn.Parameter))
     return wanted
+
+
+def _beside(
+    method: Method, placements: Sequence[Placement], saved: Sequence[str], base: nn.Module, sites: Sites
+) -> list[str]:
+    """Return the paths of modules that a rule names and does not act in, and that it does not train whole."""
+    done = {path for p in placements for path in (p.site.path, _path(p, base))}
+    done |= {path for path, _ in own_modules(base) if is_inside(path, saved)}
+    return named_elsewhere(base, method, sites, where(method), done)
 
 
 def _refuse_beside(adapter: Adapter, method: Method, beside: Sequence[str], where: Path) -> None:

@@ -8,8 +8,8 @@ from torch import nn
 
 _OF_ADAPTED = frozenset(
     {
-        *("active_adapters", "add_weighted_adapter", "delete_adapter", "merge_adapter"),
-        *("merge_and_unload", "peft_config", "set_adapter", "set_requires_grad", "unload", "unmerge_adapter"),
+        *("active_adapters", "add_weighted_adapter", "delete_adapter", "merge_adapter", "merge_and_unload"),
+        *("peft_config", "set_adapter", "set_requires_grad", "unload", "unmerge_adapter"),
     }
 )
 """Names of HF PEFT's tuner that are the adapted model's own. Some are transformers' too, and mean its own adapters."""
