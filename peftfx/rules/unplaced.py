@@ -53,7 +53,7 @@ def refuse_unplaced(
         hint = "narrow target_modules (exclude_modules), or, in Python, pass inputs= of a call that runs them"
         raise PeftfxError(f"target_modules name modules that cannot be adapted here: {told}", "rules", hint)
     if idle:
-        told = "the outputs depend on nothing of" if loaded else "no call of the model runs"
+        told = "the outputs do not depend on" if loaded else "no call of the model runs"
         read = [path for own in idle for path in _readers(own, base, sites)]
         more = f"; the model reads this weight in {listed(read, _MOST)}: name these" if read else ""
         warn(f"{told} {', '.join(idle[:_MOST])}: nothing is adapted there{more}")
