@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.dtypes import dtype_plan
-from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.gguf import as_directory
-from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.load import read_base_config
 from peftfx.bases.quantised import QUANTISED
 from peftfx.bases.sentences.modules import ALL, SentenceModules
 from peftfx.bases.tasks import FEATURES, task_of
 from peftfx.errors import PeftfxError
 from peftfx.export.assets import copy_assets, write_configs
 from peftfx.export.checkpoint.contents import CheckpointContents, contents_of, plain_names, refuse_unlike
+from peftfx.export.checkpoint.merge_check import check_merge
 from peftfx.export.checkpoint.merged_copy import merged_copy
-from peftfx.export.checkpoint.merged_report import Difference, MergedReport
+from peftfx.export.checkpoint.merged_report import MergedReport
 from peftfx.export.checkpoint.requantised import Requantised
 from peftfx.export.checkpoint.shards import write_shards
-from peftfx.export.coded.rounded import FINITE
 from peftfx.export.command import refuse_output
 from peftfx.export.deployment.parts import views_of
 from peftfx.export.directories import TORCH_DTYPES, load_directories
@@ -34,8 +33,6 @@ from peftfx.export.rounding.calibrated import fit_weights
 from peftfx.export.rounding.texts import compared_text, refuse_text, split_text
 from peftfx.export.stages import OnStage, Stages
 from peftfx.export.verification.agreement import agreement
-from peftfx.export.verification.cases import FEW, PROBE_SIZES, is_large, with_trained_tokens
-from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export.writing.weights import Written
@@ -103,7 +100,9 @@ def merge_directory(
         write_configs(model, temporary)
         inputs.check()
         with stages("verify"), keeping(temporary.parent):
-            _verify(temporary, adapted, report, asked, rounded)
+            loaded, feeds = check_merge(temporary, adapted, model, report, asked, rounded)
+            if rounded is not None:
+                _agree(adapted, loaded, feeds, report, asked, temporary)
         report.versions = versions()
         report.measure(temporary)
         report.write(temporary)
@@ -189,44 +188,9 @@ def _own_dtype(base: Path, model: nn.Module) -> torch.dtype:
 
 
 @torch.no_grad()
-def _verify(
-    directory: Path, adapted: AdaptedModel, report: MergedReport, asked: MergeOptions, rounded: Requantised | None
-) -> None:
-    """Load the written model, and compare it with the base and its unmerged adapter, at sizes not seen before.
-
-    For rounded weights, check that the files hold what was written. The error that rounding causes is measured, and
-    bounded as the options say.
-
-    Raises:
-        VerificationError: the written model computes something else, or rounding costs more than the options allow.
-    """
-    loaded = load_base(directory, task=None, dtype=torch.float32)
-    if rounded is not None:
-        rounded.check(loaded, str(directory))
-    again = AdaptedModel.on(loaded, adapted.sites, adapted.example)
-    want, got = (EagerReference(model, None, model.example) for model in (adapted, again))
-    feeds = []
-    for number, sizes in enumerate(FEW if is_large(adapted.base) else PROBE_SIZES[:2]):
-        made = example_inputs(adapted.base, sizes=sizes, seed=number + 1)
-        feeds.append(feed := with_trained_tokens(made, adapted, number))
-        shapes = {name: list(value.shape) for name, value in feed.items()}
-        found, wanted = got(feed), want(feed)
-        report.differences += [_difference(name, shapes, wanted[name], found.get(name)) for name in wanted]
-    worst = max(report.differences, key=lambda d: d.max_rel)
-    limit = asked.bound
-    allowed = limit.value if limit is not None and limit.kind == "error" else FINITE
-    bound = _BOUNDS[getattr(torch, report.dtype)] if rounded is None else allowed
-    if not worst.max_rel <= bound:
-        what = f"{worst.output} of what was written is {worst.max_rel:.2g} of its largest magnitude off"
-        hint = f"report this model: it may be {bound:g}"
-        raise VerificationError(what, str(directory), hint if rounded is None else "round to int8, or allow more")
-    if rounded is not None:
-        _agree(adapted, again, feeds, report, asked, directory)
-
-
 def _agree(
     adapted: AdaptedModel,
-    again: AdaptedModel,
+    loaded: AdaptedModel,
     feeds: Sequence[dict[str, Tensor]],
     report: MergedReport,
     asked: MergeOptions,
@@ -241,7 +205,7 @@ def _agree(
     ids = None if text is None else compared_text(Path(text), directory, asked.schemes)
     name = next(iter(views_of(adapted.base, AUTO, None).values()))
     view = adapted.view(DECODE) if name == DECODE else None
-    want, got = (EagerReference(model, view, model.example) for model in (adapted, again))
+    want, got = (EagerReference(model, view, model.example) for model in (adapted, loaded))
     outputs = frozenset(d.output for d in report.differences)
     found = agreement(_Eager(got, frozenset(feeds[0]), outputs), adapted, view, want, feeds, ids, Path(text or "").name)
     report.agreement = {} if found is None else {"model": found}
@@ -258,12 +222,3 @@ class _Eager:
 
     def __call__(self, **tensors: Tensor) -> dict[str, Tensor]:
         return self.reference(tensors)
-
-
-def _difference(name: str, shapes: dict[str, list[int]], want: Tensor, got: Tensor | None) -> Difference:
-    if got is None or got.shape != want.shape:
-        return Difference(name, shapes, float("inf"), float("inf"))
-    if not want.numel():
-        return Difference(name, shapes, 0.0, 0.0)
-    off, largest = float((got.double() - want.double()).abs().max()), float(want.double().abs().max())
-    return Difference(name, shapes, off, off / max(largest, torch.finfo(torch.float32).tiny))

@@ -53,7 +53,7 @@ def contents_of(
     packed = {f"{path}.weight": packing for path, packing in packings.items()}
     late = {
         name: _deferred(name, tensor, torch.float32 if name in packed else dtype(name), roundings)
-        for name, tensor in _written(model).items()
+        for name, tensor in written_tensors(model).items()
     }
     own = {id(tensor): name for name, tensor in late.items()}
     found: dict[str, Deferred] = {}
@@ -68,12 +68,12 @@ def contents_of(
 
 def plain_names(model: PreTrainedModel) -> frozenset[str]:
     """Return the names of tensors that the files hold unchanged, perhaps under another name."""
-    late = {name: _deferred(name, tensor, torch.float32, {}) for name, tensor in _written(model).items()}
+    late = {name: _deferred(name, tensor, torch.float32, {}) for name, tensor in written_tensors(model).items()}
     found = {id(tensor) for tensor in _as_in_files(model, late).values()}
     return frozenset(name for name, tensor in late.items() if id(tensor) in found)
 
 
-def _written(model: PreTrainedModel) -> dict[str, Tensor]:
+def written_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return the tensors of a model's state that are written, by their names in the state."""
     own = {name: t for name, t in model.state_dict(keep_vars=True).items() if name not in _ignored(model)}
     _untie(model, own)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _Make = Callable[[], Sequence[Tensor]]
 
@@ -69,6 +70,28 @@ class Deferred(Tensor):
             return pytree.tree_leaves(func(*values, **named))
 
         return pytree.tree_unflatten(Deferred.of(make, leaves), spec)
+
+
+class _Computing(TorchDispatchMode):
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func._schema.is_mutable and any(isinstance(arg, Deferred) for arg in args[:1]):
+            raise TypeError(f"{func} writes into what is not made yet")
+        given, named = pytree.tree_map_only(Deferred, Deferred.value, (args, dict(kwargs or {})))
+        return func(*given, **named)
+
+
+def computing() -> TorchDispatchMode:
+    """Return a context in which each operator computes the deferred tensors that it reads, and does not keep them.
+
+    So a model with deferred parameters can be called. One parameter at a time is in memory.
+    """
+    return _Computing()
 
 
 class _Call:

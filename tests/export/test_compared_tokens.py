@@ -86,16 +86,18 @@ def test_the_merged_directory_is_compared_at_these_tokens(tmp_path: Path, monkey
     randomised = peftfx.transform(model, peftfx.TrainableTokens(token_indices=TOKENS))
     randomise(randomised)
     randomised.save_pretrained(tmp_path / "adapter")
-    load = merge_command.load_base
+    copied = merge_command.merged_copy
 
-    def lossy(directory: Path, **options: object) -> torch.nn.Module:
-        loaded = load(directory, **options)
-        with torch.no_grad():
-            loaded.get_input_embeddings().weight[TOKENS[0]] = 0  # type: ignore[operator]
-        return loaded
+    def lossy(model: peftfx.AdaptedModel) -> tuple[torch.nn.Module, object]:
+        merged, done = copied(model)
+        words = merged.get_input_embeddings()
+        rows = words.weight.detach().clone()
+        rows[TOKENS[0]] = 0
+        words.weight = torch.nn.Parameter(rows)
+        return merged, done
 
     merge_command.merge_directory(tmp_path / "base", tmp_path / "good", adapter=tmp_path / "adapter")
-    monkeypatch.setattr(merge_command, "load_base", lossy)
+    monkeypatch.setattr(merge_command, "merged_copy", lossy)
     with pytest.raises(VerificationError, match="of what was written is"):
         merge_command.merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
 

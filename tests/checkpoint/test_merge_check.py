@@ -1,0 +1,103 @@
+"""A merge is held to its weights in float32, and its files to each rounded number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from support import quantised as q
+from torch import nn
+
+from peftfx.adapters.deferred import Deferred, computing
+from peftfx.export import merge_command
+from peftfx.export.checkpoint import merge_check
+from peftfx.export.checkpoint.merge_check import _far
+from peftfx.export.merge_command import merge_directory
+from peftfx.export.verification.comparison import VerificationError
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A base in bfloat16, and an adapter whose updates are small beside the rounding of all weights."""
+    model = q.tiny(num_hidden_layers=1).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter"
+
+
+def test_an_update_that_is_lost_is_an_error_in_every_dtype(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = folders
+    copied = merge_command.merged_copy
+
+    def lossy(model: nn.Module) -> tuple[nn.Module, object]:
+        merged, done = copied(model)
+        merged.get_submodule(LAYER).weight = model.base.get_submodule(LAYER).weight
+        return merged, done
+
+    merge_directory(base, tmp_path / "good", adapter=adapter)
+    monkeypatch.setattr(merge_command, "merged_copy", lossy)
+    for options in ({}, {"dtype": "fp16"}, {"quantize": "nf4"}):
+        with pytest.raises(VerificationError, match="before its weights are rounded"):
+            merge_directory(base, tmp_path / "out", adapter=adapter, **options)
+    with pytest.raises(VerificationError, match="of what was written"):
+        merge_directory(base, tmp_path / "out", adapter=adapter, dtype="fp32")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("options", "path"), [({}, LAYER), ({}, "lm_head"), ({"quantize": "int8"}, "model.norm")])
+def test_one_number_that_is_read_otherwise_is_an_error(
+    options: dict[str, str], path: str, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = folders
+    load: Callable[..., nn.Module] = merge_check.load_base
+
+    def lossy(directory: Path, **given: object) -> nn.Module:
+        loaded = load(directory, **given)
+        module = loaded.get_submodule(path)
+        numbers = module.weight.detach() * 1.0
+        numbers.view(-1)[3] *= 1.01
+        module.weight = nn.Parameter(numbers)
+        return loaded
+
+    monkeypatch.setattr(merge_check, "load_base", lossy)
+    with pytest.raises(VerificationError, match=rf"1 of [\d,]+ numbers of {path}.weight are not the merged ones"):
+        merge_directory(base, tmp_path / "out", adapter=adapter, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_number_may_be_rounded_and_no_more(dtype: torch.dtype) -> None:
+    value = torch.randn(1000) * torch.logspace(-9, 4, 1000)
+    value[:3] = torch.tensor([1e30, -float("inf"), 0.0])
+    rounded = value.to(dtype).float()
+    assert _far(rounded, value, dtype, 0.0) == 0
+    step = torch.finfo(dtype)
+    further = rounded + rounded.abs().clamp(min=step.tiny) * 1.01 * step.eps
+    assert _far(further, value, dtype, 0.0) >= (998 if dtype != torch.float32 else 990)
+
+
+def test_deferred_tensors_are_computed_by_what_reads_them() -> None:
+    layer, made = nn.Linear(5, 3), []
+    weight = layer.weight.detach().clone()
+
+    def make() -> list[torch.Tensor]:
+        made.append(1)
+        return [weight * 2]
+
+    x = torch.randn(4, 5)
+    want = nn.functional.linear(x, weight * 2, layer.bias)
+    layer.weight = nn.Parameter(Deferred.of(make, [weight.to("meta")])[0], requires_grad=False)
+    with torch.no_grad(), computing():
+        got = layer(x)
+    assert len(made) == 1
+    torch.testing.assert_close(got, want)
+    with torch.no_grad(), computing(), pytest.raises(TypeError, match="what is not made yet"):
+        layer.weight.add_(1)
