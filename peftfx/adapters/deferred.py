@@ -80,8 +80,8 @@ class _Computing(TorchDispatchMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        if func._schema.is_mutable and any(isinstance(arg, Deferred) for arg in args[:1]):
-            raise TypeError(f"{func} writes into what is not made yet")
+        if args and isinstance(args[0], Deferred) and (func.is_view or func._schema.is_mutable):
+            return func(*args, **(kwargs or {}))  # a view reads no values, and what writes is refused
         given, named = pytree.tree_map_only(Deferred, Deferred.value, (args, dict(kwargs or {})))
         return func(*given, **named)
 
@@ -89,7 +89,7 @@ class _Computing(TorchDispatchMode):
 def computing() -> TorchDispatchMode:
     """Return a context in which each operator computes the deferred tensors that it reads, and does not keep them.
 
-    So a model with deferred parameters can be called. One parameter at a time is in memory.
+    So a model with deferred parameters can be called, with one of them in memory at a time. Views stay deferred.
     """
     return _Computing()
 
