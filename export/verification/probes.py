@@ -179,4 +179,4 @@ def trials_of(adapted: AdaptedModel, view: View) -> Sequence[Mapping[str, int]]:
     if most is None:
         return view.trials
     long = min(LONG_TEXT, max(most // 2, 1))
-    return [{axis: long if size == LONG_TEXT else size for axis, size in own.items()} for own in view.trials]
+    return [{axis: long if size is LONG_TEXT else size for axis, size in own.items()} for own in view.trials]

@@ -18,7 +18,12 @@ Axes = Mapping[str, tuple[str | None, ...]]
 
 MAY_BE_EMPTY = frozenset({"past"})  #: axes that are empty in the first call of a generation
 
-LONG_TEXT = 36
+
+class _Length(int):
+    """A number of tokens that is known by itself: an equal number of another trial is another one."""
+
+
+LONG_TEXT = _Length(36)
 """The tokens of one compared text: T5, for example, computes distances from 16 tokens on in another way."""
 
 RunView = Callable[["View", Mapping[str, Tensor]], Mapping[str, Tensor]]

@@ -14,6 +14,8 @@ from peftfx.errors import PeftfxError
 from peftfx.export import steps
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.probes import trials_of
+from peftfx.views.view import LONG_TEXT
 
 _aten = torch.ops.aten
 
@@ -110,3 +112,16 @@ def test_what_is_wrong_for_long_texts_alone_is_refused(tmp_path: Path, monkeypat
     adapted = peftfx.transform(build("text2text-generation", "t5"), peftfx.LoRA(r=2), seed=0)
     with pytest.raises(VerificationError, match="disagrees"):
         adapted.export(tmp_path / "out", view="decode")
+
+
+def test_only_the_long_text_is_shortened_where_a_model_takes_few_tokens() -> None:
+    model = build("text-generation", "gpt2")
+    model.config.n_positions = 48
+    adapted = peftfx.transform(model, peftfx.LoRA(r=2))
+
+    class View:
+        trials = ({"batch": 3, "sequence": LONG_TEXT}, {"batch": 2, "sequence": 30 + 6})
+
+    assert [own["sequence"] for own in trials_of(adapted, View())] == [24, 36]
+    model.config.n_positions = 4096
+    assert [own["sequence"] for own in trials_of(adapted, View())] == [36, 36]
