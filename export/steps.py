@@ -43,6 +43,7 @@ from peftfx.export.verification.without_rounding import (
     runs_without_rounding,
 )
 from peftfx.export.writing.finite import may_be_infinite
+from peftfx.export.writing.read_back import refuted
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.values import ANY_SIZE
@@ -234,6 +235,8 @@ class ExportSteps:
         report, verified, idle = self.report, list[GraphPart](), list[set[str]]()
         with self.stages("verify"), self._codes_in(directory.parent):
             for part in parts:
+                for wrong in refuted(directory / part.file, programs[part.file], part.exported.get):
+                    raise VerificationError(wrong, str(directory / part.file), "report this model")
                 oracle = self._oracle(part)
                 found = self._compare(part, oracle, directory)
                 verified.append(replace(part, found=found))

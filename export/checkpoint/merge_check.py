@@ -25,16 +25,13 @@ from peftfx.export.verification.cases import FEW, PROBE_SIZES, is_large, with_tr
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.tolerances.tolerance import Tensors
+from peftfx.export.writing.read_back import count_wrong
 from peftfx.export_options.merge import MergeOptions
 from peftfx.graph.lazy_weights import exact
 from peftfx.model.adapted import AdaptedModel
 
 #: How far an output in float32 may differ, relative to its largest magnitude: two orders of the same sums.
 _BOUND = 1e-3
-#: How far a number may be off that is computed once more, relative to its weight's largest magnitude: its sums may run
-#: in another order, and the number may then be rounded the other way.
-_SLACK = 1e-5
-_NUMBERS = 1 << 22  #: how many numbers of a weight are compared at a time
 
 
 @torch.no_grad()
@@ -113,25 +110,10 @@ def _compare_numbers(
         whole = tensor.detach()
         want, got = (t.value() if isinstance(t, Deferred) else exact(t) for t in (whole, found[name].detach()))
         own = planned(name) if want.is_floating_point() else want.dtype
-        parts = zip(*(t.reshape(-1).split(_NUMBERS) for t in (got, want)), strict=True)
-        other = [(g, w) for g, w in parts if not torch.equal(g, w.to(own).to(g.dtype))]
-        if not other:
-            continue
-        slack = _SLACK * float(want.abs().max()) if isinstance(whole, Deferred) else 0.0
-        wrong = sum(_far(g, w, own, slack) for g, w in other)
+        wrong = count_wrong(got, want, own, computed=isinstance(whole, Deferred))
         if wrong:
             what = f"{wrong:,} of {want.numel():,} numbers of {name} are not the merged ones"
             raise VerificationError(what, where, "report this model")
-
-
-def _far(got: Tensor, want: Tensor, dtype: torch.dtype, slack: float) -> int:
-    """Count the numbers that are further from the wanted ones than half a step of a dtype, and a slack."""
-    if not dtype.is_floating_point:
-        return int((got != want).sum())
-    limits, want = torch.finfo(dtype), want.float()
-    allowed = want.abs().clamp_(min=limits.tiny).mul_(limits.eps / 2).add_(slack)
-    far = ~((got.float() - want).abs_() <= allowed)
-    return int((far & (got.float() != want.to(dtype).float())).sum())  # an overflow is infinite on both sides
 
 
 def _refuse_beyond(bound: float, differences: Sequence[Difference], which: str, directory: Path, hint: str) -> None:

@@ -14,9 +14,9 @@ from torch import nn
 from peftfx.adapters.deferred import Deferred, computing
 from peftfx.export import merge_command
 from peftfx.export.checkpoint import merge_check
-from peftfx.export.checkpoint.merge_check import _far
 from peftfx.export.merge_command import merge_directory
 from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.writing.read_back import count_wrong
 
 LAYER = "model.layers.0.self_attn.q_proj"
 
@@ -78,10 +78,21 @@ def test_a_number_may_be_rounded_and_no_more(dtype: torch.dtype) -> None:
     value = torch.randn(1000) * torch.logspace(-9, 4, 1000)
     value[:3] = torch.tensor([1e30, -float("inf"), 0.0])
     rounded = value.to(dtype).float()
-    assert _far(rounded, value, dtype, 0.0) == 0
+    assert count_wrong(rounded, value, dtype, computed=False) == 0
     step = torch.finfo(dtype)
     further = rounded + rounded.abs().clamp(min=step.tiny) * 1.01 * step.eps
-    assert _far(further, value, dtype, 0.0) >= (998 if dtype != torch.float32 else 990)
+    assert count_wrong(further, value, dtype, computed=False) >= (998 if dtype != torch.float32 else 990)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_a_large_weight_is_compared_to_its_last_number(dtype: torch.dtype) -> None:
+    want = torch.zeros(3000, 1500, dtype=dtype)
+    got = want.clone()
+    assert count_wrong(got, want, dtype, computed=False) == 0
+    got[-1, -1] = 1
+    assert count_wrong(got, want, dtype, computed=False) == 1
+    assert count_wrong(got[:-1], want, dtype, computed=False) == got[:-1].numel()
+    assert count_wrong(torch.tensor(2.0), torch.tensor(1.0), torch.float32, computed=False) == 1
 
 
 def test_deferred_tensors_are_computed_by_what_reads_them() -> None:
