@@ -17,6 +17,7 @@ from peftfx.adapters.deferred import Deferred, computing
 from peftfx.bases.dtypes import dtype_plan
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.load import load_base
+from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.checkpoint.contents import written_tensors
 from peftfx.export.checkpoint.merged_report import Difference, MergedReport
 from peftfx.export.checkpoint.requantised import Requantised
@@ -61,6 +62,7 @@ def check_merge(
     Raises:
         VerificationError: the files have other numbers, the merged weights compute something else, or quantising costs
             more than the options allow.
+        PeftfxError: the model's code does not take the inputs that were made for it.
     """
     loaded = load_base(directory, task=None, dtype=torch.float32)
     if rounded is not None:
@@ -75,7 +77,7 @@ def check_merge(
     for number, sizes in enumerate(FEW if large else PROBE_SIZES[:2]):
         made = example_inputs(adapted.base, sizes=sizes, seed=number + 1)
         feeds.append(feed := with_trained_tokens(made, adapted, number))
-        wanted = want(feed)
+        wanted = _called(want, feed)
         report.differences += _differences(feed, wanted, got(feed))
         if (packed or dtype != torch.float32) and not (large and exactly):  # a call computes all merged weights anew
             with computing():
@@ -91,6 +93,18 @@ def check_merge(
     allowed = limit.value if limit is not None and limit.kind == "error" else FINITE
     _refuse_beyond(allowed, report.differences, "of what was written", directory, "round to int8, or allow more")
     return again, feeds
+
+
+def _called(reference: EagerReference, feed: Tensors) -> Tensors:
+    try:
+        return reference(feed)
+    except PeftfxError:
+        raise
+    except Exception as error:  # a model's code raises various errors for inputs that it does not take
+        raise_if_memory_is_out(error)
+        what = f"the model does not take the inputs that were made to compare it: {first_line(error)}"
+        hint = "merge it in Python: peftfx.load(model, adapter, inputs=...).merge_and_unload(), and save_pretrained"
+        raise PeftfxError(what, type(reference.adapted.base).__name__, hint) from error
 
 
 def _compare_numbers(

@@ -12,6 +12,7 @@ from support import quantised as q
 from torch import nn
 
 from peftfx.adapters.deferred import Deferred, computing
+from peftfx.errors import PeftfxError
 from peftfx.export import merge_command
 from peftfx.export.checkpoint import merge_check
 from peftfx.export.merge_command import merge_directory
@@ -71,6 +72,15 @@ def test_one_number_that_is_read_otherwise_is_an_error(
     monkeypatch.setattr(merge_check, "load_base", lossy)
     with pytest.raises(VerificationError, match=rf"1 of [\d,]+ numbers of {path}.weight are not the merged ones"):
         merge_directory(base, tmp_path / "out", adapter=adapter, **options)
+
+
+def test_inputs_that_the_model_does_not_take_are_one_message(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_check, "example_inputs", lambda *_, **__: {"input_ids": torch.full((1, 3), 10**6)})
+    with pytest.raises(PeftfxError, match="does not take the inputs that were made to compare it: index out of range"):
+        merge_directory(folders[0], tmp_path / "out", adapter=folders[1])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
