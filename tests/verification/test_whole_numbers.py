@@ -112,3 +112,35 @@ def test_an_order_that_rounding_decides_in_float32_is_told(tmp_path: Path) -> No
     with pytest.raises(VerificationError, match="order: ") as error:
         peftfx.export_onnx(Order().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 400, 32)}, atol=1e-4)
     assert error.value.hint.startswith("whole numbers have to be equal")
+
+
+def test_an_order_of_near_ties_is_that_of_onnx_runtimes_own_scores(tmp_path: Path) -> None:
+    """It was refused, as torch puts some of them otherwise."""
+    torch.manual_seed(1)
+    model, x = Order().eval(), torch.randn(3, 400, 32)
+    report = peftfx.export_onnx(model, tmp_path / "out", inputs={"x": x})
+    assert {c["output"] for c in report.comparisons} == {"logits", "order"}
+    x = torch.randn(40, 400, 32)
+    got = peftfx.export.OnnxModel(tmp_path / "out")(x=x)
+    assert got["logits"].gather(-1, got["order"]).diff(dim=-1).amin() >= 0
+    assert 0.9 < (got["order"] == model(x)["order"]).double().mean() < 1
+
+
+def _backwards(graph: Graph) -> Graph:
+    """Make the graph swap the last two of its order, in place."""
+    rewriter = Rewriter(graph.module.graph)
+    (order,) = (n for n in graph.nodes() if n.target is torch.ops.aten.argsort.default)
+    swapped = rewriter.after(order).trace(lambda x: torch.cat([x[..., :-2], x[..., -2:].flip(-1)], -1), order)
+    (output,) = (n for n in graph.nodes() if n.op == "output")
+    output.args = (tuple(swapped if value is order else value for value in output.args[0]),)
+    graph.module.recompile()
+    return graph
+
+
+@pytest.mark.further
+def test_a_wrong_order_is_seen_beside_near_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = stamped.prepare
+    monkeypatch.setattr(stamped, "prepare", lambda graph: _backwards(prepare(graph)))
+    torch.manual_seed(1)
+    with pytest.raises(VerificationError, match="order: "):
+        peftfx.export_onnx(Order().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 400, 32)})
