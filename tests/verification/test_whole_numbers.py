@@ -88,6 +88,29 @@ def _narrow(graph: Graph) -> Graph:
     return graph
 
 
+def _wide(graph: Graph) -> Graph:
+    """Make the graph give its logits in float32, in place."""
+    rewriter = Rewriter(graph.module.graph)
+    (output,) = (n for n in graph.nodes() if n.op == "output")
+    logits, *others = output.args[0]
+    wide = rewriter.after(logits).call(torch.ops.aten._to_copy.default, logits, dtype=torch.float32)
+    output.args = ((wide, *others),)
+    graph.module.recompile()
+    return graph
+
+
+@pytest.mark.filterwarnings("ignore:bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_floats_of_another_precision_are_an_error(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were compared by their values alone, as a bfloat16 model runs as its twin in float32."""
+    prepare = stamped.prepare
+    monkeypatch.setattr(stamped, "prepare", lambda graph: _wide(prepare(graph)))
+    with pytest.raises(VerificationError, match=f"logits: float32, not {str(dtype).removeprefix('torch.')}"):
+        peftfx.export_onnx(Classes().eval().to(dtype), tmp_path / "out", inputs={"x": torch.randn(3, 40, 32).to(dtype)})
+
+
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}])
 def test_numbers_of_another_dtype_are_an_error(options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They were compared by their values alone."""
