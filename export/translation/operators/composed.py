@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.analysis.dataflow import arguments_of
+from peftfx.export.translation.complex_pairs import inverse_stft
 from peftfx.export.translation.operators.losses import cross_entropy
 from peftfx.graph.rewriter import Rewriter
 
@@ -219,6 +220,7 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.copysign.Tensor: _copysign,
     _aten.cross_entropy_loss.default: cross_entropy,
     _aten.tensor_split.sections: _tensor_split,
+    _aten.istft.default: inverse_stft,
     _aten.embedding_bag.default: _embedding_bag,
     _aten.embedding_bag.padding_idx: _embedding_bag,
 }
