@@ -264,9 +264,11 @@ class ExportSteps:
         hold = functools.partial(self._hold_without_rounding, part, oracle, directory) if measures else None
         try:
             return but_near_ties(compare, part.graph, rounds=bool(self.asked.rounds), without_rounding=hold)
-        except VerificationError:
+        except VerificationError as error:
             if self.brief:  # the cause may be a branch on a size of 1, which the whole trial names
                 self._sizes(part)
+            if (cause := self.way.cause(self.adapted, part, oracle, self.example)) is not None:
+                raise cause from error
             raise
 
     def _hold_without_rounding(
