@@ -21,6 +21,7 @@ from peftfx.export.own_passes import behind, run_own, shown_of
 from peftfx.export.quantised import agreement_of, round_weights, warn_of_lost
 from peftfx.export.reports import facts
 from peftfx.export.reports.report import Report
+from peftfx.export.rounding.held_codes import hold_codes
 from peftfx.export.slots.batched import Batched
 from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
@@ -234,14 +235,16 @@ class ExportSteps:
         report, verified, idle = self.report, list[GraphPart](), list[set[str]]()
         with self.stages("verify"), self._codes_in(directory.parent):
             for part in parts:
-                oracle = self._oracle(part)
+                oracle, untold = self._oracle(part), ""
                 found = self._compare(part, oracle, directory)
                 verified.append(replace(part, found=found))
                 if self.asked.rounds:
                     warn_of_lost(found, part.file)
                     path = directory / part.file
+                    why = hold_codes(path, programs[part.file], part.exported, oracle.held, shown_of(part))
+                    untold = f"; {part.file} is not held to its codes, as {why}" if why else ""
                     report.agreement |= agreement_of(path, self.adapted, part, oracle, self.source, self.asked)
-                report.reference = oracle.told
+                report.reference = f"{oracle.told}{untold}"
                 idle.append(oracle.idle)
                 prefix = "" if len(parts) == 1 else f"{part.stem}."
                 facts.add_graph(report, part.exported, programs[part.file], found, prefix)
