@@ -232,19 +232,19 @@ class ExportSteps:
         Raises:
             VerificationError: ONNX Runtime and torch disagree.
         """
-        report, verified, idle = self.report, list[GraphPart](), list[set[str]]()
+        report, verified, idle, unheld = self.report, list[GraphPart](), list[set[str]](), ""
         with self.stages("verify"), self._codes_in(directory.parent):
             for part in parts:
-                oracle, untold = self._oracle(part), ""
+                oracle = self._oracle(part)
                 found = self._compare(part, oracle, directory)
                 verified.append(replace(part, found=found))
                 if self.asked.rounds:
                     warn_of_lost(found, part.file)
                     path = directory / part.file
                     why = hold_codes(path, programs[part.file], part.exported, oracle.held, shown_of(part))
-                    untold = f"; {part.file} is not held to its codes, as {why}" if why else ""
+                    unheld += f"; {part.file} is not held to its codes, as {why}" if why else ""
                     report.agreement |= agreement_of(path, self.adapted, part, oracle, self.source, self.asked)
-                report.reference = f"{oracle.told}{untold}"
+                report.reference = f"{oracle.told}{unheld}"
                 idle.append(oracle.idle)
                 prefix = "" if len(parts) == 1 else f"{part.stem}."
                 facts.add_graph(report, part.exported, programs[part.file], found, prefix)
