@@ -21,6 +21,7 @@ from peftfx.export.own_passes import behind, run_own, shown_of
 from peftfx.export.quantised import agreement_of, round_weights, warn_of_lost
 from peftfx.export.reports import facts
 from peftfx.export.reports.report import Report
+from peftfx.export.rounding.held_codes import hold_codes
 from peftfx.export.slots.batched import Batched
 from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
@@ -232,7 +233,7 @@ class ExportSteps:
         Raises:
             VerificationError: ONNX Runtime and torch disagree.
         """
-        report, verified, idle = self.report, list[GraphPart](), list[set[str]]()
+        report, verified, idle, unheld = self.report, list[GraphPart](), list[set[str]](), ""
         with self.stages("verify"), self._codes_in(directory.parent):
             for part in parts:
                 for wrong in refuted(directory / part.file, programs[part.file], part.exported.get):
@@ -243,8 +244,10 @@ class ExportSteps:
                 if self.asked.rounds:
                     warn_of_lost(found, part.file)
                     path = directory / part.file
+                    why = hold_codes(path, programs[part.file], part.exported, oracle.held, shown_of(part))
+                    unheld += f"; {part.file} is not held to its codes, as {why}" if why else ""
                     report.agreement |= agreement_of(path, self.adapted, part, oracle, self.source, self.asked)
-                report.reference = oracle.told
+                report.reference = f"{oracle.told}{unheld}"
                 idle.append(oracle.idle)
                 prefix = "" if len(parts) == 1 else f"{part.stem}."
                 facts.add_graph(report, part.exported, programs[part.file], found, prefix)
@@ -267,9 +270,11 @@ class ExportSteps:
         hold = functools.partial(self._hold_without_rounding, part, oracle, directory) if measures else None
         try:
             return but_near_ties(compare, part.graph, rounds=bool(self.asked.rounds), without_rounding=hold)
-        except VerificationError:
+        except VerificationError as error:
             if self.brief:  # the cause may be a branch on a size of 1, which the whole trial names
                 self._sizes(part)
+            if (cause := self.way.cause(self.adapted, part, oracle, self.example)) is not None:
+                raise cause from error
             raise
 
     def _hold_without_rounding(

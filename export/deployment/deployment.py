@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
+from peftfx.errors import PeftfxError
 from peftfx.export.deployment.export_json import write_export_json
 from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_config
 from peftfx.export.deployment.image_parts import capture_with_images
@@ -69,6 +70,10 @@ class Deployment(ABC):
                 return own(feed)
 
         return CodeAndGraph(run, graph_of(graph))
+
+    def cause(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> PeftfxError | None:
+        """Return why a part cannot be what it is compared with, if torch alone shows that; otherwise None."""
+        return None
 
     def sizes(
         self, adapted: AdaptedModel, part: GraphPart, example: Inputs, allow_fixed: bool, *, brief: bool = False

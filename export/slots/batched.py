@@ -29,6 +29,7 @@ from peftfx.export.slots.row_references import (
     covering,
     each_under_its_own,
     encodes_apart,
+    mixed_in,
     model_alone,
     with_ids,
 )
@@ -46,6 +47,7 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.options import DECODE, FORWARD
 from peftfx.passes.slots.by_row import PROMPTS_AT, ByRow, with_exact_stacks
 from peftfx.views.arguments import named_tensors
+from peftfx.views.capturing.settling import close
 from peftfx.views.decode import Decode
 from peftfx.views.encoder_decoder import Decoder, Encoder
 from peftfx.views.entry import VirtualTokens
@@ -147,6 +149,12 @@ class Batched(Deployment):
 
     def bare(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> None:
         """Return nothing: rows that choose adapters have operations of their own."""
+
+    def cause(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> PeftfxError | None:
+        if not chooses_by_row(part) or encodes_apart(part):
+            return None
+        mixed = mixed_in(part, model_alone(adapted, part, (), example), oracle.largest, close(adapted.base))
+        return PeftfxError(mixed, type(adapted.base).__name__, _ELSE) if mixed else None
 
     def _acting(self, part: GraphPart) -> list[tuple[str, ...]]:
         """Return the adapters that act on a row, for each number of one, and last for none."""

@@ -8,16 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from peftfx.contract.sequence import prefix, sequence_site, untyped, virtual_tokens
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.export.verification.captured import hold, hold_call
-from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.captured import hold, hold_call, tensors_in
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.sites.site import SequenceSite
 from peftfx.sites.sites import Sites
+from peftfx.views.arguments import named_tensors
 from peftfx.views.capture import capture
 from peftfx.views.capturing.settling import close
 from peftfx.views.entry import VirtualTokens, forward
@@ -44,14 +43,17 @@ def find_forward(
 ) -> tuple[Graph, tuple[Place, ...]] | None:
     """Capture a forward with those `places` that the model's code takes. Return the graph and them, or None.
 
-    A prefix comes in a cache, and some code computes something else beside a cache. Then an empty place would not give
-    the base model, and the graph has no such place.
+    A prefix comes in a cache, and some code computes something else beside a cache, or beside one with tokens: Kosmos-2
+    leaves its images out. Then an empty place would not give the base model, and the graph has no such place.
     """
     taken = tuple(place for place in places if place.what not in inputs and _takes(place, inputs))
     for chosen in dict.fromkeys((taken, taken[:1], taken[1:])):
         with contextlib.suppress(PeftfxError):  # the model's code does not run with one of the places
-            if chosen and _empty_is_none(base, inputs, chosen):
-                return capture_forward(base, inputs, chosen), chosen
+            if chosen:
+                alike = _empty_is_none(base, inputs, chosen)
+                graph = capture_forward(base, inputs, chosen)
+                alike(graph)
+                return graph, chosen
     return None
 
 
@@ -64,26 +66,29 @@ def _takes(place: Place, inputs: Mapping[str, object]) -> bool:
 
 
 @torch.no_grad()
-def _empty_is_none(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> bool:
-    """Return whether the model computes the same with empty places as without them, for a text with a padding token."""
+def _empty_is_none(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> Callable[[Graph], None]:
+    """Hold the model with empty places to the model without them, for a text with a padding token.
+
+    Return a function that holds a graph with these places to the same: the code may ask whether there is a cache, and
+    a graph has its answer for one with tokens.
+
+    Raises:
+        VerificationError: they differ.
+    """
     call, pad = dict(inputs), getattr(getattr(base, "config", None), "pad_token_id", None)
     text = call.get("input_ids")
     if isinstance(text, Tensor) and isinstance(pad, int) and pad >= 0:
         call["input_ids"] = text.index_fill(-1, torch.tensor([text.shape[-1] // 2], device=text.device), pad)
-    empty = {place.what: place.entry.hole(base)[:0] for place in places}
+    empty = {**call, **{place.what: place.entry.hole(base)[:0] for place in places}}
     try:
         with as_captured(base):
-            outputs = forward(base, call), through(places, forward)(base, {**call, **empty})
+            want, got = forward(base, call), through(places, forward)(base, empty)
     except Exception as error:  # code that takes no cache without tokens: its graph is held to it later
         raise_if_memory_is_out(error)
-        return True
-    want, got = ([leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)] for output in outputs)
-    try:
-        for a, b in zip(want, got, strict=False):
-            hold("", a, b, close(base), same=a.shape == b.shape)
-    except VerificationError:
-        return False
-    return True
+        return lambda graph: None
+    for a, b in zip(tensors_in(want), tensors_in(got), strict=False):
+        hold("", a, b, close(base), same=a.shape == b.shape)
+    return torch.no_grad()(lambda graph: hold_call(graph, named_tensors(empty), want))
 
 
 def capture_forward(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> Graph:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from peftfx.errors import raise_if_memory_is_out
 from peftfx.export.deployment.deployment import Inputs
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.slots.encoders import ENCODED_APART
@@ -21,6 +22,7 @@ from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.graph.graph import Graph
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.evaluate import Evaluate
+from peftfx.views.capturing.settling import near
 from peftfx.views.row_adapters import IDS, WithRowAdapters
 
 
@@ -108,6 +110,32 @@ def model_alone(adapted: AdaptedModel, part: GraphPart, names: tuple[str, ...], 
             return own(feed)
 
     return run
+
+
+def mixed_in(part: GraphPart, model: Reference, call: Tensors, tolerance: float) -> str:
+    """Say how a model mixes the rows of a batch, as by statistics of the batch; empty if it does not, or does not tell.
+
+    Args:
+        part: a graph whose rows choose adapters.
+        model: the model without adapters.
+        call: the inputs of the graph.
+        tolerance: how far two correct programs may be apart, relative to the largest magnitude.
+    """
+    (axis,) = next(spec.shape for spec in part.graph.inputs if spec.name == IDS)
+    rows = {spec.name: spec.shape.index(axis) for spec in part.graph.inputs if axis in spec.shape}
+    rest = {name: value for name, value in call.items() if name != IDS}
+    rest = part.view.alone(call, -1) if isinstance(part.view, WithRowAdapters) else rest
+    first = {name: value.narrow(rows[name], 0, 1) if name in rows else value for name, value in rest.items()}
+    try:
+        together, alone = model(rest), model(first)
+    except Exception as error:  # a model's code raises various errors for a size that it does not take
+        raise_if_memory_is_out(error)
+        return ""
+    along = _rows_in_outputs(part.graph)
+    own = (name for name, at in along.items() if not near(together[name].narrow(at, 0, 1), alone[name], tolerance))
+    mixed = next(own, None)
+    what = "the model's code mixes the rows of a batch, so each cannot have its own adapter"
+    return "" if mixed is None else f"{what}: {mixed} of a row alone differs from that in a batch"
 
 
 def with_ids(graph: Graph, cases: Sequence[Mapping[str, Tensor]], count: int) -> list[dict[str, Tensor]]:

@@ -1,10 +1,10 @@
-"""Choices: the places where a graph goes on with the largest of some scores, as routers choose experts.
+"""Choices: the places where a graph goes on with the largest of some scores, as routers choose experts, or sorts them.
 
 Where two scores are nearly equal, correct programs may choose differently, and then their outputs differ by far more
 than rounding. Such a model is compared in two pieces, before and behind its choices:
 
 1. ONNX Runtime's scores are as near to float64 as torch's are, within `NEAR` times;
-2. what it chose is the largest of its own scores, exactly;
+2. what it chose is the largest of its own scores, exactly, and in their order where they are sorted;
 3. its outputs are those of a reference that goes on with the same choices, within the usual tolerance.
 
 The float64 that both are measured by follows the same choices, so a difference of choices makes no tolerance wider.
@@ -30,7 +30,11 @@ NEAR = 4  #: how many times as far from float64 as torch's scores ONNX Runtime's
 _NAME = ".choices.onnx"
 _FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 _TOPK = torch.ops.aten.topk.default
-_ARGUMENTS = ("self", "k", "dim", "largest", "sorted")
+_ARGUMENTS = {
+    _TOPK: ("self", "k", "dim", "largest", "sorted"),
+    torch.ops.aten.sort.default: ("self", "dim", "descending"),
+    torch.ops.aten.sort.stable: ("self",),
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ def shown_choices(path: Path) -> Iterator[ShownChoices | None]:
     The copy's file is removed afterwards.
     """
     proto = onnx.load(path, load_external_data=False)
-    types = {value.name: value.type.tensor_type.elem_type for value in proto.graph.value_info}
+    values = (*proto.graph.value_info, *proto.graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
     nodes = [node for node in proto.graph.node if node.op_type == "TopK" and types.get(node.input[0]) in _FLOATS]
     for number, node in enumerate(nodes):
         if len(node.output) < 2 or not node.output[1]:  # nothing in the graph reads the places
@@ -151,7 +156,7 @@ class Following:
         self.alike &= mode.count > 0 and mode.count % len(self.choices) == 0  # some references call the model again
         return answer
 
-    def takes(self, number: int, scores: Tensor, count: int, axis: int, largest: bool) -> Tensor | None:
+    def takes(self, number: int, scores: Tensor, count: int, axis: int, largest: bool, ordered: bool) -> Tensor | None:
         """Return the places that choice `number` takes of the scores; None, if it is none of these."""
         place = number % len(self.choices)
         given = self.choices[place]
@@ -160,8 +165,9 @@ class Following:
         self.alike &= found.shape == own and given.places.shape == (*own[:axis], count, *own[axis + 1 :])
         if not self.alike:
             return None
-        best, taken = found.topk(count, axis, largest).values, found.gather(axis, given.places)
-        if not torch.equal(*(values.sort(axis).values.nan_to_num() for values in (best, taken))):
+        both = found.topk(count, axis, largest).values, found.gather(axis, given.places)
+        best, taken = (values if ordered else values.sort(axis).values for values in both)
+        if not torch.equal(best.nan_to_num(), taken.nan_to_num()):
             self.wrong = 1 + place
         return given.places.clone()
 
@@ -173,11 +179,14 @@ class _Follows(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not _TOPK or not args[0].is_floating_point():
+        if func not in _ARGUMENTS or not args[0].is_floating_point():
             return func(*args, **(kwargs or {}))
-        given = {"dim": -1, "largest": True, **dict(zip(_ARGUMENTS, args, strict=False)), **(kwargs or {})}
-        scores, axis = given["self"], given["dim"] % given["self"].ndim
-        places = self.following.takes(self.count, scores, given["k"], axis, given["largest"])
+        usual = {"dim": -1, "largest": True, "descending": False}
+        given = {**usual, **dict(zip(_ARGUMENTS[func], args, strict=False)), **(kwargs or {})}
+        scores, sorts = given["self"], func is not _TOPK
+        axis, largest = given["dim"] % max(1, scores.ndim), given["descending" if sorts else "largest"]
+        count = scores.shape[axis] if sorts else given["k"]
+        places = self.following.takes(self.count, scores, count, axis, largest, sorts)
         self.count += 1
         return func(*args, **(kwargs or {})) if places is None else (scores.gather(axis, places), places)
 

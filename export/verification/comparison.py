@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -127,8 +128,12 @@ def compared(
     parts: int,
     *,
     where: str,
+    kinds: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Iterator[Comparison]:
-    """Compare each output of a call, and record the noise of each. Of what may differ, the shape is compared."""
+    """Compare each output of a call, and record the noise of each. Of what may differ, the shape is compared.
+
+    The dtypes of outputs are compared by `kinds`: those that the model's file declares.
+    """
     missing = sorted(set(want) - set(got))
     if missing:
         raise VerificationError(f"the model has no output {', '.join(missing)}", where, "export it again")
@@ -138,7 +143,7 @@ def compared(
         if tolerance.floats_alone and not value.is_floating_point() and alike:
             continue
         select = functools.partial(choose, name, feed)
-        one = _compare(name, value.detach(), got[name], select)
+        one = _compare(name, value.detach(), got[name], select, kinds.get(name))
         noise = _largest_difference(exact[name], value, select) if name in exact else None
         tolerance.learn(name, noise, one.largest, value.dtype)
         yield dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype, parts=parts)
@@ -202,11 +207,14 @@ def reference_of(graph: Graph) -> Reference:
     return run
 
 
-def _compare(name: str, want: Tensor, got: Tensor, select: Callable[[Tensor], Tensor]) -> Comparison:
+def _compare(
+    name: str, want: Tensor, got: Tensor, select: Callable[[Tensor], Tensor], declared: torch.dtype | None
+) -> Comparison:
     if want.shape != got.shape:
         return Comparison(name, {}, _INF, _INF, False, wrong=f"shape {list(got.shape)}, not {list(want.shape)}")
-    if want.dtype != got.dtype and not (want.is_floating_point() and got.is_floating_point()):
-        kinds = (str(value.dtype).removeprefix("torch.") for value in (got, want))
+    kind = declared or got.dtype
+    if want.dtype != kind and (declared or not (want.is_floating_point() and got.is_floating_point())):
+        kinds = (str(dtype).removeprefix("torch.") for dtype in (kind, want.dtype))
         return Comparison(name, {}, _INF, _INF, False, wrong=", not ".join(kinds))
     small = _SMALL if want.dtype == torch.float16 else ""
     want, got = select(want.cpu().to(torch.float64)), select(got.to(torch.float64))

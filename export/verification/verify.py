@@ -8,8 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor
 
 from peftfx.errors import warn
@@ -90,6 +93,7 @@ def verify(
             measured=range(len(inputs)) if measured is None else measured,
             shown=shown or functools.partial(unpadded, model.axes),
             sigmoids=frozenset() if graph is None else made_by_sigmoids(graph),
+            kinds=_declared(find(directory)),
         )
         tolerance = Tolerance(atol, rtol, sigmoids=asked.sigmoids, floats_alone=floats_alone)
         follows = None
@@ -126,6 +130,7 @@ class _Asked:
         measured: the numbers of the calls that are also run in float64 if the tolerance is measured.
         shown: selects what to compare of an output.
         sigmoids: the names of the outputs that a sigmoid makes.
+        kinds: the dtypes of the outputs in the model's file. A float32 twin has others.
     """
 
     where: str
@@ -135,6 +140,7 @@ class _Asked:
     measured: Collection[int]
     shown: Shown
     sigmoids: frozenset[str]
+    kinds: Mapping[str, torch.dtype]
 
     def outputs(
         self, model: OnnxModel, tolerance: Tolerance, unrounded: Reference | None, cut: InParts | None
@@ -159,7 +165,7 @@ class _Asked:
             want = self.reference(feed)
             exact = measures.measure(self.reference, feed) if measures.measures and number in self.measured else {}
             told = functools.partial(compared, want, exact, feed, self.shown, where=self.where)
-            found += told(got, tolerance, parts)
+            found += told(got, tolerance, parts, kinds=self.kinds)
             if unrounded is not None:
                 plain += told(unrounded(feed), tight, 1)
         judged(plain, tight, self.where, "the graph with the adapter's tensors, in torch, disagrees with the reference")
@@ -196,7 +202,7 @@ class _Asked:
             if following.wrong:
                 what = f"choice {following.wrong} of {len(following.choices)} is not of the largest scores"
                 raise VerificationError(f"ONNX Runtime disagrees with the reference: {what}", self.where)
-            found += compared(want, exact, feed, self.shown, got, tolerance, 1, where=self.where)
+            found += compared(want, exact, feed, self.shown, got, tolerance, 1, where=self.where, kinds=self.kinds)
         if far := near.too_far:
             what = "ONNX Runtime disagrees with the reference in the scores of a choice"
             raise VerificationError(f"{what}: {far}", self.where)
@@ -225,6 +231,12 @@ def _widened(feed: Tensors, model: OnnxModel) -> Tensors:
     """Convert the inputs of a float32 twin from bfloat16 to float32. Slots keep their dtype."""
     wide = {name: value.float() for name, value in feed.items() if value.dtype == torch.bfloat16}
     return feed | {name: value for name, value in wide.items() if name in model.inputs}
+
+
+def _declared(path: Path) -> dict[str, torch.dtype]:
+    """Return the dtypes of a saved model's outputs."""
+    outputs = onnx.load(path, load_external_data=False).graph.output
+    return {output.name: to_torch_dtype(ir.DataType(output.type.tensor_type.elem_type)) for output in outputs}
 
 
 def _size(directory: Path) -> int:

@@ -16,7 +16,7 @@ from peftfx.bases.guests import GUESTS
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
 from peftfx.hosting.guests import Hosted
-from peftfx.hosting.road import ModulesRoad
+from peftfx.hosting.road import GRAPH_ASKED, ModulesRoad
 from peftfx.views.arguments import named_arguments
 
 
@@ -57,7 +57,7 @@ def run_other(
             output = road.run(hosted, None, args, kwargs if own is None else own, given, call)
             called = CURRENT.called
         if not called:
-            _refuse_passed_by(road, names, entered=own is not None)
+            refuse_passed_by(road, names, entered=own is not None)
         return output, called
     virtual = None
     try:
@@ -71,7 +71,7 @@ def run_other(
     with _calling(road.keys(names)):
         named = {name: value for name, value in named.items() if value is not None}
         output = road.run(hosted, entry, (), named, given, call, virtual)
-    _refuse_passed_by(road, names, entered=True)
+    refuse_passed_by(road, names, entered=True)
     return output, False
 
 
@@ -112,17 +112,32 @@ def _watching(base: nn.Module, virtual: Callable[[], Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _refuse_passed_by(road: ModulesRoad, names: Sequence[str], *, entered: bool) -> None:
+def refuse_passed_by(road: ModulesRoad, names: Sequence[str], *, entered: bool) -> None:
+    """Refuse a forward that other code set, which does not run the model's own, if an adapter cannot act there.
+
+    Args:
+        road: the adapters in the base's modules.
+        names: the names of the adapters that act.
+        entered: whether the adapters act in the base's modules, also ahead of them.
+
+    Raises:
+        PeftfxError: an adapter would be skipped.
+    """
     reason = road.obstacle(names, dearer=False)
     hint = "use a trainer that calls the model's own forward, as transformers.Trainer, or adapt other modules"
     if not reason and not entered and road.entry(names) is not None:
         reason = "a soft prompt acts ahead of the base's modules, where calls run a graph"
-        hint = 'take the other road: peftfx.transform(..., road="modules")'
+        hint = _OTHER_ROAD
+    if reason == GRAPH_ASKED:
+        hint = _OTHER_ROAD
     if not reason and _acts_at_head(road, names):
         reason = "an adapter acts at the output embedding, whose weight that forward may read by itself"
     if reason:
         what = f"a forward that was set on the model does not run the model's own, and {reason}"
         raise PeftfxError(what, "forward", hint)
+
+
+_OTHER_ROAD = 'take the other road: peftfx.transform(..., road="modules")'
 
 
 def _acts_at_head(road: ModulesRoad, names: Sequence[str]) -> bool:

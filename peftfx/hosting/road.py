@@ -28,6 +28,7 @@ from peftfx.views.entry import Entry
 from peftfx.views.row_adapters import NO_ADAPTER
 
 _NUMBERS = itertools.count()
+GRAPH_ASKED = 'road="graph" was asked for'  #: the reason why an adapter has no seats in modules, by its user's wish
 
 
 class ModulesRoad:

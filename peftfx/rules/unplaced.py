@@ -44,7 +44,7 @@ def refuse_unplaced(
     """
     named = named_elsewhere(base, method, sites, where, done)
     idle = [path for path in named if never_runs(path, base, sites) or (loaded and path in sites.unread)]
-    if idle and method.counted and not loaded:
+    if idle and done and method.counted and not loaded:
         what = f"no call of the model runs these, and what {type(method).__name__} has elsewhere depends on them"
         raise PeftfxError(what, ", ".join(idle[:_MOST]), "exclude them, by exclude_modules or by narrower targets")
     reasons = {path: why_no_place(path, base, sites, method.kinds) for path in named if path not in idle}

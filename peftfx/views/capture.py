@@ -157,7 +157,7 @@ def _captured(
             with (
                 noted(sides.decide) as notes,
                 asked_if_empty() as questions,
-                own_backwards() as backwards,
+                own_backwards(model) as backwards,
                 tied(named),
                 broadcast_masks(),
                 casting_in_graph(),
@@ -179,7 +179,7 @@ def _captured(
             raise_if_memory_is_out(raised)
             raise capture_error(model, raised, entry, wrapper.call) from raised
     graph = as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
-    return dataclasses.replace(graph, decisions=tuple(sides.made), backwards=tuple(backwards))
+    return dataclasses.replace(graph, decisions=tuple(sides.made), backwards=(*graph.backwards, *backwards))
 
 
 class _Flat(nn.Module):

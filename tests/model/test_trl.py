@@ -251,11 +251,12 @@ def test_sft_of_an_alora(tmp_path: Path) -> None:
     assert got == pytest.approx(sft(peft_model(tmp_path / "adapter"), tmp_path), abs=1e-5)
 
 
-def test_a_forward_that_passes_adapters_by_is_refused(tmp_path: Path) -> None:
+def test_a_forward_that_passes_adapters_by_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match="does not run the model's own"):
-        sft(adapt("llama", peftfx.LoRA(target_modules=["lm_head"])), tmp_path)
-    with pytest.raises(PeftfxError, match='road="graph" was asked for'):
-        sft(adapt("llama", peftfx.PromptTuning(num_virtual_tokens=3), road="graph"), tmp_path)
+        sft_trainer(adapt("llama", peftfx.LoRA(target_modules=["lm_head"])), tmp_path)
+    for rule in (peftfx.PromptTuning(num_virtual_tokens=3), peftfx.LoRA(target_modules=["q_proj"])):
+        with pytest.raises(PeftfxError, match=r'road="graph" was asked for(.|\n)*road="modules"'):
+            sft_trainer(adapt("llama", rule, road="graph"), tmp_path)
 
 
 @pytest.mark.parametrize("rule", [peftfx.PromptTuning(num_virtual_tokens=3), peftfx.PrefixTuning(num_virtual_tokens=3)])

@@ -144,6 +144,8 @@ def test_places_that_hf_peft_counts_must_run() -> None:
 
     with pytest.raises(PeftfxError, match="no call of the model runs these"):
         peftfx.transform(Idle(), peftfx.UniLoRA(target_modules=["one", "two"]), inputs={"x": torch.ones(1, 4)})
+    with pytest.raises(PeftfxError, match="the target matches no site"):  # the hint was to exclude the only target
+        peftfx.transform(Idle(), peftfx.UniLoRA(target_modules=["one"]), inputs={"x": torch.ones(1, 4)})
 
 
 class Between(nn.Module):

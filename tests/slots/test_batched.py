@@ -361,6 +361,29 @@ def test_what_rows_cannot_have_apart_is_refused(tmp_path: Path, peftfx: Run) -> 
         runtime.load(tmp_path / "plain")(**ZOO["bert"].inputs(), adapter_ids=torch.zeros(2))
 
 
+class Mixing(nn.Module):
+    """A model that takes the mean of a batch from each row, or compares each row with all rows."""
+
+    def __init__(self, similar: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.similar = nn.Linear(8, 8), nn.Linear(8, 5), similar
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = torch.tanh(self.one(x))
+        if self.similar:
+            return self.two(states) @ self.two(x).mT
+        return self.two(states - states.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("similar", [False, pytest.param(True, marks=pytest.mark.further)])
+def test_a_model_that_mixes_the_rows_is_refused_with_the_cause(similar: bool, tmp_path: Path) -> None:
+    """It was a difference of numbers."""
+    rule = LoRA(r=2, target="all-linear", init_lora_weights=False)
+    adapted = transform(Mixing(similar).eval(), rule, "one", inputs={"x": torch.randn(4, 8)})
+    with pytest.raises(PeftfxError, match="mixes the rows of a batch"):
+        adapted.export(tmp_path / "out", batched=["one"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "opt", "gpt_neox", "qwen2"])
 def test_other_decoders_go_the_same_way(name: str, tmp_path: Path) -> None:

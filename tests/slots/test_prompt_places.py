@@ -33,7 +33,7 @@ from peftfx import (
 from peftfx.export import OnnxModel
 from peftfx.export.adapter_command import export_adapter_directories
 from peftfx.export.slots.adapter_export import export_adapter
-from peftfx.export.slots.prompt_places import capture_forward, prompt_places_of
+from peftfx.export.slots.prompt_places import capture_forward, find_forward, prompt_places_of
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.passes import Evaluate, Merge
@@ -260,6 +260,31 @@ def test_a_prefix_beside_which_a_model_computes_something_else_has_no_place(tmp_
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         torch.testing.assert_close(served(**given).logits, model(**given).logits, atol=1e-4, rtol=1e-4)
+
+
+class Rolled(hf.LlamaForCausalLM):
+    """A model that computes something else behind tokens in a cache, as Kosmos-2, which then leaves images out."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: object = None, **given: object) -> object:
+        states = self.model.embed_tokens(input_ids)
+        if any(isinstance(value, hf.Cache) and value.get_seq_length() > 0 for value in given.values()):
+            states = states.roll(1, -1)
+        return super().forward(inputs_embeds=states, attention_mask=attention_mask, **given)
+
+
+def test_a_prefix_has_no_place_if_the_code_asks_whether_there_are_tokens_before() -> None:
+    """A graph has the answer for a filled cache; the export was refused."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = Rolled(hf.LlamaConfig(**TOKENS, **sizes)).eval()
+    ids = torch.randint(5, 90, (2, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = find_forward(model, inputs, tuple(prompt_places_of(model, bare(model).sites)))
+    assert found is not None
+    graph, taken = found
+    assert [place.what for place in taken] == ["prompt"]
+    with torch.no_grad():
+        (got, *_), want = graph.run(ids, inputs["attention_mask"], taken[0].rows(0, 0)), model(**inputs).logits
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
 def test_virtual_tokens_count_in_the_length_at_which_a_model_branches(tmp_path: Path) -> None:

@@ -37,11 +37,25 @@ class Layers(nn.Module):
         super().__init__()
         self.one, self.two, self.between = nn.Linear(6, 6), nn.Linear(6, 3), between
 
+        if between == "module hook":
+            self.one.register_full_backward_pre_hook(lambda module, given: (given[0].clamp(-0.1, 0.1),))
+
     def forward(self, x: Tensor) -> Tensor:
         if self.between == "checkpoint":
             x = checkpoint(self.one, x, use_reentrant=True) + checkpoint(self.rounded, x, use_reentrant=True)
         else:
             x = self.one(x)
+        if self.between == "hook" and x.requires_grad:
+            x.register_hook(lambda given: given.clamp(-0.1, 0.1))
+        if self.between == "write":
+            y = x.clone()
+            with torch.no_grad():
+                y[:, 2:].mul_(3)
+            x = x + y
+        if self.between == "inference":
+            with torch.inference_mode():
+                y = self.one(x)
+            x = x + y.clone()
         return self.two(Steps.apply(x) if self.between == "function" else x)
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -54,14 +68,23 @@ def gradients(model: AdaptedModel, x: Tensor) -> list[Tensor | None]:
     return [p.grad for p in model.parameters() if p.requires_grad]
 
 
-def test_a_graph_without_a_backward_of_the_codes_own_says_so() -> None:
+@pytest.mark.parametrize(
+    ("between", "named"),
+    [
+        ("function", "Steps"),
+        ("hook", "Tensor.register_hook"),
+        ("module hook", "a backward hook of one"),
+        ("write", "mul_ under torch.no_grad"),
+    ],
+)
+def test_a_graph_without_a_backward_of_the_codes_own_says_so(between: str, named: str) -> None:
     x = torch.randn(4, 6)
-    model = peftfx.transform(Layers("function"), LORA, inputs={"x": x})
+    model = peftfx.transform(Layers(between), LORA, inputs={"x": x.requires_grad_()})
     with warnings.catch_warnings(action="error"):
         want = gradients(model, x)
     assert model.road == "modules"
     model.wanted = "graph"
-    with pytest.warns(PeftfxWarning, match=r"backward of its own \(Steps\).*train with road=.modules") as told:
+    with pytest.warns(PeftfxWarning, match=rf"backward of its own \({named}\).*train with road=.modules") as told:
         got = gradients(model, x)
     assert told[0].filename == __file__
     assert not torch.allclose(got[0], want[0])  # type: ignore[arg-type]
@@ -69,9 +92,10 @@ def test_a_graph_without_a_backward_of_the_codes_own_says_so() -> None:
         model(x=x)
 
 
-def test_layers_under_a_reentrant_checkpoint_have_gradients_in_a_graph() -> None:
+@pytest.mark.parametrize("between", ["checkpoint", "inference"])
+def test_a_graph_has_the_gradients_of_layers_under_a_checkpoint_or_inference_mode(between: str) -> None:
     x = torch.randn(4, 6, requires_grad=True)
-    model = peftfx.transform(Layers("checkpoint"), LORA, inputs={"x": x}, road="modules")
+    model = peftfx.transform(Layers(between), LORA, inputs={"x": x}, road="modules")
     want = gradients(model, x)
     model.wanted = "graph"
     with warnings.catch_warnings(action="error"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -104,6 +105,46 @@ def test_a_median_of_what_is_no_number_is_none(tmp_path: Path) -> None:
     found = OnnxModel(tmp_path / "out")(x=x)["output"]
     assert found[0].isnan().all()
     torch.testing.assert_close(found, model(x), equal_nan=True)
+
+
+class Spectral(nn.Module):
+    """Weighs the frequencies of sounds."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layer, self.options = nn.Linear(17, 17), {"n_fft": 32, **options}
+        self.register_buffer("window", torch.hann_window(options.get("win_length", 32)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        options = {"window": self.window, **self.options}
+        given = {name: value for name, value in options.items() if name not in ("length", "onesided")}
+        found = torch.stft(x, return_complex=True, **given)
+        found = found * self.layer(found.abs().mT).sigmoid().mT
+        if not options.get("onesided", True):
+            found = torch.cat([found, found[..., 1:16, :].flip(-2).conj()], -2)
+        return torch.istft(found, **options)
+
+
+@pytest.mark.further
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hop_length": 5, "win_length": 20, "normalized": True},
+        {"length": 70},
+        {"onesided": False},
+        {"hop_length": 10, "window": torch.ones(32), "center": False},
+    ],
+    ids=range(5),
+)
+def test_sounds_are_made_of_their_spectra(options: Any, tmp_path: Path) -> None:
+    """The graph had indices of 32 bits, and ONNX Runtime did not open it."""
+    model = Spectral(**options).eval()
+    peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 90)})
+    served = OnnxModel(tmp_path / "out")
+    for batch, length in ((1, 64), (3, 101)):
+        x = torch.randn(batch, length)
+        torch.testing.assert_close(served(x=x)["output"], model(x), atol=1e-5, rtol=1e-4)
 
 
 class OfSeveralSizes(nn.Module):

@@ -88,6 +88,29 @@ def _narrow(graph: Graph) -> Graph:
     return graph
 
 
+def _wide(graph: Graph) -> Graph:
+    """Make the graph give its logits in float32, in place."""
+    rewriter = Rewriter(graph.module.graph)
+    (output,) = (n for n in graph.nodes() if n.op == "output")
+    logits, *others = output.args[0]
+    wide = rewriter.after(logits).call(torch.ops.aten._to_copy.default, logits, dtype=torch.float32)
+    output.args = ((wide, *others),)
+    graph.module.recompile()
+    return graph
+
+
+@pytest.mark.filterwarnings("ignore:bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_floats_of_another_precision_are_an_error(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were compared by their values alone, as a bfloat16 model runs as its twin in float32."""
+    prepare = stamped.prepare
+    monkeypatch.setattr(stamped, "prepare", lambda graph: _wide(prepare(graph)))
+    with pytest.raises(VerificationError, match=f"logits: float32, not {str(dtype).removeprefix('torch.')}"):
+        peftfx.export_onnx(Classes().eval().to(dtype), tmp_path / "out", inputs={"x": torch.randn(3, 40, 32).to(dtype)})
+
+
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}])
 def test_numbers_of_another_dtype_are_an_error(options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They were compared by their values alone."""
@@ -112,3 +135,35 @@ def test_an_order_that_rounding_decides_in_float32_is_told(tmp_path: Path) -> No
     with pytest.raises(VerificationError, match="order: ") as error:
         peftfx.export_onnx(Order().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 400, 32)}, atol=1e-4)
     assert error.value.hint.startswith("whole numbers have to be equal")
+
+
+def test_an_order_of_near_ties_is_that_of_onnx_runtimes_own_scores(tmp_path: Path) -> None:
+    """It was refused, as torch puts some of them otherwise."""
+    torch.manual_seed(1)
+    model, x = Order().eval(), torch.randn(3, 400, 32)
+    report = peftfx.export_onnx(model, tmp_path / "out", inputs={"x": x})
+    assert {c["output"] for c in report.comparisons} == {"logits", "order"}
+    x = torch.randn(40, 400, 32)
+    got = peftfx.export.OnnxModel(tmp_path / "out")(x=x)
+    assert got["logits"].gather(-1, got["order"]).diff(dim=-1).amin() >= 0
+    assert 0.9 < (got["order"] == model(x)["order"]).double().mean() < 1
+
+
+def _backwards(graph: Graph) -> Graph:
+    """Make the graph swap the last two of its order, in place."""
+    rewriter = Rewriter(graph.module.graph)
+    (order,) = (n for n in graph.nodes() if n.target is torch.ops.aten.argsort.default)
+    swapped = rewriter.after(order).trace(lambda x: torch.cat([x[..., :-2], x[..., -2:].flip(-1)], -1), order)
+    (output,) = (n for n in graph.nodes() if n.op == "output")
+    output.args = (tuple(swapped if value is order else value for value in output.args[0]),)
+    graph.module.recompile()
+    return graph
+
+
+@pytest.mark.further
+def test_a_wrong_order_is_seen_beside_near_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = stamped.prepare
+    monkeypatch.setattr(stamped, "prepare", lambda graph: _backwards(prepare(graph)))
+    torch.manual_seed(1)
+    with pytest.raises(VerificationError, match="order: "):
+        peftfx.export_onnx(Order().eval(), tmp_path / "out", inputs={"x": torch.randn(3, 400, 32)})

@@ -197,6 +197,49 @@ def _embedding_bag(
     return (total / counts.clamp(min=1) if mode == _MEAN else total,)
 
 
+def _inverse_stft(
+    x: Tensor,
+    n_fft: int,
+    hop_length: int | None,
+    win_length: int | None,
+    window: Tensor | None,
+    center: bool,
+    normalized: bool,
+    onesided: bool | None,
+    length: int | None,
+    return_complex: bool,
+) -> Tensor:
+    """Return what `torch.istft` does. torch writes it out with indices of 32 bits, which ONNX's operators refuse.
+
+    Frames are added up where they overlap, and divided by the sum of the windows' squares there.
+    """
+    hop, width = n_fft // 4 if hop_length is None else hop_length, n_fft if win_length is None else win_length
+    window = torch.ones(width, dtype=x.real.dtype, device=x.device) if window is None else window
+    left = (n_fft - width) // 2
+    window = torch.nn.functional.pad(window, (left, n_fft - width - left))
+    spectra = (x if x.ndim == 3 else x.unsqueeze(0)).transpose(1, 2)
+    norm = "ortho" if normalized else None
+    if return_complex:
+        frames = torch.fft.ifft(spectra, norm=norm)
+    else:
+        frames = torch.fft.irfft(spectra.narrow(-1, 0, n_fft // 2 + 1), n_fft, norm=norm)
+    count = frames.shape[1]
+    whole, start = n_fft + hop * (count - 1), n_fft // 2 if center else 0
+    rows, columns = (torch.arange(size, device=x.device) for size in (count, n_fft))
+    at = (hop * rows.unsqueeze(1) + columns).flatten()
+    frames = (frames * window).flatten(1)
+    silence = torch.zeros_like(frames[:, :1]).expand(-1, whole)  # torch's exporter fixes the rows of complex numbers
+    added = silence.index_add(1, at, frames)
+    squares = torch.zeros(whole, dtype=window.dtype, device=x.device)
+    squares = squares.index_add(0, at, window.square().repeat(count))
+    sound = added.narrow(1, start, whole - start) / squares.narrow(0, start, whole - start)
+    if length is not None:
+        sound = torch.nn.functional.pad(sound, (0, length)).narrow(1, 0, length)
+    elif center:
+        sound = sound.narrow(1, 0, whole - 2 * start)
+    return sound if x.ndim == 3 else sound.squeeze(0)
+
+
 _PRODUCTS = frozenset({_aten.matmul.default, _aten.mv.default})
 _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.hypot.default: _hypot,
@@ -219,6 +262,7 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.copysign.Tensor: _copysign,
     _aten.cross_entropy_loss.default: cross_entropy,
     _aten.tensor_split.sections: _tensor_split,
+    _aten.istft.default: _inverse_stft,
     _aten.embedding_bag.default: _embedding_bag,
     _aten.embedding_bag.padding_idx: _embedding_bag,
 }

@@ -16,7 +16,7 @@ from peftfx.adapters.base_writer import Ledger
 from peftfx.errors import PeftfxError, warn
 from peftfx.graph.contexts import evaluating
 from peftfx.graph.graph import Graph
-from peftfx.hosting.road import ModulesRoad
+from peftfx.hosting.road import GRAPH_ASKED, ModulesRoad
 from peftfx.hosting.seating import seat
 from peftfx.hosting.seats import Seating
 from peftfx.model.graphs.graph_cache import Graphs
@@ -126,7 +126,7 @@ class HostedBase(SeenByTrainers):
     @property
     def obstacle(self) -> str:
         """The reason why calls do not take the modules road; empty if they do."""
-        return 'road="graph" was asked for' if self.wanted == "graph" else self.modules_road.obstacle(self.named.called)
+        return GRAPH_ASKED if self.wanted == "graph" else self.modules_road.obstacle(self.named.called)
 
     def _install(self, name: str, adapter: Adapter) -> None:
         seating = self._seat(adapter)

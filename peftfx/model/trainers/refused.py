@@ -1,22 +1,27 @@
-"""Options of TRL's trainers that do not work with an adapted model: refused when a trainer is made."""
+"""Options and forwards of TRL's trainers that do not work with an adapted model: refused when a trainer is made."""
 
 from __future__ import annotations
 
+from peftfx.hosting.other_forward import refuse_passed_by
 from peftfx.model.by_name import AdaptersByName
 from peftfx.model.trainers.seen_by_trainers import no_mixing
 from peftfx.views.prefix import Prefix, no_checkpointing
 
 
 def refuse_options(model: AdaptersByName, args: object) -> None:
-    """Refuse a trainer's options that would end its training later: at the first step, or at the first renewal.
+    """Refuse what would end a trainer's training later: at the first step, or at the first renewal.
+
+    That are options, and a forward which the trainer has set on the model, and which passes its adapters by.
 
     Args:
         model: the adapted model.
         args: the trainer's arguments; anything else is passed over.
 
     Raises:
-        PeftfxError: one of these options is on.
+        PeftfxError: one of these options is on, or an adapter would be skipped.
     """
+    if "forward" in vars(model):
+        refuse_passed_by(model.modules_road, model.named.called, entered=model.road == "modules")
     if getattr(args, "sync_ref_model", False):
         raise no_mixing()
     checkpoints = getattr(args, "activation_checkpointing", None) or getattr(args, "gradient_checkpointing", None)

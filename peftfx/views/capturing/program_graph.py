@@ -68,7 +68,7 @@ def as_graph(
     """
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
-    inline_no_grad(module)
+    writes = inline_no_grad(module)
     read_apart(graph)
     concatenate_filled(graph)
     count_from_start(graph)
@@ -87,6 +87,7 @@ def as_graph(
         "conditions": conditions_of([*filled_up, *notes, *squeezes], symbols),
         "filled": filled_of(questions, symbols, MAY_BE_EMPTY),
         "fixed": lines,
+        "backwards": writes,
     }
     result = Graph(linked, specs, out_spec, sizes, model.training, None, **told)  # type: ignore[arg-type]
     refuse_written(result)

@@ -6,6 +6,8 @@ the weights and adapters in the region.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import fx, nn
 
@@ -15,13 +17,53 @@ from peftfx.graph.rewriter import Rewriter
 _REGION = "wrap_with_set_grad_enabled"
 
 
-def inline_no_grad(module: fx.GraphModule) -> None:
-    """Inline, in place, every region, and every region inside it."""
-    todo = list(module.graph.nodes)
+def inline_no_grad(module: fx.GraphModule) -> tuple[str, ...]:
+    """Inline, in place, every region, and every region inside it.
+
+    Return the names of operations that write in a region into a value from outside it, which has a gradient. In the
+    model that gradient passes by the operation, and in the program not at all.
+    """
+    todo, writes = list(module.graph.nodes), dict[str, None]()
     while todo:
         node = todo.pop()
         if op_name(node) == _REGION:
+            writes |= dict.fromkeys(_writes(module, node))
             todo += _inline(module, node)
+    return tuple(writes)
+
+
+def _writes(module: fx.GraphModule, region: fx.Node) -> Iterator[str]:
+    """Yield the names of a region's operations that write into values which are computed from parameters outside."""
+    enabled, program, *operands = region.args
+    assert isinstance(program, fx.Node)
+    inner = module.get_submodule(str(program.target))
+    assert isinstance(inner, fx.GraphModule)
+    outside = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+    for node in () if enabled else inner.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            written = outside.get(_memory_of(node.all_input_nodes[0]))
+            if isinstance(written, fx.Node) and _is_trained(written):
+                yield f"{op_name(node)}_ under torch.no_grad"
+
+
+def _memory_of(node: fx.Node) -> fx.Node:
+    """Return the node whose memory a node's value has."""
+    while node.op == "call_function" and node.target._schema.arguments[0].alias_info is not None:  # type: ignore[union-attr]
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_trained(node: fx.Node) -> bool:
+    """Return whether a value is computed from parameters that need gradients, so that adapters may act before it."""
+    todo, seen = [node], {node}
+    while todo:
+        source = todo.pop()
+        if source.op == "get_attr" and getattr(source.meta.get("val"), "requires_grad", False):
+            return True
+        todo += [n for n in source.all_input_nodes if n not in seen]
+        seen.update(source.all_input_nodes)
+    return False
 
 
 def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
@@ -47,7 +89,7 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> list[fx.Node]:
             if own in places:
                 results[i] = copies[own]
             elif _is_tensor(results[i]):
-                results[i] = rewriter.before(region, results[i]).call(detach, results[i])
+                results[i] = rewriter.before(region, region).call(detach, results[i])
     for user in list(region.users):
         assert op_name(user) == "getitem"
         user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
