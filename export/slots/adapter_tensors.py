@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.method import Base
-from peftfx.contract.override import SAVED, Override
+from peftfx.contract.override import Override
 from peftfx.contract.placed import Placements
 from peftfx.contract.placement import WeightPlacement, owner_of, part_of, site_tensors
 from peftfx.contract.update import Update
@@ -70,7 +70,8 @@ def _readers(adapted: AdaptedModel, module: str, table: object) -> Iterator[Weig
 
 
 def _named(override: Override) -> str:
-    return override.key.removeprefix(f"{SAVED}.")
+    """Return the name of the base's tensor. A norm's weight may be a bare parameter, within no module of its own."""
+    return f"{override.module}.{override.name}".removeprefix(".")
 
 
 def _overrides(adapted: AdaptedModel) -> Iterator[tuple[str, Override]]:

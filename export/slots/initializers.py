@@ -14,8 +14,9 @@ from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.translation.to_onnx import every_value
 from peftfx.graph.graph import BASE
+from peftfx.graph.places import module_at
 from peftfx.graph.slots import INNER, OUTER, RANK, SLOT_OWN, SLOT_TOKENS, Slot
-from peftfx.sites.site import HEAD, Site
+from peftfx.sites.site import HEAD, NormSite, Site
 from peftfx.sites.sites import Sites
 
 
@@ -44,21 +45,28 @@ def _own(program: ir.Model, slots: Sequence[Slot], base: nn.Module, sites: Sites
     """Make tensors of the base optional inputs, and yield their slots."""
     at = {slot.at for slot in slots if slot.what == OUTER}
     wanted = dict.fromkeys(site.bias for site in sites if site.path in at and site.bias is not None)
-    norms = [site.path for site in sites.norms]
-    names = [f"{path}.{name}" for path in norms for name, _ in base.get_submodule(path).named_parameters(recurse=False)]
-    wanted |= dict.fromkeys(f"{BASE}.{name}" for name in (*names, *head_tensors(base)))
+    norms = [tensor for site in sites.norms for tensor in _of_norm(base, site)]
+    wanted |= dict.fromkeys((*norms, *(f"{BASE}.{name}" for name in head_tensors(base))))
     chosen = [site for site in untied_heads(sites) if site.path in at or _gives_labels(base, site)]
     wanted |= dict.fromkeys(tensor for site in chosen for tensor in (site.weight, site.bias) if tensor is not None)
     found = {value.meta.get(SOURCE): value for value in program.graph.initializers.values()}
     for target in wanted:
         value = found.get(target)
-        if value is None or value.shape is None or value.dtype is None:  # tied, or not read
+        if value is None or not value.shape or value.dtype is None:  # tied, not read, or a number: files hold none
             continue
         program.graph.inputs.append(value)
         shape = tuple(int(str(size)) for size in value.shape)
         perm = tuple(int(axis) for axis in value.metadata_props.get(PERM, "").split())
         kind = str(ir.tensor_adapters.to_torch_dtype(value.dtype)).removeprefix("torch.")
         yield Slot(str(value.name), SLOT_OWN, target.removeprefix(f"{BASE}."), shape, kind, perm)
+
+
+def _of_norm(base: nn.Module, site: NormSite) -> list[str]:
+    """Return the targets of a norm's parameters: those of its module, or a bare parameter."""
+    module = module_at(base, site.path)
+    if module is None:
+        return [site.weight]
+    return [f"{BASE}.{site.path}.{name}" for name, _ in module.named_parameters(recurse=False)]
 
 
 def head_tensors(base: nn.Module) -> list[str]:

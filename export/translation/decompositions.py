@@ -29,7 +29,7 @@ from torch.export.graph_signature import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from peftfx.graph.rewriter import Rewriter
+from peftfx.graph.rewriter import Rewriter, distinct_tensors
 from peftfx.graph.trace import asked_of_sizes, splits
 from peftfx.passes.optimization.functional import make_functional
 
@@ -147,7 +147,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, table: Table) -> None:
         args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, fx.Node) else x for x in leaves], spec)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    values = [source.meta["val"] for source in sources]
+    values = distinct_tensors([source.meta["val"] for source in sources])
     # Tensors that a decomposition makes are fake too, also where the operator reads none: a unit matrix.
     with detect_fake_mode([*values, node.meta.get("val")]) or nullcontext(), asked_of_sizes(values) as asked:
         traced = make_fx(call, decomposition_table=dict(table))(*values)

@@ -1,4 +1,4 @@
-"""Kept: what an adapter keeps of one place, for methods that change it between the steps of a training."""
+"""Kept: what an adapter keeps of one place, for methods that change it between the steps of a training; its name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from torch import Tensor
+
+#: The adapter's own attributes. A module of the base may have the same name: T5's embeddings are `shared`.
+OWN_ATTRIBUTES = frozenset(
+    {
+        *("accounts", "add", "all_of", "asked", "copy_overridden", "create", "excluding", "gathered", "get", "hosted"),
+        *("keys", "moved_with_base", "named", "overrides", "params", "penalty", "placed", "placements", "put", "ran"),
+        *("recall", "records", "reschedule", "rules", "settle_dropout", "share", "shared", "start", "tensors"),
+        "unread",
+    }
+)
+
+
+def kept_name(path: str) -> str:
+    """Return the dotted name in the adapter for a module of the base: its path, unless an attribute has that name."""
+    first, dot, rest = path.partition(".")
+    return f"{first}_of_base{dot}{rest}" if first in OWN_ATTRIBUTES else path
 
 
 class Kept(Protocol):

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from peftfx.contract.attention import AttentionMethod, key_weight
 from peftfx.contract.completeness import asking, refuse_parameters
+from peftfx.contract.kept import kept_name
 from peftfx.contract.method import Base, Method, Params
 from peftfx.contract.override import SAVED, Override, OverrideMethod
 from peftfx.contract.pattern import PatternMethod
@@ -94,8 +95,9 @@ class WeightPlacement(Placement):
 
     @property
     def key(self) -> str:
-        """The site's path, followed by the last word of the part's role."""
-        return self.site.path if self.part is None else f"{self.site.path}.{self.part.role.rpartition('.')[2]}"
+        """The name for the site's path, followed by the last word of the part's role."""
+        name = kept_name(self.site.path)
+        return name if self.part is None else f"{name}.{self.part.role.rpartition('.')[2]}"
 
     @property
     def block(self) -> Block | None:
@@ -160,8 +162,8 @@ class AttentionPlacement(Placement):
 
     @property
     def key(self) -> str:
-        """The path of the attention's module, or `ATTENTION` where the base itself computes the attention."""
-        return self.site.path or ATTENTION
+        """The name for the attention's module, or `ATTENTION` where the base itself computes the attention."""
+        return kept_name(self.site.path) or ATTENTION
 
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
         with asking(self.method, "init", self.site.path):
@@ -205,8 +207,8 @@ class PatternPlacement(Placement):
 
     @property
     def key(self) -> str:
-        """The site's path."""
-        return self.site.path
+        """The name for the site's path."""
+        return kept_name(self.site.path)
 
     def init(self, base: nn.Module, rng: torch.Generator | None, shared: Params | None = None) -> dict[str, Tensor]:
         first = next((p.detach() for p in base.parameters() if p.is_floating_point()), torch.empty(0))

@@ -142,7 +142,7 @@ class Rewriter:
         shapes = [(v.dtype, v.shape) if isinstance(v, torch.Tensor) else v for v in values]
         full = _whole((key, shapes))
         if full not in self._traces:
-            self._traces[full] = trace(function, _apart(values), what, where)
+            self._traces[full] = trace(function, distinct_tensors(values), what, where)
         return self._traces[full]
 
     def _now(self, name: str, what: str = "") -> str:
@@ -246,8 +246,8 @@ def values_of(arguments: Any) -> Any:
     return fx.node.map_arg(arguments, lambda node: node.meta["val"])
 
 
-def _apart(values: Sequence[object]) -> list[object]:
-    """Return the values such that no two are the same tensor."""
+def distinct_tensors(values: Sequence[object]) -> list[object]:
+    """Return the values such that no two are the same tensor: a trace would take them for one operand."""
     found: list[object] = []
     for value in values:
         known = isinstance(value, torch.Tensor) and any(value is other for other in found)

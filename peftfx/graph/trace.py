@@ -166,5 +166,7 @@ def _covers(one: sympy.Expr, other: sympy.Expr, ranges: Mapping[sympy.Symbol, Va
     known = dict(ranges)
     if bound_sympy(sympy.expand(one - other), known).lower >= 0:
         return True
+    if other == 0:  # which no number of times makes a size
+        return False
     times, rest = (one / other).as_numer_denom()
     return rest == 1 and bound_sympy(other, known).lower >= 0 and bound_sympy(times, known).lower >= 1

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import LoRA, PeftfxError
+from peftfx.adapters.adapter import Adapter
+from peftfx.contract.kept import OWN_ATTRIBUTES
 from peftfx.passes.adaptation.remove import Remove
 
 NAMES = ("a-b", "0", "one two", "déjà", "x=1;y")
@@ -80,3 +82,37 @@ def test_an_adapter_is_not_saved_over_a_rule_of_another(tmp_path: Path) -> None:
     ours.add_adapter("2-ia3", "lora(r=2)@up")
     with pytest.raises(PeftfxError, match="this one folder"):
         ours.save_pretrained(tmp_path)
+
+
+class Named(Two):
+    """A model whose own modules are called as attributes of an adapter are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.start = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.shared(self.start(x)))
+
+
+def test_an_adapters_own_attributes_are_known() -> None:
+    public = {name for name in dir(Adapter(())) if not name.startswith("_")}
+    assert public - set(dir(nn.Module())) == OWN_ATTRIBUTES
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+def test_modules_of_the_base_may_be_called_as_an_adapters_attributes(road: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["shared", "0", "up"])
+    theirs = peft.get_peft_model(Named().eval(), config).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = peftfx.load(Named(), tmp_path / "theirs", inputs={"x": x()}, road=road).eval()
+    same(ours(x(5)), theirs(x(5)))
+    for model in (ours, theirs):
+        model(x()).square().sum().backward()
+    gradients = [sorted(float(p.grad.norm()) for p in m.parameters() if p.grad is not None) for m in (ours, theirs)]
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    same(peft.PeftModel.from_pretrained(Named(), str(tmp_path / "ours")).eval()(x(5)), theirs(x(5)))
+    ours.load_state_dict(ours.state_dict())
+    same(ours.merge_and_unload()(x(5)), theirs(x(5)))

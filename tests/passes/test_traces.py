@@ -47,6 +47,7 @@ def test_a_statement_that_is_true_for_all_sizes_is_no_branch(rows: Tensor) -> No
     assert _always(sympy.Eq(Min(4 * size * Max(1, windows), 4 * Max(1, windows)), 4 * windows), ranges)
     assert not _always(sympy.Eq(Min(4 * size * windows, 12 * windows), 12 * windows), ranges)
     assert not _always(sympy.Eq(Max(2, windows), windows), ranges)
+    assert not _always(sympy.Ne(size * Max(0, windows - size), 0), ranges)  # which is no number of times 0
 
 
 def test_a_statement_that_is_true_for_large_sizes_splits_nothing(rows: Tensor) -> None:

@@ -167,3 +167,25 @@ def test_a_token_that_attends_to_all(length: int, tmp_path: Path) -> None:
     served = peftfx.runtime.load(tmp_path / "out")
     for case in (call(1, 5), call(3, 12), call(2, 30)):
         torch.testing.assert_close(served(**case)["logits"], adapted(**case).logits, atol=1e-5, rtol=1e-4)
+
+
+class Distance(nn.Module):
+    """Two results of one layer, of equal shapes, in an operator that is split up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.pairwise_distance(self.layer(x), self.layer(y))
+
+
+@torch.no_grad()
+def test_two_operands_that_look_alike_stay_two(tmp_path: Path) -> None:
+    """The calls of a layer with an adapter share what is known of their results; the distance became 0."""
+    rules = LoRA(r=2, target_modules=["layer"], init_lora_weights=False)
+    adapted = peftfx.transform(Distance().eval(), rules, inputs={"x": torch.randn(2, 6), "y": torch.randn(2, 6)}).eval()
+    assert adapted.export(tmp_path / "out", merge=False).engine == "fast"
+    x, y = torch.randn(3, 6), torch.randn(3, 6)
+    (got,) = peftfx.runtime.load(tmp_path / "out")(x=x, y=y).values()
+    torch.testing.assert_close(torch.as_tensor(got), adapted(x, y), atol=1e-5, rtol=1e-5)
