@@ -103,18 +103,21 @@ def share_out(
         schemes: the schemes to choose from, besides no rounding.
 
     Raises:
-        PeftfxError: even the smallest choice does not fit.
+        PeftfxError: the weights fit as they are, or even the smallest choice does not fit.
     """
     roles = _roles(programs, schemes)
+    values = {content_of(v): v.const_value for program, _ in programs for v in program.graph.initializers.values()}
+    unrounded = sum(_in_file(tensor.nbytes) for tensor in values.values() if tensor is not None)
+    if unrounded <= limit:
+        what = f"the weights take {unrounded:,} bytes as they are, {limit:,} are allowed: nothing needs to be rounded"
+        raise PeftfxError(what, "budget", "leave budget out, or allow less")
+    others = unrounded - sum(role.bytes(None) for role in roles.values())
     by_name = {str(scheme): scheme for scheme in schemes}
     wants = [reference(feed) for feed in feeds]
     for role in roles.values():
         for name, scheme in by_name.items():
             if not role.why and role.takes(scheme):
                 _measure(role, name, scheme, adapted.base, reference, feeds, wants)
-    values = {content_of(v): v.const_value for program, _ in programs for v in program.graph.initializers.values()}
-    others = sum(_in_file(tensor.nbytes) for tensor in values.values() if tensor is not None)
-    others -= sum(role.bytes(None) for role in roles.values())
     found = _least(roles, by_name, limit - others)
     if found is None:
         smallest = others + sum(

@@ -110,15 +110,17 @@ def named_in(graph: Graph, reference: Reference) -> Reference:
 
 
 def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[int]:
-    """Return the numbers of the calls to run in float64, too: the largest calls, fewer for a larger model.
+    """Return the numbers of the calls to run in float64, too: those that compute most, fewer for a larger model.
 
     A call in float64 widens every weight. For a model of 100M parameters this takes most of a second. At least one call
-    is always measured.
+    is always measured. A long text computes more than a few tokens behind a long cache, whose numbers are only read: so
+    whole numbers, of tokens and masks, count before all others.
     """
     parameters = sum(p.numel() for p in adapted.base.parameters())
     count = max(1, MOST_EXACT // max(1, parameters))
-    largest_first = sorted(range(len(cases)), key=lambda i: -numbers_in(cases[i]))
-    return frozenset(largest_first[:count])
+    whole = [sum(v.numel() for v in case.values() if not v.is_floating_point()) for case in cases]
+    first = sorted(range(len(cases)), key=lambda i: (-whole[i], -numbers_in(cases[i])))
+    return frozenset(first[:count])
 
 
 def numbers_in(case: Tensors) -> int:

@@ -79,7 +79,7 @@ def verify(
     where = str(find(directory))
     with contextlib.ExitStack() as stack:
         path, widened = stack.enter_context(runnable(find(directory)))
-        large = _size(path.parent) > MAPPED
+        large = is_mapped(path)
         model = OnnxModel(path, mapped=large)
         model.put(put or {})
         if graph is not None:
@@ -239,8 +239,9 @@ def _declared(path: Path) -> dict[str, torch.dtype]:
     return {output.name: to_torch_dtype(ir.DataType(output.type.tensor_type.elem_type)) for output in outputs}
 
 
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+def is_mapped(path: Path) -> bool:
+    """Say whether a model's weights are mapped: its directory holds more than `MAPPED` bytes."""
+    return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file()) > MAPPED
 
 
 def _same_interface(model: OnnxModel, graph: Graph) -> None:

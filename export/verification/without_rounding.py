@@ -24,7 +24,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from peftfx.bases.dtypes import is_half
 from peftfx.errors import raise_if_memory_is_out, warn
@@ -41,9 +42,8 @@ from peftfx.export.verification.comparison import (
 from peftfx.export.verification.float32_twin import unrounded
 from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float32, float64
 from peftfx.export.verification.tolerances.tolerance import MULTIPLE, Tensors, Tolerance
-from peftfx.export.verification.verify import unpadded
+from peftfx.export.verification.verify import is_mapped, unpadded
 from peftfx.graph.graph import Graph
-from peftfx.passes.adaptation.evaluate import Evaluate
 from peftfx.serving.onnx_model import OnnxModel
 
 _NEAR = 1e-6  #: of the largest magnitude: two programs in float64
@@ -58,8 +58,24 @@ def runs_without_rounding(base: nn.Module) -> bool:
 
 
 def graph_of(graph: Graph) -> Reference:
-    """Return the reference that runs a graph; its derived weights are computed now."""
-    return reference_of(Evaluate()(graph).graph)
+    """Return the reference that runs a graph. Each derived weight is computed where it is read, and then released."""
+    return reference_of(graph, _Deriving(graph).run if graph.derived else None)
+
+
+class _Deriving(fx.Interpreter):
+    """A run of a graph that computes derived weights as an export writes them, in whichever mode the graph runs."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._get, module = graph.get, graph.clone().module
+        place = {node: index for index, node in enumerate(module.graph.nodes)}
+        for node in place:
+            if node.op == "get_attr" and node.users:
+                min(node.users, key=place.__getitem__).prepend(node)  # as late as possible: a weight waits in memory
+        super().__init__(module)
+
+    def get_attr(self, target: fx.node.Target, args: object, kwargs: object) -> Tensor:
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            return self._get(str(target))
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,7 @@ def hold_without_rounding(
         want, near = (_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
         if want is None or near is None:
             return False
-        tolerance, model = Tolerance(None, None, sigmoids=sigmoids), OnnxModel(twin)
+        tolerance, model = Tolerance(None, None, sigmoids=sigmoids), OnnxModel(twin, mapped=is_mapped(path))
         model.put(put or {})
         choose = shown or functools.partial(unpadded, model.axes)
         for c in compared_as_is:
@@ -144,7 +160,7 @@ def _under_its_choices(
     with shown_choices(twin) as shows:
         if shows is None:
             return False
-        model = OnnxModel(shows.path)
+        model = OnnxModel(shows.path, mapped=is_mapped(twin))
         model.put(put)
         got = model(**wide)
         following = Following(run, shows.taken(got))

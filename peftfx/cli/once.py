@@ -6,6 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperOption
 
+from peftfx.cli.voice import VOICE
 from peftfx.errors import PeftfxError
 
 
@@ -18,10 +19,11 @@ class GivenOnce(TyperCommand):
         Raises:
             PeftfxError: an option that takes one value has several.
         """
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        values, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for one in given:
             single = isinstance(one, TyperOption) and not (one.multiple or one.is_flag or one.count)
             if single and (times := given.count(one)) > 1:
                 flag = max(one.opts, key=len)
+                VOICE.as_json = bool(values.get("as_json"))  # the command, which sets it, does not begin
                 raise PeftfxError(f"{flag} is given {times} times, and takes one value", flag, "give it once")
         return super().parse_args(ctx, args)

@@ -75,7 +75,9 @@ class HRA(WeightMethod):
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         if site.kind == "conv":
             like = x if y is None else y  # `y` is None where nothing else reads it: see `reruns`
-            return op(x.to(p[U].dtype), *self.fold(site, base, p)).to(like.dtype)
+            dtype = p[U].dtype
+            wide = Base(base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype))
+            return op(x.to(dtype), *self.fold(site, wide, p)).to(like.dtype)
         reflected = x.to(p[U].dtype)
         for u in reversed(self._vectors(p)):
             reflected = reflected - 2 * (reflected @ u)[..., None] * u

@@ -203,6 +203,8 @@ def test_a_value_that_another_would_replace_is_told(
     two = ("--adapter", inputs.lora, "--adapter", inputs.adapter)
     refused = peftfx(command, "--base", inputs.classifier, *two, "--output", tmp_path / "out")
     assert_refused(refused, "--adapter is given 2 times, and takes one value")
+    told = peftfx(command, "--json", "--base", inputs.classifier, *two, "--output", tmp_path / "out")
+    assert json.loads(told.out)["error"]["where"] == "--adapter"
     assert peftfx("info", inputs.lora, "--quiet", "-q").code == 0
 
 

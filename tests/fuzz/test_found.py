@@ -128,6 +128,15 @@ def test_the_pair_of_vera(what: str, base: Base, tmp_path: Path) -> None:
     assert settle(lambda: base.ours(tmp_path / "adapter")).message
 
 
+@pytest.mark.parametrize("what", ["scalar", "flat"])
+def test_an_embedding_that_is_no_table(what: str, base: Base, tmp_path: Path) -> None:
+    Adapter("embedding", tensors=(Spoil(what, 0),)).write(base.twins, tmp_path / "adapter")
+    fresh = hf.LlamaForCausalLM.from_pretrained(base.root / "base")
+    for load_it in (lambda: base.ours(tmp_path / "adapter"), lambda: peftfx.load(fresh, tmp_path / "adapter")):
+        assert "1 of another shape" in (message := settle(load_it).message)
+        assert "resize" not in message
+
+
 def test_complex_numbers_in_an_adapter(base: Base, tmp_path: Path) -> None:
     Adapter("lora", tensors=(Spoil("dtype", 0, torch.complex64),)).write(base.twins, tmp_path / "adapter")
     assert "imaginary part would be lost" in settle(lambda: base.ours(tmp_path / "adapter")).message

@@ -140,10 +140,22 @@ def test_a_dry_run_tells_the_files_of_the_export(seeing: Seeing, peftfx: Run) ->
 
 
 @pytest.mark.slow
-def test_adapters_are_not_swapped_beside_images(seeing: Seeing) -> None:
-    base = build("image-text-to-text", "florence2")
-    with pytest.raises(PeftfxError, match="models of text alone; this one reads images"):
-        compiler.export_onnx(base, seeing.root / "never", view="decode", slots="all-linear")
+def test_adapters_are_swapped_beside_images(seeing: Seeing, tmp_path: Path) -> None:
+    """In the three graphs: of images, of the text that is encoded, and of the text that is written."""
+    base = hf.Florence2ForConditionalGeneration.from_pretrained(seeing.root / "base")
+    compiler.export_onnx(base, tmp_path / "out", view="decode", slots="all-linear")
+    adapted = compiler.load(base, seeing.root / "adapter")
+    served = runtime.load(tmp_path / "out")
+    served.load_adapter(compiler.export_adapter(adapted, tmp_path / "out", tmp_path / "made"), "made")
+    given = seeing.made(["w7 w8 w9", "w10"], seeing.root / "0.png", seeing.root / "1.png")
+    said = {}
+    for name in ("made", None):
+        served.set_adapter(name)
+        said[name] = served.generate(**given, **OPTIONS)
+    assert torch.equal(said["made"], seeing.peft.generate(**given, **OPTIONS))
+    with seeing.peft.disable_adapter():
+        assert torch.equal(said[None], seeing.peft.generate(**given, **OPTIONS))
+    assert not torch.equal(said["made"], said[None])
 
 
 @pytest.mark.slow

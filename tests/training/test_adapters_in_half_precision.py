@@ -100,3 +100,20 @@ def test_over_a_base_in_float32_it_is_exported_in_float32(view: str, tmp_path: P
     inputs = ZOO["llama"].inputs(model=model.base)
     served = peftfx.runtime.load(tmp_path / "onnx")(**inputs).logits
     torch.testing.assert_close(torch.as_tensor(served), wide(**inputs).logits.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_reflections_of_a_convs_patches_are_pefts(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The base is in half precision, and the adapter is not."""
+    base = nn.Sequential(nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv2d(5, 4, 1, bias=False)).to(dtype)
+    config = peft.HRAConfig(r=3, target_modules=["0", "1"], init_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, 9, 7).to(dtype)
+    plain = base(x)
+    ours = peftfx.load(base, tmp_path, inputs={"input": x})
+    assert kinds(ours) == {torch.float32}
+    got, want = ours(x), theirs.eval()(x)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(got, plain, atol=0.05)

@@ -14,7 +14,9 @@ from peftfx.errors import PeftfxError
 from peftfx.export import steps
 from peftfx.export.deployment.parts import GraphPart
 from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.oracle import measured_of
 from peftfx.export.verification.probes import trials_of
+from peftfx.model.api import bare
 from peftfx.views.view import LONG_TEXT
 
 _aten = torch.ops.aten
@@ -94,6 +96,19 @@ def test_float32_of_a_model_in_half_precision_is_as_good_as_half_precision(tmp_p
     x = torch.randn(2, 7, 64, dtype=torch.float16)
     report = peftfx.export_onnx(Halved().eval(), tmp_path / "out", inputs={"x": x})
     assert not report.sizes
+
+
+def test_the_call_that_sets_the_tolerance_of_a_larger_model_is_its_longest_text() -> None:
+    """It was the one with the longest cache, whose one token has less noise: SmolLM2 with slots was refused."""
+    with torch.device("meta"):
+        adapted = bare(nn.Linear(1 << 14, 1 << 13), {"input": torch.zeros(1, 1 << 14)})
+
+    def call(batch: int, tokens: int, past: int) -> dict[str, Tensor]:
+        text = {"input_ids": torch.ones(batch, tokens), "attention_mask": torch.ones(batch, past + tokens)}
+        cache = {"past_key_values.0.key": torch.zeros(batch, 3, past, 64)}
+        return {name: value.long() for name, value in text.items()} | cache
+
+    assert measured_of(adapted, [call(1, 5, 0), call(3, 36, 0), call(4, 1, 7)]) == {1}
 
 
 @pytest.mark.further

@@ -31,7 +31,7 @@ def resize_vocabulary(base: nn.Module, files: Iterable[Weights]) -> None:
         return
     rows, found = len(own), dict[str, Tensor]()
     for file in files:
-        named = {key: next((n for n in names if n in file.shapes), "") for key, names in tables.items()}
+        named = {key: _table_in(file, names) for key, names in tables.items()}
         sizes = {key: file.shapes[name][0] if name else 0 for key, name in named.items()}
         if sizes[id(own)] <= rows:
             continue
@@ -56,7 +56,8 @@ def other_tokens(base: nn.Module, weights: Weights) -> str:
         return ""
     own = embedding.weight
     names = _names_in_files(base, _table_paths(base)).get(id(own), [])
-    found = next((weights.shapes[name][0] for name in names if name in weights.shapes), len(own))
+    name = _table_in(weights, names)
+    found = weights.shapes[name][0] if name else len(own)
     if found == len(own):
         return ""
     what = f"the file's embeddings have {found} tokens, and the base's have {len(own)}"
@@ -109,3 +110,8 @@ def _added_tokens(path: Path) -> list[tuple[int, object]]:
         return [(int(token["id"]), token.get("content")) for token in added]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whoever reads texts tells it
         return []
+
+
+def _table_in(weights: Weights, names: Iterable[str]) -> str:
+    """Return the first of these names under which a file has a table of rows; empty if it has none."""
+    return next((name for name in names if len(weights.shapes.get(name, ())) == 2), "")
