@@ -50,9 +50,9 @@ def find_forward(
     for chosen in dict.fromkeys((taken, taken[:1], taken[1:])):
         with contextlib.suppress(PeftfxError):  # the model's code does not run with one of the places
             if chosen:
-                alike = _empty_is_none(base, inputs, chosen)
+                hold_to_none = _held_to_none(base, inputs, chosen)
                 graph = capture_forward(base, inputs, chosen)
-                alike(graph)
+                hold_to_none(graph)
                 return graph, chosen
     return None
 
@@ -66,7 +66,7 @@ def _takes(place: Place, inputs: Mapping[str, object]) -> bool:
 
 
 @torch.no_grad()
-def _empty_is_none(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> Callable[[Graph], None]:
+def _held_to_none(base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]) -> Callable[[Graph], None]:
     """Hold the model with empty places to the model without them, for a text with a padding token.
 
     Return a function that holds a graph with these places to the same: the code may ask whether there is a cache, and

@@ -17,7 +17,8 @@ from peftfx.export.translation.operators.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.operators.rounded_logs import widen_rounded_logs
 from peftfx.export.translation.pooled import pool_any_size
 from peftfx.graph.capturing.squeezed import SQUEEZES, squeeze_ones
-from peftfx.graph.graph import Graph
+from peftfx.graph.graph import BASE, Graph
+from peftfx.graph.lazy_weights import exact
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.optimization.cleanup import CASTS, Cleanup, source
 from peftfx.passes.optimization.dead_code import sweep
@@ -50,7 +51,7 @@ def prepare(graph: Graph) -> Graph:
     rewriter = Rewriter(result.module.graph)
     pair_complex(rewriter)
     compute_numbers(rewriter, result)
-    written = bool(make_functional(rewriter))  # then a gather's copy matters, not only its value
+    written = bool(make_functional(rewriter, _forgotten(result)))  # then a gather's copy matters, not only its value
     if not is_narrow(result.base):
         put_between_casts(rewriter)
     for given in list(result.nodes()):
@@ -93,6 +94,21 @@ def prepare(graph: Graph) -> Graph:
     sweep(rewriter, random=True)  # layers that a model's code makes, and starts, in its own call
     rewriter.close(result)
     return result
+
+
+def _forgotten(graph: Graph) -> set[fx.Node]:
+    """Return the nodes that read a tensor of the model whose memory no other node reads.
+
+    Phi-3 writes the frequencies of its positions into a buffer, and reads them there. An ONNX graph keeps nothing for
+    its next call.
+    """
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes():
+        if node.op == "get_attr" and str(node.target).startswith(f"{BASE}."):
+            value = exact(graph.get(str(node.target)))
+            if type(value) in (torch.Tensor, torch.nn.Parameter):
+                found.setdefault(value.untyped_storage()._cdata, []).append(node)
+    return {nodes[0] for nodes in found.values() if len(nodes) == 1}
 
 
 def _promote(rewriter: Rewriter, node: fx.Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx
@@ -18,27 +18,34 @@ aten = torch.ops.aten
 _PUT_BACK = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
 
-def make_functional(rewriter: Rewriter) -> list[fx.Node]:
+def make_functional(rewriter: Rewriter, forgotten: Collection[fx.Node] = ()) -> list[fx.Node]:
     """Replace writes to new tensors. Return the writes that stay: another name of their memory is read later.
 
     `y += x` becomes `y + x`: the next readers of `y` read the sum. A write to a part, `y[:, 0] = x`, puts the part back
     into `y`. With a write left in a graph, a copy is not the same as its source, and fewer operators can be dropped.
+
+    Args:
+        rewriter: rewrites the graph.
+        forgotten: nodes that read the model's own tensors, whose memory nothing else reads: no other node, and no later
+            call. Writes to them are replaced as those to new tensors.
     """
-    return [node for node in list(rewriter.graph.nodes) if _writes(node) and not _replaced(rewriter, node)]
+    writes = [node for node in rewriter.graph.nodes if _writes(node)]
+    return [node for node in writes if not _replaced(rewriter, node, forgotten)]
 
 
 def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def _replaced(rewriter: Rewriter, write: fx.Node) -> bool:
+def _replaced(rewriter: Rewriter, write: fx.Node, forgotten: Collection[fx.Node]) -> bool:
     """Replace a write and return True; or return False if something that cannot be told of it may read the memory."""
     target = write.args[0] if write.args else None
     form = _functional_form(write.target)
     if form is None or not isinstance(target, fx.Node) or not _changes_one(write):
         return False
     names = {name for name in _names_of_memory(target) if name < write}  # later names are of the result
-    if not all(isinstance(name.target, OpOverload) or name.target is operator.getitem for name in names):
+    made = (isinstance(name.target, OpOverload) or name.target is operator.getitem for name in names - {*forgotten})
+    if not all(made):
         return False  # an input, or the model's own tensor
     parts = list(_parts(target))
     later = {name for name in names if any(user > write for user in name.users)}

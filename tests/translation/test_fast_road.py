@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx import LoRA
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.export.verification.comparison import VerificationError
 
 
 class Norms(nn.Module):
@@ -106,6 +107,51 @@ def test_writes_to_one_of_several_grids_and_unit_matrices(tmp_path: Path) -> Non
         x = torch.randn(shape)
         (got,) = peftfx.runtime.load(tmp_path / "out")(x).values()
         torch.testing.assert_close(torch.as_tensor(got), ours(x), atol=1e-5, rtol=1e-5)
+
+
+class Renewed(nn.Module):
+    """Each call writes a scale into a buffer. `seen`, which may have the same memory, is read behind the write."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("scale", torch.ones(6))
+        self.register_buffer("seen", self.scale.view(1, 6) if shared else torch.ones(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.copy_(torch.where(x.amax() > 1, torch.full((6,), 2.0), torch.full((6,), 3.0)))
+        return self.layer(x) * self.scale + self.seen
+
+
+@torch.no_grad()
+def test_a_buffer_that_each_call_writes_anew(tmp_path: Path) -> None:
+    rule, x = LoRA(r=2, target="/.*/", init_lora_weights=False), torch.randn(2, 6)
+    ours = peftfx.transform(Renewed().eval(), rule, inputs={"x": x})
+    assert ours.export(tmp_path / "out").engine == "fast"
+    run = peftfx.runtime.load(tmp_path / "out")
+    for x in (torch.full((3, 6), 0.5), torch.full((1, 6), 1.5)):
+        (got,) = run(x).values()
+        torch.testing.assert_close(torch.as_tensor(got), ours(x), atol=1e-5, rtol=1e-5)
+    shared = peftfx.transform(Renewed(shared=True).eval(), rule, inputs={"x": x})
+    with pytest.raises(VerificationError, match="disagrees"):
+        shared.export(tmp_path / "other")
+
+
+@torch.no_grad()
+def test_positions_of_longrope_are_scaled_by_the_length_of_the_text(tmp_path: Path) -> None:
+    rope = {"rope_theta": 1e4, "rope_type": "longrope", "factor": 4.0, "partial_rotary_factor": 1.0}
+    factors = {"short_factor": [1.1] * 4, "long_factor": [2.2] * 4, "original_max_position_embeddings": 12}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Phi3Config(
+        **sizes, vocab_size=99, max_position_embeddings=64, pad_token_id=0, rope_parameters={**rope, **factors}
+    )
+    ours = peftfx.transform(transformers.Phi3ForCausalLM(config).eval(), LoRA(r=2, target="all-linear"))
+    assert ours.export(tmp_path / "out", view="forward").engine == "fast"
+    run = peftfx.runtime.load(tmp_path / "out")
+    for length in (7, 20):
+        ids = torch.randint(1, 99, (2, length))
+        got = run(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
+        torch.testing.assert_close(torch.as_tensor(got), ours(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", but_for({"auraflow", "cogview4"}, ["flux", "auraflow", "cogview4"]))

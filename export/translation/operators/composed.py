@@ -6,7 +6,7 @@ Products and comparisons of all pairs, as in `cdist` and `cummax`, take memory f
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -197,6 +197,20 @@ def _embedding_bag(
     return (total / counts.clamp(min=1) if mode == _MEAN else total,)
 
 
+def _over(reduce: Callable[..., Tensor]) -> Callable[[Tensor, Sequence[int], bool], Tensor]:
+    """Return a reduction that names its axes. torch's exporter does not take one over all axes, which names none."""
+
+    def run(x: Tensor, axes: Sequence[int], keepdim: bool) -> Tensor:
+        return reduce(x, axes or list(range(x.ndim)), keepdim) if x.ndim else x.clone()
+
+    return run
+
+
+def _smallest_and_largest(x: Tensor, axis: int | None, keepdim: bool) -> tuple[Tensor, Tensor]:
+    axes = [] if axis is None else [axis]
+    return _over(torch.amin)(x, axes, keepdim), _over(torch.amax)(x, axes, keepdim)
+
+
 def _inverse_stft(
     x: Tensor,
     n_fft: int,
@@ -256,6 +270,9 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.rrelu.default: _rrelu,
     _aten.sort.stable: _sort,
     _aten.argsort.stable: lambda x, stable, dim, descending: _sort(x, stable, dim, descending)[1],
+    _aten.amax.default: _over(torch.amax),
+    _aten.amin.default: _over(torch.amin),
+    _aten.aminmax.default: _smallest_and_largest,
     _aten.fmax.default: _of_numbers(torch.maximum),
     _aten.fmin.default: _of_numbers(torch.minimum),
     _aten.signbit.default: _signbit,
