@@ -25,6 +25,7 @@ from peftfx.export.rounding.held_codes import hold_codes
 from peftfx.export.slots.batched import Batched
 from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
+from peftfx.export.translation.complex_pairs import pair_tensors
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
 from peftfx.export.verification.comparison import Comparison, VerificationError, but_near_ties
@@ -236,7 +237,7 @@ class ExportSteps:
         report, verified, idle, unheld = self.report, list[GraphPart](), list[set[str]](), ""
         with self.stages("verify"), self._codes_in(directory.parent):
             for part in parts:
-                for wrong in refuted(directory / part.file, programs[part.file], part.exported.get):
+                for wrong in refuted(directory / part.file, programs[part.file], pair_tensors(part.exported).get):
                     raise VerificationError(wrong, str(directory / part.file), "report this model")
                 oracle = self._oracle(part)
                 found = self._compare(part, oracle, directory)
