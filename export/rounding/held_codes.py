@@ -15,16 +15,17 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftfx.export.coded.stacks import stack_of
 from peftfx.export.metadata import SOURCE
-from peftfx.export.verification.comparison import Reference, Shown, VerificationError, reference_of
+from peftfx.export.verification.comparison import Shown, VerificationError
 from peftfx.export.verification.float32_twin import computes_in
 from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.export.verification.verify import verify
+from peftfx.export.verification.without_rounding import graph_of
 from peftfx.export_options.quantize import BITS, Scheme, parse_schemes
-from peftfx.graph.graph import BASE, DERIVED, Graph
+from peftfx.graph.graph import BASE, Graph
 from peftfx.graph.lazy_weights import identity
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes, Tabled
@@ -91,7 +92,7 @@ def hold_codes(path: Path, program: ir.Model, graph: Graph, calls: Sequence[Tens
     values = {str(source): _as_read(str(source), by, own, graph, path) for (source, by), own in parts.items()}
     with _exact_activations(path) as twin:
         try:
-            reference = _under(graph, values)
+            reference = graph_of(graph, _by_target(graph, values))
             verify(twin, reference, calls, atol=None, rtol=None, floats_alone=True, shown=shown, on_loose=str)
         except VerificationError as error:
             what = f"beside the rounding of its weights, {error.what}"
@@ -145,37 +146,12 @@ def _fits(made: Coded, parts: StoredParts) -> bool:
     return "blocks" not in parts or len(parts["blocks"]()) == made.codes.rows
 
 
-def _under(graph: Graph, values: Mapping[str, Tensor]) -> Reference:
-    """Return the reference that runs a graph with other values of some of its weights."""
-    new, root = graph.clone(), nn.Module()
-    for name, recipe in graph.derived.items():
-        path, _, leaf = name.rpartition(".")
-        holder = root
-        for part in path.split(".") if path else ():
-            if part not in holder._modules:
-                holder.add_module(part, nn.Module())
-            holder = holder.get_submodule(part)
-        value = values.get(f"{DERIVED}.{name}")
-        holder.register_buffer(leaf, recipe.evaluate(graph.get) if value is None else value)
-    new.module.add_module(DERIVED, root)
-    swapped = {identity(graph.get(source)): v for source, v in values.items() if source.startswith(f"{BASE}.")}
-    held = [
-        (module._parameters, name, parameter, swapped[identity(parameter)])
-        for module in graph.base.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and identity(parameter) in swapped
-    ]
-
-    def run(feed: Tensors) -> Tensors:
-        for place, name, _, value in held:
-            place[name] = value  # type: ignore[assignment]
-        try:
-            return reference_of(new)(feed)
-        finally:
-            for place, name, parameter, _ in held:
-                place[name] = parameter
-
-    return run
+def _by_target(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the other values of weights by all targets that read them: a tied weight has several."""
+    own = {identity(graph.get(source)): value for source, value in values.items() if source.startswith(f"{BASE}.")}
+    read = {str(node.target) for node in graph.nodes() if node.op == "get_attr"}
+    tied = {target: own.get(identity(graph.get(target))) for target in read if target.startswith(f"{BASE}.")}
+    return {**values, **{target: value for target, value in tied.items() if value is not None}}
 
 
 @contextmanager

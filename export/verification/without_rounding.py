@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import onnxruntime as ort
 import torch
@@ -57,16 +58,21 @@ def runs_without_rounding(base: nn.Module) -> bool:
     return is_half(base) and sum(p.numel() for p in base.parameters()) <= MOST_EXACT
 
 
-def graph_of(graph: Graph) -> Reference:
-    """Return the reference that runs a graph. Each derived weight is computed where it is read, and then released."""
-    return reference_of(graph, _Deriving(graph).run if graph.derived else None)
+def graph_of(graph: Graph, instead: Mapping[str, Tensor] = MappingProxyType({})) -> Reference:
+    """Return the reference that runs a graph. Each derived weight is computed where it is read, and then released.
+
+    Args:
+        graph: the graph.
+        instead: other values of some of its weights, by the targets of the nodes that read them.
+    """
+    return reference_of(graph, _Deriving(graph, instead).run if graph.derived or instead else None)
 
 
 class _Deriving(fx.Interpreter):
     """A run of a graph that computes derived weights as an export writes them, in whichever mode the graph runs."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._get, module = graph.get, graph.clone().module
+    def __init__(self, graph: Graph, instead: Mapping[str, Tensor]) -> None:
+        self._get, self._instead, module = graph.get, instead, graph.clone().module
         place = {node: index for index, node in enumerate(module.graph.nodes)}
         for node in place:
             if node.op == "get_attr" and node.users:
@@ -75,7 +81,8 @@ class _Deriving(fx.Interpreter):
 
     def get_attr(self, target: fx.node.Target, args: object, kwargs: object) -> Tensor:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            return self._get(str(target))
+            other = self._instead.get(str(target))
+            return self._get(str(target)) if other is None else other
 
 
 @dataclass(frozen=True)
