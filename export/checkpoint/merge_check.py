@@ -83,15 +83,18 @@ def check_merge(
             with computing():
                 exactly += _differences(feed, wanted, unrounded(feed))
     if exactly:
-        _refuse_beyond(_BOUND, exactly, "before its weights are rounded", directory, "report this model")
-    if rounded is None:
-        # what rounds to a float is what the caller asked for, and a report tells it; an overflow is an error
-        bound, hint = (FINITE, "write it in float32") if exactly else (_BOUND, "report this model")
-        _refuse_beyond(bound, report.differences, "of what was written", directory, hint)
-        return again, feeds
+        _refuse_beyond(
+            _BOUND, exactly, "of the merged model, before its weights are rounded,", directory, "report this model"
+        )
     limit = asked.bound
-    allowed = limit.value if limit is not None and limit.kind == "error" else FINITE
-    _refuse_beyond(allowed, report.differences, "of what was written", directory, "round to int8, or allow more")
+    if rounded is not None:
+        bound = limit.value if limit is not None and limit.kind == "error" else FINITE
+        hint = "round to int8, or allow more"
+    elif exactly:  # what rounds to a float is what the caller asked for, and a report tells it; an overflow is an error
+        bound, hint = FINITE, "write it in float32"
+    else:
+        bound, hint = _BOUND, "report this model"
+    _refuse_beyond(bound, report.differences, "of what was written", directory, hint)
     return again, feeds
 
 

@@ -76,9 +76,10 @@ def verify(
     Raises:
         VerificationError: an output is missing, has a NaN, or differs by more than the tolerance.
     """
-    where = str(find(directory))
+    saved = find(directory)
+    where = str(saved)
     with contextlib.ExitStack() as stack:
-        path, widened = stack.enter_context(runnable(find(directory)))
+        path, widened = stack.enter_context(runnable(saved))
         large = is_mapped(path)
         model = OnnxModel(path, mapped=large)
         model.put(put or {})
@@ -93,7 +94,7 @@ def verify(
             measured=range(len(inputs)) if measured is None else measured,
             shown=shown or functools.partial(unpadded, model.axes),
             sigmoids=frozenset() if graph is None else made_by_sigmoids(graph),
-            kinds=_declared(find(directory)),
+            kinds=_declared(saved),
         )
         tolerance = Tolerance(atol, rtol, sigmoids=asked.sigmoids, floats_alone=floats_alone)
         follows = None

@@ -49,7 +49,7 @@ def refuted(path: Path, program: ir.Model, read: Callable[[str], Tensor]) -> Ite
         dtype = tensor_adapters.to_torch_dtype(value.dtype)
         count = count_wrong(_mapped(stored, dtype), exact(want), dtype, computed=source.startswith(f"{DERIVED}."))
         if count:
-            yield f"{count:,} of {want.numel():,} numbers of {value.name} are not those of {source}"
+            yield f"{count:,} of {want.numel():,} numbers of {value.name} in the files are not those of the model"
 
 
 def _mapped(tensor: ir.TensorProtocol, dtype: torch.dtype) -> Tensor:
