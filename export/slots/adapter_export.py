@@ -15,7 +15,7 @@ from typing import Unpack
 
 from torch import Tensor
 
-from peftfx.adapters.files.base.embeddings import vocabulary_of
+from peftfx.bases.config_fields import vocabulary_of
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.processors.videos import with_videos
 from peftfx.bases.transformers_config import read_config

@@ -39,6 +39,12 @@ def length_of(config: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
+def vocabulary_of(config: object) -> object:
+    """Return how many tokens a config tells; None if it tells none."""
+    text = getattr(config, "get_text_config", lambda: config)()
+    return getattr(text, "vocab_size", None)
+
+
 def special_tokens(config: object) -> Iterator[int]:
     """Yield the tokens for which the config, or one of its parts, has a field, or a second name of a field."""
     seen: dict[int, object] = {}

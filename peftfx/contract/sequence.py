@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from peftfx.bases.config_fields import collect_configs
 from peftfx.bases.guests import own_modules
+from peftfx.bases.peft_models.text_table import text_table
 from peftfx.bases.processors.token_types import plain_type, types_of_masks
 from peftfx.bases.tasks import task_of
 from peftfx.contract.method import PLACING, Method, Params
@@ -131,10 +132,14 @@ class PromptMethod(SequenceMethod):
         return virtual_tokens(self.num_virtual_tokens, base, site)
 
     def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
-        if not site.beside:
+        if site.beside:
+            lost = f"the text has nothing of {listed(site.beside, 1)}, or the call is refused"
+            return f"it gives the model embedded tokens and no ids: {lost}"
+        theirs = text_table(base)
+        if theirs is None or theirs.weight is base.get_submodule(site.embedding).weight:
             return ""
-        found = listed(site.beside, 1)
-        return f"it gives the model embedded tokens and no ids: the text has nothing of {found}, or the call is refused"
+        path = next(path for path, module in own_modules(base) if module is theirs)
+        return f"it embeds the text by {path}, and the model by {site.embedding}"
 
 
 _M = TypeVar("_M", bound=SequenceMethod)

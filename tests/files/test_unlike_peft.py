@@ -240,3 +240,27 @@ def test_tables_that_pefts_prompt_leaves_out_are_told(tmp_path: Path) -> None:
             "peft computes the same: there is nothing to say"
         )
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_a_table_that_peft_takes_for_the_models_is_told(tied: bool, tmp_path: Path) -> None:
+    """HF PEFT takes the first table with as many rows as the vocabulary. BART with tables apart does not read it."""
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    wide = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    config = transformers.BartConfig(
+        vocab_size=97, encoder_layers=1, decoder_layers=1, **heads, **wide, tie_word_embeddings=tied
+    )
+    base = transformers.BartForConditionalGeneration(config).eval()
+    randomise(base)
+    rule = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3)
+    theirs = peft.get_peft_model(copy.deepcopy(base), rule).eval()
+    theirs.save_pretrained(str(tmp_path))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", PeftfxWarning)
+        ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    told_of = [str(w.message) for w in told if "it embeds the text by model.shared, and the model by" in str(w.message)]
+    call = {"input_ids": torch.randint(5, 97, (2, 6)), "decoder_input_ids": torch.randint(5, 97, (2, 4))}
+    with torch.no_grad():
+        want, got = theirs(**call).logits, ours(**call).logits
+    assert torch.allclose(got, want, atol=1e-5) is tied
+    assert bool(told_of) is not tied

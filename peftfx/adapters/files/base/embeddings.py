@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.names import name_of_base
+from peftfx.bases.config_fields import vocabulary_of
 from peftfx.bases.guests import own_modules, own_parameters
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, warn
@@ -102,12 +103,6 @@ def _obstacle(base: nn.Module, adapter: Adapter) -> str:
 
 def _parameter(base: nn.Module, name: str) -> object:
     return functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), base)  # type: ignore[arg-type, return-value]
-
-
-def vocabulary_of(config: object) -> object:
-    """Return how many tokens a config tells; None if it tells none."""
-    text = getattr(config, "get_text_config", lambda: config)()
-    return getattr(text, "vocab_size", None)
 
 
 def _tokens_in_files(base: nn.Module) -> object:
