@@ -1,4 +1,8 @@
-"""Compute operators that ONNX lacks at export time if they are applied only to constants in the model's code."""
+"""Numbers: those of constants are computed at export time, and those computed from sizes become tensors.
+
+Of constants, only what ONNX has no operator for. torch's translations take a number beside a tensor for one that is
+known, where its type is not the tensor's or where they have no other form.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,15 @@ from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
 _WITHOUT_ONNX = {_aten.erfinv.default, _aten.special_erfinv.default, _aten.special_ndtri.default}
+#: Operators that take a number of the tensor's type, whatever computes it.
+_TAKING = {_aten.mul.Tensor, _aten.sub.Tensor}
+#: Operators of a tensor and a number, and those of two tensors that do the same.
+_OF_TENSORS = {
+    **{target: target for target in _TAKING},
+    _aten.pow.Tensor_Scalar: _aten.pow.Tensor_Tensor,
+    _aten.remainder.Scalar: _aten.remainder.Tensor,
+    _aten.fmod.Scalar: _aten.fmod.Tensor,
+}
 
 
 def compute_numbers(rewriter: Rewriter, graph: Graph) -> None:
@@ -40,3 +53,21 @@ def _number(node: fx.Node, graph: Graph) -> Tensor | None:
     with torch.no_grad():
         found = node.target(*args, **kwargs)  # type: ignore[operator]
     return found if isinstance(found, Tensor) else None
+
+
+def make_tensor(rewriter: Rewriter, node: fx.Node) -> bool:
+    """Write an operator of a tensor and a number that is computed from sizes with two tensors of the result's dtype."""
+    if node.target not in _OF_TENSORS or len(node.args) < 2:
+        return False
+    x, number = node.args[:2]
+    if not isinstance(x, fx.Node) or not isinstance(number, fx.Node):
+        return False
+    if not isinstance(number.meta.get("val"), torch.SymInt | torch.SymFloat):
+        return False
+    at, dtype = rewriter.before(node), node.meta["val"].dtype
+    if (same := x.meta["val"].dtype == dtype) and node.target in _TAKING:
+        return False
+    wide = x if same else at.call(_aten._to_copy.default, x, dtype=dtype)
+    made = at.call(_aten.full.default, [], number, dtype=dtype)
+    rewriter.update(node, _OF_TENSORS[node.target], wide, made, *node.args[2:], **node.kwargs)
+    return True

@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from peftfx.export.translation.between_casts import attend_in_float32, is_narrow, put_between_casts, scale_exactly
 from peftfx.export.translation.complex_pairs import pair_complex
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
-from peftfx.export.translation.numbers import compute_numbers
+from peftfx.export.translation.numbers import compute_numbers, make_tensor
 from peftfx.export.translation.operators.composed import compose
 from peftfx.export.translation.operators.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.operators.rounded_logs import widen_rounded_logs
@@ -45,7 +45,7 @@ def prepare(graph: Graph) -> Graph:
     reads of one row for all rows is repeated. Each cast gets one form, each conv without a bias as well, and gathers of
     rows in order become slices. A `squeeze` names the axes that it took in the capture. Rows that are written at the
     places of a mask are scattered, and indices have 64 bits. Numbers by which half precision is multiplied are not
-    rounded. A model whose weights are not in bfloat16 computes what its code computes in bfloat16 between casts.
+    rounded, and numbers computed from sizes are tensors. A model whose weights are not in bfloat16 computes what its code computes in bfloat16 between casts.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)
@@ -85,7 +85,7 @@ def prepare(graph: Graph) -> Graph:
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(rewriter, node)
-        elif enlarge_as_torch(rewriter, node) or pool_any_size(rewriter, node) or compose(rewriter, node):
+        elif any(rewrite(rewriter, node) for rewrite in (make_tensor, enlarge_as_torch, pool_any_size, compose)):
             continue
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)

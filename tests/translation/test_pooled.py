@@ -130,6 +130,16 @@ def test_a_conv_that_keeps_its_sizes_takes_every_size(kernel: int, padding: str,
     assert not any(dim.dim_value == 2 for value in graph.value_info for dim in value.type.tensor_type.shape.dim[:1])
 
 
+@torch.no_grad()
+def test_a_pool_behind_strides_that_leaves_one_value_takes_larger_videos(tmp_path: Path) -> None:
+    """That it leaves one is an equality of divisions within divisions, which torch.export does not solve."""
+    torch.manual_seed(0)
+    halved = [nn.Conv3d(3, 4, 1, stride=2), nn.Conv3d(4, 4, 1, stride=2), nn.MaxPool3d(2)]
+    layers = nn.Sequential(*halved, nn.AvgPool3d(2, 1), nn.Conv3d(4, 5, 1))
+    shapes = [(1, 3, 17, 24, 40), (3, 3, 33, 20, 16), (1, 3, 16, 16, 16)]
+    hold(Behind(layers, lambda x: x.mean((2, 3, 4))), torch.randn(2, 3, 16, 16, 16), shapes, tmp_path / "out")
+
+
 def test_places_of_largest_values_are_refused(tmp_path: Path) -> None:
     def places(x: Tensor) -> Tensor:
         return functional.adaptive_max_pool2d(x, (2, 3), return_indices=True)[1].float()

@@ -11,6 +11,7 @@ from peftfx.graph.capturing.sizes.contiguous_views import contiguous_views
 from peftfx.graph.capturing.sizes.free_sizes import checks_of_sizes, size_arithmetic, size_tensors
 from peftfx.graph.capturing.sizes.pools import pools_of_lines
 from peftfx.graph.capturing.sizes.tensor_lengths import free_lengths
+from peftfx.graph.capturing.sizes.unsolved import unsolved_left_out
 
 
 @contextmanager
@@ -23,5 +24,6 @@ def kept_free(model: nn.Module) -> Iterator[None]:
         checks_of_sizes(),
         pools_of_lines(),
         contiguous_views(),
+        unsolved_left_out(),
     ):
         yield
