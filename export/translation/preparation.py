@@ -45,7 +45,8 @@ def prepare(graph: Graph) -> Graph:
     reads of one row for all rows is repeated. Each cast gets one form, each conv without a bias as well, and gathers of
     rows in order become slices. A `squeeze` names the axes that it took in the capture. Rows that are written at the
     places of a mask are scattered, and indices have 64 bits. Numbers by which half precision is multiplied are not
-    rounded, and numbers computed from sizes are tensors. A model whose weights are not in bfloat16 computes what its code computes in bfloat16 between casts.
+    rounded, and numbers computed from sizes are tensors where the translation needs it. A model whose weights are not
+    in bfloat16 computes what its code computes in bfloat16 between casts.
     """
     result = Cleanup()(graph).graph  # a copy
     rewriter = Rewriter(result.module.graph)

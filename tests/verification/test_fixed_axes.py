@@ -115,3 +115,25 @@ def test_what_is_filled_up_may_not_be_longer(tmp_path: Path) -> None:
         torch.testing.assert_close(next(iter(served(x=x).values())), model(x).detach(), atol=1e-5, rtol=1e-5)
     with pytest.raises(PeftfxError, match=r"x.1 is 27, and the graph takes x.1 <= 24"):
         served(x=torch.randn(1, 27, 8))
+
+
+class InParts(nn.Module):
+    """Code that returns as many parts as a tensor has, which is fewer than it asks for if the text is short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.out(x).chunk(5, 1)
+
+
+def test_sizes_at_which_a_model_has_other_outputs_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = InParts().eval(), torch.randn(2, 5, 8)
+    with pytest.raises(PeftfxError, match="the model's code branches on a size"):
+        export_onnx(model, tmp_path / "out", inputs={"x": x})
+    export_onnx(model, tmp_path / "out", inputs={"x": x}, allow_fixed=True)
+    longer = torch.randn(3, 10, 8)
+    for got, want in zip(OnnxModel(tmp_path / "out")(x=longer).values(), model(longer), strict=True):
+        torch.testing.assert_close(got, want.detach(), atol=1e-5, rtol=1e-5)
