@@ -1,18 +1,21 @@
-"""Adaptive pools over axes whose size is free, and those of largest values.
+"""Pools: adaptive ones over axes whose size is free or of largest values, and averages with a divisor of their own.
 
-torch's decomposition asks how the sizes divide, and its result is right for the example's answer alone. Here each
-window is read whole: place `i` of `n` pools the values from `floor(i L / n)` up to `ceil((i + 1) L / n)`.
+torch's decomposition of adaptive pools asks how the sizes divide, and is right for the example's answer alone. Here
+each window is read whole: place `i` of `n` pools the values from `floor(i L / n)` up to `ceil((i + 1) L / n)`. torch's
+exporter drops the divisor of an average.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from peftfx.analysis.dataflow import arguments_of
 from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
@@ -21,6 +24,7 @@ _MEANS = {
     *(_aten._adaptive_avg_pool2d.default, _aten._adaptive_avg_pool3d.default),
 }
 _LARGEST = {_aten.adaptive_max_pool1d.default, _aten.adaptive_max_pool2d.default, _aten.adaptive_max_pool3d.default}
+_AVERAGES = {_aten.avg_pool2d.default: 2, _aten.avg_pool3d.default: 3}  #: and the number of their axes
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -50,6 +54,22 @@ def pool_any_size(rewriter: Rewriter, node: fx.Node) -> bool:
             value = at.trace(functools.partial(_pooled, how), value, *given, key=key, what="an adaptive pool")
     for result in results:
         rewriter.replace(result, value)
+    return True
+
+
+def divide_sums(rewriter: Rewriter, node: fx.Node) -> bool:
+    """Write an average pool with a divisor as a mean of whole windows. Return whether the node was one.
+
+    A pool that rounds its sizes up is left to torch: its last windows are not whole.
+    """
+    if node.target not in _AVERAGES:
+        return False
+    x, kernel, stride, padding, rounds_up, _, divisor = arguments_of(node).values()
+    if divisor is None or rounds_up:
+        return False
+    values = math.prod(kernel) if len(kernel) > 1 else kernel[0] ** _AVERAGES[node.target]
+    rewriter.update(node, node.target, x, kernel, stride, padding, False, True)
+    rewriter.extend(node, rewriter.after(node).call(_aten.mul.Tensor, node, values / divisor))
     return True
 
 

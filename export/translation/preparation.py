@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from peftfx.export.translation.numbers import compute_numbers, make_tensor
 from peftfx.export.translation.operators.composed import compose
 from peftfx.export.translation.operators.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.operators.rounded_logs import widen_rounded_logs
-from peftfx.export.translation.pooled import pool_any_size
+from peftfx.export.translation.pooled import divide_sums, pool_any_size
 from peftfx.graph.capturing.squeezed import SQUEEZES, squeeze_ones
 from peftfx.graph.graph import BASE, Graph
 from peftfx.graph.lazy_weights import exact
@@ -60,6 +61,8 @@ def prepare(graph: Graph) -> Graph:
         scale_exactly(rewriter, node)
         if node.target in _BY_INDICES:
             _widen_indices(rewriter, node)
+        if node.target in _PADDED_CONVS | _CONVS:
+            _give_a_row(rewriter, node)
         if node.target is _SDPA:
             attend_in_float32(rewriter, node)
             _repeat(rewriter, node)
@@ -86,7 +89,7 @@ def prepare(graph: Graph) -> Graph:
             _spell_out(node)
         elif node.target in _TRANSPOSES and source(node).target is _SDPA:
             _make_contiguous(rewriter, node)
-        elif any(rewrite(rewriter, node) for rewrite in (make_tensor, enlarge_as_torch, pool_any_size, compose)):
+        elif any(rewrite(rewriter, node) for rewrite in _replacing()):
             continue
         elif not written:
             slice_grid(rewriter, node) or slice_run(rewriter, node, result)
@@ -95,6 +98,11 @@ def prepare(graph: Graph) -> Graph:
     sweep(rewriter, random=True)  # layers that a model's code makes, and starts, in its own call
     rewriter.close(result)
     return result
+
+
+def _replacing() -> tuple[Callable[[Rewriter, fx.Node], bool], ...]:
+    """Return what replaces a node by others, and says whether it did."""
+    return make_tensor, enlarge_as_torch, pool_any_size, divide_sums, compose
 
 
 def _forgotten(graph: Graph) -> set[fx.Node]:
@@ -120,6 +128,16 @@ def _promote(rewriter: Rewriter, node: fx.Node) -> None:
         if isinstance(value, torch.Tensor) and value.dtype != dtype:
             cast = rewriter.before(node).call(aten._to_copy.default, operand, dtype=dtype)
             node.replace_input_with(operand, cast)
+
+
+def _give_a_row(rewriter: Rewriter, node: fx.Node) -> None:
+    """Turn a conv over (channels, ...) into a conv over one row: ONNX's takes rows alone."""
+    x, weight = cast("list[fx.Node]", list(node.args[:2]))
+    if x.meta["val"].ndim == weight.meta["val"].ndim:
+        return
+    row = rewriter.before(node).call(aten.unsqueeze.default, x, 0)
+    rewriter.update(node, node.target, row, *node.args[1:], **node.kwargs)
+    rewriter.extend(node, rewriter.after(node).call(aten.squeeze.dim, node, 0))
 
 
 def _spell_out(node: fx.Node) -> None:

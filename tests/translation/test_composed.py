@@ -69,6 +69,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "bags with offsets": lambda x: nn.functional.embedding_bag(
         x.argmax(-1).flatten(), TABLE, torch.tensor([0, 0, 1, x[..., 0].numel()]), mode="mean", include_last_offset=True
     ),
+    "added at places": lambda x: torch.zeros_like(x).scatter(2, (x > 0).long(), x, reduce="add"),
+    "a number added at places": lambda x: x.clone().scatter_(2, x[:, :1].argsort(-1), 0.5, reduce="add"),
+    "multiplied at places": lambda x: torch.ones_like(x).scatter(1, (x < 0).long(), x, reduce="multiply"),
     "one line": lambda x: x + torch.linspace(2.0, 3.0, x.shape[1])[:, None],
     "numbers of sizes": lambda x: x * torch.tensor([x.shape[1], 0.5]).sum() + torch.tensor([[x.shape[0]], [3]])[0],
     "half a size": lambda x: x / torch.tensor(x.shape[1] * 0.5),

@@ -26,6 +26,8 @@ PICTURES: dict[str, Callable[[Tensor], Tensor]] = {
     "nearest middles": lambda x: functional.interpolate(x, size=(5, 9), mode="nearest-exact"),
     "twice as large": lambda x: functional.interpolate(x, scale_factor=(2, 1.25), mode="nearest-exact"),
     "smaller": lambda x: functional.interpolate(x, scale_factor=0.5, mode="nearest-exact"),
+    "sums by a divisor": lambda x: functional.avg_pool2d(x, 3, 2, 1, divisor_override=2),
+    "sums of bricks by a divisor": lambda x: functional.avg_pool3d(x[:, None], (2, 3, 1), 1, divisor_override=5),
     "half, or nothing": lambda x: functional.interpolate(x, scale_factor=0.5, mode="area"),
 }
 SOUNDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -138,6 +140,22 @@ def test_a_pool_behind_strides_that_leaves_one_value_takes_larger_videos(tmp_pat
     layers = nn.Sequential(*halved, nn.AvgPool3d(2, 1), nn.Conv3d(4, 5, 1))
     shapes = [(1, 3, 17, 24, 40), (3, 3, 33, 20, 16), (1, 3, 16, 16, 16)]
     hold(Behind(layers, lambda x: x.mean((2, 3, 4))), torch.randn(2, 3, 16, 16, 16), shapes, tmp_path / "out")
+
+
+class OfOneRow(nn.Module):
+    """Convs without an axis of rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.padded = nn.Conv1d(3, 3, 3, bias=False), nn.Conv1d(3, 3, 4, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.padded(self.conv(x.mean(0)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_a_conv_of_one_row(tmp_path: Path) -> None:
+    hold(Behind(OfOneRow(), torch.relu), torch.randn(2, 3, 11), [(1, 3, 7), (3, 3, 30)], tmp_path / "out")
 
 
 def test_places_of_largest_values_are_refused(tmp_path: Path) -> None:

@@ -162,6 +162,12 @@ def _sort(x: Tensor, stable: bool | None, dim: int, descending: bool) -> tuple[T
     return values, places
 
 
+def _scatter(x: Tensor, dim: int, index: Tensor, values: Tensor | float, reduce: str) -> Tensor:
+    """Add values to others at their places, or multiply by them."""
+    given = values if isinstance(values, Tensor) else torch.full_like(index, values, dtype=x.dtype)
+    return x.scatter_reduce(dim, index, given, {"add": "sum", "multiply": "prod"}[reduce], include_self=True)
+
+
 _SUM, _MEAN, _MAX = range(3)  #: the modes of `embedding_bag`
 
 
@@ -279,6 +285,8 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.copysign.Tensor: _copysign,
     _aten.cross_entropy_loss.default: cross_entropy,
     _aten.tensor_split.sections: _tensor_split,
+    _aten.scatter.reduce: _scatter,
+    _aten.scatter.value_reduce: _scatter,
     _aten.istft.default: _inverse_stft,
     _aten.embedding_bag.default: _embedding_bag,
     _aten.embedding_bag.padding_idx: _embedding_bag,
