@@ -50,7 +50,7 @@ def hold_merged(apart: Graph, merged: Graph, call: Tensors, where: str, *, small
         want, got = (run_in(mode, run, call) for run in (graph_of(apart), graph_of(merged, _unrounded(merged, mode))))
         if want is None or got is None:
             return False
-        worst, name = max(((_off(v, got[n]), n) for n, v in want.items() if v.is_floating_point()), default=(0.0, ""))
+        worst, name = _worst(want, got)
         if worst <= bound:
             return True
     what = f"{name} of the merged model, before its weights are rounded, is {worst:.2g} of its largest magnitude off"
@@ -64,8 +64,9 @@ def hold_graph(captured: CodeAndGraph, call: Tensors, shown: Shown, where: str) 
         VerificationError: they differ.
     """
     for mode, bound in _SAME:
-        want, got = run_in(mode, captured.code, call), run_in(mode, captured.graph, call)
-        if want and got and all(_off(shown(n, call, v), shown(n, call, got[n])) <= bound for n, v in want.items()):
+        runs = [run_in(mode, run, call) for run in (captured.code, captured.graph)]
+        want, got = ({n: shown(n, call, v) for n, v in (own or {}).items()} for own in runs)
+        if want and got and _worst(want, got)[0] <= bound:
             return
     tolerance = Tolerance(None, None, floats_alone=True)
     exactly = tolerance.measure(captured.code, call)
@@ -96,6 +97,11 @@ def _unrounded(graph: Graph, mode: _Mode) -> Get:
             return recipe.evaluate(read)
 
     return read
+
+
+def _worst(want: Tensors, got: Tensors) -> tuple[float, str]:
+    """Return how far the output is off that is furthest off, and its name. Whole numbers, such as classes, are not."""
+    return max(((_off(v, got[n]), n) for n, v in want.items() if n in got and v.is_floating_point()), default=(0.0, ""))
 
 
 def _off(want: Tensor, got: Tensor) -> float:

@@ -88,14 +88,15 @@ def test_a_fault_in_one_layer_is_seen(
 
 
 class Two(nn.Module):
-    """A layer that is stored [in, out], a square one, a bias, and a width that is no whole number of blocks."""
+    """A layer stored [in, out], a square one, a bias, a width that is no whole number of blocks, and booleans."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.three = nn.Linear(70, 96), nn.Linear(96, 96), nn.Linear(96, 50)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.three(torch.relu(x @ self.one.weight.T) @ self.two.weight)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.three(torch.relu(x @ self.one.weight.T) @ self.two.weight)
+        return y, y > 0
 
 
 @pytest.mark.parametrize(
