@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
+from peftfx.bases.dtypes import is_half
 from peftfx.errors import PeftfxError, warn
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
@@ -21,7 +22,8 @@ from peftfx.export.own_passes import behind, run_own, shown_of
 from peftfx.export.quantised import agreement_of, round_weights, warn_of_lost
 from peftfx.export.reports import facts
 from peftfx.export.reports.report import Report
-from peftfx.export.rounding.held_codes import hold_codes
+from peftfx.export.rounding.before_rounding import hold_merged
+from peftfx.export.rounding.held_codes import HeldGraph
 from peftfx.export.slots.batched import Batched
 from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
@@ -42,6 +44,7 @@ from peftfx.export.verification.verify import verify
 from peftfx.export.verification.without_rounding import (
     graph_of,
     hold_without_rounding,
+    runs_exactly,
     runs_without_rounding,
 )
 from peftfx.export.writing.finite import may_be_infinite
@@ -241,11 +244,12 @@ class ExportSteps:
                     raise VerificationError(wrong, str(directory / part.file), "report this model")
                 oracle = self._oracle(part)
                 found = self._compare(part, oracle, directory)
+                unheld += self._hold_merged(part, oracle, directory / part.file)
                 verified.append(replace(part, found=found))
                 if self.asked.rounds:
                     warn_of_lost(found, part.file)
                     path = directory / part.file
-                    why = hold_codes(path, programs[part.file], part.exported, oracle.held, shown_of(part))
+                    why = self._held_graph(part, path, programs[part.file], oracle, found).hold()
                     unheld += f"; {part.file} is not held to its codes, as {why}" if why else ""
                     report.agreement |= agreement_of(path, self.adapted, part, oracle, self.source, self.asked)
                 report.reference = f"{oracle.told}{unheld}"
@@ -277,6 +281,25 @@ class ExportSteps:
             if (cause := self.way.cause(self.adapted, part, oracle, self.example)) is not None:
                 raise cause from error
             raise
+
+    def _hold_merged(self, part: GraphPart, oracle: Oracle, path: Path) -> str:
+        """Compare merged weights before they are rounded, where they are. Return what is told if that cannot be done.
+
+        Raises:
+            VerificationError: the merged graph computes something else.
+        """
+        if self.passes or not (self.way.merges and (self.asked.rounds or is_half(self.adapted.base))):
+            return ""
+        small = runs_exactly(self.adapted.base)
+        held = all(hold_merged(part.graph, part.exported, call, str(path), small=small) for call in oracle.held)
+        return "" if held else f"; {part.file} is not compared before its merged weights are rounded"
+
+    def _held_graph(
+        self, part: GraphPart, path: Path, program: ir.Model, oracle: Oracle, found: Sequence[Comparison]
+    ) -> HeldGraph:
+        small = runs_exactly(self.adapted.base)
+        captured = self.way.captured(self.adapted, part, oracle, self.example)
+        return HeldGraph(path, program, part.exported, captured, oracle.held, shown_of(part), found, small)
 
     def _hold_without_rounding(
         self, part: GraphPart, oracle: Oracle, directory: Path, found: Sequence[Comparison]

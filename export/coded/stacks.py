@@ -21,6 +21,12 @@ def stack_of(source: object) -> object:
     return source.partition(_MARK)[0] if isinstance(source, str) else source
 
 
+def number_in(source: object) -> int | None:
+    """Return the number of a matrix in the stack that it was cut from. None if it was cut from none."""
+    _, mark, number = source.partition(_MARK) if isinstance(source, str) else ("", "", "")
+    return int(number) if mark else None
+
+
 def cut_stacks(model: ir.Model, chosen: Callable[[object], bool]) -> None:
     """Cut stacks [experts, in, out] into matrices if only products read the matrices.
 

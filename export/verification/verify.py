@@ -240,6 +240,13 @@ def _declared(path: Path) -> dict[str, torch.dtype]:
     return {output.name: to_torch_dtype(ir.DataType(output.type.tensor_type.elem_type)) for output in outputs}
 
 
+def axes_in(path: Path) -> dict[str, tuple[int | str, ...]]:
+    """Return the shape of each input and output of a saved model. An axis whose size is free is a string."""
+    graph = onnx.load(path, load_external_data=False).graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)}
+    return {name: tuple(d.dim_param or d.dim_value for d in dims) for name, dims in shapes.items()}
+
+
 def is_mapped(path: Path) -> bool:
     """Say whether a model's weights are mapped: its directory holds more than `MAPPED` bytes."""
     return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file()) > MAPPED

@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import onnxruntime as ort
 import torch
@@ -45,6 +44,7 @@ from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float32, f
 from peftfx.export.verification.tolerances.tolerance import MULTIPLE, Tensors, Tolerance
 from peftfx.export.verification.verify import is_mapped, unpadded
 from peftfx.graph.graph import Graph
+from peftfx.graph.recipe import Get
 from peftfx.serving.onnx_model import OnnxModel
 
 _NEAR = 1e-6  #: of the largest magnitude: two programs in float64
@@ -55,24 +55,29 @@ _TOLD = "without rounding to half precision, ONNX Runtime disagrees with the gra
 
 def runs_without_rounding(base: nn.Module) -> bool:
     """Say whether a model is in half precision, and small enough to run in float64."""
-    return is_half(base) and sum(p.numel() for p in base.parameters()) <= MOST_EXACT
+    return is_half(base) and runs_exactly(base)
 
 
-def graph_of(graph: Graph, instead: Mapping[str, Tensor] = MappingProxyType({})) -> Reference:
+def runs_exactly(base: nn.Module) -> bool:
+    """Say whether a model is small enough to run in float64."""
+    return sum(p.numel() for p in base.parameters()) <= MOST_EXACT
+
+
+def graph_of(graph: Graph, read: Get | None = None) -> Reference:
     """Return the reference that runs a graph. Each derived weight is computed where it is read, and then released.
 
     Args:
         graph: the graph.
-        instead: other values of some of its weights, by the targets of the nodes that read them.
+        read: reads its weights, by the targets of the nodes that read them; by default the graph's own.
     """
-    return reference_of(graph, _Deriving(graph, instead).run if graph.derived or instead else None)
+    return reference_of(graph, _Deriving(graph, read or graph.get).run if graph.derived or read else None)
 
 
 class _Deriving(fx.Interpreter):
     """A run of a graph that computes derived weights as an export writes them, in whichever mode the graph runs."""
 
-    def __init__(self, graph: Graph, instead: Mapping[str, Tensor]) -> None:
-        self._get, self._instead, module = graph.get, instead, graph.clone().module
+    def __init__(self, graph: Graph, read: Get) -> None:
+        self._get, module = read, graph.clone().module
         place = {node: index for index, node in enumerate(module.graph.nodes)}
         for node in place:
             if node.op == "get_attr" and node.users:
@@ -81,8 +86,7 @@ class _Deriving(fx.Interpreter):
 
     def get_attr(self, target: fx.node.Target, args: object, kwargs: object) -> Tensor:
         with _disable_current_modes(), torch._C.DisableTorchFunction():
-            other = self._instead.get(str(target))
-            return self._get(str(target)) if other is None else other
+            return self._get(str(target))
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ def hold_without_rounding(
     with unrounded(path) as twin:
         if twin is None:
             return False
-        want, near = (_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
+        want, near = (run_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
         if want is None or near is None:
             return False
         tolerance, model = Tolerance(None, None, sigmoids=sigmoids), OnnxModel(twin, mapped=is_mapped(path))
@@ -171,7 +175,7 @@ def _under_its_choices(
         model.put(put)
         got = model(**wide)
         following = Following(run, shows.taken(got))
-        want, near = (_in(functools.partial(mode, rounded=True), following, call) for mode in (float64, float32))
+        want, near = (run_in(functools.partial(mode, rounded=True), following, call) for mode in (float64, float32))
         if want is None or near is None or not following.alike or following.wrong:
             return False
         hold(want, near, got)
@@ -184,7 +188,7 @@ def _hold_captured(captured: CodeAndGraph, call: Tensors, shown: Shown, path: Pa
     Return False if they cannot be compared so.
     """
     for mode, same, pair in ((float64, _near, captured), (nullcontext, _alike, captured.rounded or captured)):
-        want, got = _in(mode, pair.code, call), _in(mode, pair.graph, call)
+        want, got = run_in(mode, pair.code, call), run_in(mode, pair.graph, call)
         if want is None or got is None:
             return False
         shared = {name: (value, got[name]) for name, value in _numbers(want).items() if name in got}
@@ -198,7 +202,7 @@ def _hold_captured(captured: CodeAndGraph, call: Tensors, shown: Shown, path: Pa
     return True
 
 
-def _in(mode: Callable[[], AbstractContextManager[object]], run: Reference, call: Tensors) -> Tensors | None:
+def run_in(mode: Callable[[], AbstractContextManager[object]], run: Reference, call: Tensors) -> Tensors | None:
     """Run a reference in a mode. Return None if it cannot run there, such as an operator without float64."""
     try:
         with torch.no_grad(), mode():

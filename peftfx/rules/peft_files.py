@@ -32,13 +32,14 @@ INERT = {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_confi
 An empty object counts as a value, because HF PEFT compares many fields with None: `kasa_config: {}` enables KaSA.
 """
 
+_CONVERT = "make a folder of the file, if it is a LoRA: peftfx convert --base BASE --file {file} --output DIR"
 _LENGTHS = ("num_virtual_tokens", "adapter_len")
 
 
 def read_adapter_config(directory: Path) -> dict[str, object]:
     """Return the adapter config of a HF PEFT directory."""
     if is_file(directory):
-        hint = "make a folder of it, if it is a LoRA: peftfx convert --base BASE --file FILE --output DIR"
+        hint = _CONVERT.format(file="FILE")
         if is_file(directory.parent / CONFIG):
             hint = "give the folder that it is in"
         raise PeftfxError("an adapter is a folder, and this is a file", str(directory), hint)
@@ -56,6 +57,8 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
             hint = f"adapters below it: {', '.join(sorted(below))}"
         elif is_file(directory / "config.json"):
             hint = f"this is a model, or an export; {hint}"
+        elif single := sorted({*directory.glob("*.safetensors")} - {directory / "model.safetensors"}):
+            hint = _CONVERT.format(file=single[0])  # diffusers' save_lora_adapter writes such a folder
         elif is_file(directory / "model.safetensors"):  # `Trainer` writes the state of a model that it does not know
             hint = (
                 "this is what Trainer saves of an adapted model, its tensors without its rules: adapt the base as for "

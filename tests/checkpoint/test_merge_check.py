@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,3 +123,19 @@ def test_deferred_tensors_are_computed_by_what_reads_them() -> None:
     torch.testing.assert_close(got, want)
     with torch.no_grad(), computing(), pytest.raises(TypeError, match="what is not made yet"):
         layer.weight.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("got", "off"),
+    [
+        ([-math.inf, math.nan, 4.0], 0.0),  # GroundingDino's scores of a text's padding are infinite: it was refused
+        ([-math.inf, math.nan, 5.0], 0.25),
+        ([-math.inf, 0.0, 4.0], math.inf),
+        ([0.0, math.nan, 4.0], math.inf),
+        ([-math.inf, math.nan, math.nan], math.inf),  # this one hid behind any number
+    ],
+)
+def test_outputs_with_infinities_are_compared(got: list[float], off: float) -> None:
+    want = {"first": torch.ones(2), "scores": torch.tensor([-math.inf, math.nan, 4.0])}
+    found = merge_check._differences({}, want, {"first": torch.ones(2), "scores": torch.tensor(got)})
+    assert max(one.max_rel for one in found) == off

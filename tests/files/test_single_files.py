@@ -247,3 +247,10 @@ def test_names_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     save_file({"lora_unet_nowhere_at_all.lora_down.weight": torch.ones(2, 2)}, tmp_path / "lora.safetensors")
     with pytest.raises(PeftfxError, match="no key of it names a module of this model"):
         as_peft(tmp_path / "lora.safetensors", _unet())
+
+
+def test_a_folder_of_diffusers_is_told_how_to_become_an_adapter(tmp_path: Path) -> None:
+    """`save_lora_adapter` writes no config; the message named only `save_pretrained`."""
+    save_file({"to_q.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(PeftfxError, match=r"peftfx convert --base BASE --file .*pytorch_lora_weights\.safetensors"):
+        peftfx.load(_unet(), tmp_path)

@@ -8,13 +8,21 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from every_model.checks import build
 from support.zoo import ZOO
 from torch import nn
 
 import peftfx
-from peftfx.export import quantised
+from peftfx.adapters.recipes import Derived, Own
+from peftfx.export import quantised, steps
 from peftfx.export.verification.comparison import VerificationError
+from peftfx.export.verification.eager.reference import EagerReference
+from peftfx.graph.graph import Graph
+from peftfx.passes.adaptation.merge import Merge
+from peftfx.passes.base import PassResult
 
+SMALL = "int4(block=16)"
+MERGE = Merge.__call__
 LORA = peftfx.LoRA(r=2, target="all-linear", init_lora_weights=False)
 
 
@@ -80,20 +88,22 @@ def test_a_fault_in_one_layer_is_seen(
 
 
 class Two(nn.Module):
-    """A layer that is stored [in, out], a square one, a bias, and a width that is no whole number of blocks."""
+    """A layer stored [in, out], a square one, a bias, a width that is no whole number of blocks, and booleans."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.three = nn.Linear(70, 96), nn.Linear(96, 96), nn.Linear(96, 50)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.three(torch.relu(x @ self.one.weight.T) @ self.two.weight)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.three(torch.relu(x @ self.one.weight.T) @ self.two.weight)
+        return y, y > 0
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("two", {"quantize": "int4(symmetric=False)"}),
+        ("half", {"quantize": SMALL}),
         *(
             pytest.param(*given, marks=pytest.mark.further)
             for given in (
@@ -104,6 +114,7 @@ class Two(nn.Module):
                 ("t5", {"quantize": "int4(block=16)"}),
                 ("llama", {"quantize": "int8", "view": "decode"}),
                 ("bert", {"quantize": "int4"}),
+                ("experts", {"quantize": SMALL, "view": "forward"}),
             )
         ),
     ],
@@ -112,13 +123,106 @@ def test_right_ones_are_held_to_their_codes(
     name: str, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model, given = (Two(), {"inputs": {"x": torch.randn(5, 70)}}) if name == "two" else (ZOO[name].build(), {})
+    own = {"half": lambda: ZOO["bert"].build().half(), "experts": lambda: build("text-generation", "mixtral").half()}
+    model = Two() if name == "two" else own.get(name, lambda: ZOO[name].build())()
+    given = {"inputs": {"x": torch.randn(5, 70)}} if name == "two" else {}
     adapted = peftfx.transform(model.eval(), LORA, **given)
     report = adapted.export(tmp_path / "out", **options)
     assert "codes" not in report.reference  # nothing was left out of the comparison
 
 
-def test_what_is_not_held_to_its_codes_is_told(tmp_path: Path) -> None:
-    model = ZOO["llama"].build().half()
-    report = peftfx.export_onnx(model, tmp_path / "out", view="forward", quantize="int4")
-    assert report.reference.endswith("model.onnx is not held to its codes, as it computes in half precision")
+def _dropped(model: ir.Model) -> None:
+    """Leave out a layer."""
+    node = next(n for n in _products(model) if n.inputs[0].shape == n.outputs[0].shape)
+    ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+
+
+def _doubled(model: ir.Model) -> None:
+    """Double the scale of one block."""
+    scales = next(v for name, v in model.graph.initializers.items() if name.endswith(".scales"))
+    read = scales.const_value
+
+    def wrong() -> ir.TensorProtocol:
+        numbers = read.numpy().copy()
+        numbers[-1, -1] *= 2
+        return ir.tensor(numbers, name=scales.name)
+
+    scales.const_value = ir.LazyTensor(wrong, dtype=read.dtype, shape=read.shape, name=scales.name)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "half", "fault", "told"),
+    [
+        ("bert", True, _dropped, "beside the rounding of its weights, without rounding to half precision"),
+        ("bert", False, _doubled, r"^1 blocks of .* are further from the weight than rounding leaves them"),
+        pytest.param("qwen3_moe", False, _dropped, "beside the rounding", marks=pytest.mark.further),
+        pytest.param("qwen3_moe", True, _doubled, "^1 blocks of ", marks=pytest.mark.further),
+    ],
+)
+def test_half_precision_experts_and_each_block_are_held(
+    model_type: str,
+    half: bool,
+    fault: Callable[[ir.Model], None],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Graphs in half precision and stacks of experts were not held to their codes, nor codes to their weights."""
+    model = ZOO["bert"].build() if model_type == "bert" else build("text-generation", model_type)
+    model = model.half() if half else model
+    quantize = quantised.quantize
+
+    def faulty(program: ir.Model, *args: object) -> dict[str, list[str]]:
+        done = quantize(program, *args)
+        fault(program)
+        return done
+
+    monkeypatch.setattr(quantised, "quantize", faulty)
+    with pytest.raises(VerificationError, match=told):
+        peftfx.export_onnx(model, tmp_path / "out", view="forward", quantize=SMALL)
+
+
+def _lost(self: Merge, graph: Graph) -> PassResult:
+    """Merge, and lose the update of one layer."""
+    result = MERGE(self, graph)
+    name, recipe = next((n, r) for n, r in result.graph.derived.items() if isinstance(r, Derived))
+    result.graph.derived[name] = Own(recipe.folding.weight)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        pytest.param(torch.float32, {"quantize": SMALL}, marks=pytest.mark.further),
+        pytest.param(torch.float16, {"quantize": SMALL}, marks=pytest.mark.further),
+    ],
+)
+def test_a_lost_update_of_one_layer_is_seen(
+    dtype: torch.dtype, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was less than what rounding the merged weights costs."""
+    monkeypatch.setattr(Merge, "__call__", _lost)
+    adapted = peftfx.transform(ZOO["bert"].build().to(dtype), peftfx.LoRA(r=2, target="all-linear"))
+    for name, parameter in adapted.adapters.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    with pytest.raises(VerificationError, match="of the merged model, before its weights are rounded"):
+        adapted.export(tmp_path / "out", merge=True, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantised_graph_is_held_to_the_models_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was captured wrongly was held to itself alone."""
+    eager = EagerReference.__call__
+    monkeypatch.setattr(
+        EagerReference, "__call__", lambda self, feed: {n: 1.001 * v for n, v in eager(self, feed).items()}
+    )
+    with pytest.raises(VerificationError, match="before its weights are rounded, the graph disagrees"):
+        peftfx.export_onnx(ZOO["bert"].build(), tmp_path / "out", quantize=SMALL)
+
+
+def test_what_is_not_held_to_its_codes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "runs_exactly", lambda _: False)
+    report = peftfx.export_onnx(ZOO["bert"].build().half(), tmp_path / "out", quantize=SMALL)
+    assert report.reference.endswith("as it computes in half precision, and is too large to run in float64")
