@@ -10,9 +10,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.export.translation.between_casts import attend_in_float32, is_narrow, put_between_casts, scale_exactly
 from peftfx.export.translation.complex_pairs import pair_complex
+from peftfx.export.translation.composing.composed import compose
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers
-from peftfx.export.translation.operators.composed import compose
 from peftfx.export.translation.operators.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.operators.rounded_logs import widen_rounded_logs
 from peftfx.export.translation.pooled import pool_any_size
