@@ -33,6 +33,7 @@ _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
 _PUTS = {aten.index_put.default, aten.index_put_.default}
 _BY_INDICES = {*_PUTS, aten.index.Tensor, aten._unsafe_index.Tensor, aten._unsafe_index_put.default}
+_RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -73,6 +74,9 @@ def prepare(graph: Graph) -> Graph:
                 node.args[:1],
                 {"dtype": node.meta["val"].dtype},
             )
+        elif node.target in _RANGES and node.meta["val"].is_floating_point():
+            # Of a start and an end that are not both floating-point, the translation takes one's type.
+            node.kwargs = {**node.kwargs, "dtype": node.meta["val"].dtype}
         elif node.target in _UNPROMOTED:
             _promote(rewriter, node)
         elif node.target in SQUEEZES:

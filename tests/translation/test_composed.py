@@ -80,6 +80,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "products of rows by place": lambda x: x.index_reduce(1, _places(x)[0, :, 0], x, "prod", include_self=False),
     "means of rows by place": lambda x: x.index_reduce(-2, _places(x)[0, :, 0].int(), x.exp(), "mean"),
     "one line": lambda x: x + torch.linspace(2.0, 3.0, x.shape[1])[:, None],
+    "numbers in a row": lambda x: x / torch.arange(1, 5.0) + torch.arange(1.0, x.shape[1] + 1)[:, None],
     "numbers of sizes": lambda x: x * torch.tensor([x.shape[1], 0.5]).sum() + torch.tensor([[x.shape[0]], [3]])[0],
     "half a size": lambda x: x / torch.tensor(x.shape[1] * 0.5),
     "written where it is large": lambda x: _written(x, x > 9),
