@@ -27,6 +27,7 @@ from peftfx.files import is_folder
 from peftfx.graph.slots import Manifest
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
+from peftfx.options import CAT
 from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
 from peftfx.rules.tied_copies import method_of_file
 
@@ -64,6 +65,9 @@ def export_adapter_directories(
         )
         raise PeftfxError(what, str(graph), "pass --base DIR")
     given = [_weighted(text) for text in adapters]
+    if asked.combination != CAT and all(weight is None for _, weight in given):
+        what = "a combination has no effect on adapters without weights"
+        raise PeftfxError(what, "combination", "give each adapter a weight, as in --adapter DIR=1")
     for folder in (rule for adapter, _ in given for rule in rule_folders(adapter)):
         _refuse_head(folder, manifest.model)
     say("load")

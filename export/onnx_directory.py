@@ -16,7 +16,7 @@ from peftfx.export.assets import copy_assets, tell_links, write_configs
 from peftfx.export.deployment.deployment import Deployment, InGraph
 from peftfx.export.deployment.image_size import chosen_picture, example_of_size
 from peftfx.export.deployment.left_out import warn_of_left_out
-from peftfx.export.deployment.merged_decoder import write_merged_decoder
+from peftfx.export.deployment.merged_decoder import refuse_no_decoder, write_merged_decoder
 from peftfx.export.deployment.parts import sites_view
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT
@@ -132,6 +132,8 @@ def export_onnx(
         with_videos(asked.videos),
     ):
         work, parts = work.captured()
+        if asked.merged_decoder:
+            refuse_no_decoder([part.file for part in parts])
         if inputs is None:
             warn_of_left_out(adapted.base, parts)
         work.count(parts)

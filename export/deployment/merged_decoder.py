@@ -11,7 +11,7 @@ the encoder's own operators, over the same file of weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,13 @@ _TOLERANCE = {"float16": 1e-2}  #: of an output's largest magnitude, by dtype; b
 Arrays = Mapping[str, np.ndarray]
 
 
+def refuse_no_decoder(files: Collection[str]) -> None:
+    """Refuse an export whose graphs, by the names of their files, are not an encoder and a decoder."""
+    if not {ENCODER, DECODER} <= {*files}:
+        what = "merged_decoder is for an encoder-decoder in its decode view"
+        raise PeftfxError(what, "merged_decoder", "leave it out, or export with --view decode")
+
+
 def write_merged_decoder(directory: Path) -> Path:
     """Write `decoder_model_merged.onnx` beside the graphs of an encoder and a decoder, and check it against them.
 
@@ -46,10 +53,7 @@ def write_merged_decoder(directory: Path) -> Path:
         PeftfxError: the directory has no such graphs, or the keys and values depend on more than the encoder's output.
         VerificationError: ONNX Runtime computes something else with the new graph.
     """
-    for name in (ENCODER, DECODER):
-        if not is_file(directory / name):
-            what = "merged_decoder is for an encoder-decoder in its decode view"
-            raise PeftfxError(what, f"merged_decoder: {directory / name}", "leave it out, or export with --view decode")
+    refuse_no_decoder([name for name in (ENCODER, DECODER) if is_file(directory / name)])
     merged = _merged(ir.load(directory / ENCODER), ir.load(directory / DECODER))
 
     def write(path: Path) -> None:

@@ -11,9 +11,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from peftfx.export.translation.between_casts import attend_in_float32, is_narrow, put_between_casts, scale_exactly
 from peftfx.export.translation.complex_pairs import pair_complex
+from peftfx.export.translation.composing.composed import compose
 from peftfx.export.translation.enlarged import enlarge_as_torch, widen_sounds
 from peftfx.export.translation.numbers import compute_numbers, make_tensor
-from peftfx.export.translation.operators.composed import compose
 from peftfx.export.translation.operators.hidden_rows import zero_hidden_rows
 from peftfx.export.translation.operators.rounded_logs import widen_rounded_logs
 from peftfx.export.translation.pooled import divide_sums, pool_any_size
@@ -34,6 +34,7 @@ _CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 _UNPROMOTED = {aten.rsub.Scalar, aten.rsub.Tensor, aten.floor_divide.Scalar, aten.floor_divide.default}
 _PUTS = {aten.index_put.default, aten.index_put_.default}
 _BY_INDICES = {*_PUTS, aten.index.Tensor, aten._unsafe_index.Tensor, aten._unsafe_index_put.default}
+_RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 _SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -77,6 +78,9 @@ def prepare(graph: Graph) -> Graph:
                 node.args[:1],
                 {"dtype": node.meta["val"].dtype},
             )
+        elif node.target in _RANGES and node.meta["val"].is_floating_point():
+            # Of a start and an end that are not both floating-point, the translation takes one's type.
+            node.kwargs = {**node.kwargs, "dtype": node.meta["val"].dtype}
         elif node.target in _UNPROMOTED:
             _promote(rewriter, node)
         elif node.target in SQUEEZES:

@@ -19,6 +19,8 @@ from peftfx.contract.weight import Weighted
 from peftfx.errors import PeftfxError, listed, shown, warn
 from peftfx.field_types import fits
 
+TOKEN_ROWS = "trainable_token_indices"  #: the option of a method that trains rows of embeddings beside its own tensors
+
 
 def settled(adapter: Adapter, values: Mapping[str, int]) -> Adapter:
     """Return an adapter with the same tensors that does for all rows what `adapter` does for rows with these `values`.
@@ -104,13 +106,17 @@ def _made(
     base: nn.Module, adapters: Mapping[str, Adapter], rules: list[list[WeightPlacement]], values: Mapping[str, Params]
 ) -> Adapter:
     overrides = {o.key: (adapter, o) for adapter in adapters.values() for o in adapter.overrides}
-    saved = tuple(sorted({o.module for _, o in overrides.values()})) or None
+    saved = tuple(sorted({o.module for _, o in overrides.values() if not o.rows})) or None
+    tokens = {o.path: o.rows for _, o in overrides.values() if o.rows}
+    holder = next(i for i, own in enumerate(rules) if not tokens or TOKEN_ROWS in own[0].method.options())
     placed = []
     for i, own in enumerate(rules):
-        copies = [o for _, o in overrides.values()] if i == 0 else []
+        copies = [o for _, o in overrides.values()] if i == holder else []
         first = own[0].method
         options: dict[str, object] = {name: getattr(first, name) for name in first.options() if name not in PLACING}
-        options |= {"target": tuple(_expression(p) for p in own), "modules_to_save": saved if i == 0 else None}
+        options |= {"target": tuple(_expression(p) for p in own), "modules_to_save": saved if i == holder else None}
+        if tokens and i == holder:
+            options[TOKEN_ROWS] = tokens
         placed.append(Placed(type(first).from_options(options), Placements(own), tuple(copies)))
     made = Adapter(placed, next(iter(adapters.values())).records)
     made.start = UNKNOWN if any(adapter.start for adapter in adapters.values()) else ""
@@ -138,7 +144,7 @@ def _refuse_copies(adapters: Mapping[str, Adapter]) -> None:
             if override.tied:
                 what = "adapters with one copy for tied modules cannot be summed"
                 raise PeftfxError(what, override.name, "train without it (ensure_weight_tying, modules_to_save)")
-            if not override.module:
+            if not override.module and not override.rows:
                 raise PeftfxError(
                     "adapters that train the base's biases cannot be summed",
                     override.key.partition(".")[2],

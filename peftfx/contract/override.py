@@ -51,6 +51,11 @@ class Override:
         return self.trained and not self.module and not self.rows and not self.tied
 
     @property
+    def path(self) -> str:
+        """The path of the module under which the adapter keeps its tensor."""
+        return self.key.removeprefix(f"{SAVED}.").rpartition(".")[0]
+
+    @property
     def indices(self) -> str:
         """The name under which the adapter keeps the rows' indices."""
         return f"{self.key.rpartition('.')[0]}.token_indices"

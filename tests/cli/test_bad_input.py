@@ -123,6 +123,8 @@ def test_a_file_in_place_of_a_folder_is_told(inputs: Inputs, peftfx: Callable[..
     refused(inputs.classifier, single, "this is a file", "peftfx convert --base BASE --file FILE")
     refused(inputs.classifier, inputs.lora / "adapter_model.safetensors", "this is a file", "the folder that it is in")
     refused(inputs.classifier / "model.safetensors", inputs.lora, "another file", "the folder that it is in")
+    words = ("convert", "--base", inputs.classifier, "--file", inputs.lora, "--output", tmp_path / "out")
+    assert_refused(peftfx(*words), "this is a folder", "an adapter's folder with --adapter")
     shutil.copytree(inputs.classifier, tmp_path / "hub" / "snapshots" / "abc")
     refused(tmp_path / "hub", inputs.lora, "no config.json", "snapshots/abc")
 

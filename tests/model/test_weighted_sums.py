@@ -152,6 +152,25 @@ def test_a_head_that_one_of_them_trained_is_kept(model: AdaptedModel, tmp_path: 
         model.add_weighted_adapter(["head", "again"], [1, 1], "more")
 
 
+@pytest.mark.parametrize(("name", "target"), [("gpt2", "c_attn"), ("mistral", "v_proj")], ids=["tied", "untied"])
+def test_rows_of_tokens_that_one_of_them_trained_are_kept(name: str, target: str, tmp_path: Path) -> None:
+    ours = peftfx.transform(ZOO[name].build(), LoRA(target=f"/.*{target}/"), adapter_name="one").eval()
+    theirs = peft.get_peft_model(ZOO[name].build(), lora([target], trainable_token_indices=[3, 5]))
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "two"), save_embedding_layers=False)
+    ours.load_adapter(tmp_path / "two", "two")
+    ours.add_weighted_adapter(["one", "two"], [0.5, 2.0], "sum")
+    inputs = ZOO[name].inputs(2, 6, 1, model=ours.base)
+    inputs["input_ids"][:, :2] = torch.tensor([3, 5])
+    ours.save_pretrained(tmp_path / "sum", selected_adapters=["sum"])
+    want = first(ours, inputs)
+    same(first(peftfx.load(ZOO[name].build(), tmp_path / "sum" / "sum").eval(), inputs), want)
+    same(first(load_peft(ZOO[name].build(), tmp_path / "sum" / "sum"), inputs), want)
+    ours.load_adapter(tmp_path / "two", "again")
+    with pytest.raises(PeftfxError, match="'two' and 'again' both train"):
+        ours.add_weighted_adapter(["two", "again"], [1, 1], "more")
+
+
 def test_what_has_no_sum_is_refused(model: AdaptedModel) -> None:
     add(model, a=LoRA(r=2), b=LoRA(r=3), dora=LoRA(r=2, use_dora=True), scale=IA3(), biased=LoRA(r=2, bias="all"))
     add(model, prompt=peftfx.PromptTuning(num_virtual_tokens=2), pissa=LoRA(r=2, init_lora_weights="pissa"))

@@ -158,6 +158,10 @@ def test_effects_of_several_add_up_with_weights_and_without(llama: Deployed, tmp
     assert result.code == 0, result.err
     llama.served.load_adapter(tmp_path / "sum.onnx_adapter")
     assert farthest(adapted, llama.served.model, outputs(adapted, merged=False)) < 1e-4
+    plain = ["--adapter", tmp_path / "a", "--adapter", tmp_path / "b", "--combination", "linear"]
+    refused = peftfx("export-adapter", *plain, "--for", graph, "--output", tmp_path / "linear", "--base", base)
+    assert refused.code == 2
+    assert "no effect on adapters without weights" in refused.err
     for order in (["a", "c"], ["c", "b"]):
         adapted.set_adapter(order)
         llama.served.load_adapter(export_adapter(adapted, graph, tmp_path / "".join(order), check=False))

@@ -25,6 +25,11 @@ def _written(x: Tensor, mask: Tensor) -> Tensor:
     return y
 
 
+def _places(x: Tensor) -> Tensor:
+    """Each place of the second axis twice; the last half of the axis has none."""
+    return (torch.arange(x.shape[1]) // 2)[:, None].expand_as(x)
+
+
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "products so far": lambda x: x.cumprod(1),
     "median": lambda x: x.median(1).values,
@@ -72,7 +77,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "added at places": lambda x: torch.zeros_like(x).scatter(2, (x > 0).long(), x, reduce="add"),
     "a number added at places": lambda x: x.clone().scatter_(2, x[:, :1].argsort(-1), 0.5, reduce="add"),
     "multiplied at places": lambda x: torch.ones_like(x).scatter(1, (x < 0).long(), x, reduce="multiply"),
+    "means by place": lambda x: (x * 0 + torch.inf).scatter_reduce(1, _places(x), x, "mean", include_self=False),
+    "means by place, with what was there": lambda x: x.scatter_reduce(1, _places(x), x.exp(), "mean"),
+    "whole means by place": lambda x: (9 * x).long().scatter_reduce(1, _places(x), (7 * x).long(), "mean"),
+    "products of rows by place": lambda x: x.index_reduce(1, _places(x)[0, :, 0], x, "prod", include_self=False),
+    "means of rows by place": lambda x: x.index_reduce(-2, _places(x)[0, :, 0].int(), x.exp(), "mean"),
     "one line": lambda x: x + torch.linspace(2.0, 3.0, x.shape[1])[:, None],
+    "numbers in a row": lambda x: x / torch.arange(1, 5.0) + torch.arange(1.0, x.shape[1] + 1)[:, None],
     "numbers of sizes": lambda x: x * torch.tensor([x.shape[1], 0.5]).sum() + torch.tensor([[x.shape[0]], [3]])[0],
     "half a size": lambda x: x / torch.tensor(x.shape[1] * 0.5),
     "written where it is large": lambda x: _written(x, x > 9),

@@ -1,4 +1,4 @@
-"""Operators that ONNX lacks or ONNX Runtime computes wrongly, written in others, before the translation.
+"""Each operator that is written in others, and the function of torch that writes it.
 
 Products and comparisons of all pairs, as in `cdist` and `cummax`, take memory for all pairs.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from peftfx.analysis.dataflow import arguments_of
-from peftfx.export.translation.operators.losses import cross_entropy
+from peftfx.export.translation.composing.losses import cross_entropy
+from peftfx.export.translation.composing.scattered import MEAN, embedding_bag, index_reduce, scatter_by, scatter_mean
 from peftfx.graph.rewriter import Rewriter
 
 _aten = torch.ops.aten
@@ -21,7 +22,7 @@ _aten = torch.ops.aten
 
 def compose(rewriter: Rewriter, node: fx.Node) -> bool:
     """Replace an operator by others. Return whether the node was one to be replaced."""
-    function = _by_vector if _has_vector(node) else _COMPOSED.get(node.target)
+    function = _function_for(node)
     if function is None:
         return False
     given = [*arguments_of(node).values()]
@@ -44,6 +45,12 @@ def compose(rewriter: Rewriter, node: fx.Node) -> bool:
     return True
 
 
+def _function_for(node: fx.Node) -> Callable[..., object] | None:
+    if _has_vector(node):
+        return _by_vector
+    return scatter_mean if _has_mean(node) else _COMPOSED.get(node.target)
+
+
 def _by_vector(x: Tensor, y: Tensor) -> Tensor:
     """Return a product with a vector, as one with a column or a row.
 
@@ -60,6 +67,10 @@ def _has_vector(node: fx.Node) -> bool:
         return False
     ranks = [value.meta["val"].ndim for value in node.args if isinstance(value, fx.Node)]
     return len(ranks) == 2 and min(ranks) == 1 < max(ranks)
+
+
+def _has_mean(node: fx.Node) -> bool:
+    return node.target is _aten.scatter_reduce.two and arguments_of(node)["reduce"] == MEAN
 
 
 def _hypot(a: Tensor, b: Tensor) -> Tensor:
@@ -162,47 +173,6 @@ def _sort(x: Tensor, stable: bool | None, dim: int, descending: bool) -> tuple[T
     return values, places
 
 
-def _scatter(x: Tensor, dim: int, index: Tensor, values: Tensor | float, reduce: str) -> Tensor:
-    """Add values to others at their places, or multiply by them."""
-    given = values if isinstance(values, Tensor) else torch.full_like(index, values, dtype=x.dtype)
-    return x.scatter_reduce(dim, index, given, {"add": "sum", "multiply": "prod"}[reduce], include_self=True)
-
-
-_SUM, _MEAN, _MAX = range(3)  #: the modes of `embedding_bag`
-
-
-def _embedding_bag(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    scale_grad_by_freq: bool = False,
-    mode: int = _SUM,
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> tuple[Tensor]:
-    """Return the sum, mean or maximum of the rows of each bag; a bag begins at its offset, and may be empty."""
-    offsets = offsets[:-1] if include_last_offset else offsets
-    # One place more than there are indices: an empty last bag begins there.
-    starts = torch.zeros(indices.shape[0] + 1, dtype=torch.int64, device=weight.device)
-    starts = starts.index_add(0, offsets.long(), torch.ones_like(offsets, dtype=torch.int64))
-    bag = starts.cumsum(0)[:-1] - 1
-    rows, counted = weight[indices], torch.ones_like(indices, dtype=weight.dtype)
-    if padding_idx is not None:
-        counted = (indices != padding_idx % weight.shape[0]).to(weight.dtype)
-    counts = weight.new_zeros(offsets.shape[0]).index_add(0, bag, counted).unsqueeze(-1)
-    shape = (offsets.shape[0], weight.shape[1])
-    if mode == _MAX:
-        rows = rows.masked_fill((counted == 0).unsqueeze(-1), -torch.inf)
-        lowest = weight.new_full(shape, -torch.inf)
-        most = lowest.scatter_reduce(0, bag.unsqueeze(-1).expand_as(rows), rows, "amax", include_self=True)
-        return (torch.where(counts > 0, most, torch.zeros_like(most)),)
-    counted = counted if per_sample_weights is None else counted * per_sample_weights
-    total = weight.new_zeros(shape).index_add(0, bag, rows * counted.unsqueeze(-1))
-    return (total / counts.clamp(min=1) if mode == _MEAN else total,)
-
-
 def _over(reduce: Callable[..., Tensor]) -> Callable[[Tensor, Sequence[int], bool], Tensor]:
     """Return a reduction that names its axes. torch's exporter does not take one over all axes, which names none."""
 
@@ -285,9 +255,10 @@ _COMPOSED: Mapping[Any, Callable[..., object]] = {
     _aten.copysign.Tensor: _copysign,
     _aten.cross_entropy_loss.default: cross_entropy,
     _aten.tensor_split.sections: _tensor_split,
-    _aten.scatter.reduce: _scatter,
-    _aten.scatter.value_reduce: _scatter,
+    _aten.scatter.reduce: scatter_by,
+    _aten.scatter.value_reduce: scatter_by,
     _aten.istft.default: _inverse_stft,
-    _aten.embedding_bag.default: _embedding_bag,
-    _aten.embedding_bag.padding_idx: _embedding_bag,
+    _aten.embedding_bag.default: embedding_bag,
+    _aten.embedding_bag.padding_idx: embedding_bag,
+    _aten.index_reduce.default: index_reduce,
 }
