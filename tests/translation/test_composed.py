@@ -76,7 +76,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "added at places": lambda x: torch.zeros_like(x).scatter(2, (x > 0).long(), x, reduce="add"),
     "a number added at places": lambda x: x.clone().scatter_(2, x[:, :1].argsort(-1), 0.5, reduce="add"),
-    "multiplied at places": lambda x: torch.ones_like(x).scatter(1, (x < 0).long(), x, reduce="multiply"),
+    "multiplied at places": lambda x: torch.ones_like(x).scatter(2, (x < 0).long(), x, reduce="multiply"),
     "means by place": lambda x: (x * 0 + torch.inf).scatter_reduce(1, _places(x), x, "mean", include_self=False),
     "means by place, with what was there": lambda x: x.scatter_reduce(1, _places(x), x.exp(), "mean"),
     "whole means by place": lambda x: (9 * x).long().scatter_reduce(1, _places(x), (7 * x).long(), "mean"),
