@@ -111,9 +111,13 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     return f"did you mean {', '.join(repr(c) for c in close)}?" if close else ""
 
 
+#: Whose frames a warning passes over: this package's, and those that may be between them.
+_BETWEEN = frozenset({"peftfx", "torch", "functools", "contextlib"})
+
+
 def warn(text: str) -> None:
     """Warn the user; the warning points to the line of the user's code that called this package, or torch."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("peftfx", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(text, PeftfxWarning, stacklevel=level)

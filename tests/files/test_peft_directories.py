@@ -218,7 +218,10 @@ def test_a_key_of_a_module_that_never_runs_is_neither_missing_nor_an_error(tmp_p
     randomise(theirs)
     theirs.eval().save_pretrained(str(tmp_path))
     inputs = ZOO["t5"].inputs(2, 6, 1, model=base)
-    same(first(peftfx.load(copy.deepcopy(base), tmp_path), inputs), first(theirs, inputs))
+    with pytest.warns(peftfx.errors.PeftfxWarning, match=r"shared\.lora_embedding_A") as told:
+        ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    assert told[0].filename == __file__, "the warning points at the caller's line"
+    same(first(ours, inputs), first(theirs, inputs))
 
 
 def test_the_config_names_the_base_that_was_adapted_and_its_class(tmp_path: Path) -> None:

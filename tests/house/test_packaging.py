@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,7 @@ def _import_all(names: list[str], root: Path | None, python: Path | str = sys.ex
     """Import every module in a process that sees `root` first; returns where the package was found."""
     places = [] if root is None else [str(root)]
     code = f"import sys; sys.path[:0] = {places!r}\n{IMPORT_ALL}"
-    done = subprocess.run([python, "-c", code, *names], cwd="/", capture_output=True, text=True, check=False)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it could name this clone
+    done = subprocess.run([python, "-c", code, *names], cwd="/", env=own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -57,7 +57,7 @@ def _cases() -> Iterator[ParameterSet]:
 
 
 @pytest.mark.parametrize("road", ["modules", "graph"])
-@pytest.mark.parametrize(("config", "change"), _cases())
+@pytest.mark.parametrize(("config", "change"), [*_cases()])
 def test_changed_it_trains_as_in_peft(
     config: peft.PeftConfig, change: Callable[[nn.Module], None], road: str, tmp_path: Path
 ) -> None:

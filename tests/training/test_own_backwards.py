@@ -102,3 +102,12 @@ def test_a_graph_has_the_gradients_of_layers_under_a_checkpoint_or_inference_mod
         got = gradients(model, x)
     assert len(got) == len(want) == 4
     torch.testing.assert_close(got, want)
+
+
+def test_an_apply_that_c_defines_is_called_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's own is from 2.15 on; before that, `Function` has one of Python's over it."""
+    monkeypatch.setattr(Function, "apply", torch._C._FunctionBase.__dict__["apply"])
+    x = torch.randn(4, 6)
+    model = Layers("function")
+    torch.testing.assert_close(peftfx.capture(model, {"x": x})(x=2 * x), model(2 * x))
+    assert Function.__dict__["apply"] is torch._C._FunctionBase.__dict__["apply"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,24 @@ def test_nan_in_float16_is_told_with_its_reason(tmp_path: Path) -> None:
     adapted = peftfx.transform(Large().half(), peftfx.LoRA(r=2, target="head"), inputs={"x": torch.ones(2, 4).half()})
     with pytest.raises(VerificationError, match=r"own code gives NaN; float16 has no numbers above 65504"):
         adapted.export(tmp_path / "out")
+
+
+class Faint(nn.Module):
+    """A norm of numbers so small that the epsilon which torch takes for their dtype decides."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(6, 6), nn.RMSNorm(6, elementwise_affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(1e-3 * self.layer(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_an_rms_norm_in_float64_has_the_epsilon_of_the_models_dtype(affine: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    adapted = peftfx.transform(Faint(affine), peftfx.LoRA(r=2, target="linear"), inputs={"x": torch.randn(2, 5, 6)})
+    with warnings.catch_warnings(action="error"):
+        report = adapted.export(tmp_path / "out")
+    assert report.float32 is not None
+    assert 0 < report.float32 < 1e-5

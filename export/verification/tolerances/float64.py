@@ -62,21 +62,37 @@ def _computing(wider: _Dtypes, rounded: bool) -> Iterator[None]:
 
 
 class _Checked(TorchFunctionMode):
-    """A mode that widens the operands of functions which compare their operands' dtypes before any operator."""
+    """A mode for functions that look at the dtypes of their operands before any operator: they get widened ones."""
 
     def __torch_function__(
         self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: Mapping[str, object] | None = None
     ) -> object:
         given = dict(kwargs or {})
-        if getattr(func, "__name__", "").partition(".")[0] in _CHECKED:  # an operator of a graph is `conv1d.default`
+        name = getattr(func, "__name__", "").partition(".")[0]  # an operator of a graph is `conv1d.default`
+        if name == "rms_norm":
+            args, given = (), _with_epsilon(*args, **given)  # type: ignore[arg-type]
+        if name in _CHECKED:
             args, given = pytree.tree_map(_wide, (args, given))
         return func(*args, **given)
+
+
+def _with_epsilon(
+    input: object, normalized_shape: object, weight: Tensor | None = None, eps: float | None = None
+) -> dict[str, object]:
+    """Return the arguments of an RMS norm with its epsilon: without one, torch takes that of the dtype of its numbers.
+
+    In half precision it takes that of float32. A norm without a weight is taken for one of a float32 model.
+    """
+    own = torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+    given = torch.finfo(own).eps if eps is None else eps
+    return {"input": input, "normalized_shape": normalized_shape, "weight": weight, "eps": given}
 
 
 _CHECKED = frozenset(
     {
         *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-        *("lstm", "gru", "rnn_tanh", "rnn_relu", "scaled_dot_product_attention", "grouped_mm", "_grouped_mm"),
+        *("lstm", "gru", "rnn_tanh", "rnn_relu", "rms_norm"),
+        *("scaled_dot_product_attention", "grouped_mm", "_grouped_mm"),
     }
 )
 

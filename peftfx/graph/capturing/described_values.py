@@ -191,7 +191,9 @@ def _classes(kind: type) -> Iterator[type]:
 
 @functools.cache
 def _lists_of(kind: type) -> tuple[str, ...]:
-    return tuple(name for k in _classes(kind) for name, v in vars(k).items() if isinstance(v, (list, tuple, dict)))
+    """Return the names of a class's lists, but for Python's own: `__static_attributes__` has no entry for a layer."""
+    held = (item for k in _classes(kind) for item in vars(k).items() if not item[0].startswith("__"))
+    return tuple(name for name, value in held if isinstance(value, (list, tuple, dict)))
 
 
 _Places = tuple[tuple[Mapping[str, object], str], ...]

@@ -39,7 +39,7 @@ def own_backwards(model: nn.Module) -> Iterator[list[str]]:
             return run(*values)
         if here and cls.__module__.partition(".")[0] not in _OF_LIBRARIES and cls.__name__ not in found:
             found.append(cls.__name__)
-        return apply.__func__(cls, *args, **kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)  # a class method of Python's, or, from torch 2.15 on, of C's
 
     Function.apply = classmethod(noting)  # type: ignore[assignment, method-assign]
     try:

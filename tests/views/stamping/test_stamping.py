@@ -178,6 +178,8 @@ class Config:
 class Layer(nn.Module):
     """A layer that knows its number, and one way in which it is another than the rest."""
 
+    __static_attributes__ = ("layer_idx", "linear", "scale", "seen", "way")  # as Python notes from 3.13 on
+
     def __init__(self, index: int, way: str, config: Config) -> None:
         super().__init__()
         self.way, self.layer_idx, self.config, self.seen = way, index, config, 0
