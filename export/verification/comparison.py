@@ -13,6 +13,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError, listed, warn
 from peftfx.export.translation.program import onnx_outputs, values_of_outputs
+from peftfx.export.verification.tolerances.masked import magnitude_of_masks
 from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
 
@@ -20,6 +21,7 @@ Reference = Callable[[Tensors], Tensors]
 """A function that a model is compared with. It takes inputs by name and returns outputs by name."""
 Shown = Callable[[str, Tensors, Tensor], Tensor]
 """A function that selects what to compare of an output, given its name, the inputs, and its value."""
+_Select = Callable[[Tensor], Tensor]
 _LOOSE = 0.5  #: of an output's largest magnitude: a tolerance beyond it lets nearly any answer pass
 WORST = 3  #: how many outputs a message names
 
@@ -142,11 +144,23 @@ def compared(
         alike = value.shape == got[name].shape and value.dtype == got[name].dtype
         if tolerance.floats_alone and not value.is_floating_point() and alike:
             continue
-        select = functools.partial(choose, name, feed)
-        one = _compare(name, value.detach(), got[name], select, kinds.get(name))
-        noise = _largest_difference(exact[name], value, select) if name in exact else None
-        tolerance.learn(name, noise, one.largest, value.dtype)
-        yield dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype, parts=parts)
+        for told, select in _selections(name, value.detach(), functools.partial(choose, name, feed)):
+            one = _compare(told, value.detach(), got[name], select, kinds.get(name))
+            noise = _largest_difference(exact[name], value, select) if name in exact else None
+            tolerance.learn(told, noise, one.largest, value.dtype)
+            yield dataclasses.replace(one, shapes=shapes, noise=noise, dtype=value.dtype, parts=parts)
+
+
+def _selections(name: str, want: Tensor, select: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, _Select]]:
+    """Yield what is compared of an output, with its name: all that is shown, and the numbers that are no masks."""
+    yield name, select
+    if not want.is_floating_point():
+        return
+    shown = select(want.cpu().to(torch.float64))
+    least = magnitude_of_masks(shown)
+    if least < _INF:
+        usual = shown.abs() < least
+        yield f"{name}, but for masks", lambda value: select(value)[usual]
 
 
 def judged(

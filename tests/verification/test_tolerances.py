@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from verification.spoiled import spoil_captures
 
 import peftfx
 from peftfx.export.verification.comparison import VerificationError
@@ -115,3 +116,26 @@ def test_an_rms_norm_in_float64_has_the_epsilon_of_the_models_dtype(affine: bool
         report = adapted.export(tmp_path / "out")
     assert report.float32 is not None
     assert 0 < report.float32 < 1e-5
+
+
+class Masked(nn.Module):
+    """Scores of which some are masked, as those of TAPAS, whose masks are -10000 plus a score."""
+
+    def __init__(self, mask: float) -> None:
+        super().__init__()
+        self.mask, self.up, self.middle, self.out = mask, nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.out(self.middle(self.up(x).relu()).relu())[..., 0]
+        return scores + self.mask * (x[..., 0] > 0.5)
+
+
+@pytest.mark.parametrize("mask", [-1e4, torch.finfo(torch.float32).min], ids=["-10000", "least"])
+def test_scores_beside_masks_are_compared(mask: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Masked(mask).eval(), torch.randn(2, 30, 8)
+    report = peftfx.export_onnx(model, tmp_path / "out", inputs={"x": x})
+    assert {c["output"] for c in report.comparisons} == {"output", "output, but for masks"}
+    spoil_captures(monkeypatch)
+    with pytest.raises(VerificationError, match=r"output, but for masks: .* absolute"):
+        peftfx.export_onnx(model, tmp_path / "spoiled", inputs={"x": x})
