@@ -26,7 +26,7 @@ from peftfx.export.coded.rounded import FINITE
 from peftfx.export.verification.cases import FEW, PROBE_SIZES, is_large, with_trained_tokens
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
-from peftfx.export.verification.tolerances.masked import magnitude_of_masks
+from peftfx.export.verification.tolerances.masked import relative_difference
 from peftfx.export.verification.tolerances.tolerance import Tensors
 from peftfx.export.writing.read_back import count_wrong
 from peftfx.export_options.merge import MergeOptions
@@ -153,13 +153,10 @@ def _difference(name: str, shapes: dict[str, list[int]], want: Tensor, got: Tens
     if not want.numel():
         return Difference(name, shapes, 0.0, 0.0)
     want, got = want.double(), got.double()
+    finite = want.isfinite() & got.isfinite()
     alike = (got == want) | (got.isnan() & want.isnan())  # infinities too: scores of classes that do not exist, say
-    off = (got - want).abs().masked_fill(alike, 0.0).nan_to_num(math.inf, math.inf)
-    usual = want.abs() < magnitude_of_masks(want)
-    relative = [float(off[own].max()) / _largest(want[own]) for own in (off >= 0, usual) if bool(own.any())]
-    return Difference(name, shapes, float(off.max()), max(relative))
-
-
-def _largest(values: Tensor) -> float:
-    finite = values[values.isfinite()].abs()
-    return max(float(finite.max()) if finite.numel() else 0.0, torch.finfo(torch.float32).tiny)
+    if not bool((alike | finite).all()):
+        return Difference(name, shapes, math.inf, math.inf)
+    want, got = want[finite], got[finite]
+    off = float((got - want).abs().max()) if want.numel() else 0.0
+    return Difference(name, shapes, off, relative_difference(want, got))

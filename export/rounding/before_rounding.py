@@ -19,7 +19,7 @@ from peftfx.adapters.recipes import Derived
 from peftfx.bases.dtypes import HALF_DTYPES
 from peftfx.export.verification.comparison import Shown, VerificationError, compared, judged
 from peftfx.export.verification.tolerances.float64 import float32, float64
-from peftfx.export.verification.tolerances.masked import magnitude_of_masks
+from peftfx.export.verification.tolerances.masked import relative_difference
 from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of, run_in
 from peftfx.graph.graph import DERIVED, Graph
@@ -112,12 +112,4 @@ def _off(want: Tensor, got: Tensor) -> float:
     finite = want.isfinite()
     if not torch.equal(finite, got.isfinite()):
         return float("inf")
-    usual = finite & (want.abs() < magnitude_of_masks(want))
-    return max(_relative(want[numbers], got[numbers]) for numbers in (finite, usual))
-
-
-def _relative(want: Tensor, got: Tensor) -> float:
-    if not want.numel():
-        return 0.0
-    largest = want.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((want - got).abs().max() / largest)
+    return relative_difference(want[finite], got[finite])

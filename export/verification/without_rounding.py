@@ -41,7 +41,7 @@ from peftfx.export.verification.comparison import (
 )
 from peftfx.export.verification.float32_twin import unrounded
 from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float32, float64
-from peftfx.export.verification.tolerances.masked import magnitude_of_masks
+from peftfx.export.verification.tolerances.masked import relative_difference
 from peftfx.export.verification.tolerances.tolerance import MULTIPLE, Tensors, Tolerance
 from peftfx.export.verification.verify import is_mapped, unpadded
 from peftfx.graph.graph import Graph
@@ -215,9 +215,7 @@ def run_in(mode: Callable[[], AbstractContextManager[object]], run: Reference, c
 
 def _near(want: Tensor, got: Tensor) -> bool:
     finite = want.isfinite() & got.isfinite()
-    usual = finite & (want.abs() < magnitude_of_masks(want))
-    compared = (numbers for numbers in (finite, usual) if bool(numbers.any()))
-    return all(bool((want - got)[own].abs().max() <= _NEAR * want[own].abs().max()) for own in compared)
+    return relative_difference(want[finite], got[finite]) <= _NEAR
 
 
 def _alike(want: Tensor, got: Tensor) -> bool:

@@ -136,10 +136,9 @@ class PromptMethod(SequenceMethod):
             lost = f"the text has nothing of {listed(site.beside, 1)}, or the call is refused"
             return f"it gives the model embedded tokens and no ids: {lost}"
         theirs = text_table(base)
-        if theirs is None or theirs.weight is base.get_submodule(site.embedding).weight:
+        if theirs is None or base.get_submodule(theirs).weight is base.get_submodule(site.embedding).weight:
             return ""
-        path = next(path for path, module in own_modules(base) if module is theirs)
-        return f"it embeds the text by {path}, and the model by {site.embedding}"
+        return f"it embeds the text by {theirs}, and the model by {site.embedding}"
 
 
 _M = TypeVar("_M", bound=SequenceMethod)

@@ -62,6 +62,18 @@ def _larger(model: ir.Model) -> None:
     model.graph.insert_after(node, more)
 
 
+def _spoil(fault: Callable[[ir.Model], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each export have a fault in its rounded program."""
+    quantize = quantised.quantize
+
+    def faulty(program: ir.Model, *args: object) -> dict[str, list[str]]:
+        done = quantize(program, *args)
+        fault(program)
+        return done
+
+    monkeypatch.setattr(quantised, "quantize", faulty)
+
+
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
@@ -74,14 +86,7 @@ def test_a_fault_in_one_layer_is_seen(
     fault: Callable[[ir.Model], None], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until now it was a part of what rounding costs."""
-    quantize = quantised.quantize
-
-    def faulty(model: ir.Model, *args: object) -> dict[str, list[str]]:
-        done = quantize(model, *args)
-        fault(model)
-        return done
-
-    monkeypatch.setattr(quantised, "quantize", faulty)
+    _spoil(fault, monkeypatch)
     with pytest.raises(VerificationError, match=told):
         peftfx.export_onnx(ZOO["llama"].build(), tmp_path / "out", view="forward", quantize="int4")
     assert not list(tmp_path.iterdir())
@@ -170,14 +175,7 @@ def test_half_precision_experts_and_each_block_are_held(
     """Graphs in half precision and stacks of experts were not held to their codes, nor codes to their weights."""
     model = ZOO["bert"].build() if model_type == "bert" else build("text-generation", model_type)
     model = model.half() if half else model
-    quantize = quantised.quantize
-
-    def faulty(program: ir.Model, *args: object) -> dict[str, list[str]]:
-        done = quantize(program, *args)
-        fault(program)
-        return done
-
-    monkeypatch.setattr(quantised, "quantize", faulty)
+    _spoil(fault, monkeypatch)
     with pytest.raises(VerificationError, match=told):
         peftfx.export_onnx(model, tmp_path / "out", view="forward", quantize=SMALL)
 

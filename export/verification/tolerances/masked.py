@@ -29,3 +29,21 @@ def magnitude_of_masks(values: Tensor) -> float:
     if not usual or largest - 1 - usual[-1] <= _GAP:
         return math.inf
     return math.ldexp(1.0, largest - 2)
+
+
+def relative_difference(want: Tensor, got: Tensor) -> float:
+    """Return the largest difference of finite numbers, relative to the largest magnitude; 0 if there are no numbers.
+
+    Where some numbers are masks, it is the larger one of that of all numbers and that of the others.
+    """
+    masks = magnitude_of_masks(want)
+    usual = want.abs() < masks
+    compared = ((want, got), (want[usual], got[usual])) if masks < math.inf else ((want, got),)
+    return max(_relative(*both) for both in compared)
+
+
+def _relative(want: Tensor, got: Tensor) -> float:
+    if not want.numel():
+        return 0.0
+    largest = want.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((want - got).abs().max() / largest)
