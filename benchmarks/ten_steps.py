@@ -174,7 +174,7 @@ def compare(method: Method, model: Model, dropout: float) -> Difference:
         except Exception as error:
             return Difference(reason=f"`peft` raises {type(error).__name__}: {str(error).splitlines()[0][:80]}")
         got = train(ours, model.batches(base))
-        loss = max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))
+        loss = float(torch.tensor([abs(a - b) / abs(b) for a, b in zip(got, want, strict=True)]).max())
         tensors = []
         for name, trained in (("ours", ours), ("theirs", theirs)):
             trained.save_pretrained(str(Path(directory) / name))  # type: ignore[operator]
@@ -239,7 +239,8 @@ def allocate(model: nn.Module, step: int) -> None:
 def distance(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
     """The largest difference of two sets of tensors, each relative to its tensor's largest value."""
     assert got.keys() == want.keys(), got.keys() ^ want.keys()
-    return max(float((got[n] - t).abs().max() / t.abs().max()) for n, t in want.items() if t.numel())
+    far = [(got[n] - t).abs().max() / t.abs().max() for n, t in want.items() if t.numel()]
+    return float(torch.stack(far).max())  # NaN if one is, where Python's `max` would lose it
 
 
 def main() -> None:

@@ -104,6 +104,7 @@ OWN_IMAGE_SIZES: Mapping[str, Mapping[str, Any]] = {
         "projector_output_dim": 32,
         "intermediate_size": 128,
     },
+    "textnet": {"image_size": [64, 64]},
     "llama4_text": {"intermediate_size_mlp": 48},
     "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 20, "no_token_index": 21},
     "t5gemma2_encoder": {"mm_tokens_per_image": 4},

@@ -11,7 +11,7 @@ from typing import Literal
 
 import peft
 import torch
-from support.parity import changed, farthest, outputs
+from support.parity import apart, changed, farthest, outputs
 from torch import Tensor, nn
 
 from peftfx.model.adapted import AdaptedModel
@@ -89,8 +89,8 @@ def _only_padding(ours: AdaptedModel, theirs: nn.Module, calls: Calls, tolerance
         mask = call["attention_mask"]
         full = {**call, "attention_mask": torch.ones_like(mask)}
         full["input_ids"] = call["input_ids"][:1].expand_as(call["input_ids"])
-        apart = farthest(outputs(ours, full), outputs(theirs, full), full)
-        assert apart <= tolerance, f"HF PEFT is {apart:.1e} away, and nothing is padded"
+        off = farthest(outputs(ours, full), outputs(theirs, full), full)
+        assert off <= tolerance, f"HF PEFT is {off:.1e} away, and nothing is padded"
         together = outputs(ours, call)
         for row, length in enumerate(mask.sum(1)):
             own = {
@@ -98,8 +98,8 @@ def _only_padding(ours: AdaptedModel, theirs: nn.Module, calls: Calls, tolerance
                 for n, v in call.items()
             }
             alone = outputs(ours, own)
-            apart = max(float((alone[n] - together[n][row : row + 1, : alone[n].shape[1]]).abs().max()) for n in alone)
-            assert apart <= tolerance * max(1.0, *(float(v.abs().max()) for v in alone.values()))
+            off = max(apart(alone[n], together[n][row : row + 1, : alone[n].shape[1]]) for n in alone)
+            assert off <= tolerance * max(1.0, *(float(v.abs().max()) for v in alone.values()))
     return "rows that are padded: HF PEFT's answer depends on the padding, ours is the row's own"
 
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from every_model.checks import build
 from support.zoo import ZOO
-from torch import nn
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.adapters.recipes import Derived, Own
 from peftfx.export import quantised, steps
+from peftfx.export.rounding import before_rounding
+from peftfx.export.rounding.before_rounding import hold_merged
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.graph.graph import Graph
@@ -208,6 +210,34 @@ def test_a_lost_update_of_one_layer_is_seen(
     with pytest.raises(VerificationError, match="of the merged model, before its weights are rounded"):
         adapted.export(tmp_path / "out", merge=True, **options)
     assert not list(tmp_path.iterdir())
+
+
+class Sensitive(nn.Module):
+    """Layers each of which makes a small difference larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.sin(3 * layer(x))
+        return x
+
+
+def test_a_deep_model_may_multiply_what_folding_its_weights_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was refused as a wrong merge; a lost update is still seen."""
+    torch.manual_seed(0)
+    call = {"x": torch.randn(4, 8)}
+    apart = peftfx.transform(Sensitive(), LORA, inputs=call, seed=0).eval().graph()
+    merged = Merge()(apart).graph
+    assert hold_merged(apart, merged, call, "here", small=True)
+    monkeypatch.setattr(before_rounding, "_NEAR", 0)
+    with pytest.raises(VerificationError, match=r"is (0\.00\d+|.*e-05) of its largest magnitude off"):
+        hold_merged(apart, merged, call, "here", small=True)
+    monkeypatch.undo()
+    with pytest.raises(VerificationError, match="before its weights are rounded"):
+        hold_merged(apart, _lost(Merge(), apart).graph, call, "here", small=True)
 
 
 def test_a_quantised_graph_is_held_to_the_models_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

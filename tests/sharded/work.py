@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from sharded.processes import LORA, WAYS, adapted, llama, mean_of_all, train, two, whole_state
+from support.parity import apart
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
@@ -36,7 +37,7 @@ def off(rule: object, model: nn.Module, of: peftfx.AdaptedModel) -> tuple[float,
     losses, one = alone(rule)
     got = mean_of_all(train(model, rank=dist.get_rank()))
     state, want = whole_state(of), one.state_dict()
-    return float((got - losses).abs().max()), max(float((state[k] - want[k]).abs().max()) for k in want)
+    return apart(got, losses), max(apart(state[k], want[k]) for k in want)
 
 
 def message(call: Any) -> str:
@@ -94,9 +95,9 @@ def resumed(folder: Path) -> tuple[float, list[str]]:
     dcp.load({"model": state}, checkpoint_id=folder / "dcp")
     other.load_state_dict(state)
     got = whole_state(other)
-    again = mean_of_all(train(other, 2, dist.get_rank())) - mean_of_all(train(model, 2, dist.get_rank()))
-    differs = max(float((got[k] - want[k]).abs().max()) for k in want)
-    return max(differs, float(again.abs().max())), sorted(state)
+    again = apart(*(mean_of_all(train(one, 2, dist.get_rank())) for one in (other, model)))
+    differs = max(apart(got[k], want[k]) for k in want)
+    return max(differs, again), sorted(state)
 
 
 def refused(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 import transformers as hf
 from support.adapted import randomise
 from support.command import Result
+from support.parity import apart
 from support.slots import Deployed, deploy, stirred, texts
 from support.zoo import TOKENS, ZOO
 
@@ -86,7 +87,7 @@ def farthest(adapted: AdaptedModel, models: dict[str, OnnxModel]) -> float:
             got = model(**case)
             for output, value in want.items():
                 pair = (view.shown(output, case, t) for t in (got[output], value))
-                worst = max(worst, float(torch.sub(*pair).abs().max()) if value.numel() else 0.0)
+                worst = max(worst, apart(*pair))
     return worst
 
 

@@ -16,6 +16,7 @@ import torch
 from support.adapted import randomise
 from support.command import Result
 from support.decoding import prompts
+from support.parity import apart
 from support.slots import RULES, Deployed, deploy, stirred
 from support.zoo import ZOO
 from torch import Tensor
@@ -76,7 +77,7 @@ def farthest(adapted: AdaptedModel, model: OnnxModel, want: list, name: str = ""
         got = model(**case)
         for output in [name] if name else expected:
             pair = (view.shown(output, case, t[output]) for t in (got, expected))
-            worst = max(worst, float(torch.sub(*pair).abs().max()) if expected[output].numel() else 0.0)
+            worst = max(worst, apart(*pair))
     return worst
 
 

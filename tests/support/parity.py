@@ -58,6 +58,15 @@ def check(entry: Entry, want: nn.Module, got: OnnxModel, model: nn.Module, base:
 Tensors = Mapping[str, Tensor]
 
 
+def apart(got: Tensor, want: Tensor) -> float:
+    """The largest difference of two tensors; infinite where there is a NaN, or an infinity on one side alone.
+
+    A difference that is NaN would be lost: Python's `max(0.0, nan)` is 0.
+    """
+    far = torch.where(got == want, 0.0, (got - want).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return float(far.max()) if far.numel() else 0.0
+
+
 def farthest(got: Tensors, want: Tensors, call: Tensors) -> float:
     """The largest difference in what both have, relative to the largest value, where there is no padding."""
     names = got.keys() & want.keys()
@@ -66,7 +75,9 @@ def farthest(got: Tensors, want: Tensors, call: Tensors) -> float:
     for name in names:
         a, b = got[name].float(), want[name].float()
         assert a.shape == b.shape, (name, tuple(a.shape), tuple(b.shape))
-        worst = max(worst, float((a - b)[visible(a, call)].abs().max()) / max(1e-6, float(b.abs().max())))
+        shown, finite = visible(a, call), b[b.isfinite()]
+        largest = float(finite.abs().max()) if finite.numel() else 0.0
+        worst = max(worst, apart(a[shown], b[shown]) / max(1e-6, largest))
     return worst
 
 
