@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, warn
 from peftfx.export.translation.operators.exact_functions import EXACT
 from peftfx.export.translation.operators.grouped_products import GROUPED_PRODUCTS
 from peftfx.export.translation.operators.lacking import LACKING
@@ -91,16 +91,21 @@ def onnx_outputs(graph: Graph) -> tuple[str, ...]:
 
 
 def values_of_outputs(graph: Graph) -> dict[str, Any]:
-    """Return the graph's own value of each output, by its name in ONNX, without outputs that are None."""
+    """Return the graph's own value of each output, by its name in ONNX, without outputs that are None, or texts."""
+    return {name: value for name, value in _given(graph).items() if not isinstance(value, str | None)}
+
+
+def _given(graph: Graph) -> dict[str, Any]:
     (output,) = (node for node in graph.nodes() if node.op == "output")
-    named = zip(onnx_outputs(graph), output.args[0], strict=True)  # type: ignore[arg-type]
-    return {name: value for name, value in named if value is not None}
+    return dict(zip(onnx_outputs(graph), output.args[0], strict=True))  # type: ignore[arg-type]
 
 
 def flatten_outputs(graph: Graph) -> tuple[str, ...]:
-    """Remove outputs that are None, and turn plain numbers into tensors. Return the remaining names."""
+    """Remove outputs that are None, or texts, and turn plain numbers into tensors. Return the remaining names."""
     (output,) = (node for node in graph.nodes() if node.op == "output")
     values = values_of_outputs(graph)
+    if texts := [name for name, value in _given(graph).items() if isinstance(value, str)]:
+        warn(f"{', '.join(texts)}: the model returns text here, which is left out: a graph returns tensors and numbers")
     at = Rewriter(graph.module.graph).before(output)
     output.args = (tuple(v if isinstance(v, fx.Node) else _full(at, v) for v in values.values()),)
     return tuple(values)

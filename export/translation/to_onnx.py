@@ -136,13 +136,14 @@ def _untranslated(graph: Graph, said: str) -> PeftfxError:
 
 def _bind(model: ir.Model, translation: Translation, graph: Graph, weights: _Weights) -> None:
     """Give each initializer its final name, and a tensor that is read when it is written."""
-    taken = {spec.name for spec in graph.inputs} | set(translation.outputs)
     found = {name: value for name, value in model.graph.initializers.items() if name in translation.targets}
+    for name in found:  # before any has its final name, which may be the one that another has until then
+        del model.graph.initializers[name]
+    taken = {spec.name for spec in graph.inputs} | set(translation.outputs) | set(model.graph.initializers)
     # Base weights first: a derived weight takes a base weight's name only if that is free.
     order = sorted(found, key=lambda name: translation.targets[name].startswith(f"{DERIVED}."))
     for buffer in order:
         target, value = translation.targets[buffer], found[buffer]
-        del model.graph.initializers[buffer]
         value.name = _initializer_name(target, taken)
         taken.add(value.name)
         value.const_value = _lazy(value, target, weights)

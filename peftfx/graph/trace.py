@@ -122,10 +122,22 @@ def _binds(guard: ShapeGuard) -> bool:
     compare strides: those of an image that has become one pixel are equal.
     """
     inside = _asking_file(guard).startswith(_TORCH)
-    if inside and any(word in _asking_function(guard) for word in _OF_STRIDES):
+    if inside and _compares_strides(guard):
         return False
     expr = guard.expr.replace(Max, lambda *sizes: sizes[1] if len(sizes) == 2 and sizes[0] == 1 else Max(*sizes))
     return not inside or isinstance(expr, sympy.Eq)
+
+
+def _compares_strides(guard: ShapeGuard) -> bool:
+    """Return whether torch asked of strides: to pick a kernel, or whether a product's operand is folded as a view."""
+    name = _asking_function(guard)
+    if name == "matmul":  # the rule of a whole product: the trace has the product, and not the folding
+        return ".reshape(" in linecache.getline(_asking_file(guard), _line(guard))
+    return any(word in name for word in _OF_STRIDES)
+
+
+def _line(guard: ShapeGuard) -> int:
+    return int(getattr(guard.sloc.framework_loc, "lineno", 0) or 0)
 
 
 def _asking_file(guard: ShapeGuard) -> str:
@@ -140,7 +152,7 @@ def _asking_function(guard: ShapeGuard) -> str:
     name = str(getattr(place, "name", ""))
     if not name.startswith("<"):
         return name
-    before = linecache.getlines(_asking_file(guard))[: place.lineno]  # type: ignore[union-attr]
+    before = linecache.getlines(_asking_file(guard))[: _line(guard)]
     return next((found[1] for line in reversed(before) if (found := _DEF.match(line))), name)
 
 

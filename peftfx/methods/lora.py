@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfx.contract.common.experts import of_experts
+from peftfx.contract.common.lora.blocks import DiagonalBlocks
 from peftfx.contract.common.lora.dora import (
     MAGNITUDE,
     folded,
@@ -124,7 +125,8 @@ class LoRA(LoraForms):
         return tuple(self.alora_invocation_tokens or ())
 
     def acts_at(self, site: Site) -> bool:
-        return super().acts_at(site) and (site.kind == "linear" or not self._linear_alone)
+        able = site.kind == "linear" or not self._linear_alone
+        return super().acts_at(site) and able and DiagonalBlocks.allows(self.use_bdlora, site.path)
 
     @property
     def _linear_alone(self) -> bool:

@@ -9,10 +9,11 @@ import onnx
 import pytest
 import torch
 from support.zoo import Captured
-from torch import nn
+from torch import Tensor, nn
 
 import peftfx
-from peftfx.export import to_onnx
+from peftfx.errors import PeftfxWarning
+from peftfx.export import OnnxModel, to_onnx
 from peftfx.export.metadata import ADAPTERS_KEY, BASE_MODEL, FINGERPRINT, SCOPE
 from peftfx.graph.fingerprint import SAMPLED, fingerprint
 from peftfx.options import ENGINES
@@ -61,3 +62,26 @@ def test_a_model_says_what_it_came_from_and_two_exports_are_the_same_bytes(tmp_p
     products = [scopes[node.name] for node in rounded.graph.node if node.op_type == "MatMulNBits"]
     assert products
     assert all(len(own) == 1 for own in products)
+
+
+class Numbered(nn.Module):
+    """A model whose weights have the names that the translation gives to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.w0, self.w1, self.w2 = (nn.Parameter(torch.randn(4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        return {"made": self.layer(x * self.w2) * self.w1 + self.w0, "kind": "of text", "rows": 3}
+
+
+def test_weights_may_have_the_names_of_a_translation_and_text_is_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Numbered().eval(), torch.randn(5, 4)
+    with pytest.warns(PeftfxWarning, match=r"^kind: the model returns text here, which is left out"):
+        peftfx.export_onnx(model, tmp_path / "out", inputs={"x": torch.randn(2, 4)})
+    got = OnnxModel(tmp_path / "out")(x=x)
+    torch.testing.assert_close(got["made"], model(x)["made"])
+    assert (got.keys(), got["rows"].item()) == ({"made", "rows"}, 3)
+    assert set(model.state_dict()) <= {i.name for i in onnx.load(tmp_path / "out" / "model.onnx").graph.initializer}

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from method_table.variants import VARIANTS, Variant
+from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file
 from support.adapted import randomise
 from torch import nn
@@ -70,3 +71,17 @@ def test_one_that_is_refused_says_why(variant: Variant, tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match=variant.told) as caught:
         peftfx.load(base(), tmp_path, inputs={"input": X})
     assert "hint:" in str(caught.value)
+
+
+def test_bd_lora_names_a_factor_of_each_targeted_layer_and_need_not_of_others(tmp_path: Path) -> None:
+    """By default each layer must be named (`match_strict`): each that has a LoRA, and not each that the model runs."""
+    patterns = {"target_modules_bd_a": ["2"], "nblocks": 2}
+    options = {**PLAIN, "target_modules": ["2"]}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**options, use_bdlora=BdLoraConfig(**patterns))).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = peftfx.load(base(), tmp_path, inputs={"input": X})
+    torch.testing.assert_close(ours(X), theirs(X))
+    torch.testing.assert_close(ours.merge_and_unload()(X), theirs(X))
+    with pytest.raises(PeftfxError, match=r"patterns name no factor of this layer \[0\]"):
+        peftfx.transform(base(), peftfx.LoRA(**PLAIN, use_bdlora=patterns), inputs={"input": X})

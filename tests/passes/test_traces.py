@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
+from support.adapted import randomise
 from torch import Tensor, nn
 from torch._decomp.decompositions import should_fold
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,6 +80,26 @@ def test_torchs_choice_of_a_kernel_for_a_product_by_strides_is_no_branch() -> No
         assert should_fold(x, factor, is_out=False)
     assert asked
     assert not any(map(_binds, asked))
+
+
+def test_a_product_with_the_smaller_of_two_sizes_is_traced_for_all() -> None:
+    """Torch's rule of the product asks whether the rows may be folded as they lie: the example's two sizes are near."""
+
+    class Shorter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            n = min(x.shape[1], y.shape[1])
+            return self.out(self.inner(x[:, :n]) * y[:, :n])
+
+    inputs = {"x": torch.randn(2, 5, 4), "y": torch.randn(2, 7, 4)}
+    adapted = peftfx.transform(Shorter(), peftfx.LoRA(r=2, target="all-linear"), inputs=inputs, road="modules").eval()
+    randomise(adapted)
+    for n, m in ((7, 5), (4, 4), (3, 9)):
+        x, y = torch.randn(3, n, 4), torch.randn(3, m, 4)
+        torch.testing.assert_close(adapted.graph(inputs)(x=x, y=y), adapted(x=x, y=y))
 
 
 class ByRow(nn.Module):

@@ -275,3 +275,21 @@ def test_a_weight_that_is_changed_past_autograd_is_told(tmp_path: Path) -> None:
     with pytest.raises(PeftfxError, match="changes a tensor past the capture") as caught:
         peftfx.export_onnx(Masked(4, 4), tmp_path / "out", inputs={"input": torch.randn(2, 4)})
     assert "compute it anew" in caught.value.hint
+
+
+@torch.enable_grad()  # type: ignore[untyped-decorator]
+def slope_of_tanh(y: Tensor) -> Tensor:
+    return torch.autograd.grad(torch.tanh(y).sum(), y)[0]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of its own capture
+@pytest.mark.parametrize(
+    ("computed", "told"),
+    [
+        (lambda y: torch.sparse.mm(torch.eye(2).to_sparse(), y), "such as sparse or nested ones"),
+        (lambda y: slope_of_tanh(y.detach().requires_grad_()), "or takes gradients in a call"),
+    ],
+)
+def test_what_no_graph_can_hold_is_told(computed: Callable[[Tensor], Tensor], told: str) -> None:
+    with pytest.raises(PeftfxError, match=told):
+        peftfx.capture(Returns(computed).eval(), {"x": torch.randn(2, 8)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftfx
+from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
+from peftfx.graph.graph import CONSTANTS
+from peftfx.views.capture import capture
 
 HALVES = (torch.float16, torch.bfloat16)
 #: With whole numbers that bfloat16 lacks; float16 has them.
@@ -106,3 +110,36 @@ def test_a_mask_in_float32_stays_so_in_half_precision(kind: torch.dtype, optimiz
     if kind == torch.float16:
         (found,) = peftfx.export.OnnxModel(tmp_path / "out")(x=x).values()
         torch.testing.assert_close(found, model(x).detach(), atol=2e-3, rtol=2e-3)
+
+
+class Sinusoids(nn.Module):
+    """A model that computes its table of positions in each call, as Pegasus-X: by a table in the text's own dtype."""
+
+    def __init__(self, fixed: int | None = None) -> None:
+        super().__init__()
+        self.embed, self.out, self.fixed = nn.Embedding(20, 8), nn.Linear(8, 3), fixed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        made = self.table(ids.shape[1], x)
+        more = made if self.fixed is None else self.table(self.fixed, x).mean(0)
+        return self.out(x + made + more)
+
+    def table(self, length: int, x: Tensor) -> Tensor:
+        table = torch.zeros((length, 8), dtype=x.dtype)
+        steps = torch.exp(torch.arange(4).type_as(x) * -(math.log(10000) / 3))
+        table[:, :4] = torch.sin(torch.arange(length)[:, None] * steps)
+        table[:, 4:] = torch.cos(torch.arange(length)[:, None] * steps)
+        return table
+
+
+def test_a_table_in_the_dtype_of_a_text_is_rounded_as_the_models_code_rounds_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for fixed in (None, 5):  # a table of 5 rows is written into, and is no constant
+        model = Sinusoids(fixed).half().eval()
+        rounded = with_rounded_numbers(capture(model, {"ids": torch.randint(20, (2, 300))}))
+        ids = torch.randint(20, (3, 350))
+        torch.testing.assert_close(rounded.run(ids)[0], model(ids), atol=0, rtol=0)
+        read = [str(node.target) for node in rounded.nodes() if str(node.target).startswith(f"{CONSTANTS}.table")]
+        assert read
+        peftfx.export_onnx(model, tmp_path / str(fixed), inputs={"ids": torch.randint(20, (2, 300))})

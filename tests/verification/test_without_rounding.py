@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from every_model.checks import build
-from torch import Tensor
+from torch import Tensor, nn
 from verification.spoiled import one_percent_more, spoil_captures
 
 import peftfx
@@ -22,6 +23,7 @@ from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.sizes.trial import BRANCHES, SAME, Trial
 from peftfx.export.verification.tolerances.float64 import float32, float64
 from peftfx.graph.graph import Graph
+from peftfx.graph.lazy_weights import store
 from peftfx.views.capture import capture
 
 aten = torch.ops.aten
@@ -107,6 +109,21 @@ class Weighs(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight
+
+
+def test_weights_of_a_file_in_float32_are_rounded_wherever_they_are_read() -> None:
+    """Also where torch looks at the dtypes of the operands before any operator, as at a conv."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Conv1d(4, 6, 3), nn.Conv1d(6, 5, 1)).requires_grad_(False)
+    stored, x = copy.deepcopy(whole), torch.randn(2, 4, 9).bfloat16()
+    store(stored, lambda name: torch.bfloat16)
+    for mode, dtype in ((float64, torch.float64), (float32, torch.float32)):
+        with mode(rounded=True):
+            got = stored(x)
+        torch.testing.assert_close(got, copy.deepcopy(whole).bfloat16().to(dtype)(x.to(dtype)))
+        with mode():
+            exact = stored(x)
+        torch.testing.assert_close(exact, copy.deepcopy(whole).to(dtype)(x.to(dtype)))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from peftfx.graph.lazy_weights import exact
 
@@ -132,7 +132,11 @@ def _widened(value: Tensor) -> Tensor:
 
 def _values(value: Tensor) -> Tensor:
     """Return the values of a tensor that may be a weight in a file."""
-    return exact(value).to(value.dtype) if _rounds.get() else exact(value)
+    stored = exact(value)
+    if stored is value or not _rounds.get():
+        return stored
+    with _disable_current_modes():  # these modes would cast to a wider dtype instead
+        return stored.to(value.dtype)
 
 
 def _as_first(args: tuple[object, ...]) -> tuple[object, ...]:

@@ -23,6 +23,8 @@ from peftfx.graph.rewriter import Rewriter
 _ROUNDED = ROUNDS_NUMBERS | names(
     "full full_like new_full fill scalar_tensor masked_fill where clamp clamp_min clamp_max hardtanh"
 )
+#: Operations that read only the dtype of one operand, and which one it is: its numbers do not matter.
+_TYPED = {"type_as": 1, "new_full": 0, "new_ones": 0, "new_zeros": 0}
 #: The types of arguments for which a model's code may give a number.
 _NUMBERS = ("number", "Optional[number]", "Tensor")
 
@@ -62,8 +64,10 @@ def _put_tables(graph: Graph) -> None:
             tables[node] = value
             if value.dtype in HALF_DTYPES or halved.intersection(node.all_input_nodes):
                 halved.add(node)
-        elif _writes(node) and tables.keys() & set(node.all_input_nodes):
-            return
+        else:
+            for one in _changed(node, tables):
+                del tables[one]
+                halved.discard(one)
     read = [node for node in halved if any(user not in tables for user in node.users)]
     if not read:
         return
@@ -79,17 +83,40 @@ def _put_tables(graph: Graph) -> None:
 def _table(node: fx.Node, tables: Mapping[fx.Node, Tensor]) -> Tensor | None:
     """Return the value of an operation on tables, or on numbers alone, if it is small enough to be a constant."""
     value = node.meta.get("val")
-    if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor) or _writes(node):
-        return None
-    if torch.Tag.nondeterministic_seeded in node.target.tags or not all(one in tables for one in node.all_input_nodes):
+    if not isinstance(node.target, OpOverload) or not isinstance(value, Tensor) or _written(node):
         return None
     if not all(isinstance(size, int) for size in value.shape) or value.numel() > SMALL:
         return None
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda one: tables[one])  # type: ignore[misc, arg-type]
+    known = {**tables, **_typed(node)}
+    if torch.Tag.nondeterministic_seeded in node.target.tags or not all(one in known for one in node.all_input_nodes):
+        return None
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda one: known[one])  # type: ignore[misc, arg-type]
     with torch.no_grad():
         made = node.target(*args, **kwargs)
     return made if isinstance(made, Tensor) else None
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+def _typed(node: fx.Node) -> dict[fx.Node, Tensor]:
+    """Return the operand of which an operation reads the dtype alone, with a tensor of that dtype."""
+    place = _TYPED.get(op_name(node))
+    if place is None:
+        return {}
+    operand, others = node.args[place], [*node.args[:place], *node.args[place + 1 :]]
+    if not isinstance(operand, fx.Node) or operand in others:
+        return {}
+    return {operand: torch.empty((), dtype=operand.meta["val"].dtype)}
+
+
+def _changed(node: fx.Node, tables: Mapping[fx.Node, Tensor]) -> list[fx.Node]:
+    """Return the tables that an operation changes by writing into one: it, and those that share its memory."""
+    written = {tables[one].untyped_storage().data_ptr() for one in _written(node) & tables.keys()}
+    return [one for one, table in tables.items() if table.untyped_storage().data_ptr() in written]
+
+
+def _written(node: fx.Node) -> set[fx.Node]:
+    """Return the operands that an operation writes into."""
+    if not isinstance(node.target, OpOverload):
+        return set()
+    given = enumerate(node.target._schema.arguments)
+    written = (node.kwargs.get(a.name, [*node.args, *[None] * (i + 1)][i]) for i, a in given if a.is_write)
+    return {one for one in written if isinstance(one, fx.Node)}

@@ -44,6 +44,9 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     elif type(error).__name__ in ("DataDependentOutputException", "DynamicOutputShapeException"):
         why = f"its code runs {error}, whose result, or its size, follows from the values of a tensor"
         hint = "compute it outside of the model, or pass arguments or a config that avoid it"
+    elif type(error).__name__ == "UnsupportedOperatorException":
+        why = f"its code runs {error} on tensors for which torch has no rule, such as sparse or nested ones"
+        hint = "compute with dense tensors: tensor.to_dense(), or padded rows and a mask"
     elif type(error).__name__ == "UncapturedHigherOrderOpError":
         why = "its code calls torch.cond, or another operator that takes functions, which no graph here has"
         hint = "compute both sides, and choose by torch.where"
@@ -55,8 +58,8 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
         hint = f"call torch.export.register_dataclass({unknown[1]}) first, or return a tuple or a dict"
         line = ""
     elif "fake tensor in the exported program constant's list" in str(error):
-        why = "its code changes a tensor past the capture, such as a parameter by `weight.data *= mask`"
-        hint = "compute it anew in each call: F.conv1d(x, self.weight * self.mask)"
+        why = "its code changes a tensor past the capture, as by `weight.data *= mask`, or takes gradients in a call"
+        hint = "compute it anew in each call: F.conv1d(x, self.weight * self.mask); write a gradient out"
     elif nameless := _nameless(model, error):
         why = f"its forward takes *{nameless}, whose values have no names, and a graph's inputs have names"
         hint, line = "write a forward with an argument for each of them", ""

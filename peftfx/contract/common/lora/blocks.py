@@ -28,15 +28,22 @@ class DiagonalBlocks(NamedTuple):
         """
         if config is None:
             return None
-        patterns = {A: config.get("target_modules_bd_a"), B: config.get("target_modules_bd_b")}
-        found = [factor for factor, given in patterns.items() if any(str(text) in path for text in _listed(given))]
+        found = _factors(config, path)
         count = config.get("nblocks", 1)
-        if len(found) > 1 or (not found and config.get("match_strict", True)):
+        if not DiagonalBlocks.allows(config, path):
             what = f"BD-LoRA's patterns name {'both factors' if found else 'no factor'} of this layer"
             raise PeftfxError(what, path, "one of target_modules_bd_a, target_modules_bd_b; or match_strict=False")
         if not isinstance(count, int) or count < 1:
             raise PeftfxError(f"not a number of blocks: {shown(count)}", "use_bdlora: nblocks", "1 or more")
         return DiagonalBlocks(found[0], count) if found else None
+
+    @staticmethod
+    def allows(config: Mapping[str, object] | None, path: str) -> bool:
+        """Return whether HF PEFT's config lets a layer have a LoRA: it names one factor of it, or may name none."""
+        if config is None:
+            return True
+        found = _factors(config, path)
+        return len(found) == 1 or not (found or config.get("match_strict", True))
 
     def config(self) -> dict[str, object]:
         """Return HF PEFT's config of a layer with these blocks."""
@@ -59,6 +66,11 @@ class DiagonalBlocks(NamedTuple):
         each = blocks.unflatten(0, (self.number, -1))  # [blocks, rows, columns]
         eye = torch.eye(self.number, dtype=blocks.dtype, device=blocks.device)
         return (each[:, :, None] * eye[:, None, :, None]).flatten(2).flatten(0, 1)
+
+
+def _factors(config: Mapping[str, object], path: str) -> list[str]:
+    patterns = {A: config.get("target_modules_bd_a"), B: config.get("target_modules_bd_b")}
+    return [factor for factor, given in patterns.items() if any(str(text) in path for text in _listed(given))]
 
 
 def _listed(given: object) -> Sequence[object]:
