@@ -14,7 +14,7 @@ from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED, quantise
 from peftfx.bases.sentences.encoder import as_sentence_encoder
 from peftfx.bases.sentences.modules import FILE, SentenceModules
-from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task
+from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task, task_of_adapter
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import sites_view
 from peftfx.model.adapted import AdaptedModel
@@ -82,8 +82,7 @@ def load_directories(
     configs = {folder: read_adapter_config(folder) for folder in folders}
     methods = {folder: method_of_file(own, str(folder / CONFIG)) for folder, own in configs.items()}
     weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
-    kinds = [own["task_type"] for own in configs.values() if own.get("task_type") is not None]
-    told = resolve_task(None, peft_task_type=str(kinds[0]), config=config) if kinds else None
+    told = next(filter(None, (task_of_adapter(own, config) for own in configs.values())), None)
     task = sentence_task(task, told, sentences, base) or told
     labels = None
     for folder in (folder for folder, method in methods.items() if method.modules_to_save):

@@ -216,7 +216,9 @@ def slot_tensors(adapted: AdaptedModel, manifest: Manifest, idle: Collection[str
         for what, places in homeless.items():
             told.setdefault(_WORDS[what], {}).update(dict.fromkeys(places))
         lines = "; ".join(f"{words} {listed(list(paths))}".strip() for words, paths in told.items())
-        hint = "export the base with --slots that pick these sites, or export the adapter merged"
+        roles = _roles(adapted, homeless)
+        target = f" ('{' | '.join(('all-linear', *roles))}')" if roles else ""
+        hint = f"export the base with --slots that pick these sites{target}, or export the adapter merged"
         hint = hint if _may_have_slots(adapted, homeless) else "export the adapter merged"
         raise PeftfxError(f"the graph has no place for {lines}", manifest.model, hint)
     if unused:
@@ -229,6 +231,13 @@ def _may_have_slots(adapted: AdaptedModel, homeless: Mapping[str, Sequence[str]]
     kept = {site.bias for site in adapted.sites.weights} | {site.weight for site in untied_heads(adapted.sites)}
     own = all(f"{BASE}.{name}" in kept for name in homeless.get(SLOT_OWN, ()))
     return own and not homeless.keys() <= {SLOT_PROMPT, PREFIX}
+
+
+def _roles(adapted: AdaptedModel, homeless: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the roles of the sites of these tensors, as a target of slots names them."""
+    names = {f"{BASE}.{name}" for places in homeless.values() for name in places}
+    found = (s.role for s in adapted.sites.weights if names & {f"{BASE}.{s.path}", s.weight, s.bias})
+    return sorted(dict.fromkeys(found))
 
 
 def _laid(value: Tensor, slot: Slot) -> Tensor | None:

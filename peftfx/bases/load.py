@@ -11,7 +11,7 @@ from torch import nn
 
 from peftfx.bases.dtypes import dtype_of, dtype_plan, kinds_of
 from peftfx.bases.gguf import load_gguf, stood_for
-from peftfx.bases.processors.padding import fill_padding, lacks_padding
+from peftfx.bases.processors.padding import settle_padding
 from peftfx.bases.quantised import QUANTISED, blank, load_quantised, outline
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.bases.transformers_config import read_config, understanding, without_initial_values
@@ -51,8 +51,7 @@ def load_base(
             their files, and each operation that reads them casts them (`peftfx.graph.lazy_weights`). A loaded model is
             memory-mapped.
         given: the names of tensors that an adapter brings. Only these may be missing from the weights.
-        beside: directories whose tokenizers come before the base's own: they tell a classifier's padding token, if its
-            config does not.
+        beside: directories whose tokenizers come before the base's own: they tell a classifier's padding token.
 
     Raises:
         PeftfxError: there is no such model, its files are broken or lack a weight, or it cannot do the task.
@@ -62,8 +61,7 @@ def load_base(
     if weights and is_file(directory / _ADAPTER) and directory.resolve() not in {path.resolve() for path in beside}:
         what = f"the base's directory has an adapter, too ({_ADAPTER}), which does not act"
         warn(f"{directory}: {what}: give the directory as an adapter as well, if it should")
-    if lacks_padding(model):
-        fill_padding(model, (*beside, directory))
+    settle_padding(model, beside, directory)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,7 @@ def resolve_task(task: str | None, *, peft_task_type: str | None = None, config:
     """
     if task is not None:
         return check_task(task)
-    read = config.get if isinstance(config, Mapping) else functools.partial(_attribute, config)
+    read = _reader(config)
     own = next((t for name in read("architectures") or () if (t := task_of_class(name))), None)
     if peft_task_type is not None:
         if peft_task_type not in PEFT_TASKS:
@@ -118,6 +118,25 @@ def resolve_task(task: str | None, *, peft_task_type: str | None = None, config:
             f"name the task: {', '.join(TASKS)}",
         )
     return own
+
+
+def task_of_adapter(saved: Mapping[str, Any], config: object) -> str | None:
+    """Return the task for which an adapter was trained, as its own config tells it, or None.
+
+    A config without a `task_type` names the class of the model that was trained, as HF PEFT and peftfx write it. It
+    counts where it is a class of transformers, and not one that the base's config names.
+
+    Args:
+        saved: the adapter's config.
+        config: the base's config, of transformers or as its file has it.
+    """
+    if saved.get("task_type") is not None:
+        return resolve_task(None, peft_task_type=str(saved["task_type"]), config=config)
+    made = saved.get("auto_mapping") or {}
+    name, library = str(made.get("base_model_class")), str(made.get("parent_library"))
+    if not library.startswith("transformers.") or name in (_reader(config)("architectures") or ()):
+        return None
+    return task_of_class(name)
 
 
 @functools.cache
@@ -160,8 +179,9 @@ def _makes(task: str, name: str) -> bool:
     return any(name == v or (isinstance(v, tuple | list) and name in v) for values in made for v in values)
 
 
-def _attribute(config: object, name: str) -> Any:
-    return getattr(config, name, None)
+def _reader(config: object) -> Callable[[str], Any]:
+    """Return what reads a config's entries by name: None where there is none."""
+    return config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
 
 
 def _has_class(task: str, model_type: object) -> bool:
@@ -169,6 +189,11 @@ def _has_class(task: str, model_type: object) -> bool:
     import transformers
 
     return any(model_type in getattr(transformers, auto)._model_mapping._model_mapping for auto in TASKS[task].auto)
+
+
+def is_decoder_type(model_type: object) -> bool:
+    """Say whether models of this type write texts, and fill none: classifiers of it read a text at its last token."""
+    return _has_class("text-generation", model_type) and not _has_class("fill-mask", model_type)
 
 
 def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:

@@ -28,7 +28,7 @@ class ExportOptions(Checked):
             By default adapters are merged, except on a quantised base, which is exported as it is: its codes are not
             rounded again, and the adapters stay beside the codes; see `peftfx.export.coded`.
         view: `forward`; `decode`, with the key/value cache in and out; or `auto`, which is `decode` for a model that
-            generates text if no `inputs` of a forward call are given, and otherwise `forward`.
+            generates text, without images beside it, if no `inputs` of a forward call are given; otherwise `forward`.
         opset: the version of the ONNX operators; by default torch's choice.
         engine: `fast`, which translates each distinct operation once, or `torch`, which uses torch.onnx; see `to_onnx`.
         optimize: `cpu` or `cuda` fuse attentions, rotary embeddings and norms into one operator each; `none` does not;

@@ -41,6 +41,7 @@ def transform(
     mixed: bool = False,
     low_cpu_mem_usage: bool = False,
     autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
 ) -> AdaptedModel:
     """Adapt a model by rules. The model's parameters are shared and frozen, never copied; only adapters are trained.
 
@@ -59,6 +60,7 @@ def transform(
         peft_config: the rules, by the name that HF PEFT's `get_peft_model` has for them.
         mixed, low_cpu_mem_usage: ignored: adapters of several methods may act together, and no memory is taken twice.
         autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
+        revision: the base's revision on the Hub, for the adapter's saved config.
 
     Raises:
         PeftfxError: the model cannot be captured, a rule matches nothing, or an adapter cannot be taken over.
@@ -80,6 +82,8 @@ def transform(
     else:
         adapted = bare(model, inputs, road)
     adapted.add_adapter(adapter_name, rules, seed=seed, autocast_adapter_dtype=autocast_adapter_dtype)
+    if revision is not None:
+        adapted.adapter(adapter_name).records["revision"] = revision
     return adapted
 
 

@@ -81,9 +81,11 @@ class RowAdapters:
             PeftfxError: the model has no such adapter, or was not exported with adapters to choose from.
         """
         known = self.row_adapters
+        if not known and any(name is not None for name in names):
+            raise self._no_choice()
         unknown = next((name for name in names if name is not None and name not in known), None)
         if unknown is not None:
-            hint = nearest(str(unknown), known) or f"adapters here: {', '.join(known) or 'none'}"
+            hint = nearest(str(unknown), known) or f"adapters here: {', '.join(known)}"
             raise PeftfxError(f"the model has no adapter {unknown!r}", str(self.directory), hint)
         return torch.tensor([-1 if name is None else known.index(name) for name in names], dtype=torch.long)
 

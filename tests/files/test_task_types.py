@@ -1,4 +1,4 @@
-"""The task that HF PEFT writes into an adapter's config, on bases that write texts about images or sounds."""
+"""The task that HF PEFT writes into an adapter's config, or the class that was trained, on bases of another one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from every_model.checks import build
 from support.adapted import randomise
+from support.words import word_tokenizer
 
 from peftfx.bases.tasks import resolve_task
 from peftfx.export.directories import load_directories
@@ -44,3 +46,46 @@ def test_a_type_that_the_base_has_a_class_for_chooses_it() -> None:
     heard = {"architectures": ["Qwen2AudioForConditionalGeneration"], "model_type": "qwen2_audio"}
     assert resolve_task(None, peft_task_type="CAUSAL_LM", config=heard) == "text2text-generation"
     assert resolve_task(None, peft_task_type="SEQ_CLS", config=heard) == "text-classification"
+
+
+WORDS = ["<unk>", "<pad>", "</s>", "one", "two", "three", "four", "red"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def _decoder(directory: Path, **names: int) -> Path:
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=len(WORDS), **SIZES, **names)).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("kind", [hf.LlamaForSequenceClassification, hf.LlamaModel])
+def test_without_a_type_the_class_that_was_trained_is_loaded(kind: type[hf.PreTrainedModel], tmp_path: Path) -> None:
+    """An adapter of a reward model was refused: it does not fit a model that writes texts."""
+    base = _decoder(tmp_path / "base", pad_token_id=1)
+    head = ["score"] if kind is hf.LlamaForSequenceClassification else None
+    theirs = peft.get_peft_model(kind.from_pretrained(base), peft.LoraConfig(r=2, modules_to_save=head)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    adapted = load_directories(base, {"a": tmp_path / "adapter"})
+    assert type(adapted.base) is kind
+    ids = torch.randint(len(WORDS), (2, 5))
+    torch.testing.assert_close(adapted.eval()(ids)[0], theirs(ids)[0])
+
+
+def test_a_classifier_has_the_padding_token_of_its_adapters_tokenizer(tmp_path: Path) -> None:
+    """It was the base's, and a short text of a batch was read at its padding."""
+    base = _decoder(tmp_path / "base", pad_token_id=1)
+    model = hf.LlamaForSequenceClassification.from_pretrained(base, num_labels=3)
+    tokenizer = word_tokenizer([*WORDS, "<new>"], unk_token="<unk>", pad_token="<new>")
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id  # as Trainer does
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, task_type="SEQ_CLS")).eval()
+    randomise(theirs)
+    for saved in (theirs, tokenizer):
+        saved.save_pretrained(str(tmp_path / "adapter"))
+    adapted = load_directories(base, {"a": tmp_path / "adapter"})
+    texts = tokenizer(["one two red", "two"], padding=True, return_tensors="pt")
+    rows = {name: texts[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(adapted.eval()(**rows).logits, theirs(**rows).logits)
+    alone = adapted(rows["input_ids"][1:, :1]).logits
+    torch.testing.assert_close(adapted(**rows).logits[1:], alone, atol=1e-5, rtol=1e-5)

@@ -348,8 +348,9 @@ def test_two_names_are_exchanged_and_the_arguments_stay(saved: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     for make in (peftfx.transform, peft.get_peft_model):
         base = ZOO["llama"].build()
-        made = make(base, peft_config=config, adapter_name="a", low_cpu_mem_usage=False, autocast_adapter_dtype=True)
-        assert made.active_adapters == ["a"]
+        options = {"low_cpu_mem_usage": False, "autocast_adapter_dtype": True, "revision": "v1"}
+        made = make(base, peft_config=config, adapter_name="a", **options)
+        assert (made.active_adapters, made.peft_config["a"].revision) == (["a"], "v1")
     with pytest.raises(PeftfxError, match="made in float32"):
         peftfx.transform(ZOO["llama"].build(), config, autocast_adapter_dtype=False)
     for load in (peftfx.load, peft.PeftModel.from_pretrained):

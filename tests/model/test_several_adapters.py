@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.adapted import QUERY_VALUE, randomise
 from support.zoo import ZOO
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.bases.guests import own_parameters
@@ -136,3 +136,27 @@ def test_remove_gives_the_base_back_as_it_was() -> None:
     for name, tensor in base.state_dict().items():
         assert tensor.data_ptr() == state[name][0]
         assert torch.equal(tensor, state[name][1])
+
+
+def test_a_call_that_fails_leaves_no_adapter_acting() -> None:
+    adapted = peftfx.transform(ZOO["bert"].build(), LoRA(r=2, init_lora_weights=False)).eval()
+    base, inputs = adapted.get_base_model(), ZOO["bert"].inputs(model=adapted.base)
+    rows = ["default"] * (len(inputs["input_ids"]) - 1) + ["__base__"]
+    with torch.no_grad():
+        alone, want = base(**inputs).logits, adapted(**inputs).logits
+        for more in ({}, {"adapter_names": rows}):
+            with pytest.raises(ZeroDivisionError), failing(base.classifier):
+                adapted(**inputs, **more)
+            assert torch.equal(base(**inputs).logits, alone)
+            assert torch.equal(adapted(**inputs).logits, want)
+    assert not torch.equal(alone, want)
+
+
+@contextlib.contextmanager
+def failing(module: nn.Module) -> Iterator[None]:
+    """Let a module's calls fail."""
+    hook = module.register_forward_pre_hook(lambda *given: 1 / 0)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -19,6 +19,7 @@ from torch import nn
 
 import peftfx
 from peftfx.errors import PeftfxError
+from peftfx.model.trainers.refused import refuse_options
 
 trl = pytest.importorskip("trl", reason="pip install trl")
 datasets = pytest.importorskip("datasets")
@@ -349,3 +350,17 @@ def test_a_prefix_is_refused_with_checkpoints_when_the_trainer_is_made(tmp_path:
     ours = adapt("llama", peftfx.PrefixTuning(num_virtual_tokens=3))
     with pytest.raises(PeftfxError, match=r"prefix does not work with gradient checkpointing(.|\n)*=False"):
         sft_trainer(ours, tmp_path)
+    checkpointed = hf.TrainingArguments(str(tmp_path), gradient_checkpointing=True, use_cpu=True)
+    refuse_options(adapt("llama", peftfx.PrefixTuning(num_virtual_tokens=3), road="graph"), checkpointed)
+
+
+def test_a_reference_has_no_gradients_and_the_dropout_that_a_trainer_has_set() -> None:
+    """DPO calls it under no_grad, and sets dropout modules before that; other code may not."""
+    ours = adapt("llama", peftfx.LoRA(r=4, lora_dropout=0.9)).train()
+    reference, ids = ours.reference("default"), torch.tensor([[3, 4, 5]])
+    for module in ours.adapters.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    got = reference(input_ids=ids).logits
+    assert not got.requires_grad
+    torch.testing.assert_close(got, ours.eval()(input_ids=ids).logits.detach())

@@ -213,7 +213,6 @@ def test_what_has_no_tasks_is_told() -> None:
         plain.split_tasks("default")
 
 
-@pytest.mark.slow
 def test_checkpointed_layers_know_the_tasks() -> None:
     found = []
     for again in (False, True):

@@ -44,6 +44,15 @@ def test_a_state_of_peft(base: str, options: dict[str, list[str]], tmp_path: Pat
     torch.testing.assert_close(ours(**given).logits, theirs(**given).logits, rtol=0, atol=1e-5)
 
 
+def test_an_adapter_in_the_place_of_one_that_is_not_trained_is_not_trained(tmp_path: Path) -> None:
+    adapt("llama", "lora(r=5)@attention.query").save_pretrained(tmp_path)
+    ours = adapt("llama", "lora(r=3)@attention.query")
+    ours.add_adapter("more", "lora(r=2)@mlp.up")
+    peftfx.hotswap_adapter(ours, tmp_path)  # of another rank: with tensors of its own
+    trained = {name.split(".")[1] for name, p in ours.named_parameters() if p.requires_grad}
+    assert trained == {"more"}
+
+
 OWN = ["oft(oft_block_size=4)", "fourierft(n_frequency=10)", "vera(r=4)", "boft", "psoft(r=8)", "adalora"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import peftfx
 from peftfx.errors import PeftfxWarning
 from peftfx.model.adapted import AdaptedModel
+from peftfx.views.capturing.own_backwards import own_backwards
 
 LORA = peftfx.LoRA(r=2, target_modules=["one", "two"], init_lora_weights=False)
 
@@ -56,6 +58,9 @@ class Layers(nn.Module):
             with torch.inference_mode():
                 y = self.one(x)
             x = x + y.clone()
+        if self.between == "no inference":
+            with torch.inference_mode(False):
+                x = x + self.one(x)
         return self.two(Steps.apply(x) if self.between == "function" else x)
 
     def rounded(self, x: Tensor) -> Tensor:
@@ -92,7 +97,7 @@ def test_a_graph_without_a_backward_of_the_codes_own_says_so(between: str, named
         model(x=x)
 
 
-@pytest.mark.parametrize("between", ["checkpoint", "inference"])
+@pytest.mark.parametrize("between", ["checkpoint", "inference", "no inference"])
 def test_a_graph_has_the_gradients_of_layers_under_a_checkpoint_or_inference_mode(between: str) -> None:
     x = torch.randn(4, 6, requires_grad=True)
     model = peftfx.transform(Layers(between), LORA, inputs={"x": x}, road="modules")
@@ -102,6 +107,74 @@ def test_a_graph_has_the_gradients_of_layers_under_a_checkpoint_or_inference_mod
         got = gradients(model, x)
     assert len(got) == len(want) == 4
     torch.testing.assert_close(got, want)
+
+
+class Regions(nn.Module):
+    """Two layers, and between them a part under `torch.no_grad`."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.one, self.two, self.part = nn.Linear(6, 6), nn.Linear(6, 3), part
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        return self.two(y + getattr(self, self.part)(x, y))
+
+    def nested(self, x: Tensor, y: Tensor) -> Tensor:
+        w = y.clone()
+        with torch.no_grad():
+            z = self.one(y)
+            with torch.enable_grad():
+                w.mul_(3)
+                z = z + self.one(w)
+        return z + w
+
+    def given_back(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return y.to(y.dtype)
+
+    def copied(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            return y.to(y.dtype, copy=True)
+
+    def laid_out_anew(self, x: Tensor, y: Tensor) -> Tensor:
+        z = y.T
+        with torch.no_grad():
+            z = z.contiguous()
+        return z.T
+
+    def input_written(self, x: Tensor, y: Tensor) -> Tensor:
+        z = x.clone()
+        with torch.no_grad():
+            z.mul_(3)
+        return z
+
+
+@pytest.mark.parametrize("part", ["nested", "given_back", "copied", "laid_out_anew", "input_written"])
+def test_a_graph_has_the_gradients_of_code_under_no_grad(part: str) -> None:
+    x = torch.randn(4, 6)
+    model = peftfx.transform(Regions(part), LORA, inputs={"x": x}, road="modules")
+    want = gradients(model, x)
+    model.wanted = "graph"
+    with warnings.catch_warnings(action="error"):
+        got = gradients(model, x)
+    torch.testing.assert_close(got, want)
+
+
+def test_during_a_capture_other_threads_have_torchs_own() -> None:
+    def train() -> Tensor:
+        x = torch.ones(3, requires_grad=True)
+        y = Steps.apply(x)
+        y.retain_grad()
+        y.register_hook(lambda given: given * 5)
+        y.sum().backward()
+        with torch.inference_mode():
+            assert torch.ones(1).is_inference()
+        return x.grad + y.grad
+
+    with own_backwards(nn.Linear(2, 2)) as found, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train).result().tolist() == [2 * 5 + 5] * 3
+    assert not found
 
 
 def test_an_apply_that_c_defines_is_called_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,21 +1,22 @@
-"""The token that pads texts, for classifiers whose config does not name it.
+"""The token that pads texts, for classifiers whose config does not name it, or names another.
 
 A classifier over a decoder reads a text at its last token, and finds this by the padding. The configs of most decoders
-name no padding token; the tokenizer of a trained adapter, or that of its base, does.
+name no padding token; the tokenizer of a trained adapter, or that of its base, does. An adapter's tokenizer may have a
+new padding token: while it trains, transformers' Trainer puts that into the config, which an adapter's files have not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peftfx.bases.tasks import task_of
+from peftfx.bases.tasks import is_decoder_type, task_of
 from peftfx.files import is_file
 
-_FILE, _FIELD = "tokenizer_config.json", "pad_token_id"
+_FILE, _FIELD, _CLASSIFYING = "tokenizer_config.json", "pad_token_id", "text-classification"
 
 
 def padding_of(tokenizer: Any) -> int | None:
@@ -27,16 +28,27 @@ def padding_of(tokenizer: Any) -> int | None:
 def lacks_padding(model: nn.Module) -> bool:
     """Say whether a model classifies texts, and its config names no padding token."""
     config = getattr(model, "config", None)
-    return task_of(model) == "text-classification" and getattr(config, _FIELD, None) is None
+    return task_of(model) == _CLASSIFYING and getattr(config, _FIELD, None) is None
 
 
-def fill_padding(model: nn.Module, directories: Iterable[Path]) -> None:
-    """Name the padding token in a model's config: that of the first directory with a tokenizer.
+def settle_padding(model: nn.Module, beside: Iterable[Path], directory: Path) -> None:
+    """Name in a classifier's config the token by which its texts are padded.
 
     Args:
-        model: a model whose config names none.
-        directories: those of adapters and of the base.
+        model: the model.
+        beside: the directories of adapters, whose tokenizers come before the base's. If they have another padding token
+            than the config of a classifier over a decoder names, it is theirs.
+        directory: the base's. Its tokenizer counts if the config names no padding token.
     """
+    config = getattr(model, "config", None)
+    if lacks_padding(model):
+        _fill(config, (*beside, directory), padding_of)
+    elif task_of(model) == _CLASSIFYING and is_decoder_type(getattr(config, "model_type", None)):
+        _fill(config, beside, lambda tokenizer: tokenizer.pad_token_id)
+
+
+def _fill(config: object, directories: Iterable[Path], padding: Callable[[Any], int | None]) -> None:
+    """Name in a config the padding token of the first directory with a tokenizer that has one."""
     from transformers import AutoTokenizer
 
     for directory in directories:
@@ -46,6 +58,6 @@ def fill_padding(model: nn.Module, directories: Iterable[Path]) -> None:
             read = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError):  # a model needs no tokenizer to be loaded
             continue
-        if (found := padding_of(read)) is not None:
-            setattr(model.config, _FIELD, found)
+        if (found := padding(read)) is not None:
+            setattr(config, _FIELD, found)
             return

@@ -38,7 +38,9 @@ def export(
     view: Annotated[
         str,
         choice(
-            VIEWS, "What is exported: decode has the cache in and out; auto is decode for a model that generates text."
+            VIEWS,
+            "What is exported: decode has the cache in and out; auto is decode for a model that generates text, and "
+            "forward for one that reads images beside it.",
         ),
     ] = "auto",
     opset: Annotated[int | None, typer.Option(help="Version of the ONNX operators.")] = None,
