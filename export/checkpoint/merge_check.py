@@ -23,7 +23,15 @@ from peftfx.export.checkpoint.contents import written_tensors
 from peftfx.export.checkpoint.merged_report import Difference, MergedReport
 from peftfx.export.checkpoint.requantised import Requantised
 from peftfx.export.coded.rounded import FINITE
-from peftfx.export.verification.cases import FEW, PROBE_SIZES, is_large, with_trained_tokens
+from peftfx.export.verification.cases import (
+    FEW,
+    ONE,
+    PROBE_SIZES,
+    is_heavy,
+    is_large,
+    with_few_rows,
+    with_trained_tokens,
+)
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.verification.tolerances.masked import relative_difference
@@ -76,7 +84,9 @@ def check_merge(
     whole = AdaptedModel.on(merged, adapted.sites, adapted.example)
     want, got, unrounded = (EagerReference(model, None, model.example) for model in (adapted, again, whole))
     feeds, exactly, large = list[dict[str, Tensor]](), list[Difference](), is_large(adapted.base)
-    for number, sizes in enumerate(FEW if large else PROBE_SIZES[:2]):
+    tried = FEW if large else PROBE_SIZES[:2]
+    heavy = is_heavy(adapted.graphs.captured(adapted.example, adapted.entry()))
+    for number, sizes in enumerate(with_few_rows(tried, ONE) if heavy else tried):
         made = example_inputs(adapted.base, sizes=sizes, seed=number + 1)
         feeds.append(feed := with_trained_tokens(made, adapted, number))
         wanted = _called(want, feed)

@@ -123,7 +123,8 @@ class Batched(Deployment):
             what = "the model's own code takes no call under each of the adapters, of any size that was tried"
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
         if not by_row:
-            return Oracle(alone[-1], cases, measured_of(adapted, cases), "the model's own code, without adapters")
+            measured = measured_of(adapted, cases, part.graph)
+            return Oracle(alone[-1], cases, measured, "the model's own code, without adapters")
         if encodes_apart(part):  # one adapter acts in the whole call
             numbers = range(-1, len(self.adapters))
             cases = [{**case, IDS: torch.tensor([number])} for case in cases for number in numbers]
@@ -135,7 +136,7 @@ class Batched(Deployment):
                 why = no_oracle(adapted)
             told = f"each row alone with its adapter, by its graph: {why}" if why else told
         reference = each_under_its_own(part, alone)
-        return Oracle(reference, cases, measured_of(adapted, cases), told, rows=covering(cases))
+        return Oracle(reference, cases, measured_of(adapted, cases, part.graph), told, rows=covering(cases))
 
     def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return each row alone, by the model's own code, and the graph, in which the adapters are not yet rounded."""

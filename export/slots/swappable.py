@@ -113,7 +113,7 @@ class Swappable(Deployment):
         cases = self._cases(adapted, part, example)
         told = "the graph with random tensors in its slots; without them, the model's own code"
         layers = frozenset(slot.name for slot in slots_of(part.graph, adapted.sites.headed))
-        return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases), told, empty=layers)
+        return Oracle(reference_of(part.graph), cases, measured_of(adapted, cases, part.graph), told, empty=layers)
 
     def captured(self, adapted: AdaptedModel, part: GraphPart, oracle: Oracle, example: Inputs) -> CodeAndGraph:
         """Return the model's own code and the graph with empty slots; with soft prompts, where a view has them."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from peftfx.bases.config_fields import first_of, special_tokens
 from peftfx.bases.example_inputs import example_inputs
@@ -13,7 +15,7 @@ from peftfx.bases.processors.image_tokens import most_in_a_text
 from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, completed
-from peftfx.graph.graph import TensorSpec
+from peftfx.graph.graph import Graph, TensorSpec
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.arguments import named_tensors
 from peftfx.views.forward_axes import WRITTEN
@@ -35,11 +37,30 @@ FEW: Sequence[Mapping[str, int]] = (
 _TEXTS = ("input_ids", "decoder_input_ids")
 _EVERY = 3  #: of so many tokens of a text one is a trained one
 _LARGE = 1 << 30  #: bytes of weights from which a model is large
+_HEAVY = 1 << 25  #: numbers of a tensor inside a call from which the call is heavy
+_ROWS = 2  #: the most rows of a heavy call
 
 
 def is_large(base: nn.Module) -> bool:
     """Return whether a model is so large that its export is compared in fewer calls."""
     return sum(p.numel() * p.element_size() for p in base.parameters()) > _LARGE
+
+
+def is_heavy(graph: Graph) -> bool:
+    """Return whether a call of the example's sizes makes so large a tensor that it is compared in few and small calls.
+
+    Examples are attention over all pieces of a picture of 1024 x 1024 pixels, and videos. In float64 such a tensor has
+    twice the bytes, and several are in memory at once.
+    """
+    values = (node.meta.get("val") for node in graph.module.graph.nodes if node.op != "get_attr")
+    shapes = (value.shape for value in values if isinstance(value, Tensor))
+    return any(math.prod(optimization_hint(size, fallback=1) for size in shape) > _HEAVY for shape in shapes)
+
+
+def with_few_rows(tried: Sequence[Mapping[str, int]], axes: Collection[str]) -> list[Mapping[str, int]]:
+    """Return sizes of these axes, with as many rows as a heavy call may have. Each is returned once."""
+    few = [{a: min(n, _ROWS) if a == "batch" else n for a, n in sizes.items() if a in axes} for sizes in tried]
+    return [sizes for i, sizes in enumerate(few) if sizes not in few[:i]]
 
 
 def case_of(

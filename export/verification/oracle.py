@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.translation.program import onnx_outputs
 from peftfx.export.verification.captured import refused
+from peftfx.export.verification.cases import is_heavy
 from peftfx.export.verification.comparison import Reference, reference_of
 from peftfx.export.verification.eager.adapters import unpublished
 from peftfx.export.verification.eager.reference import EagerReference, no_oracle
@@ -85,7 +86,7 @@ def eager_oracle(
         except Exception as error:  # a model's own code raises various errors
             raise_if_memory_is_out(error)
             raise refused(adapted, view, error) from error
-    return Oracle(asked, cases, measured_of(adapted, cases), _told(adapted, why), None if why else eager)
+    return Oracle(asked, cases, measured_of(adapted, cases, graph), _told(adapted, why), None if why else eager)
 
 
 def _told(adapted: AdaptedModel, why: str) -> str:
@@ -109,13 +110,20 @@ def named_in(graph: Graph, reference: Reference) -> Reference:
     return lambda feed: {names.get(name, name): value for name, value in reference(feed).items()}
 
 
-def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors]) -> frozenset[int]:
+def measured_of(adapted: AdaptedModel, cases: Sequence[Tensors], graph: Graph) -> frozenset[int]:
     """Return the numbers of the calls to run in float64, too: those that compute most, fewer for a larger model.
 
     A call in float64 widens every weight. For a model of 100M parameters this takes most of a second. At least one call
     is always measured. A long text computes more than a few tokens behind a long cache, whose numbers are only read: so
-    whole numbers, of tokens and masks, count before all others.
+    whole numbers, of tokens and masks, count before all others. Of heavy calls only the smallest is measured.
+
+    Args:
+        adapted: the model.
+        cases: the calls.
+        graph: the graph that is exported.
     """
+    if is_heavy(graph):
+        return frozenset({min(range(len(cases)), key=lambda i: numbers_in(cases[i]))})
     parameters = sum(p.numel() for p in adapted.base.parameters())
     count = max(1, MOST_EXACT // max(1, parameters))
     whole = [sum(v.numel() for v in case.values() if not v.is_floating_point()) for case in cases]

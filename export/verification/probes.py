@@ -16,10 +16,12 @@ from peftfx.export.verification.cases import (
     ONE,
     PROBE_SIZES,
     case_of,
+    is_heavy,
     is_large,
     sizes_beside,
     sizes_of_one,
     varied_sizes,
+    with_few_rows,
     with_trained_tokens,
 )
 from peftfx.export.verification.comparison import VerificationError, short_shapes
@@ -71,7 +73,7 @@ def probes(
     refusal: Exception | None = None
     captured = adapted.graphs.captured(example, adapted.entry())
     own = captured.sizes_of(named_tensors(example))
-    tried, count = _tried(own, captured.conditions, sizes, large=is_large(adapted.base))
+    tried, count = _tried(own, captured.conditions, sizes, large=is_large(adapted.base), heavy=is_heavy(captured))
     for wanted, case in _cases(adapted, specs, example, captured, tried, sizes):
         try:
             answer = runs(case)
@@ -106,20 +108,24 @@ def _by_own_code(adapted: AdaptedModel, example: Mapping[str, object], case: Map
 
 
 def _tried(
-    own: Mapping[str, int], relations: Sequence[Condition], sizes: Sizes, *, large: bool
+    own: Mapping[str, int], relations: Sequence[Condition], sizes: Sizes, *, large: bool, heavy: bool
 ) -> tuple[list[Mapping[str, int]], int]:
-    """Return the sizes to try in their order, and how many calls are wanted. A large model has fewer.
+    """Return the sizes to try in their order, and how many calls are wanted. Of large models and heavy calls: fewer.
 
     Args:
         own: the example's sizes.
         relations: the conditions of the captured graph.
         sizes: the sizes at which the export is right.
         large: whether the model is large.
+        heavy: whether a call of the example's sizes is heavy.
     """
     varied = (*varied_sizes(own, relations), *sizes_of_one(own, relations))
-    first = [*([] if large else [own]), ONE, *sizes.probes, *varied]
-    few = FEW if large else ()
-    return [*first, *few, *PROBE_SIZES, *sizes_beside(own)], len(first) + (len(few) or COUNT)
+    first = [*([] if large or heavy else [own]), ONE, *sizes.probes, *varied]
+    few = FEW if large or heavy else ()
+    tried = [*first, *few, *PROBE_SIZES, *sizes_beside(own)]
+    if heavy:
+        return with_few_rows(tried, own), len(with_few_rows([*first, *few], own))
+    return tried, len(first) + (len(few) or COUNT)
 
 
 def _cases(

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftfx.bases.config_fields import length_of
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.captured import eager_forward, eager_view, tensors_in
-from peftfx.export.verification.cases import ONE, case_of, is_large
+from peftfx.export.verification.cases import ONE, case_of, is_heavy, is_large
 from peftfx.export.verification.comparison import Shown
 from peftfx.export.verification.sizes.limits import Sizes, find_sizes
 from peftfx.export.verification.sizes.trial import BRANCHES, Eager, Make, Sized, Trial
@@ -114,7 +114,7 @@ def _of_view(adapted: AdaptedModel, view: View) -> Trial:
 
 
 def _trial(adapted: AdaptedModel, graph: Graph, make: Make, eager: Eager, shown: Shown, entry: Entry | None) -> Trial:
-    usual = {**graph.sizes, "batch": 1} if is_large(adapted.base) else graph.sizes
+    usual = {**graph.sizes, "batch": 1} if is_large(adapted.base) or is_heavy(graph) else graph.sizes
     parameters = sum(p.numel() for p in adapted.base.parameters())
     whole = length_of(getattr(adapted.base, "config", None))
     longest = whole if whole is None or entry is None else whole - entry.shape[0]  # virtual tokens are tokens, too
