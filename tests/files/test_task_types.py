@@ -14,6 +14,7 @@ from support.adapted import randomise
 from support.words import word_tokenizer
 
 from peftfx.bases.tasks import resolve_task
+from peftfx.errors import PeftfxWarning
 from peftfx.export.directories import load_directories
 
 BASES = [
@@ -83,7 +84,8 @@ def test_a_classifier_has_the_padding_token_of_its_adapters_tokenizer(tmp_path: 
     randomise(theirs)
     for saved in (theirs, tokenizer):
         saved.save_pretrained(str(tmp_path / "adapter"))
-    adapted = load_directories(base, {"a": tmp_path / "adapter"})
+    with pytest.warns(PeftfxWarning, match="pads texts with token 8, and the base's config names 1"):
+        adapted = load_directories(base, {"a": tmp_path / "adapter"})
     texts = tokenizer(["one two red", "two"], padding=True, return_tensors="pt")
     rows = {name: texts[name] for name in ("input_ids", "attention_mask")}
     torch.testing.assert_close(adapted.eval()(**rows).logits, theirs(**rows).logits)

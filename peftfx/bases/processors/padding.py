@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from peftfx.bases.tasks import is_decoder_type, task_of
+from peftfx.errors import warn
 from peftfx.files import is_file
 
 _FILE, _FIELD, _CLASSIFYING = "tokenizer_config.json", "pad_token_id", "text-classification"
@@ -37,14 +38,18 @@ def settle_padding(model: nn.Module, beside: Iterable[Path], directory: Path) ->
     Args:
         model: the model.
         beside: the directories of adapters, whose tokenizers come before the base's. If they have another padding token
-            than the config of a classifier over a decoder names, it is theirs.
+            than the config of a classifier over a decoder names, it is theirs, and a warning tells so.
         directory: the base's. Its tokenizer counts if the config names no padding token.
     """
     config = getattr(model, "config", None)
     if lacks_padding(model):
         _fill(config, (*beside, directory), padding_of)
     elif task_of(model) == _CLASSIFYING and is_decoder_type(getattr(config, "model_type", None)):
+        named = getattr(config, _FIELD)
         _fill(config, beside, lambda tokenizer: tokenizer.pad_token_id)
+        if (found := getattr(config, _FIELD)) != named:
+            other = f"the base's config names {named}: the adapter's is taken"
+            warn(f"the adapter's tokenizer pads texts with token {found}, and {other}")
 
 
 def _fill(config: object, directories: Iterable[Path], padding: Callable[[Any], int | None]) -> None:
