@@ -13,7 +13,7 @@ from peftfx.bases.dtypes import dtype_of, dtype_plan, kinds_of
 from peftfx.bases.gguf import load_gguf, stood_for
 from peftfx.bases.processors.padding import settle_padding
 from peftfx.bases.quantised import QUANTISED, blank, load_quantised, outline
-from peftfx.bases.tasks import maker_of, resolve_task
+from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import read_config, understanding, without_initial_values
 from peftfx.errors import PeftfxError, listed, nearest, shown, warn
 from peftfx.files import is_file, is_folder, read_json
@@ -176,7 +176,7 @@ def _load_transformers(
         )
     extra = {} if num_labels is None else {"num_labels": num_labels}
     config = read_config(directory, **extra)
-    maker = maker_of(config, resolve_task(task, config=config), directory)
+    maker = maker_of(config, task, directory)
     wanted: torch.dtype = dtype or config.dtype or on_disk or torch.float32  # type: ignore[assignment]
     if on_disk is None:
         return outline(maker, config, wanted)

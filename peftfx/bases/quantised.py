@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftfx.bases.tasks import maker_of, resolve_task
+from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import read_config, without_initial_values
 from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import exact
@@ -46,7 +46,7 @@ def load_quantised(
     config = read_config(directory, **extra)
     said = config.quantization_config
     del config.quantization_config
-    maker = maker_of(config, resolve_task(task, config=config), directory)
+    maker = maker_of(config, task, directory)
     wanted = dtype or torch.float32
     if not files:
         return outline(maker, config, wanted), {"missing_keys": (), "mismatched_keys": ()}

@@ -86,6 +86,7 @@ CHOOSING = "multiple-choice"  #: the task in which a row has several texts
 FEATURES, SENTENCES = "feature-extraction", "sentence-similarity"  #: the tasks of models without a head
 HEARING = ("automatic-speech-recognition", "audio-classification")  #: the tasks whose input is sound
 _LANGUAGE = ("text-generation", "text2text-generation")
+_PRETRAINING = "ForPreTraining"  #: the end of the classes of models with the heads of their pretraining
 _MULTIMODAL = ("image-text-to-text", "automatic-speech-recognition")
 
 
@@ -196,17 +197,32 @@ def is_decoder_type(model_type: object) -> bool:
     return _has_class("text-generation", model_type) and not _has_class("fill-mask", model_type)
 
 
-def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
-    """Return the class to build: the config's own if it does this task, otherwise the choice of the `Auto` classes."""
+def maker_of(config: PreTrainedConfig, task: str | None, directory: Path) -> type:
+    """Return the class to build: the config's own if it does this task, otherwise the choice of the `Auto` classes.
+
+    Without a task, the config's own class counts also where it does none of these tasks, as one of time series does;
+    but not one for pretraining, from which people take the model without its head.
+
+    Args:
+        config: the base's config.
+        task: the task, as a pipeline's name or an alias.
+        directory: the base's directory, for errors.
+    """
     import transformers
 
-    for name in (n for n in config.architectures or () if task_of_class(n) == task):
+    named = config.architectures or ()
+    able = [name for name in named if not name.endswith(_PRETRAINING)]
+    if task is not None or any(map(task_of_class, named)):
+        task = resolve_task(task, config=config)
+        able = [name for name in named if task_of_class(name) == task]
+    for name in able:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             if not isinstance(config, found.config_class or object):
                 what = f"the class {name} is not of the model_type {config.model_type}"
                 raise PeftfxError(what, str(directory / "config.json"), "download the file again")
             return found
+    task = resolve_task(task, config=config)
     for auto in TASKS[task].auto:
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:
@@ -214,5 +230,5 @@ def maker_of(config: PreTrainedConfig, task: str, directory: Path) -> type:
             choice = choice[0] if isinstance(choice, tuple | list) else choice
             assert isinstance(choice, type)
             return choice
-    able = [t for t, v in TASKS.items() if any(type(config) in getattr(transformers, a)._model_mapping for a in v.auto)]
-    raise PeftfxError(f"this model does not do {task}", str(directory), f"it does {', '.join(able) or 'no known task'}")
+    hint = f"it does {', '.join(t for t in TASKS if _has_class(t, config.model_type)) or 'no known task'}"
+    raise PeftfxError(f"this model does not do {task}", str(directory), hint)

@@ -14,7 +14,7 @@ from support.adapted import randomise
 from support.words import word_tokenizer
 
 from peftfx.bases.tasks import resolve_task
-from peftfx.errors import PeftfxWarning
+from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.directories import load_directories
 
 BASES = [
@@ -49,6 +49,8 @@ def test_a_type_that_the_base_has_a_class_for_chooses_it() -> None:
     assert resolve_task(None, peft_task_type="SEQ_CLS", config=heard) == "text-classification"
 
 
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+_TINY = hf.BertConfig(vocab_size=20, **_SIZES)
 WORDS = ["<unk>", "<pad>", "</s>", "one", "two", "three", "four", "red"]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -71,6 +73,25 @@ def test_without_a_type_the_class_that_was_trained_is_loaded(kind: type[hf.PreTr
     assert type(adapted.base) is kind
     ids = torch.randint(len(WORDS), (2, 5))
     torch.testing.assert_close(adapted.eval()(ids)[0], theirs(ids)[0])
+
+
+def test_a_class_of_none_of_the_tasks_is_the_one_that_the_config_names(tmp_path: Path) -> None:
+    """The commands asked for a task, and none fits it."""
+    model = hf.BertForNextSentencePrediction(_TINY)
+    model.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    adapted = load_directories(tmp_path / "base", {"a": tmp_path / "adapter"})
+    ids = torch.randint(20, (2, 5))
+    torch.testing.assert_close(adapted.eval()(ids).logits, theirs(ids).logits)
+
+
+def test_a_model_with_the_heads_of_its_pretraining_needs_a_task(tmp_path: Path) -> None:
+    hf.BertForPreTraining(_TINY).save_pretrained(tmp_path / "base")
+    with pytest.raises(PeftfxError, match="name the task"):
+        load_directories(tmp_path / "base", {})
+    assert type(load_directories(tmp_path / "base", {}, task="feature-extraction").base) is hf.BertModel
 
 
 def test_a_classifier_has_the_padding_token_of_its_adapters_tokenizer(tmp_path: Path) -> None:
