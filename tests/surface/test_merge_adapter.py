@@ -136,3 +136,39 @@ def test_what_cannot_be_merged_changes_nothing() -> None:
     assert model.named.folded == ()
     assert all(held(model.base)[n][0] == before[n][0] for n in before)
     assert not torch.isfinite(logits(model)).all()
+
+
+def test_other_values_are_loaded_into_an_adapter_that_is_not_merged(
+    pair: tuple[peftfx.AdaptedModel, nn.Module],
+) -> None:
+    ours, _ = pair
+    doubled = {name: 2 * value for name, value in ours.state_dict().items()}
+    other = copy.deepcopy(ours)
+    other.load_state_dict(doubled)
+    ours.merge_adapter()
+    with pytest.warns(PeftfxWarning, match="adapters get other values"):
+        ours.load_state_dict(doubled)
+    assert torch.equal(logits(ours), logits(other))
+
+
+def test_a_merge_that_fails_leaves_the_same_adapters_active(pair: tuple[peftfx.AdaptedModel, nn.Module]) -> None:
+    ours, _ = pair
+    with torch.no_grad():
+        next(ours.adapter("two").parameters()).fill_(torch.inf)
+    with pytest.raises(PeftfxError):
+        ours.merge_and_unload(adapter_names=["two"])
+    assert ours.active == ("one",)
+
+
+def test_an_adapter_of_a_name_that_was_deleted_acts_where_the_first_did_not() -> None:
+    ours = adapt("llama", peftfx.LoRA(r=2, target="q_proj")).eval()
+    (name,) = ours.names()
+    ours.add_adapter("other", peftfx.LoRA(r=2, target="up_proj"))
+    ours.set_adapter(name)
+    plain = logits(ours)
+    ours.delete_adapter(name)
+    ours.add_adapter(name, peftfx.LoRA(r=2, target="up_proj"))
+    ours.set_adapter(name)
+    randomise(ours)
+    assert not torch.allclose(logits(ours), plain)
+    torch.testing.assert_close(logits(ours), logits(copy.deepcopy(ours).merge_and_unload()), rtol=0, atol=1e-5)
