@@ -23,7 +23,7 @@ from peftfx.errors import PeftfxError, first_line
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.files import is_file, write_file
 from peftfx.serving.load import DECODER, ENCODER
-from peftfx.views.capturing.settling import near
+from peftfx.views.capturing.settling import largest_gap, near
 from peftfx.views.decode import PAST, PRESENT
 from peftfx.views.encoder_decoder import ENCODED
 from peftfx.views.images.encoded import IMAGE_TOKENS
@@ -210,10 +210,9 @@ def _check(directory: Path, merged: Path) -> None:
 
 
 def _hold(name: str, want: np.ndarray, got: np.ndarray) -> None:
-    same = want.shape == got.shape
     a, b = (torch.from_numpy(value.astype(np.float64)) for value in (want, got))
     if not near(a, b, _TOLERANCE.get(str(want.dtype), 1e-5)):
-        far = float((a - b)[a != b].abs().max()) if same else 0.0
+        far = largest_gap(a, b) if a.shape == b.shape else 0.0
         raise VerificationError(f"the merged decoder differs from the decoder by {far:.2e}", name, "report this model")
 
 

@@ -13,7 +13,7 @@ from peftfx.export.verification.eager.kept_state import state_kept
 from peftfx.graph.graph import Graph, leaf_names
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
-from peftfx.views.capturing.settling import close, near
+from peftfx.views.capturing.settling import close, largest_gap, near
 from peftfx.views.entry import Entry, forward
 from peftfx.views.view import View, as_captured
 
@@ -108,7 +108,7 @@ def hold(name: str, want: Tensor, got: Tensor, close: float, *, same: bool) -> N
         known = ~want.isnan()
         want, got = want[known], got[known]
     if not same or not near(want, got, close):
-        error = float((want.double() - got.double())[want != got].abs().max()) if same else 0.0
+        error = largest_gap(want, got) if same else 0.0
         raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")
 
 

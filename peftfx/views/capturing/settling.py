@@ -95,3 +95,10 @@ def near(one: Tensor, other: Tensor, tolerance: float) -> bool:
     finite = one[one.isfinite()]
     largest = float(finite.abs().max()) if finite.numel() else 0.0
     return torch.allclose(one, other, rtol=0, atol=tolerance * max(1.0, largest), equal_nan=True)
+
+
+def largest_gap(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two tensors of one shape. Equal infinities are no difference; NaN is one."""
+    one, other = one.double(), other.double()
+    gaps = (one - other)[one != other].abs()
+    return float(gaps.max()) if gaps.numel() else 0.0
