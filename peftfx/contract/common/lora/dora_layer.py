@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from peftfx.contract.common.lora.dora import fits_cache, gain, updated_norms
+from peftfx.contract.common.lora.products import fast_product
 
 #: From this many values on the output is kept, because a second tensor of its size costs more than to watch it.
 _LARGE = 2**16
@@ -26,12 +28,15 @@ def is_scaled_at_once(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor)
     In bfloat16 and float16 an update that is added to the weight would be rounded away. Under `torch.func`'s transforms
     and in forward mode the layer is written out, because they look into each operation.
     """
-    read = [weight] if bias is None else [weight, bias]
-    traced = isinstance(x, FakeTensor) or torch.compiler.is_compiling() or _is_transformed()
-    plain = all(type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad for tensor in read)
     exact = x.dtype == weight.dtype == a.dtype and x.dtype in (torch.float32, torch.float64)
-    on_cpu = x.device.type == weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return plain and exact and on_cpu and not traced
+    if not exact or not _is_plain(weight) or not (bias is None or _is_plain(bias)) or isinstance(x, FakeTensor):
+        return False
+    on_cpu = x.is_cpu and weight.is_cpu and not torch.is_autocast_enabled("cpu")
+    return on_cpu and not torch.compiler.is_compiling() and not _is_transformed()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad
 
 
 def _is_transformed() -> bool:
@@ -75,20 +80,21 @@ class _Scaled(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         ctx.scaling, ctx.output = scaling, None
-        values = len(x) * sum(weight.shape)  # of the input and the output together
+        rows, (outputs, inputs) = x.shape[0], weight.shape  # Python's `len` of a tensor takes ten times as long
+        values, size = rows * (inputs + outputs), inputs * outputs  # of input and output together, and of the weight
         # The norms need an updated weight. The gradient of `x` needs it scaled too, which is another pass over it.
-        updates = 4 * values >= weight.numel() if fits_cache(weight) else values >= weight.numel()
-        ctx.updates = 2 * values >= 3 * weight.numel()
+        updates = 4 * values >= size if fits_cache(weight) else values >= size
+        ctx.updates = 2 * values >= 3 * size
         updated = torch.addmm(weight, b, a, alpha=scaling) if updates else None
         norms = updated_norms(weight, a, b, scaling) if updated is None else torch.linalg.vector_norm(updated, dim=1)
         gains = gain(magnitude, norms)
         watched = bias is None and not torch.is_inference_mode_enabled()  # there, no tensor counts its changes
-        of_output = watched and len(x) * len(b) >= _LARGE and bool(magnitude.abs().min() > _LEAST)
+        of_output = watched and rows * outputs >= _LARGE and _least(magnitude) > _LEAST
         if updated is None:
-            kept = F.linear(x, weight).addmm_((a @ x.T).T, b.T, alpha=scaling)
+            kept = fast_product(x, weight.T).addmm_((a @ x.T).T, b.T, alpha=scaling)
             y = kept.mul_(gains) if of_output else kept * gains
         else:
-            kept = F.linear(x, updated.mul_(gains[:, None]) if of_output else updated)
+            kept = fast_product(x, (updated.mul_(gains[:, None]) if of_output else updated).T)
             y = kept if of_output else kept * gains
         if of_output:
             ctx.output, kept = _Watch(y), y.data  # `y` itself would be refused after a change in place
@@ -105,31 +111,36 @@ class _Scaled(torch.autograd.Function):
             found = iter(torch.autograd.grad(output, needed, back, create_graph=True))
             to_x, to_a, to_b, to_m = (next(found) if needs else None for needs in (for_x, for_a, for_b, for_m))
             return to_x, None, None, to_a, to_b, to_m, None
-        scales = s * gains
+        scales = gains if s == 1 else s * gains
         scaled = scales[:, None] * b
         to_x = to_a = to_b = to_m = None
         # What reads `back` and `x` comes first, while a CPU's cache has them. A product whose result is [r, vectors]
         # takes a third of the time of one whose result is [vectors, r], because its rows are long.
         if for_x or for_a:
-            through = scaled.T @ back.T
-            to_a = through @ x
-        if for_b:
-            to_b = ((a @ x.T @ back) * scales).T
+            through = fast_product(scaled.T, back.T)
+            to_a = fast_product(through, x)
+        if for_b:  # in B's own layout, or autograd copies it
+            to_b = torch.mul(fast_product(fast_product(a, x.T), back).T, scales[:, None], out=torch.empty_like(b))
         if for_m and ctx.output is not None and not ctx.output.is_changed():
             to_m = (_dots(back, kept) / magnitude.flatten()).view_as(magnitude)
         elif for_m:
             inner = kept if ctx.output is None else _product(x, weight, a, b, s)
             to_m = (_dots(back, inner) / norms).view_as(magnitude)
         if for_x and ctx.updates:
-            to_x = back @ torch.mul(weight, gains[:, None]).addmm_(scaled, a)
+            to_x = fast_product(back, torch.mul(weight, gains[:, None]).addmm_(scaled, a))
         elif for_x:
-            to_x = ((back * gains) @ weight).addmm_(through.T, a)
+            to_x = fast_product(back * gains, weight).addmm_(through.T, a)
         return to_x, None, None, to_a, to_b, to_m, None
 
 
 def _product(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return `(W + s B A) x`."""
     return F.linear(x, weight) + scaling * F.linear(F.linear(x, a), b)
+
+
+def _least(values: Tensor) -> float:
+    """Return the smallest magnitude."""
+    return torch.linalg.vector_norm(values, -math.inf).item()
 
 
 def _dots(x: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,33 @@
+"""Products of matrices without gradients: by oneDNN's kernel where it takes less time than MKL's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: From this many numbers in the right matrix on, oneDNN takes less time for a few rows on the left, too.
+_LARGE = 2**19
+#: For fewer rows, and transposed weights, MKL has a faster kernel.
+_FEW = 4
+#: From this many multiplications on, oneDNN takes less time whatever the shapes.
+_MANY = 2**26
+
+
+def fast_product(x: Tensor, y: Tensor) -> Tensor:
+    """Return `x @ y` of two matrices of one dtype, [n, k] and [k, m], outside of autograd.
+
+    On x86, torch's `mm` of float32 is MKL's. Its linear layer by oneDNN, which its compiler calls, rounds the same way
+    and sums in another order. On an AMD EPYC it takes 0.5 to 0.97 of the time: least with 1,024 columns and more.
+    """
+    rows, size = x.shape[0], y.numel()
+    large = (rows >= _FEW and size >= _LARGE) or rows * size >= _MANY
+    if not large or x.dtype != torch.float32 or not x.is_cpu or not _are_both_there():
+        return x @ y
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, y.T, None, "none", [], "")
+    return found
+
+
+def _are_both_there() -> bool:
+    """Return whether torch has both libraries, and a user has not switched oneDNN off."""
+    there = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return there and bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,0 +1,84 @@
+"""Products outside of autograd: by oneDNN or by torch's own, they are the same, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftfx.contract.common.lora import products
+from peftfx.contract.common.lora.dora_layer import scaled_linear
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda t: t,
+    "transposed": lambda t: t.T.contiguous().T,
+    "of some columns": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "of every second row": lambda t: t.repeat_interleave(2, 0)[::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+both = pytest.mark.skipif(not products._are_both_there(), reason="this torch has one library of products")
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have small matrices treated as large ones are."""
+    for bound in ("_LARGE", "_FEW", "_MANY"):
+        monkeypatch.setattr(products, bound, 1)
+
+
+@both
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_a_large_product_is_that_of_any_layout(left: str, right: str, rows: int) -> None:
+    torch.manual_seed(0)
+    x, y = LAYOUTS[left](torch.randn(rows, 17)), LAYOUTS[right](torch.randn(17, 40))
+    with Calls() as calls:
+        found = products.fast_product(x, y)
+    assert any("mkldnn" in name for name in calls.names)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("why", ["small", "float64", "switched off", "no rows"])
+def test_other_products_are_torchs_own(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    if why not in ("small", "no rows"):
+        monkeypatch.setattr(products, "_MANY", 1)
+    dtype = torch.float64 if why == "float64" else torch.float32
+    x, y = torch.randn(0 if why == "no rows" else 8, 17, dtype=dtype), torch.randn(17, 40, dtype=dtype)
+    with torch.backends.mkldnn.flags(enabled=why != "switched off"), Calls() as calls:
+        found = products.fast_product(x, y)
+    assert not any("mkldnn" in name for name in calls.names)
+    assert torch.equal(found, x @ y)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("vectors", [2, 80])
+def test_doras_layer_has_the_same_gradients_with_them(vectors: int) -> None:
+    """In float32, where oneDNN's products run, beside float64, where they do not."""
+    torch.manual_seed(0)
+    given = [torch.randn(size) for size in ((vectors, 24), (56, 24), (4, 24), (56, 4), (56,))]
+    back = torch.randn(vectors, 56)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x, weight, a, b, m = (t.to(dtype, copy=True).requires_grad_(k != 1) for k, t in enumerate(given))
+        y = scaled_linear(x, weight, None, a, b, m, 2.0)
+        found.append([y, *torch.autograd.grad(y, (x, a, b, m), back.to(dtype))])
+    for at, exact in zip(*found, strict=True):
+        torch.testing.assert_close(at.double(), exact, rtol=1e-4, atol=1e-4)
