@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -71,7 +71,7 @@ def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None
     got = captured.run(*(case[spec.name] for spec in captured.inputs))
     tensors = [(name, b) for name, b in zip(captured.outputs, got, strict=True) if isinstance(b, Tensor)]
     for (name, b), a in zip(tensors, tensors_in(want), strict=True):
-        hold(name, a, b, close(captured.base), same=a.shape == b.shape)
+        hold(name, a, b, close(captured.base), sizes=(a.shape, b.shape))
 
 
 def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> None:
@@ -95,21 +95,28 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
         raise refused(adapted, view, error) from error
     for (name, a), b in zip(want.items(), got, strict=True):
         shown = view.shown(name, case, a), view.shown(name, case, b)
-        hold(name, *shown, close(captured.base), same=a.shape == b.shape)
+        hold(name, *shown, close(captured.base), sizes=(a.shape, b.shape))
 
 
-def hold(name: str, want: Tensor, got: Tensor, close: float, *, same: bool) -> None:
+def hold(
+    name: str, want: Tensor, got: Tensor, close: float, *, sizes: tuple[Sequence[int], Sequence[int]] | None = None
+) -> None:
     """Compare an output of the captured model with the model's own output, and refuse a difference.
 
     `close` says how far they may be apart, relative to the largest magnitude. Where the model itself gives NaN, as at
-    padding, nothing is compared.
+    padding, nothing is compared. `sizes` are the shapes of the whole outputs, if parts of them are compared.
     """
-    if same:
-        known = ~want.isnan()
-        want, got = want[known], got[known]
-    if not same or not near(want, got, close):
-        error = largest_gap(want, got) if same else 0.0
-        raise VerificationError(f"the captured model differs from the model by {error:.2e}", name, "report this model")
+    theirs, ours = (list(shape) for shape in sizes or (want.shape, got.shape))
+    if theirs != ours:
+        raise _differs(name, f"gives {ours} where the model gives {theirs}")
+    known = ~want.isnan()
+    want, got = want[known], got[known]
+    if not near(want, got, close):
+        raise _differs(name, f"differs from the model by {largest_gap(want, got):.2e}")
+
+
+def _differs(name: str, how: str) -> VerificationError:
+    return VerificationError(f"the captured model {how}", name, "report this model")
 
 
 def refused(adapted: AdaptedModel, view: View, error: Exception) -> PeftfxError:

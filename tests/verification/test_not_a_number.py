@@ -24,16 +24,16 @@ def spoiled(place: tuple[int, int], number: float) -> torch.Tensor:
 
 @WRONG
 def test_a_capture_that_gives_nan_or_another_infinity_is_refused(place: tuple[int, int], number: float) -> None:
-    hold("y", NUMBERS, NUMBERS + 1e-7, 1e-5, same=True)
+    hold("y", NUMBERS, NUMBERS + 1e-7, 1e-5)
     with pytest.raises(VerificationError, match=r"the captured model differs from the model by (nan|inf)"):
-        hold("y", NUMBERS, spoiled(place, number), 1e-5, same=True)
+        hold("y", NUMBERS, spoiled(place, number), 1e-5)
 
 
 def test_a_nan_of_the_model_itself_hides_no_other_number() -> None:
     own = spoiled((0, 0), NAN)
-    hold("y", own, NUMBERS, 1e-5, same=True)
+    hold("y", own, NUMBERS, 1e-5)
     with pytest.raises(VerificationError, match=r"differs from the model by 1\.00e\+00"):
-        hold("y", own, spoiled((1, 0), 4.0), 1e-5, same=True)
+        hold("y", own, spoiled((1, 0), 4.0), 1e-5)
 
 
 @WRONG
@@ -41,3 +41,8 @@ def test_the_measure_of_tests_loses_no_nan_and_no_infinity(place: tuple[int, int
     right = {"x": torch.ones(2)}
     assert farthest({"y": NUMBERS + 1e-7, **right}, {"y": NUMBERS, **right}, {}) < 1e-6
     assert farthest({"y": spoiled(place, number), **right}, {"y": NUMBERS, **right}, {}) == INF
+
+
+def test_a_capture_of_another_shape_is_told_with_both_shapes() -> None:
+    with pytest.raises(VerificationError, match=r"captured model gives \[2, 3\] where the model gives \[3, 2\]"):
+        hold("y", torch.ones(3, 2), torch.ones(2, 3), 1e-5)
