@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from peftfx.bases.processors.pictures import chosen_size, pictures_vary
+from peftfx.bases.processors.pictures import axes_of_pictures, chosen_size, pictures_vary
 from peftfx.bases.processors.readers import encodes_in_forward
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import FREE, GraphPart, capture_parts, is_forward, refuse_fixed
@@ -46,6 +46,8 @@ def capture_with_images(adapted: AdaptedModel, view: str, inputs: Mapping[str, o
                 return [_by_image(adapted)]
             except PeftfxError:
                 pass
+        elif axes_of_pictures(base):  # side by side, which no other size and no other call mends
+            raise failure from error
         raise error
 
 

@@ -163,3 +163,11 @@ def test_a_model_whose_forward_cannot_be_captured_is_merged() -> None:
         model.merge()
         model.add_adapter("more", peftfx.LoRA(r=2, target="attention.value"))  # it starts as the identity
         torch.testing.assert_close(model(**inputs).logits, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.further
+def test_images_that_stand_side_by_side_are_left_to_the_decode_view(tmp_path: Path) -> None:
+    with pytest.raises(PeftfxError, match="stand side by side in a tensor") as caught:
+        adapted("minicpmv4_6").export(tmp_path / "out", view="forward")
+    assert "export the decode view" in str(caught.value)
+    assert not list(tmp_path.iterdir())
