@@ -58,3 +58,20 @@ def test_a_training_draws_as_in_peft(config: peft.PeftConfig, tmp_path: Path) ->
     found, wanted = (trained(m.train(), lambda m=m: m(X, **more).pow(2).mean()) for m in (ours, theirs.base_model))  # type: ignore[misc]
     assert found == pytest.approx(wanted, rel=1e-5)
     assert len(set(wanted)) == len(wanted)
+
+
+def test_an_embedding_draws_as_in_peft(tmp_path: Path) -> None:
+    """TinyLoRA has dropout there; of LoRA, HF PEFT leaves it out."""
+    ids = torch.tensor([[1, 4, 2], [0, 3, 4]])
+    bases = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        bases.append(nn.Sequential(nn.Embedding(5, 8), nn.Tanh(), nn.Linear(8, 4)))
+    config = peft.TinyLoraConfig(r=2, tinylora_dropout=0.4, target_modules=["0", "2"])
+    theirs = peft.get_peft_model(bases[0], config)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    ours = peftfx.load(bases[1], tmp_path, inputs={"input": ids})
+    found, wanted = (trained(m.train(), lambda m=m: m(ids).pow(2).mean()) for m in (ours, theirs.base_model))  # type: ignore[misc]
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert len(set(wanted)) == len(wanted)
