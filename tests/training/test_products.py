@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from peftfx.contract.common.lora import products
 from peftfx.contract.common.lora.dora_layer import scaled_linear
@@ -22,16 +23,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 both = pytest.mark.skipif(not products._are_both_there(), reason="this torch has one library of products")
 
 
-class Calls(TorchDispatchMode):
-    """Keeps the names of the operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+def operations(run: Callable[[], Tensor]) -> tuple[Tensor, set[str]]:
+    """What a function gives, and the names of the operations that it runs."""
+    with torch.profiler.profile() as profiler:
+        found = run()
+    return found, {event.key for event in profiler.key_averages()}
 
 
 @pytest.fixture
@@ -49,23 +45,25 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_large_product_is_that_of_any_layout(left: str, right: str, rows: int) -> None:
     torch.manual_seed(0)
     x, y = LAYOUTS[left](torch.randn(rows, 17)), LAYOUTS[right](torch.randn(17, 40))
-    with Calls() as calls:
-        found = products.fast_product(x, y)
-    assert any("mkldnn" in name for name in calls.names)
+    found, names = operations(lambda: products.fast_product(x, y))
+    assert any("mkldnn" in name for name in names)
     assert found.is_contiguous()
     torch.testing.assert_close(found.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("why", ["small", "float64", "switched off", "no rows"])
+@pytest.mark.parametrize("why", ["small", "float64", "switched off", "no rows", "counted"])
 def test_other_products_are_torchs_own(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     if why not in ("small", "no rows"):
         monkeypatch.setattr(products, "_MANY", 1)
+    mode = FlopCounterMode(display=False) if why == "counted" else nullcontext()
     dtype = torch.float64 if why == "float64" else torch.float32
     x, y = torch.randn(0 if why == "no rows" else 8, 17, dtype=dtype), torch.randn(17, 40, dtype=dtype)
-    with torch.backends.mkldnn.flags(enabled=why != "switched off"), Calls() as calls:
-        found = products.fast_product(x, y)
-    assert not any("mkldnn" in name for name in calls.names)
+    with torch.backends.mkldnn.flags(enabled=why != "switched off"), mode:
+        found, names = operations(lambda: products.fast_product(x, y))
+    assert not any("mkldnn" in name for name in names)
     assert torch.equal(found, x @ y)
+    if isinstance(mode, FlopCounterMode):
+        assert mode.get_total_flops() == 2 * x.numel() * y.shape[1]
 
 
 @pytest.mark.usefixtures("large")
