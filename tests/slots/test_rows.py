@@ -16,6 +16,7 @@ from peftfx.export.slots import batched
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.model.adapted import AdaptedModel
+from peftfx.serving.call_rows import CallRows, KeptRows, RowAdapters
 from peftfx.views.row_adapters import IDS, lay
 
 RULES = {
@@ -110,6 +111,24 @@ def test_rows_of_an_output_with_the_name_of_an_input_are_each_their_own(tmp_path
     for row, name in enumerate(("two", (), "one")):
         adapted.set_adapter(name)
         torch.testing.assert_close(got[row], adapted(**inputs)["sample"].detach()[row], atol=1e-5, rtol=1e-5)
+
+
+def test_pieces_of_recordings_that_end_at_different_places_are_refused() -> None:
+    seen: list[list[int]] = []
+    step = CallRows(torch.tensor([1, 0])).beside(lambda inputs, _: seen.append(inputs[IDS].tolist()) or {})
+    for rows in (2, 6):  # beams and samples of a row stand together
+        step({"input_features": torch.zeros(rows, 8, 32)}, None)
+    assert seen == [[1, 0], [1, 1, 1, 0, 0, 0]]
+    with pytest.raises(PeftfxError, match="end at different places"):
+        step({"input_features": torch.zeros(4, 8, 32)}, None)
+
+
+def test_numbers_that_a_call_leaves_out_are_those_of_its_rows() -> None:
+    """transformers guides a text by one without its prompt: each beam of a row has the row's adapter there, too."""
+    rows = RowAdapters()
+    rows._rows = KeptRows()
+    with rows._numbering(torch.tensor([1, 0])):
+        assert [rows.numbers_of(count).tolist() for count in (2, 6)] == [[1, 0], [1, 1, 1, 0, 0, 0]]
 
 
 def test_a_row_has_its_prompt_its_text_and_then_padding() -> None:

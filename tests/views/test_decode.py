@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from every_model.checks import build
 from support.decoding import GREEDY, Pair, in_pieces, make_pair, text
 from support.few import but_for, few
 from support.zoo import TOKENS, ZOO
@@ -20,6 +21,7 @@ import peftfx.runtime
 from peftfx.caches.held import kept_by
 from peftfx.caches.states import StateLayer
 from peftfx.export.command import export_directory
+from peftfx.generation.step import Generates
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
 from peftfx.views.decode import PRESENT, Decode, positions
@@ -254,3 +256,18 @@ def test_a_layer_of_states_is_transformers_own(lengths: tuple[int, ...]) -> None
     for name, number in (("conv_states", 0), ("recurrent_states", 1)):
         rows = getattr(theirs, name)[number]
         assert torch.equal(getattr(ours, name)[number], rows[[1, 0, 0]]), name
+
+
+def test_a_cache_of_states_alone_counts_its_tokens() -> None:
+    """No layer of such a cache knows how many tokens it has read."""
+    model = build("text-generation", "mamba")
+    view = find_view(model, "decode")
+    assert isinstance(view, Decode)
+    steps = Generates()
+    steps.view, steps.step = view, lambda inputs, _: view(model, inputs)
+    ids, cache = text(2, 7)[0], steps.new_cache()
+    with torch.no_grad():
+        for start, end in ((0, 5), (5, 6), (6, 7)):
+            got = steps.forward(ids[:, start:end], cache=cache).logits
+            assert cache.get_seq_length() == end
+        torch.testing.assert_close(got[:, -1], model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)
