@@ -23,7 +23,6 @@ from peftfx import LoRA, PeftfxError, runtime, transform
 from peftfx.bases.sentences.steps import POOLINGS
 from peftfx.export.command import export_directory
 from peftfx.export.merge_command import merge_directory
-from peftfx.serving.sentences import ServedSentences
 
 Run = Callable[..., Result]
 TINY = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
@@ -150,15 +149,6 @@ def test_one_text_has_one_embedding(exported: Path) -> None:
     assert one.equal(two)
     assert served.encode_query("w5 w6").equal(served.encode_query(["w5 w6"])[0])
     assert served.similarity(one, two).shape == (1, 1)
-
-
-def test_each_measure_of_similarity_is_its_definition(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served, (a, b) = runtime.load(exported), torch.randn(2, 6)
-    dot, off = (a * b).sum(), (a - b).abs()
-    cosine, euclidean, manhattan = dot / a.norm() / b.norm(), -(off**2).sum().sqrt(), -off.sum()
-    for name, want in {"cosine": cosine, "dot": dot, "euclidean": euclidean, "manhattan": manhattan}.items():
-        monkeypatch.setattr(ServedSentences, "_settings", {"similarity_fn_name": name})
-        torch.testing.assert_close(served.similarity(a, b), want.reshape(1, 1), atol=1e-5, rtol=1e-5)
 
 
 def test_texts_are_cut_where_the_config_ends(tmp_path: Path) -> None:
