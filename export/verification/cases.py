@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from peftfx.bases.config_fields import first_of, special_tokens
@@ -39,6 +39,7 @@ _EVERY = 3  #: of so many tokens of a text one is a trained one
 _LARGE = 1 << 30  #: bytes of weights from which a model is large
 _HEAVY = 1 << 25  #: numbers of a tensor inside a call from which the call is heavy
 _ROWS = 2  #: the most rows of a heavy call
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def is_large(base: nn.Module) -> bool:
@@ -49,12 +50,19 @@ def is_large(base: nn.Module) -> bool:
 def is_heavy(graph: Graph) -> bool:
     """Return whether a call of the example's sizes makes so large a tensor that it is compared in few and small calls.
 
-    Examples are attention over all pieces of a picture of 1024 x 1024 pixels, and videos. In float64 such a tensor has
-    twice the bytes, and several are in memory at once.
+    Examples are attention over all pieces of a picture of 1024 x 1024 pixels, of a video, or of a sound, whose scores
+    no node of the graph shows. In float64 such a tensor has twice the bytes, and several are in memory at once.
     """
-    values = (node.meta.get("val") for node in graph.module.graph.nodes if node.op != "get_attr")
-    shapes = (value.shape for value in values if isinstance(value, Tensor))
+    nodes = [node for node in graph.module.graph.nodes if node.op != "get_attr"]
+    shapes = [tuple(value.shape) for node in nodes if isinstance(value := node.meta.get("val"), Tensor)]
+    shapes += [_scores(node) for node in nodes if node.target is _ATTENTION]
     return any(math.prod(optimization_hint(size, fallback=1) for size in shape) > _HEAVY for shape in shapes)
+
+
+def _scores(attention: fx.Node) -> tuple[int, ...]:
+    """Return the shape of the scores of a fused attention: one for each query and each key."""
+    query, key = (x.meta["val"] for x in attention.args[:2])  # type: ignore[union-attr]
+    return (*query.shape[:-1], key.shape[-2])
 
 
 def with_few_rows(tried: Sequence[Mapping[str, int]], axes: Collection[str]) -> list[Mapping[str, int]]:

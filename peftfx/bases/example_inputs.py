@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -219,11 +220,11 @@ class _Maker:
         mask = torch.ones_like(ids)
         if batch > 1 and length > 3 and "attention_mask" in self.accepted:
             mask[-1, -2:] = 0
-            pad = first_of(self.text, "pad_token_id")
-            if isinstance(pad, int) and pad >= 0:
+            pad = self._token("pad_token_id")
+            if pad is not None:
                 ids[-1, -2:] = pad
-        eos = first_of(self.text, "eos_token_id")
-        if self._pools_eos() and isinstance(eos, int):
+        eos = self._token("eos_token_id")
+        if self._pools_eos() and eos is not None:
             ids[torch.arange(batch), mask.sum(1) - 1] = eos
         made = {"input_ids": ids, "attention_mask": mask} if "attention_mask" in self.accepted else {"input_ids": ids}
         if BOXES in self.accepted:
@@ -238,6 +239,11 @@ class _Maker:
         if pieces and TYPES in self.accepted and makes_masks(self.model):
             made[TYPES] = prompt_types(self.model, ids.eq(image or 0))
         return made
+
+    def _token(self, name: str) -> int | None:
+        """Return a special token of the text, if it is in the vocabulary. SigLIP's config has the end of CLIP's."""
+        token, vocabulary = number_of(self.text, name, -1), number_of(self.text, "vocab_size", sys.maxsize)
+        return token if 0 <= token < vocabulary else None
 
     def _prompt_of_part(self, part: str) -> dict[str, Tensor]:
         """Make the text that a part of the model reads, such as a Q-Former, by the vocabulary in the part's config."""

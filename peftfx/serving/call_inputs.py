@@ -224,7 +224,7 @@ def fitted(value: Tensor, kind: str) -> Tensor:
     wanted = ONNX_DTYPES.get(kind)
     if kind == "tensor(int64)" and not value.is_floating_point() and not value.is_complex():
         return value.long()
-    if wanted is torch.bool and not value.is_floating_point() and not value.is_complex():
+    if kind == "tensor(bool)" and not value.is_floating_point() and not value.is_complex():
         return value != 0
     return value.to(wanted) if wanted is not None and value.is_floating_point() else value
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 from every_model.checks import build
 from support.adapted import randomise
 
@@ -34,6 +35,17 @@ def test_a_processor_may_take_arrays_alone() -> None:
 def test_a_class_that_reads_texts_alone_gets_no_picture() -> None:
     """It would hand a picture on to a model that reads them."""
     assert set(example_inputs(build("text-classification", "qwen3_5"))) == {"input_ids", "attention_mask"}
+
+
+def test_a_special_token_outside_the_vocabulary_is_in_no_text() -> None:
+    """SigLIP's config names the end of CLIP's texts, 49407, and has 32,000 tokens."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 90, "pad_token_id": 90, "eos_token_id": 49407}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=vision))
+    made = example_inputs(model)
+    assert (made["input_ids"] < 90).all()
+    assert model(**made).logits_per_text.isfinite().all()
 
 
 @pytest.mark.further

@@ -15,6 +15,8 @@ from support.adapted import randomise
 from support.command import Result, assert_refused
 from torch import nn
 
+from peftfx.serving.sentences import ServedSentences
+
 Run = Callable[..., Result]
 TINY = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 TEXTS = ["w50 w51 w52", "w20 w21", "w70 w71 w72 w73"]
@@ -163,3 +165,12 @@ def test_a_reranker_of_sentence_transformers_6_has_its_settings(tmp_path: Path, 
         ids = [torch.tensor([[81, 9, 82, 7, 8, 83, *(int(word[1:]) for word in text.split())]]) for text in TEXTS]
         want = [float(eager(input_ids=row).logits) for row in ids]
     torch.testing.assert_close(scores(), want, atol=1e-5, rtol=1e-4)
+
+
+def test_each_measure_of_similarity_is_its_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    served, (a, b) = ServedSentences.__new__(ServedSentences), torch.randn(2, 6)
+    dot, off = a @ b, (a - b).abs()
+    told = {"cosine": dot / a.norm() / b.norm(), "dot": dot, "euclidean": -off.norm(), "manhattan": -off.sum()}
+    for name, want in told.items():
+        monkeypatch.setattr(ServedSentences, "_settings", {"similarity_fn_name": name})
+        torch.testing.assert_close(served.similarity(a, b).squeeze(), want, atol=1e-5, rtol=1e-5)

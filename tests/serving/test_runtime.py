@@ -22,7 +22,8 @@ from torch import nn
 from peftfx import PeftfxError, export_onnx, runtime
 from peftfx.errors import PeftfxWarning
 from peftfx.export import OnnxModel
-from peftfx.serving.call_inputs import is_default, unfit_size
+from peftfx.formats import FROM_MASK, FROM_ONE
+from peftfx.serving.call_inputs import counted_positions, fitted, is_default, unfit_size
 
 Run = Callable[..., Result]
 
@@ -64,6 +65,22 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Pat
     return model, exported(model, tmp_path_factory.mktemp("bert") / "out")
 
 
+def test_positions_that_a_call_leaves_out_go_on_from_its_past() -> None:
+    tokens, mask = torch.zeros(2, 2, dtype=torch.long), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    assert counted_positions(FROM_ONE, tokens, mask, 3, "here").tolist() == [[4, 5], [4, 5]]
+    assert counted_positions(FROM_MASK, tokens, mask, 3, "here").tolist() == [[3, 4], [1, 2]]
+    assert counted_positions(FROM_MASK, tokens, None, 3, "here").tolist() == [[3, 4], [3, 4]]
+
+
+def test_a_tensor_gets_the_dtype_that_a_graph_takes() -> None:
+    numbers = torch.tensor([0, 1, 2], dtype=torch.int32)
+    assert fitted(numbers, "tensor(bool)").tolist() == [False, True, True]
+    assert torch.equal(fitted(numbers, "tensor(int64)"), numbers.long())
+    assert fitted(numbers, "tensor(float)") is numbers, "no numbers are made of whole ones"
+    assert fitted(numbers.float(), "tensor(float16)").dtype == torch.float16
+    assert fitted(numbers.float(), "tensor(bool)").dtype == torch.float32
+
+
 def test_padding_without_a_mask_is_told(classifier: tuple[nn.Module, Path]) -> None:
     model, directory = classifier
     served = runtime.load(directory)
@@ -89,6 +106,9 @@ def test_a_size_that_a_graph_does_not_take_is_told() -> None:
     assert told(pixels=(3,)) == "pixels has 1 axes, and the graph takes ['batch', 3]"
     assert told(input_ids=(2, 0)) == "input_ids is [2, 0], without tokens"
     assert told(input_ids=(1, 1)) == ""
+    limits = "sequence % 4 <= 0 (as well)"
+    assert told(input_ids=(2, 6)) == "sequence is 6, and the graph takes sequence % 4 <= 0"
+    assert told(input_ids=(2, 8)) == ""
 
 
 def test_what_a_graph_does_not_take_must_say_what_holds_without_it(classifier: tuple[nn.Module, Path]) -> None:

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx import PeftfxError, export_onnx, runtime
-from peftfx.serving.call_rows import CallRows
-from peftfx.views.row_adapters import IDS
 
 pytestmark = pytest.mark.further
 
@@ -118,16 +116,6 @@ def test_adapters_are_swapped(case: Case) -> None:
             assert torch.equal(served.generate(**given, **GREEDY), theirs[adapter].generate(**given, **GREEDY))
     with pytest.raises(PeftfxError, match="no adapters to choose from"):
         served.generate(**given_to(name, 1), **GREEDY, adapter_ids=torch.tensor([-1]))
-
-
-def test_pieces_of_recordings_that_end_at_different_places_are_refused() -> None:
-    seen: list[list[int]] = []
-    step = CallRows(torch.tensor([1, 0])).beside(lambda inputs, _: seen.append(inputs[IDS].tolist()) or {})
-    for rows in (2, 6):  # beams and samples of a row stand together
-        step({"input_features": torch.zeros(rows, 8, 32)}, None)
-    assert seen == [[1, 0], [1, 1, 1, 0, 0, 0]]
-    with pytest.raises(PeftfxError, match="end at different places"):
-        step({"input_features": torch.zeros(4, 8, 32)}, None)
 
 
 def test_a_model_that_makes_its_table_of_positions_longer_is_swapped(tmp_path: Path) -> None:

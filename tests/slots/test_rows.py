@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 import transformers as hf
 from support.slots import GREEDY, adapted_by, stirred, texts
 from support.zoo import TOKENS, ZOO
-from torch import nn
+from torch import Tensor, nn
 
 from peftfx import IA3, LoRA, PeftfxError, PrefixTuning, PromptTuning, PTuning, runtime, transform
 from peftfx.export.slots import batched
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
+from peftfx.generation.step_images import EncodesImages
 from peftfx.model.adapted import AdaptedModel
+from peftfx.serving.call_rows import CallRows, KeptRows, RowAdapters
+from peftfx.views.images.encoded import IMAGE_FEATURES, Images
 from peftfx.views.row_adapters import IDS, lay
 
 RULES = {
@@ -110,6 +114,40 @@ def test_rows_of_an_output_with_the_name_of_an_input_are_each_their_own(tmp_path
     for row, name in enumerate(("two", (), "one")):
         adapted.set_adapter(name)
         torch.testing.assert_close(got[row], adapted(**inputs)["sample"].detach()[row], atol=1e-5, rtol=1e-5)
+
+
+def test_pieces_of_recordings_that_end_at_different_places_are_refused() -> None:
+    seen: list[list[int]] = []
+    step = CallRows(torch.tensor([1, 0])).beside(lambda inputs, _: seen.append(inputs[IDS].tolist()) or {})
+    for rows in (2, 6):  # beams and samples of a row stand together
+        step({"input_features": torch.zeros(rows, 8, 32)}, None)
+    assert seen == [[1, 0], [1, 1, 1, 0, 0, 0]]
+    with pytest.raises(PeftfxError, match="end at different places"):
+        step({"input_features": torch.zeros(4, 8, 32)}, None)
+
+
+def test_numbers_that_a_call_leaves_out_are_those_of_its_rows() -> None:
+    """transformers guides a text by one without its prompt: each beam of a row has the row's adapter there, too."""
+    rows = RowAdapters()
+    rows._rows = KeptRows()
+    with rows._numbering(torch.tensor([1, 0])):
+        assert [rows.numbers_of(count).tolist() for count in (2, 6)] == [[1, 0], [1, 1, 1, 0, 0, 0]]
+
+
+def test_an_image_has_the_adapter_of_the_row_that_its_token_is_in() -> None:
+    """Rows have two images, none and one, of two pieces each."""
+    images = Images(9, 3, torch.float32, 2, False, (("pixel_values", (1, 3, 4, 4)),))
+    seen: list[list[int]] = []
+
+    def encode(inputs: Mapping[str, Tensor], _: object) -> dict[str, Tensor]:
+        seen.append(inputs[IDS].tolist())
+        return {IMAGE_FEATURES: torch.zeros(2, 3)}
+
+    one = EncodesImages()
+    one.encode, one.images, one.numbers = encode, images, lambda rows: torch.arange(5, 5 + rows)
+    text = torch.tensor([[9, 9, 1, 9, 9], [1, 2, 3, 4, 5], [1, 9, 9, 2, 3]])
+    assert len(one.encoded({"pixel_values": torch.randn(3, 3, 4, 4)}, text)) == 3
+    assert seen == [[5], [5], [7]]
 
 
 def test_a_row_has_its_prompt_its_text_and_then_padding() -> None:

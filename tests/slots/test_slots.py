@@ -79,6 +79,23 @@ RULES = {
 }
 
 
+class Words(Layers):
+    """The embedding and the conv in groups."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        return self.one(self.words(input_ids).transpose(1, 2)).mean(2)
+
+
+def test_what_is_put_at_an_embedding_and_a_conv_in_groups_is_held_against_torch(tmp_path: Path) -> None:
+    inputs = {"input_ids": torch.randint(30, (3, 7))}
+    adapted = transform(Words().eval(), LoRA(r=4, target="conv | embedding"), "low", inputs=inputs, seed=0)
+    adapted.add_adapter("words", LoRA(r=3, target="embedding"), seed=0)
+    export_onnx(stirred(adapted, "low", "words").base, tmp_path / "graph", inputs=inputs, slots="conv | embedding")
+    adapted.set_adapter("low")
+    export_adapter(adapted, tmp_path / "graph", tmp_path / "adapter")
+    adapted.export(tmp_path / "many", inputs=inputs, batched=["low", "words"])
+
+
 @pytest.mark.further
 def test_convs_and_embeddings_have_slots_and_rows_of_their_own(tmp_path: Path) -> None:
     torch.manual_seed(0)

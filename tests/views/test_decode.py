@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from every_model.checks import build
 from support.decoding import GREEDY, Pair, in_pieces, make_pair, text
 from support.few import but_for, few
 from support.zoo import TOKENS, ZOO
 from torch import nn
+from transformers.cache_utils import LinearAttentionLayer
 
 import peftfx
 import peftfx.runtime
 from peftfx.caches.held import kept_by
+from peftfx.caches.states import StateLayer
 from peftfx.export.command import export_directory
+from peftfx.generation.step import Generates
 from peftfx.model.adapted import AdaptedModel
 from peftfx.views.capture import capture
 from peftfx.views.decode import PRESENT, Decode, positions
@@ -229,3 +233,41 @@ def test_a_model_that_counts_in_its_own_way_needs_its_positions(tmp_path: Path) 
     want = model(**given, position_ids=positions(mask) + 3).logits
     got = served(**given, position_ids=positions(mask) + 3).logits
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(5, 1, 2, 1), (1, 1, 6), (3, 4)])
+def test_a_layer_of_states_is_transformers_own(lengths: tuple[int, ...]) -> None:
+    ours, theirs = StateLayer(2), LinearAttentionLayer(2)
+    random = torch.Generator().manual_seed(0)
+    for length in lengths:
+        new, state = torch.randn(2, 3, length, generator=random), torch.randn(2, 4, generator=random)
+        for layer in (0, 1):
+            got, want = (x.update_conv_state(new, layer, conv_kernel_size=3 + layer) for x in (ours, theirs))
+            assert torch.equal(got, want)
+        assert torch.equal(ours.update_recurrent_state(state, 1), theirs.update_recurrent_state(state, 1))
+        for name in ("conv_states", "recurrent_states"):
+            pairs = zip(getattr(ours, name).values(), getattr(theirs, name).values(), strict=True)
+            assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
+        assert ours.has_previous_state == theirs.has_previous_state
+    ours.reorder_cache(torch.tensor([1, 0]))
+    theirs.reorder_cache(torch.tensor([1, 0]))
+    ours.batch_repeat_interleave(2)  # theirs has no such method; what a layer of keys does
+    ours.batch_select_indices(torch.tensor([3, 0, 1]))
+    for name, number in (("conv_states", 0), ("recurrent_states", 1)):
+        rows = getattr(theirs, name)[number]
+        assert torch.equal(getattr(ours, name)[number], rows[[1, 0, 0]]), name
+
+
+def test_a_cache_of_states_alone_counts_its_tokens() -> None:
+    """No layer of such a cache knows how many tokens it has read."""
+    model = build("text-generation", "mamba")
+    view = find_view(model, "decode")
+    assert isinstance(view, Decode)
+    steps = Generates()
+    steps.view, steps.step = view, lambda inputs, _: view(model, inputs)
+    ids, cache = text(2, 7)[0], steps.new_cache()
+    with torch.no_grad():
+        for start, end in ((0, 5), (5, 6), (6, 7)):
+            got = steps.forward(ids[:, start:end], cache=cache).logits
+            assert cache.get_seq_length() == end
+        torch.testing.assert_close(got[:, -1], model(ids).logits[:, -1], atol=1e-5, rtol=1e-5)

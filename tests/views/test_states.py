@@ -15,12 +15,10 @@ from support.adapted import randomise
 from support.few import but_for
 from support.zoo import TOKENS
 from torch import Tensor, nn
-from transformers.cache_utils import LinearAttentionLayer
 
 import peftfx
 from peftfx import PeftfxError, runtime
 from peftfx.caches.held import kept_by
-from peftfx.caches.states import StateLayer
 from peftfx.export.deployment.genai_config import GENAI_CONFIG
 from peftfx.formats import REPORT
 from peftfx.model.adapted import AdaptedModel
@@ -202,25 +200,6 @@ def test_adapters_of_a_model_with_states_are_swapped(name: str, view: str, tmp_p
             assert torch.equal(greedy(served, batch)[0], greedy(adapted, batch)[0])
         else:
             torch.testing.assert_close(served(**given).logits, adapted(**given).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("lengths", [(5, 1, 2, 1), (1, 1, 6), (3, 4)])
-def test_a_layer_of_states_is_transformers_own(lengths: tuple[int, ...]) -> None:
-    ours, theirs = StateLayer(2), LinearAttentionLayer(2)
-    random = torch.Generator().manual_seed(0)
-    for length in lengths:
-        new, state = torch.randn(2, 3, length, generator=random), torch.randn(2, 4, generator=random)
-        for layer in (0, 1):
-            got, want = (x.update_conv_state(new, layer, conv_kernel_size=3 + layer) for x in (ours, theirs))
-            assert torch.equal(got, want)
-        assert torch.equal(ours.update_recurrent_state(state, 1), theirs.update_recurrent_state(state, 1))
-        for name in ("conv_states", "recurrent_states"):
-            pairs = zip(getattr(ours, name).values(), getattr(theirs, name).values(), strict=True)
-            assert all(a is b is None or torch.equal(a, b) for a, b in pairs)
-        assert ours.has_previous_state == theirs.has_previous_state
-    ours.reorder_cache(torch.tensor([1, 1]))
-    theirs.reorder_cache(torch.tensor([1, 1]))
-    assert torch.equal(ours.conv_states[0], theirs.conv_states[0])
 
 
 @pytest.mark.parametrize("name", HALVED)
