@@ -14,7 +14,7 @@ from peftfx.bases.load import load_base, read_base_config
 from peftfx.bases.quantised import QUANTISED, quantise
 from peftfx.bases.sentences.encoder import as_sentence_encoder
 from peftfx.bases.sentences.modules import FILE, SentenceModules
-from peftfx.bases.tasks import FEATURES, SENTENCES, resolve_task, task_of_adapter
+from peftfx.bases.tasks import FEATURES, SENTENCES, class_of_adapter, resolve_task, task_of_adapter
 from peftfx.errors import PeftfxError
 from peftfx.export.deployment.parts import sites_view
 from peftfx.model.adapted import AdaptedModel
@@ -84,12 +84,16 @@ def load_directories(
     weights = {folder: Weights(folder, method.prefix) for folder, method in methods.items()}
     told = next(filter(None, (task_of_adapter(own, config) for own in configs.values())), None)
     task = sentence_task(task, told, sentences, base) or told
+    classes = (class_of_adapter(own, config) for own in configs.values())
+    named = next(filter(None, classes), None) if task is None else None  # a class that does none of the named tasks
     labels = None
     for folder in (folder for folder, method in methods.items() if method.modules_to_save):
-        labels = labels or _labels(load_base(base, task=task, weights=False), weights[folder], methods[folder])
+        labels = labels or _labels(
+            load_base(base, task=task, weights=False, named=named), weights[folder], methods[folder]
+        )
     given = {name.replace(".base_layer.", ".") for own in weights.values() for name in own.names}
     beside = list(adapters.values())[::-1]
-    model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype, beside=beside)
+    model = load_base(base, task=task, num_labels=labels, given=given, dtype=dtype, beside=beside, named=named)
     name_labels(model, adapters.values())
     resize_vocabulary(model, weights.values())
     tell_tokens_without_rows(model, adapters.values())
@@ -140,6 +144,10 @@ def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
     for path in saved_modules(model, method):  # type: ignore[arg-type]
         for name, tensor in model.get_submodule(path).state_dict().items():
             shape = weights.shapes.get(f"{path}.{name}")
-            if shape and tensor.shape[:1] == (own,) and shape[1:] == tuple(tensor.shape[1:]) and shape[0] != own:
-                return int(shape[0])
+            if own is None or not shape or len(shape) != tensor.ndim or shape[0] == len(tensor):
+                continue
+            if shape[1:] != tuple(tensor.shape[1:]):
+                continue
+            if (more := len(tensor) - own) in (0, 1):  # DETR and others have one more class, for no object
+                return int(shape[0]) - more
     return None

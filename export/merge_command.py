@@ -35,6 +35,7 @@ from peftfx.export.stages import OnStage, Stages
 from peftfx.export.verification.agreement import agreement
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.finite import refuse_infinite_adapters
 from peftfx.export.writing.weights import Written
 from peftfx.export_options.checked import takes
 from peftfx.export_options.merge import MergeChanges, MergeOptions
@@ -114,7 +115,7 @@ def _load(base: Path, asked: MergeOptions) -> AdaptedModel:
     if "_class_name" in read_base_config(base):
         hint = "export it to ONNX, or merge it in Python: peftfx.load(model, adapter).merge()"
         raise PeftfxError("models of diffusers are not written", str(base), hint)
-    return load_directories(
+    adapted = load_directories(
         base,
         asked.folders,
         task=asked.task,
@@ -122,6 +123,8 @@ def _load(base: Path, asked: MergeOptions) -> AdaptedModel:
         quantize_base=asked.quantize_base,
         task_id=asked.task_id,
     )
+    refuse_infinite_adapters(adapted, adapted.names())  # a folded weight would not tell whose NaN it holds
+    return adapted
 
 
 def _write(

@@ -46,9 +46,17 @@ def example_of_size(
     own = (image.shape[-2], image.shape[-1])
     height, width = (own[0], 2 * own[1]) if size == ANY_SIZE else size
     example: dict[str, object] = {**example_inputs(adapted.base, sizes=dict(zip(SIDES, (height, width), strict=True)))}
-    if (height, width) != own and _INTERPOLATES in inspect.signature(adapted.base.forward).parameters:
+    if (height, width) != own and _interpolates(adapted.base):
         example[_INTERPOLATES] = True
     return example
+
+
+def _interpolates(base: nn.Module) -> bool:
+    """Return whether a model's forward takes the argument, or hands what else it is given on to a module that does."""
+    own = inspect.signature(base.forward).parameters
+    if _INTERPOLATES in own or not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+        return _INTERPOLATES in own
+    return any(_INTERPOLATES in inspect.signature(child.forward).parameters for child in base.children())
 
 
 def is_generating(base: nn.Module, view: str) -> bool:

@@ -32,7 +32,7 @@ from peftfx.export.verification.sizes.limits import Sizes
 from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of
 from peftfx.export_options.values import Slots
 from peftfx.graph.fingerprint import VERSION, fingerprint
-from peftfx.graph.slots import INNER, OUTER, SLOT_OWN, Manifest, Slot
+from peftfx.graph.slots import INNER, OUTER, PREFIX, SLOT_OWN, Manifest, Slot
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
 from peftfx.passes.slots.open import Open, slots_of
@@ -105,7 +105,7 @@ class Swappable(Deployment):
     ) -> Sizes:
         """Return the sizes at which the part is right: virtual tokens and those of a text count as one text."""
         found = super().sizes(adapted, part, example, allow_fixed, brief=brief)
-        places = {place.what for place in part.places}
+        places = {*(place.what for place in part.places), PREFIX}
         return found.carried(part.graph.conditions, lambda a, b: a.where == b.where and not places.isdisjoint(b.axes))
 
     def oracle(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> Oracle:
@@ -132,7 +132,10 @@ class Swappable(Deployment):
     def _cases(self, adapted: AdaptedModel, part: GraphPart, example: Inputs) -> list[dict[str, Tensor]]:
         """Make calls with tensors in each slot."""
         if part.view is not None:
-            cases = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed), part.sizes)
+            made = view_cases(adapted, part.view, lambda view, feed: EagerReference(adapted, view)(feed), part.sizes)
+            empty = {slot.name: neutral_of(slot) for slot in part.slots}
+            # A text as long as the graph is right for leaves no room for virtual tokens.
+            cases = [c for c in made if part.sizes.allow(part.graph.sizes_of({**empty, **c}))]
             return _filled(_held(adapted, part.view, cases), part.slots)
         own = {slot.name for slot in part.slots}
         given = probes(adapted, [s for s in part.graph.inputs if s.name not in own], example, sizes=part.sizes)

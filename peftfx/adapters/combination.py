@@ -15,7 +15,7 @@ from peftfx.contract.combination import Combination
 from peftfx.contract.method import PLACING, Method, Params
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement
-from peftfx.contract.weight import Weighted
+from peftfx.contract.weight import Weighted, WeightMethod
 from peftfx.errors import PeftfxError, listed, shown, warn
 from peftfx.field_types import fits
 
@@ -80,8 +80,7 @@ def combine(
     for (name, adapter), weight in zip(adapters.items(), weights, strict=True):
         for placement, params in _places(base, name, adapter, meeting):
             found.setdefault(placement.key, []).append((placement, Weighted(weight, placement.method, params)))
-    values: dict[str, Params] = {}
-    placements: dict[type[Method], list[WeightPlacement]] = {}
+    made: dict[type[WeightMethod], list[tuple[WeightPlacement, WeightMethod, Params]]] = {}
     order = {path: i for i, (path, _) in enumerate(own_modules(base))}  # the order in which HF PEFT draws at random
     for key, given in sorted(found.items(), key=lambda item: order.get(item[1][0][0].site.path, len(order))):
         first, classes = given[0][0], {type(w.method) for _, w in given}
@@ -89,9 +88,16 @@ def combine(
             what = f"{' and '.join(sorted(c.__name__ for c in classes))} cannot be summed"
             raise PeftfxError(what, key, "make both active instead: set_adapter([...])")
         (cls,) = classes
-        method, values[key] = cls.combined(first.view, combination, [w for _, w in given])
-        placements.setdefault(cls, []).append(dataclasses.replace(first, method=method))
-    return _made(base, adapters, list(placements.values()), values)
+        made.setdefault(cls, []).append((first, *cls.combined(first.view, combination, [w for _, w in given])))
+    values: dict[str, Params] = {}
+    rules: dict[tuple[type[Method], bool], list[WeightPlacement]] = {}
+    for cls, own in made.items():
+        for first, alone, params in own:
+            method, values[first.key] = alone.alike(first.view, params, [m for _, m, _ in own])
+            # A rule has one `lora_bias`, and an embedding has no place for one.
+            rule = rules.setdefault((cls, getattr(method, "lora_bias", False)), [])
+            rule.append(dataclasses.replace(first, method=method))
+    return _made(base, adapters, list(rules.values()), values)
 
 
 def tell_left_out(adapters: Mapping[str, Adapter]) -> None:

@@ -37,6 +37,7 @@ def load_base(
     dtype: torch.dtype | None = None,
     given: Collection[str] = (),
     beside: Collection[Path] = (),
+    named: str | None = None,
 ) -> nn.Module:
     """Load a base model from a local directory in eval mode: of transformers, or one of diffusers (no pipeline).
 
@@ -52,12 +53,13 @@ def load_base(
             memory-mapped.
         given: the names of tensors that an adapter brings. Only these may be missing from the weights.
         beside: directories whose tokenizers come before the base's own: they tell a classifier's padding token.
+        named: a class of transformers that counts as the one that the config names.
 
     Raises:
         PeftfxError: there is no such model, its files are broken or lack a weight, or it cannot do the task.
     """
     directory = Path(directory)
-    model = _load(directory, task, num_labels, weights, dtype, given)
+    model = _load(directory, task, num_labels, weights, dtype, given, named)
     if weights and is_file(directory / _ADAPTER) and directory.resolve() not in {path.resolve() for path in beside}:
         what = f"the base's directory has an adapter, too ({_ADAPTER}), which does not act"
         warn(f"{directory}: {what}: give the directory as an adapter as well, if it should")
@@ -72,6 +74,7 @@ def _load(
     weights: bool,
     dtype: torch.dtype | None,
     given: Collection[str],
+    named: str | None,
 ) -> nn.Module:
     file = stood_for(directory)
     if file is not None:
@@ -92,7 +95,7 @@ def _load(
         if "_class_name" in config:
             model = _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype)
         else:
-            model = _load_transformers(directory, config, task, num_labels, on_disk, dtype, given)
+            model = _load_transformers(directory, config, task, num_labels, on_disk, dtype, given, named)
         _refuse_integers(model, files)
         return model.eval()
 
@@ -163,6 +166,7 @@ def _load_transformers(
     on_disk: torch.dtype | None,
     dtype: torch.dtype | None,
     given: Collection[str],
+    named: str | None,
 ) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
@@ -174,7 +178,9 @@ def _load_transformers(
         raise PeftfxError(
             f"transformers has no model type {kind!r}" if kind else "the config has no `model_type`", where, hint
         )
-    extra = {} if num_labels is None else {"num_labels": num_labels}
+    extra: dict[str, object] = {} if num_labels is None else {"num_labels": num_labels}
+    if named is not None:
+        extra["architectures"] = [named]
     config = read_config(directory, **extra)
     maker = maker_of(config, task, directory)
     wanted: torch.dtype = dtype or config.dtype or on_disk or torch.float32  # type: ignore[assignment]

@@ -133,11 +133,17 @@ def task_of_adapter(saved: Mapping[str, Any], config: object) -> str | None:
     """
     if saved.get("task_type") is not None:
         return resolve_task(None, peft_task_type=str(saved["task_type"]), config=config)
+    name = class_of_adapter(saved, config)
+    return None if name is None else task_of_class(name)
+
+
+def class_of_adapter(saved: Mapping[str, Any], config: object) -> str | None:
+    """Return the class of transformers that an adapter's config names, if the base's config does not, or None."""
     made = saved.get("auto_mapping") or {}
     name, library = str(made.get("base_model_class")), str(made.get("parent_library"))
     if not library.startswith("transformers.") or name in (_reader(config)("architectures") or ()):
         return None
-    return task_of_class(name)
+    return name
 
 
 @functools.cache

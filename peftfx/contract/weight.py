@@ -171,3 +171,13 @@ class WeightMethod(Method):
         """
         what = f"adapters of {cls.__name__} cannot be summed"
         raise PeftfxError(what, site.path, "make them active together (set_adapter), or one at a time")
+
+    def alike(self, site: Site, p: Params, others: Sequence[WeightMethod]) -> tuple[WeightMethod, Params]:
+        """Return a combination at one place as it is in one file with those at other places; by default as it is.
+
+        Args:
+            site: the place.
+            p: the combination's parameters there.
+            others: the methods of the combinations at all places. A file has some options once for all of them.
+        """
+        return self, p

@@ -200,3 +200,15 @@ def test_a_bias_that_the_config_has_no_place_for_is_refused(tmp_path: Path, peft
         peftfx("merge", *words), "the module has no bias, and the merged weight needs one", "lora_bias=False"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_holds_nan_is_named_and_not_the_weight_that_it_is_folded_into(tmp_path: Path) -> None:
+    model = q.tiny(num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "base")
+    made = adapted(model, tmp_path / "adapter")
+    with torch.no_grad():
+        made.get_submodule("base_model.model.model.layers.0.mlp.down_proj.lora_B.default").weight[1, 0] = torch.nan
+    made.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PeftfxError, match=r"the adapter 'default' holds NaN .*\[model.layers.0.mlp.down_proj.lora_B\]"):
+        merge_directory(tmp_path / "base", tmp_path / "out", adapter=tmp_path / "adapter")
+    assert not (tmp_path / "out").exists()

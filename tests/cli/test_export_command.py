@@ -211,3 +211,10 @@ def test_in_python_the_files_of_the_source_are_beside_the_model(inputs: Inputs, 
     adapted.export(tmp_path / "out", source=inputs.encoder)
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (inputs.encoder / name).read_bytes()
+
+
+def test_a_model_that_has_no_decode_view_needs_its_processor(tmp_path: Path, peftfx: Callable[..., Result]) -> None:
+    build("fill-mask", "ultravbert").save_pretrained(tmp_path / "base")
+    got = peftfx("export", "--base", tmp_path / "base", "--output", tmp_path / "out")
+    assert_refused(got, "cannot capture this model", "copy the files of its processor")
+    assert "--view decode" not in got.err

@@ -13,6 +13,7 @@ from every_model.checks import build
 from support.adapted import randomise
 from support.words import word_tokenizer
 
+from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.directories import load_directories
@@ -112,3 +113,34 @@ def test_a_classifier_has_the_padding_token_of_its_adapters_tokenizer(tmp_path: 
     torch.testing.assert_close(adapted.eval()(**rows).logits, theirs(**rows).logits)
     alone = adapted(rows["input_ids"][1:, :1]).logits
     torch.testing.assert_close(adapted(**rows).logits[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_class_that_does_no_named_task_is_the_one_that_was_trained(tmp_path: Path) -> None:
+    """Its head is in the adapter, with more classes than the base's config tells."""
+    build("feature-extraction", "wav2vec2").save_pretrained(tmp_path / "base")
+    model = hf.Wav2Vec2ForAudioFrameClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    adapted = load_directories(tmp_path / "base", {"a": tmp_path / "adapter"})
+    assert type(adapted.base) is hf.Wav2Vec2ForAudioFrameClassification
+    sound = torch.randn(2, 900)
+    torch.testing.assert_close(adapted.eval()(sound).logits, theirs(sound).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["table-transformer", pytest.param("yolos", marks=pytest.mark.further)])
+def test_a_detectors_head_has_one_class_more_than_labels(kind: str, tmp_path: Path) -> None:
+    base = build("object-detection", kind)
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True)
+    options = {"target_modules": ["fc1", "query"], "modules_to_save": ["class_labels_classifier"]}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, **options)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    adapted = load_directories(tmp_path / "base", {"a": tmp_path / "adapter"})
+    assert adapted.base.config.num_labels == 5
+    inputs = example_inputs(base)
+    want = theirs(**inputs)
+    assert want.logits.shape[-1] == 6
+    torch.testing.assert_close(adapted.eval()(**inputs).logits, want.logits, atol=1e-5, rtol=1e-5)

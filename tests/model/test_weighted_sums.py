@@ -127,6 +127,29 @@ def test_cat_sums_effects_whatever_the_adapters_are(model: AdaptedModel) -> None
     same(first(deltas.base, inputs), want)
 
 
+@pytest.mark.parametrize("order", [NAMES[:2], NAMES[1::-1]])
+def test_a_sum_of_which_some_have_biases_of_b_is_saved(order: Sequence[str], tmp_path: Path) -> None:
+    """A file tells once for all layers whether B has a bias; `peft` itself leaves these biases out of its sum."""
+    biased = lora(["q_proj"], lora_bias=True, r=2)
+    ours, _ = both("llama", tmp_path / "apart", [biased, lora(["q_proj", "down_proj"])])
+    inputs = ZOO["llama"].inputs(3, 5, 4, model=ours.base)
+    ours.set_adapter(order)
+    want = first(ours, inputs)
+    ours.add_weighted_adapter(order, [1.0, 1.0], "sum", "cat")
+    same(first(ours, inputs), want)
+    ours.save_pretrained(tmp_path / "sum", "sum")
+    same(first(peftfx.load(ZOO["llama"].build(), tmp_path / "sum"), inputs), want)
+    same(first(load_peft(ZOO["llama"].build(), tmp_path / "sum"), inputs), want)
+
+
+def test_a_sum_with_biases_of_b_and_an_embedding_is_saved_as_two_rules(tmp_path: Path) -> None:
+    ours, _ = both("llama", tmp_path / "apart", [lora(["embed_tokens"]), lora(["q_proj"], lora_bias=True)])
+    inputs = ZOO["llama"].inputs(3, 5, 4, model=ours.base)
+    ours.add_weighted_adapter(NAMES[:2], [0.5, -2.0], "sum", "cat")
+    ours.save_pretrained(tmp_path / "sum", "sum")
+    same(first(peftfx.load(ZOO["llama"].build(), tmp_path / "sum"), inputs), first(ours, inputs))
+
+
 def test_cat_keeps_the_groups_of_a_convolution_apart() -> None:
     x = torch.randn(2, 8, 9, 7, generator=torch.Generator().manual_seed(0))
     model = peftfx.transform(Convs(), LoRA(r=4, target_modules=CONVS), "one", inputs={"x": x})

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import peft
 import pytest
 import torch
+import transformers as hf
 from support.adapted import randomise
 from support.command import Result
 from support.decoding import prompts
@@ -292,3 +293,13 @@ def test_other_decoders_go_the_same_way(name: str, tmp_path: Path) -> None:
         adapted.remove()
         adapted.add_adapter("x", RULES[kind], seed=0)
         export_adapter(stirred(adapted, "x"), tmp_path / "graph", tmp_path / kind)  # held against torch
+
+
+def test_a_length_at_which_the_code_changes_counts_virtual_tokens_too(tmp_path: Path) -> None:
+    """Doge leaves out keys beyond a number of them: a text of that length, behind a prefix, was tried and refused."""
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = hf.DogeForCausalLM(
+        hf.DogeConfig(vocab_size=64, keep_window_size=40, max_position_embeddings=40, **size)
+    ).eval()
+    report = export_onnx(model, tmp_path / "graph", slots="all-linear", view="decode")
+    assert any("past + prefix + sequence <= 40" in line for line in report.sizes)

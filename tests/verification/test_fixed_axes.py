@@ -78,6 +78,28 @@ def test_the_steps_of_a_loop_are_told(tmp_path: Path) -> None:
         OnnxModel(tmp_path / "out")(x=torch.randn(2, 6, 8))
 
 
+class Twice(nn.Module):
+    """Code in which one length follows from another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.layer(x).repeat_interleave(2, 1) + y  # type: ignore[no-any-return]
+
+
+def test_lengths_of_which_one_follows_from_the_other_are_told_where_an_example_of_one_fixes_them(
+    tmp_path: Path,
+) -> None:
+    """Neither is free without the other, so that each alone looked as if the model took no other."""
+    case = {"x": torch.randn(1, 1, 8), "y": torch.randn(1, 2, 8)}
+    report = export_onnx(Twice().eval(), tmp_path / "out", inputs=case)
+    assert report.inputs == {"x": ["batch", 1, 8], "y": ["batch", 2, 8]}
+    told = "(as in the example: the capture fixes it; the model takes others)"
+    assert report.sizes == [f"axis 1 of x is 1 {told}", f"axis 1 of y is 2 {told}"]
+
+
 class Strided(nn.Module):
     """Code that asks how many steps strides leave, as encoders of recordings do."""
 

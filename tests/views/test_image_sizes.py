@@ -79,6 +79,16 @@ def test_a_vit_is_exported_for_another_size_or_any(
         torch.testing.assert_close(served(pixel_values=image)["logits"], want, atol=1e-5, rtol=1e-5)
 
 
+def test_a_classifier_that_hands_the_argument_on_is_exported_for_another_size(tmp_path: Path) -> None:
+    """CLIP's classifier has no such argument of its own: its forward takes further ones, and gives them to its ViT."""
+    adapted = lora_of(build("image-classification", "clip"))
+    adapted.export(tmp_path / "out", image_size=(48, 64))
+    image = torch.randn(3, 3, 48, 64)
+    with torch.no_grad():
+        want = adapted(image, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(OnnxModel(tmp_path / "out")(pixel_values=image)["logits"], want, atol=1e-5, rtol=1e-5)
+
+
 def test_the_files_beside_the_model_give_images_of_the_chosen_size(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     vit().save_pretrained(base)

@@ -158,20 +158,24 @@ def _fixed_axes(trial: Trial) -> Iterator[str]:
         for i, (size, name) in enumerate(zip(spec.shape, asked[spec.name], strict=True))
         if isinstance(size, int) and name is not None
     ]
-    sizes = {size for tensor in case.values() for size in tensor.shape}
-    for name, i in fixed:
-        size = case[name].shape[i]
-        alike = [(other, j) for other, j in fixed if case[other].shape[j] == size]
-        longer = [size + 1] if size > 1 else sorted({2, *sizes} - {1})
-        tried = (functools.partial(_resized, case, axes, n) for n in longer for axes in ([(name, i)], alike))
-        if any(map(trial.runs, tried)):
-            yield f"axis {i} of {name} is {size} (as in the example: the capture fixes it; the model takes others)"
+    sizes = {(name, i): case[name].shape[i] for name, i in fixed}
+    known = sorted({2, *(size for tensor in case.values() for size in tensor.shape)} - {1})
+    for axis, size in sizes.items():
+        alike = [other for other in sizes if sizes[other] == size]
+        longer = [size + 1] if size > 1 else known
+        tried = [dict.fromkeys(axes, n) for n in longer for axes in ([axis], alike)]
+        for other in sizes:  # one may follow from the other in the code, as twice its size, or one more
+            if 1 in (size, sizes[other]) and sizes[other] != size:
+                tried += [{axis: 2 * size, other: 2 * sizes[other]}, {axis: size + 1, other: sizes[other] + 1}]
+        if any(trial.runs(functools.partial(_resized, case, others)) for others in tried):
+            which = f"axis {axis[1]} of {axis[0]} is {size}"
+            yield f"{which} (as in the example: the capture fixes it; the model takes others)"
 
 
-def _resized(case: Mapping[str, Tensor], axes: Sequence[tuple[str, int]], size: int) -> dict[str, Tensor]:
+def _resized(case: Mapping[str, Tensor], sizes: Mapping[tuple[str, int], int]) -> dict[str, Tensor]:
     """Return inputs in which some axes have another size. Their values are repeated."""
     made = dict(case)
-    for name, i in axes:
+    for (name, i), size in sizes.items():
         made[name] = made[name].index_select(i, torch.arange(size) % made[name].shape[i])
     return made
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from peftfx.bases.processors.image_size import processor_file
 from peftfx.bases.processors.padding import lacks_padding
-from peftfx.bases.processors.readers import SIZED, reads_images, reads_sized_images
+from peftfx.bases.processors.readers import SIZED, encodes_in_forward, reads_images, reads_sized_images
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.capturing.raised import line_of, packs, raised_at, said_by
 from peftfx.views.dry_run import fake_run
@@ -66,7 +66,7 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     elif str(error).strip():
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
         if getattr(call, "inputs", None) is None and _lacks_processor(model):
-            hint = _PROCESSOR if _has_folder(model) else _FOLDER
+            hint = (_PROCESSOR if reads_images(model) else _FILES) if _has_folder(model) else _FOLDER
         if lacks_padding(model) and "padding" in str(error):
             hint = "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
@@ -75,9 +75,10 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
     return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
 
 
+_FILES = "copy the files of its processor (preprocessor_config.json) into its folder"
 _PROCESSOR = (
-    "copy the files of its processor (preprocessor_config.json) into its folder; or pass --view decode, or, in Python, "
-    "inputs= of a text without images, to adapt the layers that it runs"
+    f"{_FILES}; or pass --view decode, or, in Python, inputs= of a text without images, to adapt the layers that it "
+    "runs"
 )
 _FOLDER = (
     "set model.config.name_or_path to a folder with the files of its processor (preprocessor_config.json): examples of "
@@ -87,7 +88,7 @@ _FOLDER = (
 
 def _lacks_processor(model: nn.Module) -> bool:
     """Return whether a model reads images, and no processor beside it makes an example of one."""
-    return isinstance(model, PreTrainedModel) and reads_images(model) and processor_file(model) is None
+    return isinstance(model, PreTrainedModel) and encodes_in_forward(model) and processor_file(model) is None
 
 
 def _has_folder(model: nn.Module) -> bool:

@@ -33,6 +33,7 @@ class LoraForms(WeightMethod):
     lora_alpha: float
     use_rslora: bool
     use_dora: bool
+    lora_bias: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     init_lora_weights: Start
@@ -146,6 +147,13 @@ class LoraForms(WeightMethod):
         r = len(a) // (site.shape[0] if site.kind == EXPERTS else 1)
         plain = loras[0]._with(use_rslora=False, init_lora_weights=True, bias="none", use_bdlora=None, kasa_config=None)
         return plain._with(r=r, lora_alpha=r, lora_bias=bool(biased)), new
+
+    def alike(self, site: Site, p: Params, others: Sequence[WeightMethod]) -> tuple[WeightMethod, Params]:
+        """Give B a bias of zeros if B has one at another place, and can have one here."""
+        biased = any(isinstance(m, LoraForms) and m.lora_bias for m in others)
+        if not biased or self.lora_bias or site.kind in ("embedding", EXPERTS) or self._at_parameter(site):
+            return self, p
+        return self._with(lora_bias=True), {**p, B_BIAS: p[B].new_zeros(len(p[B]))}
 
     def _summand(self, site: Site, how: Combination, p: Params) -> Params:
         """Return the adapter's factors as those of a plain LoRA.
