@@ -92,8 +92,9 @@ def combine(
     values: dict[str, Params] = {}
     rules: dict[tuple[type[Method], bool], list[WeightPlacement]] = {}
     for cls, own in made.items():
+        methods = [method for _, method, _ in own]
         for first, alone, params in own:
-            method, values[first.key] = alone.alike(first.view, params, [m for _, m, _ in own])
+            method, values[first.key] = alone.alike(first.view, params, methods)
             # A rule has one `lora_bias`, and an embedding has no place for one.
             rule = rules.setdefault((cls, getattr(method, "lora_bias", False)), [])
             rule.append(dataclasses.replace(first, method=method))

@@ -20,13 +20,12 @@ from peftfx.bases.processors.beside_text import BOXES, PLACES, has_image_axis, i
 from peftfx.bases.processors.codebooks import codes_shape
 from peftfx.bases.processors.image_tokens import image_places, in_patches, token_and_count, tokens_of
 from peftfx.bases.processors.pictures import (
-    USUAL_SIZE,
     Picture,
     axes_of_pictures,
     picture_inputs,
+    picture_size,
     repeated,
     seeing,
-    told_size,
 )
 from peftfx.bases.processors.series import PAST_VALUES, PIXEL_VALUES, series_shape, video_inputs
 from peftfx.bases.processors.sounds.in_text import sounds_in_text
@@ -303,5 +302,5 @@ class _Maker:
         return value if isinstance(value, int) else default
 
     def _resolution(self) -> tuple[int, int]:
-        height, width = told_size(self.model) or USUAL_SIZE
+        height, width = picture_size(self.model)
         return self.sizes.get("height", height), self.sizes.get("width", width)

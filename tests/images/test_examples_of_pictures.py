@@ -121,3 +121,13 @@ def test_pictures_may_stand_side_by_side(kind: str, tmp_path: Path) -> None:
     wide = torch.randn(1, 3, 8, 1024)  # one picture that is too wide
     with pytest.raises(PeftfxError, match="resize the images to the size of the export"):
         served.generate(**{**given, "pixel_values": wide}, **steps)
+
+
+def test_a_picture_has_as_many_pieces_as_a_detector_has_queries() -> None:
+    """Its code takes the best pieces, one for each query, and raises where there are fewer."""
+    model = build("object-detection", "rt_detr")
+    assert example_inputs(model)["pixel_values"].shape[-2:] == (64, 64)
+    model.config.num_queries = 300
+    pictures = example_inputs(model)
+    assert pictures["pixel_values"].shape[-2:] == (192, 192)
+    assert model(**pictures).logits.shape[1] == 300

@@ -6,6 +6,7 @@ The processor is looked for where the model was loaded from. Only its pictures a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from peftfx.bases.config_fields import first_of
 from peftfx.bases.processors.image_size import Size, image_size_of, processor_file
 
 Picture = Mapping[str, Tensor]
-USUAL_SIZE: Size = (64, 64)  #: the height and width of pictures where nothing tells a size
+_USUAL = 64  #: the height and width of pictures where nothing tells a size
 
 
 def picture_inputs(model: nn.Module, accepted: Collection[str], size: Size) -> Picture | None:
@@ -53,7 +54,7 @@ def axes_of_pictures(model: nn.Module) -> Mapping[str, int]:
         model: a model of transformers.
     """
     file = processor_file(model)
-    return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, told_size(model) or USUAL_SIZE)
+    return {} if file is None else _joined(file.parent, file.stat().st_mtime_ns, picture_size(model))
 
 
 def repeated(one: Picture, count: int, floats: Callable[..., Tensor], axes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -113,6 +114,16 @@ def told_size(model: nn.Module) -> Size | None:
         size = first_of(first_of(seeing(model.config), "backbone_config"), *_SIZE_FIELDS)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return (height, width) if height and width else None
+
+
+def picture_size(model: nn.Module) -> Size:
+    """Return the height and width of an example's pictures: those that are told, or usual ones.
+
+    A detector may choose as many pieces of a picture as it has queries, at a stride of 8 pixels and at larger ones.
+    """
+    queries = first_of(getattr(model, "config", None), "num_queries")
+    side = _USUAL * math.ceil(math.sqrt(queries) * 8 / _USUAL) if isinstance(queries, int) and queries > 0 else _USUAL
+    return told_size(model) or (side, side)
 
 
 def pictures_vary(model: nn.Module, accepted: Collection[str]) -> bool:
