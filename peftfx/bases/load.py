@@ -59,7 +59,10 @@ def load_base(
         PeftfxError: there is no such model, its files are broken or lack a weight, or it cannot do the task.
     """
     directory = Path(directory)
-    model = _load(directory, task, num_labels, weights, dtype, given, named)
+    changes: dict[str, object] = {} if num_labels is None else {"num_labels": num_labels}
+    if named is not None:
+        changes["architectures"] = [named]
+    model = _load(directory, task, changes, weights, dtype, given)
     if weights and is_file(directory / _ADAPTER) and directory.resolve() not in {path.resolve() for path in beside}:
         what = f"the base's directory has an adapter, too ({_ADAPTER}), which does not act"
         warn(f"{directory}: {what}: give the directory as an adapter as well, if it should")
@@ -70,15 +73,15 @@ def load_base(
 def _load(
     directory: Path,
     task: str | None,
-    num_labels: int | None,
+    changes: Mapping[str, Any],
     weights: bool,
     dtype: torch.dtype | None,
     given: Collection[str],
-    named: str | None,
 ) -> nn.Module:
     file = stood_for(directory)
     if file is not None:
-        return load_gguf(file, task=task, num_labels=num_labels, weights=weights, dtype=dtype, given=given)
+        labels = changes.get("num_labels")
+        return load_gguf(file, task=task, num_labels=labels, weights=weights, dtype=dtype, given=given)
     config = read_base_config(directory)
     files = weight_files(directory) if weights else []
     if config.get(QUANTISED) is not None:
@@ -87,7 +90,7 @@ def _load(
             raise PeftfxError(what, str(directory), "use the unquantised model")
         format_of(config[QUANTISED], directory)
         with understanding(directory, "cannot load the base model"):
-            model, info = load_quantised(directory, files, task=task, num_labels=num_labels, dtype=dtype)
+            model, info = load_quantised(directory, files, task=task, changes=changes, dtype=dtype)
             _refuse_random(model, info, given, directory)
             return model.eval()
     with understanding(directory, "cannot load the base model"):
@@ -95,7 +98,7 @@ def _load(
         if "_class_name" in config:
             model = _load_diffusers(directory, str(config["_class_name"]), on_disk, dtype)
         else:
-            model = _load_transformers(directory, config, task, num_labels, on_disk, dtype, given, named)
+            model = _load_transformers(directory, config, task, changes, on_disk, dtype, given)
         _refuse_integers(model, files)
         return model.eval()
 
@@ -162,11 +165,10 @@ def _load_transformers(
     directory: Path,
     raw: Mapping[str, object],
     task: str | None,
-    num_labels: int | None,
+    changes: Mapping[str, Any],
     on_disk: torch.dtype | None,
     dtype: torch.dtype | None,
     given: Collection[str],
-    named: str | None,
 ) -> nn.Module:
     from transformers import CONFIG_MAPPING
 
@@ -178,10 +180,7 @@ def _load_transformers(
         raise PeftfxError(
             f"transformers has no model type {kind!r}" if kind else "the config has no `model_type`", where, hint
         )
-    extra: dict[str, object] = {} if num_labels is None else {"num_labels": num_labels}
-    if named is not None:
-        extra["architectures"] = [named]
-    config = read_config(directory, **extra)
+    config = read_config(directory, **changes)
     maker = maker_of(config, task, directory)
     wanted: torch.dtype = dtype or config.dtype or on_disk or torch.float32  # type: ignore[assignment]
     if on_disk is None:

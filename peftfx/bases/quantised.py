@@ -27,7 +27,7 @@ def load_quantised(
     files: Sequence[Path],
     *,
     task: str | None,
-    num_labels: int | None,
+    changes: Mapping[str, Any],
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Load a model whose quantised weights stay in their files (`Coded`), with transformers' loading info.
@@ -36,14 +36,13 @@ def load_quantised(
         directory: a directory in transformers' layout, whose config has a `quantization_config`.
         files: the files of the weights. Without files, the parameters stay uninitialised.
         task: the task, which decides the head; by default the class named in the config.
-        num_labels: the number of labels of a classification head.
+        changes: fields of the config that have other values, such as `num_labels`.
         dtype: the dtype that weights are computed in; by default float32.
 
     Raises:
         PeftfxError: the format is not supported, or the stored tensors do not fit the model.
     """
-    extra = {} if num_labels is None else {"num_labels": num_labels}
-    config = read_config(directory, **extra)
+    config = read_config(directory, **changes)
     said = config.quantization_config
     del config.quantization_config
     maker = maker_of(config, task, directory)

@@ -14,6 +14,7 @@ from support.adapted import randomise
 from support.words import word_tokenizer
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.load import load_base
 from peftfx.bases.tasks import resolve_task
 from peftfx.errors import PeftfxError, PeftfxWarning
 from peftfx.export.directories import load_directories
@@ -144,3 +145,14 @@ def test_a_detectors_head_has_one_class_more_than_labels(kind: str, tmp_path: Pa
     want = theirs(**inputs)
     assert want.logits.shape[-1] == 6
     torch.testing.assert_close(adapted.eval()(**inputs).logits, want.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["", "quantised"])
+def test_a_class_counts_as_the_one_that_the_config_names(quantised: bool, tmp_path: Path) -> None:
+    config = hf.BertConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, architectures=["BertModel"])
+    if quantised:
+        config.quantization_config = {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": True}
+    config.save_pretrained(tmp_path)
+    named = "BertForNextSentencePrediction"
+    assert type(load_base(tmp_path, weights=False)).__name__ == "BertModel"
+    assert type(load_base(tmp_path, weights=False, named=named)).__name__ == named
