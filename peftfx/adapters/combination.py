@@ -90,14 +90,12 @@ def combine(
         (cls,) = classes
         made.setdefault(cls, []).append((first, *cls.combined(first.view, combination, [w for _, w in given])))
     values: dict[str, Params] = {}
-    rules: dict[tuple[type[Method], bool], list[WeightPlacement]] = {}
+    rules: dict[tuple[type[Method], object], list[WeightPlacement]] = {}
     for cls, own in made.items():
-        methods = [method for _, method, _ in own]
+        given_once = {method.of_file() for _, method, _ in own}
         for first, alone, params in own:
-            method, values[first.key] = alone.alike(first.view, params, methods)
-            # A rule has one `lora_bias`, and an embedding has no place for one.
-            rule = rules.setdefault((cls, getattr(method, "lora_bias", False)), [])
-            rule.append(dataclasses.replace(first, method=method))
+            method, values[first.key] = alone.alike(first.view, params, given_once)
+            rules.setdefault((cls, method.of_file()), []).append(dataclasses.replace(first, method=method))
     return _made(base, adapters, list(rules.values()), values)
 
 

@@ -11,7 +11,7 @@ for every `base` and every `p`. This is the fold law. `tests/laws/test_laws.py` 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -172,12 +172,16 @@ class WeightMethod(Method):
         what = f"adapters of {cls.__name__} cannot be summed"
         raise PeftfxError(what, site.path, "make them active together (set_adapter), or one at a time")
 
-    def alike(self, site: Site, p: Params, others: Sequence[WeightMethod]) -> tuple[WeightMethod, Params]:
+    def of_file(self) -> object:
+        """Return what a file has once for all of its places, and combinations may differ in; by default nothing."""
+        return None
+
+    def alike(self, site: Site, p: Params, others: Collection[object]) -> tuple[WeightMethod, Params]:
         """Return a combination at one place as it is in one file with those at other places; by default as it is.
 
         Args:
             site: the place.
             p: the combination's parameters there.
-            others: the methods of the combinations at all places. A file has some options once for all of them.
+            others: what `of_file` gives at all places.
         """
         return self, p

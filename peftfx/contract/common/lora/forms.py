@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -148,10 +148,13 @@ class LoraForms(WeightMethod):
         plain = loras[0]._with(use_rslora=False, init_lora_weights=True, bias="none", use_bdlora=None, kasa_config=None)
         return plain._with(r=r, lora_alpha=r, lora_bias=bool(biased)), new
 
-    def alike(self, site: Site, p: Params, others: Sequence[WeightMethod]) -> tuple[WeightMethod, Params]:
+    def of_file(self) -> object:
+        """Return whether B has a bias. An embedding has no place for one, so a sum may be two rules."""
+        return self.lora_bias
+
+    def alike(self, site: Site, p: Params, others: Collection[object]) -> tuple[WeightMethod, Params]:
         """Give B a bias of zeros if B has one at another place, and can have one here."""
-        biased = any(isinstance(m, LoraForms) and m.lora_bias for m in others)
-        if not biased or self.lora_bias or site.kind in ("embedding", EXPERTS) or self._at_parameter(site):
+        if True not in others or self.lora_bias or site.kind in ("embedding", EXPERTS) or self._at_parameter(site):
             return self, p
         return self._with(lora_bias=True), {**p, B_BIAS: p[B].new_zeros(len(p[B]))}
 
