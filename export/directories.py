@@ -141,12 +141,12 @@ def _with_steps(model: nn.Module, task: str | None, sentences: SentenceModules |
 def _labels(model: nn.Module, weights: Weights, method: object) -> int | None:
     """Return the number of labels of an adapter's head if it differs from the model's number; None otherwise."""
     own = getattr(getattr(model, "config", None), "num_labels", None)
+    if own is None:
+        return None
     for path in saved_modules(model, method):  # type: ignore[arg-type]
         for name, tensor in model.get_submodule(path).state_dict().items():
             shape = weights.shapes.get(f"{path}.{name}")
-            if own is None or not shape or len(shape) != tensor.ndim or shape[0] == len(tensor):
-                continue
-            if shape[1:] != tuple(tensor.shape[1:]):
+            if not shape or not tensor.ndim or shape[0] == len(tensor) or shape[1:] != tuple(tensor.shape[1:]):
                 continue
             if (more := len(tensor) - own) in (0, 1):  # DETR and others have one more class, for no object
                 return int(shape[0]) - more

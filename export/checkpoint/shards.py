@@ -133,9 +133,8 @@ def _bytes(name: str, content: Content) -> memoryview:
     if value.is_floating_point() and value.numel() and value.dtype.itemsize > 1:
         low, high = value.aminmax()  # both are NaN if a value is NaN
         if not bool(low.isfinite() & high.isfinite()):
-            rounded = value.dtype.itemsize < torch.float32.itemsize
-            hint = (
-                f"look at the training that made it, or {'merge in fp32 (--dtype fp32)' if rounded else 'at its file'}"
-            )
+            narrow = value.dtype.itemsize < torch.float32.itemsize
+            other = "merge in fp32 (--dtype fp32)" if narrow else "at its file"
+            hint = f"look at the training that made it, or {other}"
             raise PeftfxError("this tensor holds NaN or an infinity", name, hint)
     return memoryview(value.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

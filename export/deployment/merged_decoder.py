@@ -212,8 +212,10 @@ def _check(directory: Path, merged: Path) -> None:
 def _hold(name: str, want: np.ndarray, got: np.ndarray) -> None:
     a, b = (torch.from_numpy(value.astype(np.float64)) for value in (want, got))
     if not near(a, b, _TOLERANCE.get(str(want.dtype), 1e-5)):
-        far = largest_gap(a, b) if a.shape == b.shape else 0.0
-        raise VerificationError(f"the merged decoder differs from the decoder by {far:.2e}", name, "report this model")
+        how = f"gives {list(b.shape)} where the decoder gives {list(a.shape)}"
+        if a.shape == b.shape:
+            how = f"differs from the decoder by {largest_gap(a, b):.2e}"
+        raise VerificationError(f"the merged decoder {how}", name, "report this model")
 
 
 def _session(path: Path) -> ort.InferenceSession:

@@ -71,7 +71,7 @@ def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None
     got = captured.run(*(case[spec.name] for spec in captured.inputs))
     tensors = [(name, b) for name, b in zip(captured.outputs, got, strict=True) if isinstance(b, Tensor)]
     for (name, b), a in zip(tensors, tensors_in(want), strict=True):
-        hold(name, a, b, close(captured.base), sizes=(a.shape, b.shape))
+        hold(name, a, b, close(captured.base))
 
 
 def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from peftfx.bases.config_fields import first_of
+from peftfx.bases.config_fields import first_of, number_of
 from peftfx.bases.processors.image_size import Size, image_size_of, processor_file
 
 Picture = Mapping[str, Tensor]
@@ -121,9 +121,11 @@ def picture_size(model: nn.Module) -> Size:
 
     A detector may choose as many pieces of a picture as it has queries, at a stride of 8 pixels and at larger ones.
     """
-    queries = first_of(getattr(model, "config", None), "num_queries")
-    side = _USUAL * math.ceil(math.sqrt(queries) * 8 / _USUAL) if isinstance(queries, int) and queries > 0 else _USUAL
-    return told_size(model) or (side, side)
+    if told := told_size(model):
+        return told
+    queries = number_of(getattr(model, "config", None), "num_queries", 1)
+    side = _USUAL * math.ceil(math.sqrt(max(1, queries)) * 8 / _USUAL)
+    return side, side
 
 
 def pictures_vary(model: nn.Module, accepted: Collection[str]) -> bool:
