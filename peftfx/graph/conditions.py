@@ -53,6 +53,11 @@ class Condition:
             a.is_Symbol and b.free_symbols and a not in b.free_symbols for a, b in ((left, right), (right, left))
         )
 
+    @property
+    def is_equality(self) -> bool:
+        """Whether the statement is that two axes have one size."""
+        return isinstance(self.holds, sympy.Eq) and all(side.is_Symbol for side in self.holds.args)
+
     def met(self, sizes: Mapping[str, int]) -> bool:
         """Return whether the statement holds for these sizes. It counts as met if a size that it needs is missing."""
         axes, test = _compiled(self.holds)

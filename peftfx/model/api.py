@@ -11,7 +11,7 @@ from torch import nn
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_models.plain import carries_peft, is_peft_model, plain_base
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import PeftfxError, nearest, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.memory.garbage import rarely_collected
 from peftfx.methods import methods
@@ -20,7 +20,8 @@ from peftfx.model.by_name import LoadOptions
 from peftfx.model.plan import Plan, make_plan
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
-from peftfx.rules.peft_files import refuse_other_config
+from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, refuse_other_config, rule_folders
+from peftfx.rules.tied_copies import method_of_file
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
@@ -122,20 +123,33 @@ def load(
         >>> adapted.active_adapters
         ['default']
     """
-    if is_peft_model(model):
-        adapted = taken_over(model, lambda: bare(model, inputs, road))
-        if path is None:
-            return adapted
-    elif path is None:
+    wrong = next((name for name in options if name not in LoadOptions.__annotations__), None)
+    if wrong is not None:
+        known = ("inputs", "road", "config", *LoadOptions.__annotations__)
+        raise PeftfxError(f"load has no argument {wrong!r}", "load", nearest(wrong, known) or ", ".join(known))
+    if path is not None:
+        _refuse_unreadable(Path(path) / (options.get("subfolder") or ""), config)
+    elif not is_peft_model(model):
         hint = "pass the directory of an adapter; it may be left out for a peft.PeftModel, which has its own"
         raise PeftfxError("no adapter is named", "path", hint)
+    if is_peft_model(model):
+        adapted = taken_over(model, lambda: bare(model, inputs, road))
     else:
         adapted = bare(model, inputs, road)
+    if path is None:
+        return adapted
     adapted.named.refuse(adapter_name)
-    if config is not None:
-        refuse_other_config(config, Path(path) / (options.get("subfolder") or ""))
     adapted.load_adapter(path, adapter_name, is_trainable, **options)
     return adapted
+
+
+def _refuse_unreadable(directory: Path, config: object) -> None:
+    """Refuse what is no adapter, or has another config than is given, before a model is captured for it."""
+    for folder in rule_folders(directory):
+        method = method_of_file(read_adapter_config(folder), str(folder / CONFIG))
+        Weights(folder, method.prefix)
+    if config is not None:
+        refuse_other_config(config, directory)
 
 
 def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:

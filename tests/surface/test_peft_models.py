@@ -108,6 +108,14 @@ def test_what_cannot_be_taken_over_is_refused() -> None:
         peftfx.load(ZOO["llama"].build())
 
 
+def test_wrong_arguments_are_told_before_a_model_is_captured(tmp_path: Path) -> None:
+    """A capture of a large model takes a minute. This one cannot be captured."""
+    with pytest.raises(PeftfxError, match=r"no argument 'input'.*\n.*did you mean 'inputs'"):
+        peftfx.load(nn.Module(), tmp_path, input={})  # type: ignore[call-arg]
+    with pytest.raises(PeftfxError, match=r"no adapter_config\.json"):
+        peftfx.load(nn.Module(), tmp_path)
+
+
 @pytest.mark.parametrize("start", but_for({"olora", "orthogonal"}, ["pissa", "olora", "mica", "orthogonal"]))
 def test_an_adapter_whose_start_moved_the_base_is_saved_for_the_bases_files(start: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=start)

@@ -139,6 +139,26 @@ def test_what_is_filled_up_may_not_be_longer(tmp_path: Path) -> None:
         served(x=torch.randn(1, 27, 8))
 
 
+@pytest.mark.parametrize(("beside", "told"), [(False, "takes 1 there too"), (True, "no other")])
+def test_axes_that_are_equal_or_repeated(tmp_path: Path, beside: bool, told: str) -> None:
+    """A capture takes two axes as equal where a sum repeats one of size 1, and where a concatenation needs it."""
+    example = {"x": torch.randn(3, 5, 8), "y": torch.randn(3, 5, 8)}
+    report = export_onnx(Summed(beside).eval(), tmp_path / "out", inputs=example)
+    assert "y.1" in report.sizes[0]
+    assert told in report.sizes[0]
+
+
+class Summed(nn.Module):
+    """Code that sums two inputs, or puts one beside the other."""
+
+    def __init__(self, beside: bool) -> None:
+        super().__init__()
+        self.beside, self.out = beside, nn.Linear(16 if beside else 8, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(torch.cat((x, y), 2) if self.beside else x + y)
+
+
 class InParts(nn.Module):
     """Code that returns as many parts as a tensor has, which is fewer than it asks for if the text is short."""
 

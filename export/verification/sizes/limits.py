@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from peftfx.errors import PeftfxError
-from peftfx.export.verification.sizes.trial import BRANCHES, DECLARES, SAME, TAKES_NO_OTHER, Sized, Trial
+from peftfx.export.verification.sizes.trial import (
+    BRANCHES,
+    BROADCASTS,
+    DECLARES,
+    SAME,
+    TAKES_NO_OTHER,
+    Sized,
+    Trial,
+)
 from peftfx.graph.conditions import Condition, unmet
 from peftfx.graph.decisions import Decision, opposed
 
@@ -118,7 +126,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool) -> Sizes:
 
     for condition in (*trial.graph.conditions, *trial.graph.filled):
         if condition.relation or condition.below:
-            limits.append(Limit(condition, TAKES_NO_OTHER))
+            limits.append(Limit(condition, BROADCASTS if _broadcasts(trial, condition) else TAKES_NO_OTHER))
             probes += _last(condition, [trial.whole(sizes) for sizes in condition.tried()]) if condition.below else ()
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
@@ -145,6 +153,18 @@ def find_sizes(trial: Trial, *, allow_fixed: bool) -> Sizes:
             raise _refused(condition, condition in trial.graph.filled)
     probes = [sizes for sizes in probes if found.allow(sizes) and trial.affords(sizes)]
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))
+
+
+def _broadcasts(trial: Trial, condition: Condition) -> bool:
+    """Return whether two axes are to be equal, and the model's own code runs where one of them is 1.
+
+    A capture finds them equal where torch's operators broadcast: it assumes that no size is 1.
+    """
+    if not condition.is_equality:
+        return False
+    usual = {axis: size for axis, size in trial.whole({}).items() if axis in condition.axes}
+    ones = (trial.whole({**usual, axis: 1}) for axis in usual)
+    return any(not condition.met(sizes) and trial.takes(sizes) for sizes in ones)
 
 
 def _try(
