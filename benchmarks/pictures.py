@@ -22,7 +22,7 @@ import transformers as hf
 from torch import Tensor
 
 import peftfx
-from peftfx.model.directories import page_directory
+from peftfx.cli.directories import page_directory
 from peftfx.sites.site import PatternSite
 
 

@@ -30,7 +30,7 @@ from peftfx.export.stages import OnStage, Stages
 from peftfx.export.steps import BFLOAT16, ExportSteps, is_coded, tolerances
 from peftfx.export.translation.between_casts import is_narrow
 from peftfx.export.translation.scopes import put_rest
-from peftfx.export.writing.atomic_directory import publish
+from peftfx.export.writing.atomic_directory import check_output, publish
 from peftfx.export.writing.finite import refuse_infinite_adapters
 from peftfx.export.writing.memory import refuse_memory
 from peftfx.export.writing.weights import Written
@@ -102,6 +102,7 @@ def export_onnx(
         raise PeftfxError(
             "there is no such directory", f"source: {source}", "give the folder of the base, or leave it out"
         )
+    check_output(directory, asked.force)  # at once: a capture takes longer
     adapted = _adapted(model, inputs, asked).floating()
     picture = chosen_picture(adapted.base, asked.images, asked.view)
     if asked.images is not None and (picture is None or (inputs is not None and asked.view != DECODE)):

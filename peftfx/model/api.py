@@ -6,22 +6,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Unpack
 
-import torch
 from torch import nn
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_models.plain import carries_peft, is_peft_model, plain_base
-from peftfx.errors import PeftfxError, nearest, shown
+from peftfx.errors import PeftfxError, shown
 from peftfx.graph.contexts import evaluating
 from peftfx.memory.garbage import rarely_collected
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.by_name import LoadOptions
+from peftfx.model.hosted.hosted_base import refuse_other_road
 from peftfx.model.plan import Plan, make_plan
+from peftfx.model.refusals import (
+    refuse_no_base,
+    refuse_unknown_arguments,
+    refuse_unreadable,
+    refuse_wrong_rules,
+)
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
-from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, refuse_other_config, rule_folders
-from peftfx.rules.tied_copies import method_of_file
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
@@ -72,6 +76,8 @@ def transform(
         trainable params: ...
     """
     rules = peft_config if rules is None else rules
+    if rules is not None:
+        refuse_wrong_rules(model, rules)
     if is_peft_model(model):
         adapted = taken_over(model, lambda: bare(model, inputs, road))
         if rules is None:
@@ -123,12 +129,10 @@ def load(
         >>> adapted.active_adapters
         ['default']
     """
-    wrong = next((name for name in options if name not in LoadOptions.__annotations__), None)
-    if wrong is not None:
-        known = ("inputs", "road", "config", *LoadOptions.__annotations__)
-        raise PeftfxError(f"load has no argument {wrong!r}", "load", nearest(wrong, known) or ", ".join(known))
+    refuse_unknown_arguments(options)
+    refuse_no_base(model)
     if path is not None:
-        _refuse_unreadable(Path(path) / (options.get("subfolder") or ""), config)
+        refuse_unreadable(Path(path) / (options.get("subfolder") or ""), config)
     elif not is_peft_model(model):
         hint = "pass the directory of an adapter; it may be left out for a peft.PeftModel, which has its own"
         raise PeftfxError("no adapter is named", "path", hint)
@@ -141,15 +145,6 @@ def load(
     adapted.named.refuse(adapter_name)
     adapted.load_adapter(path, adapter_name, is_trainable, **options)
     return adapted
-
-
-def _refuse_unreadable(directory: Path, config: object) -> None:
-    """Refuse what is no adapter, or has another config than is given, before a model is captured for it."""
-    for folder in rule_folders(directory):
-        method = method_of_file(read_adapter_config(folder), str(folder / CONFIG))
-        Weights(folder, method.prefix)
-    if config is not None:
-        refuse_other_config(config, directory)
 
 
 def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> Sites:
@@ -183,6 +178,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
         lora(r=4)@attention.query: 512 parameters
         ...
     """
+    refuse_wrong_rules(model, rules)
     adapted = bare(model, inputs)
     return make_plan(adapted.source, adapted.sites, rules)
 
@@ -200,6 +196,7 @@ def bare(
             same, and no call of the forward has to be captured.
     """
     refuse_no_base(model)
+    refuse_other_road(road)
     model = plain_base(model) if is_peft_model(model) else model
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
@@ -219,28 +216,3 @@ def bare(
         adapted.graphs.base = twin.module
         adapted.graphs.keep(graph, given, own)
     return adapted
-
-
-def refuse_no_base(model: object) -> None:
-    """Refuse what is no base model, or wraps one in a class whose calls differ from the base's.
-
-    Raises:
-        PeftfxError: it is no module, has adapters of peftfx already, or is compiled, scripted, or wrapped for several
-            devices.
-    """
-    if not isinstance(model, nn.Module):
-        raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
-    name = type(model).__name__
-    if isinstance(model, AdaptedModel):
-        hint = "use its own add_adapter, load_adapter, export and sites; or pass its base, `model.base`"
-        raise PeftfxError("this model has been adapted by peftfx already", name, hint)
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        hint = "pass the model that was compiled, `model._orig_mod`, and compile the adapted model"
-        raise PeftfxError("this model is compiled", name, hint)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        hint = "pass the model inside, `model.module`, and wrap the adapted model"
-        raise PeftfxError("this model is wrapped for several devices", name, hint)
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            hint = "pass the model with the module that was scripted"
-            raise PeftfxError("torch.export cannot capture what torch.jit has scripted", path or name, hint)

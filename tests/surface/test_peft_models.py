@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -110,10 +111,19 @@ def test_what_cannot_be_taken_over_is_refused() -> None:
 
 def test_wrong_arguments_are_told_before_a_model_is_captured(tmp_path: Path) -> None:
     """A capture of a large model takes a minute. This one cannot be captured."""
-    with pytest.raises(PeftfxError, match=r"no argument 'input'.*\n.*did you mean 'inputs'"):
-        peftfx.load(nn.Module(), tmp_path, input={})  # type: ignore[call-arg]
-    with pytest.raises(PeftfxError, match=r"no adapter_config\.json"):
-        peftfx.load(nn.Module(), tmp_path)
+    model = nn.Module()
+    (tmp_path / "notes").write_text("")
+    calls: dict[str, Callable[[], object]] = {
+        r"no argument 'input'.*\n.*did you mean 'inputs'": lambda: peftfx.load(model, tmp_path, input={}),  # type: ignore[call-arg]
+        r"no adapter_config\.json": lambda: peftfx.load(model, tmp_path),
+        "unknown method 'lorra'": lambda: peftfx.transform(model, "lorra"),
+        "LoRA has no option 'k'": lambda: peftfx.plan(model, "lora(k=4)"),
+        "unknown road 'graf'": lambda: peftfx.transform(model, "lora(r=4)", road="graf"),
+        "not an earlier output": lambda: peftfx.export_onnx(model, tmp_path),
+    }
+    for what, call in calls.items():
+        with pytest.raises(PeftfxError, match=what):
+            call()
 
 
 @pytest.mark.parametrize("start", but_for({"olora", "orthogonal"}, ["pissa", "olora", "mica", "orthogonal"]))

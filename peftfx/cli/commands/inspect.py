@@ -48,8 +48,8 @@ def inspect(
     with kept_to_the_end():
         from rich.console import Console
 
+        from peftfx.cli.directories import inspect_directory, page_directory, plan_directory
         from peftfx.cli.progress import Progress
-        from peftfx.model.directories import inspect_directory, page_directory, plan_directory
         from peftfx.sites.network import to_json, write_graphml
 
     if html is not None:

@@ -51,8 +51,7 @@ class HostedBase(SeenByTrainers):
         twin: Twin | None = None,
     ) -> None:
         super().__init__()
-        if wanted not in (None, *ROADS):
-            raise PeftfxError(f"unknown road {wanted!r}", "road", "one of 'modules', 'graph'")
+        refuse_other_road(wanted)
         # The adapters come before the base, whose modules hold the same tensors: so tensors get the adapters' names.
         self.adapters = nn.Module()
         self.base, self.example, self.wanted = base, dict(example), wanted
@@ -218,3 +217,9 @@ class HostedBase(SeenByTrainers):
         self._twin.plain.restore()
         self._twin = Twin(self.base)
         self.graphs.base = self.source
+
+
+def refuse_other_road(wanted: str | None) -> None:
+    """Refuse a road that does not exist. None stands for the one that can host all that acts."""
+    if wanted not in (None, *ROADS):
+        raise PeftfxError(f"unknown road {wanted!r}", "road", "one of 'modules', 'graph'")
