@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftfx import PeftfxError
+from peftfx.cli import directories as looking
 from peftfx.export import adapter_command, command
 from peftfx.export import directories as loading
-from peftfx.model import directories as looking
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.plan import make_plan
 
