@@ -23,10 +23,11 @@ from peftfx.export.rounding.before_rounding import hold_graph
 from peftfx.export.rounding.stored_codes import rounded_weights
 from peftfx.export.verification.comparison import Comparison, Reference, Shown, VerificationError
 from peftfx.export.verification.float32_twin import computes_in
+from peftfx.export.verification.sizes.axes import axes_in
 from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.tolerances.tolerance import Tensors
-from peftfx.export.verification.verify import axes_in, unpadded, verify
+from peftfx.export.verification.verify import unpadded, verify
 from peftfx.export.verification.without_rounding import CodeAndGraph, graph_of, hold_without_rounding
 from peftfx.graph.graph import BASE, Graph
 from peftfx.graph.lazy_weights import identity

@@ -20,6 +20,7 @@ from peftfx.export.verification.choices import Following, Nearness, ShownChoices
 from peftfx.export.verification.comparison import Comparison, Reference, Shown, VerificationError, compared, judged
 from peftfx.export.verification.float32_twin import runnable
 from peftfx.export.verification.in_parts import InParts
+from peftfx.export.verification.sizes.axes import refuse_other_inputs, refuse_other_sizes
 from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
 from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
@@ -84,7 +85,7 @@ def verify(
         model = OnnxModel(path, mapped=large)
         model.put(put or {})
         if graph is not None:
-            _same_interface(model, graph)
+            refuse_other_inputs(model, graph)
         calls = [_widened(feed, model) if widened else feed for feed in inputs]
         asked = _Asked(
             where,
@@ -163,6 +164,7 @@ class _Asked:
         parts, start = (1, 0.5) if cut is None else (len(cut.parts), 0.75)
         for number, (feed, got) in enumerate(zip(self.feeds, answers, strict=True)):
             self._tell(number, start)
+            refuse_other_sizes(model, feed, got)
             want = self.reference(feed)
             exact = measures.measure(self.reference, feed) if measures.measures and number in self.measured else {}
             told = functools.partial(compared, want, exact, feed, self.shown, where=self.where)
@@ -240,24 +242,9 @@ def _declared(path: Path) -> dict[str, torch.dtype]:
     return {output.name: to_torch_dtype(ir.DataType(output.type.tensor_type.elem_type)) for output in outputs}
 
 
-def axes_in(path: Path) -> dict[str, tuple[int | str, ...]]:
-    """Return the shape of each input and output of a saved model. An axis whose size is free is a string."""
-    graph = onnx.load(path, load_external_data=False).graph
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.input, *graph.output)}
-    return {name: tuple(d.dim_param or d.dim_value for d in dims) for name, dims in shapes.items()}
-
-
 def is_mapped(path: Path) -> bool:
     """Say whether a model's weights are mapped: its directory holds more than `MAPPED` bytes."""
     return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file()) > MAPPED
-
-
-def _same_interface(model: OnnxModel, graph: Graph) -> None:
-    axes = model.axes
-    fixed = [spec for spec in graph.inputs if spec.name not in model.slots]
-    wrong = [f"{spec} is {list(axes.get(spec.name, ()))}" for spec in fixed if axes.get(spec.name) != spec.shape]
-    if wrong:
-        raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
 
 
 def unpadded(axes: Mapping[str, tuple[int | str, ...]], name: str, feed: Tensors, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -220,6 +222,19 @@ def test_outputs_may_be_inputs_weights_constants_scalars_and_one_another(tmp_pat
     assert shapes["y"] == ("batch", "width")
     assert shapes["joined"] == ("batch", "2*width")
     assert shapes["loss"] == ()
+
+
+def test_an_output_that_has_other_axes_than_it_declares_is_refused(export: Export, tmp_path: Path) -> None:
+    e = export("gpt2")
+    out = Path(shutil.copytree(e.directory, tmp_path / "out"))
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    logits = model.graph.output[0].type.tensor_type.shape.dim
+    logits[0].dim_param, logits[1].dim_param = logits[1].dim_param, logits[0].dim_param
+    onnx.save(model, out / "model.onnx")
+    call = e.entry.inputs(2, 5, model=e.base)
+    told = r"declares logits \['sequence', 'batch', \d+\].*gives is \[2, 5, \d+\]"
+    with pytest.raises(VerificationError, match=told):
+        verify(out, reference_of(e.graph), [call])
 
 
 def test_a_disagreement_names_the_output_the_error_and_the_tolerance(export: Export) -> None:
