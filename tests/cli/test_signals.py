@@ -11,12 +11,16 @@ import pytest
 
 from peftfx.cli.signals import Terminated, orderly_end
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
-@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+
+@pytest.fixture(params=SIGNALS[:2], ids=lambda s: s.name)
 def number(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = signal.signal(request.param, signal.SIG_DFL)  # tests that run in the background inherit that it is ignored
+    """A signal; after the test all are heard as before, which the end of a command ignores."""
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in SIGNALS}  # a run in the background ignores some
     yield int(request.param)
-    signal.signal(request.param, before)
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 def as_an_error_of_its_own(number: int) -> None:
