@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.directories import load_directories
 from peftfx.export.writing.earlier_output import refuse_inputs
-from peftfx.files import write_file, writing
+from peftfx.files import is_file, write_file, writing
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
@@ -115,13 +116,13 @@ def _refuse_target(target: Path, to: str, prefix: str | None, *, force: bool) ->
     if to != PEFT and target.suffix.lower() in _PICKLES:
         what = f"the file would be safetensors, and programs take a file of this name for a pickle ({target.suffix})"
         raise PeftfxError(what, str(target), f"name it {target.with_suffix('.safetensors').name}")
-    if target.exists() and not force:
+    if os.path.exists(target) and not force:
         raise PeftfxError(
             "the output exists already", str(target), "choose another path, or pass --force to replace it"
         )
-    if to == PEFT and target.is_file():
+    if to == PEFT and is_file(target):
         raise PeftfxError("the output is a file, and a directory is to be made", str(target), "choose another path")
-    if to != PEFT and target.is_file() and not _has_tensors(target):
+    if to != PEFT and is_file(target) and not _has_tensors(target):
         what = "the file there is not a safetensors file, so it is not replaced"
         raise PeftfxError(what, str(target), "delete it yourself, or choose another output")
 

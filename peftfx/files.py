@@ -21,6 +21,7 @@ _ADVICE = {
     13: "choose a directory that you may write to",
     28: "free some space, or choose a directory on another disk",
     30: "the file system is read-only: choose another directory",
+    36: "choose a shorter name",
 }
 
 _OF_THE_PATH = (2, 20, 21)  #: errors of the path that was given
@@ -34,6 +35,19 @@ def is_file(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Return whether there is a directory at this path; false for a path that no directory can have."""
     return os.path.isdir(path)
+
+
+def require_readable(path: Path) -> None:
+    """Refuse a file that cannot be opened: safetensors says of one without the right to read it that there is none.
+
+    Raises:
+        PeftfxError: it cannot be opened.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        hint = "check the path, and that you may read the file"
+        raise PeftfxError(f"cannot be read: {error.strerror or error}", str(path), hint) from error
 
 
 def read_json(path: Path, hint: str = "download the file again") -> dict[str, object]:

@@ -28,7 +28,7 @@ from peftfx.export.slots.served_as import idle_in, pictured
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes
-from peftfx.files import already_there, is_file, write_file, writing
+from peftfx.files import already_there, is_file, is_folder, write_file, writing
 from peftfx.graph.fingerprint import fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import (
@@ -118,7 +118,7 @@ def export_adapter(
             with publish(output, asked.force, functools.partial(_of_adapter, tuple(manifest.views))) as temporary:
                 write(temporary)
             return output
-        if output.is_dir():
+        if is_folder(output):
             hint = "delete it yourself, or choose another output"
             raise PeftfxError(
                 "there is an adapter for several graphs, and this one is for one graph", str(output), hint

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from peftfx.errors import PeftfxError, listed
-from peftfx.files import already_there, read_json, writing
+from peftfx.files import already_there, is_file, read_json, writing
 from peftfx.formats import REPORT
 
 #: Returns the files that a command wrote into a directory, as paths in it; None if it did not make the directory.
@@ -76,7 +76,7 @@ def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
     """
     target = output.resolve()
     for place in (given.resolve() for given in inputs):
-        if target == place or target in place.parents or (target.is_file() and place in target.parents):
+        if target == place or target in place.parents or (is_file(target) and place in target.parents):
             raise PeftfxError("the output would replace an input", str(output), "choose another output")
 
 

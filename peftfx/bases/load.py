@@ -16,7 +16,7 @@ from peftfx.bases.quantised import QUANTISED, blank, load_quantised, outline
 from peftfx.bases.tasks import maker_of
 from peftfx.bases.transformers_config import read_config, understanding, without_initial_values
 from peftfx.errors import PeftfxError, listed, nearest, shown, warn
-from peftfx.files import is_file, is_folder, read_json
+from peftfx.files import is_file, is_folder, read_json, require_readable
 from peftfx.graph.lazy_weights import store
 from peftfx.quantisation.checkpoint import format_of
 
@@ -153,6 +153,7 @@ def weight_files(directory: Path) -> list[Path]:
     for file in files:
         if not is_file(file):
             raise PeftfxError("a file named in the index is missing", str(file), "download the file")
+        require_readable(file)
         try:
             with safe_open(file, "pt") as opened:
                 opened.keys()

@@ -32,7 +32,8 @@ def orderly_end() -> Iterator[None]:
     """Make signals that end a program raise Terminated in this context. Signals with other handlers are left alone.
 
     A signal within a second of another is ignored: it would interrupt the clean-up. A later one is raised again: where
-    the first was raised, other code may have caught it. After the context no such signal is heard: the program ends.
+    the first was raised, other code may have caught it. If that code raises an error of its own, as torch's C++ code
+    does, the context still ends by Terminated. After the context no such signal is heard: the program ends.
 
     Python calls handlers only in the main thread. In another thread, this context changes nothing.
     """
@@ -41,18 +42,22 @@ def orderly_end() -> Iterator[None]:
     ours = [number for number in numbers if before[number] in (signal.SIG_DFL, signal.default_int_handler)]
     if threading.current_thread() is not threading.main_thread():
         ours = []
-    heard: list[float] = []
+    heard: list[tuple[int, float]] = []
 
     def end(number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if not heard or now - heard[-1] > _PAUSE:
-            heard.append(now)
+        if not heard or now - heard[-1][1] > _PAUSE:
+            heard.append((number, now))
             raise Terminated(number)
 
     for number in ours:
         signal.signal(number, end)
     try:
         yield
+    except Exception as error:
+        if heard:
+            raise Terminated(heard[-1][0]) from error
+        raise
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_IGN if heard else before[number])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, shown
-from peftfx.files import is_file, is_folder, read_json
+from peftfx.files import is_file, is_folder, read_json, require_readable
 from peftfx.formats import RULES, read_stamped
 from peftfx.methods import method_named
 
@@ -148,6 +148,7 @@ class Weights:
             raise PeftfxError(
                 f"there is no {self.path.name}", str(directory), "give the folder that save_pretrained wrote"
             )
+        require_readable(self.path)
         try:
             self._file = safe_open(self.path, framework="pt")
             keys = list(self._file.keys())

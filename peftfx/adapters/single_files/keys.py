@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peftfx.contract.common.lora.dora import MAGNITUDE
 from peftfx.errors import PeftfxError
-from peftfx.files import is_folder
+from peftfx.files import is_folder, require_readable
 
 DOWN, UP, BIAS, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "alpha"
 HADAMARD = frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
@@ -66,6 +66,7 @@ def read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if is_folder(path):
         hint = "give the .safetensors file in it, or an adapter's folder with --adapter"
         raise PeftfxError("this is a folder, and one file is read here", str(path), hint)
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from peftfx.bases.transformers_config import understanding
 from peftfx.errors import PeftfxError, nearest, shown
-from peftfx.files import is_file, read_json
+from peftfx.files import is_file, read_json, require_readable
 
 TOKEN_OUTPUT, SENTENCE, MASK = "token_embeddings", "sentence_embedding", "attention_mask"
 Features = dict[str, Tensor]
@@ -230,6 +230,7 @@ def _filled(step: nn.Module, folder: Path) -> nn.Module:
             hint = "save the model again with sentence-transformers: save_pretrained(DIR)"
             raise PeftfxError(what, str(folder), hint)
         raise PeftfxError("the module has no weights", str(folder), f"peftfx looks for {_WEIGHTS}")
+    require_readable(path)
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
