@@ -23,6 +23,7 @@ from peftfx.passes.adaptation.remove import Remove
 NAMES = ("one", "two")
 CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"], lora_dropout=0.1),
+    "biased": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["up"], lora_bias=True),
     "dora": lambda: peft.LoraConfig(r=2, lora_alpha=5, target_modules=["up", "down"], use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]),
 }
@@ -55,7 +56,10 @@ def both(kinds: tuple[str, str], directory: Path) -> tuple[AdaptedModel, nn.Modu
     return ours, theirs
 
 
-@pytest.mark.parametrize("kinds", [("lora", "dora"), ("dora", "lora"), ("dora", "dora"), ("ia3", "ia3")], ids=str)
+PAIRS = [("lora", "dora"), ("dora", "lora"), ("dora", "dora"), ("biased", "dora"), ("ia3", "ia3")]
+
+
+@pytest.mark.parametrize("kinds", PAIRS, ids=str)
 @torch.no_grad()
 def test_both_act_as_in_peft(kinds: tuple[str, str], tmp_path: Path) -> None:
     ours, theirs = both(kinds, tmp_path)
