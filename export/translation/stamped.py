@@ -123,8 +123,6 @@ def _look(value: object, node: fx.Node) -> str:
         return f"{type(value).__name__} {value}"
     if isinstance(value, (tuple, list)):
         return str([_look(item, node) for item in value])
-    if isinstance(value, (int, float, bool)):
-        return repr(value)
     raise Uncovered(f"a value that is no tensor ({node.target})")
 
 

@@ -177,7 +177,7 @@ def _captured(
         except Exception as error:
             raised = error.__cause__ if isinstance(error, _Raised) and error.__cause__ else error
             raise_if_memory_is_out(raised)
-            raise capture_error(model, raised, entry, wrapper.call) from raised
+            raise capture_error(model, raised, entry, wrapper.call, tensors) from raised
     graph = as_graph(model, module, program.call_spec.out_spec, examples, axes, notes, questions)
     return dataclasses.replace(graph, decisions=tuple(sides.made), backwards=(*graph.backwards, *backwards))
 

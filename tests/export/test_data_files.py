@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from support.adapted import adapt
 from support.zoo import ZOO
 
 import peftfx
 from peftfx.errors import PeftfxError
+from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.writing.digest import Digest
+from peftfx.export.writing.weights import save_together
 from peftfx.serving.onnx_model import OnnxModel
 
 DATA = "model.onnx.data"
@@ -92,3 +96,36 @@ def test_a_digest_tells_every_byte_and_its_place() -> None:
     columns = data.copy()
     columns[:4096] = np.roll(columns[:4096], 8)
     assert len(seen | {digest(rows), digest(columns), want}) == 12
+
+
+def initializer(name: str, tensor: torch.Tensor, perm: str | None) -> ir.Value:
+    held = TorchTensor(tensor, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(held.dtype), shape=held.shape, const_value=held)
+    value.meta[SOURCE] = "base.weight"
+    if perm is not None:
+        value.metadata_props[PERM] = perm
+    return value
+
+
+def test_a_weight_is_there_once_for_each_layout_dtype_and_shape(tmp_path: Path) -> None:
+    weight = torch.randn(40, 40)
+    stored = [
+        (weight, None),
+        (weight, None),
+        (weight.T.contiguous(), "1 0"),
+        (weight.half(), None),
+        (weight[16:], None),
+    ]
+    models = {}
+    for i, (tensor, perm) in enumerate(stored):
+        value = initializer(f"w{i}", tensor, perm)
+        models[f"{i}.onnx"] = ir.Model(
+            ir.Graph([], [value], nodes=[], initializers=[value], opset_imports={"": 18}, name="g"), ir_version=10
+        )
+    save_together(models, tmp_path)
+    for name, (tensor, _) in zip(models, stored, strict=True):
+        (read,) = onnx.load(tmp_path / name).graph.initializer
+        assert np.array_equal(onnx.numpy_helper.to_array(read), tensor.numpy())
+    assert (tmp_path / DATA).stat().st_size < sum(tensor.nbytes for tensor, _ in stored[1:]) + 200, (
+        "the first two are one"
+    )

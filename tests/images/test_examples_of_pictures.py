@@ -100,6 +100,14 @@ def test_a_model_made_from_a_config_alone_is_told_where_its_processor_belongs() 
     assert any("visual" in site.path for site in peftfx.transform(base, rule).sites)
 
 
+def test_an_argument_that_the_call_lacks_is_told() -> None:
+    base = build("image-text-to-text", "pix2struct")
+    base.config.name_or_path = ""
+    with pytest.raises(PeftfxError, match="You have to specify flattened_patches") as caught:
+        peftfx.transform(base, peftfx.LoRA(r=2, target="all-linear"))
+    assert caught.value.hint.startswith("this call has no flattened_patches: in Python, pass inputs=")
+
+
 @pytest.mark.further
 @pytest.mark.parametrize("kind", ["minicpmv4_6", "minicpmv4_7"])
 def test_pictures_may_stand_side_by_side(kind: str, tmp_path: Path) -> None:

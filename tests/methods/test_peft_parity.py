@@ -15,6 +15,7 @@ from peftfx.methods import method_named
 from peftfx.testing.parity import compare
 
 CASES: tuple[tuple[str, Mapping[str, object]], ...] = (
+    ("LORA", {"r": 3, "lora_alpha": 5, "lora_bias": True}),
     ("LOHA", {"r": 3, "alpha": 5, "rank_pattern": {"blocks.0": 2}}),
     ("MISS", {"r": 3}),
     ("MISS", {"r": 4, "init_weights": "mini"}),

@@ -63,7 +63,9 @@ def test_the_pair_is_drawn_as_peft_draws_it(dtype: torch.dtype) -> None:
     base = ZOO["llama"].build().to(dtype)
     config = peft.VeraConfig(r=6, target_modules=TARGETS["llama"], projection_prng_key=3)
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    ours = peftfx.transform(base, config).adapter("default").shared(0)
+    adapted = peftfx.transform(base, config)
+    assert adapted.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    ours = adapted.adapter("default").shared(0)
     for name in ("vera_A", "vera_B"):
         want = getattr(theirs.base_model, name)["default"]
         assert ours[name].dtype == want.dtype

@@ -103,6 +103,15 @@ class TestCheckpointing:
         adapted.gradient_checkpointing_disable()
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
+    def test_layers_are_computed_again_with_the_calls_own_inputs(self) -> None:
+        model = adapt("llama", peftfx.LoRA(r=2, alora_invocation_tokens=[5, 7])).train()
+        given = example(model)
+        given["input_ids"][:, 2:4] = torch.tensor([5, 7])
+        want = step(model, given)
+        assert any(grad.any() for grad in want.values())
+        model.gradient_checkpointing_enable()
+        torch.testing.assert_close(step(model, given), want, rtol=0, atol=0)
+
     def test_layers_are_computed_again_by_the_adapters_that_acted(self, adapted: AdaptedModel) -> None:
         want = step(adapted, example(adapted))
         adapted.gradient_checkpointing_enable()

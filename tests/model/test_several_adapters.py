@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,6 +137,17 @@ def test_remove_gives_the_base_back_as_it_was() -> None:
     for name, tensor in base.state_dict().items():
         assert tensor.data_ptr() == state[name][0]
         assert torch.equal(tensor, state[name][1])
+
+
+def test_what_a_lost_model_froze_is_trained_again_after_the_next_one() -> None:
+    base = ZOO["bert"].build()
+    base.classifier.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in base.named_parameters()}
+    peftfx.transform(base, LoRA())
+    gc.collect()
+    assert not any(p.requires_grad for _, p in own_parameters(base))
+    peftfx.transform(base, LoRA()).remove()
+    assert {name: p.requires_grad for name, p in own_parameters(base)} == flags
 
 
 def test_a_call_that_fails_leaves_no_adapter_acting() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import peftfx
 from peftfx import PeftfxError
+from peftfx.export.translation.preparation import prepare
 from peftfx.graph.graph import Graph
 from peftfx.passes import Cleanup, Evaluate, Merge, Pass, PassManager, PassResult, Remove
 from peftfx.passes.base import output_nodes
@@ -148,3 +149,19 @@ def test_an_error_inside_a_pass_names_the_pass(case: Captured) -> None:
 
     with pytest.raises(PeftfxError, match=r"Refuses: cannot \[here\]"):
         PassManager([Refuses()])(case.graph)
+
+
+class Picked(torch.nn.Module):
+    """Takes columns by constant numbers: runs of them, counted from either end, and others."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x[:, numbers] for numbers in ([2, 3, 4], [-3, -2], [-1], [0, 2], [3, 2], [-1, 0])]
+
+
+def test_gathers_of_columns_in_order_become_slices_of_the_same_columns() -> None:
+    graph = peftfx.capture(Picked(), {"x": torch.zeros(2, 5)}, axes={"x": ("batch", None)})
+    ready = prepare(graph)
+    assert sum(node.target is torch.ops.aten.index.Tensor for node in ready.nodes()) == 3
+    x = torch.randn(3, 5)
+    for want, got in zip(Picked()(x), ready.run(x), strict=True):
+        assert torch.equal(got, want)

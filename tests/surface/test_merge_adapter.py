@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
+import transformers as hf
 from support.adapted import adapt, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -100,6 +102,27 @@ def test_the_very_tensors_come_back(name: str, road: str | None) -> None:
     assert torch.equal(leaf(model(**given)), want)
     assert [id(m) for _, m in own_modules(model.base)] == parts
     assert getattr(getattr(model.base, "config", None), "to_dict", dict)() == getattr(config, "to_dict", dict)()
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("llama", peftfx.LoRA(r=2, modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+        ("bert", peftfx.LoRA(r=2, bias="all")),
+    ],
+)
+def test_a_copy_that_tied_modules_share_is_merged_into_each(name: str, rule: peftfx.LoRA) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    more: dict[str, Any] = {**sizes, "num_attention_heads": 2, "tie_word_embeddings": True}
+    base = hf.LlamaForCausalLM(hf.LlamaConfig(**more)) if name == "llama" else hf.BertForMaskedLM(hf.BertConfig(**more))
+    model = peftfx.transform(base.eval(), rule)
+    randomise(model.adapters)
+    want = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(base), want, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), want)
 
 
 def test_what_needs_the_base_unmerges_first(tmp_path: Path) -> None:

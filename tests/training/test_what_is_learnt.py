@@ -51,6 +51,17 @@ def words(
     return ("train", "--base", base, "--data", data, "--output", output, "--steps", steps, *more)
 
 
+@pytest.mark.parametrize(
+    ("row", "ids", "ahead"),
+    [({"prompt": "one is", "completion": "red"}, [3, 9, 7, 2], 2), ({"text": "two is blue"}, [4, 9, 8, 2], 0)],
+    ids=["completion", "text"],
+)
+def test_a_decoder_learns_where_a_text_ends(row: dict[str, str], ids: list[int], ahead: int, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    (made,) = encoded(read_rows(tmp_path / "rows.jsonl"), save_tokenizer(tmp_path), 8)
+    assert made == {"input_ids": ids, "labels": [IGNORED] * ahead + ids[ahead:]}
+
+
 @pytest.mark.parametrize("names", [{"pad_token": "<pad>"}, {}], ids=["its own", "the end of a text"])
 def test_a_decoder_whose_config_names_no_padding_learns_classes(
     names: dict[str, str], peftfx: Command, tmp_path: Path

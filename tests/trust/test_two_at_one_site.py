@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.adapted import randomise
 from support.adapter_files import same
+from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
@@ -23,6 +24,7 @@ from peftfx.passes.adaptation.remove import Remove
 NAMES = ("one", "two")
 CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"], lora_dropout=0.1),
+    "biased": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["up"], lora_bias=True),
     "dora": lambda: peft.LoraConfig(r=2, lora_alpha=5, target_modules=["up", "down"], use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]),
 }
@@ -55,7 +57,10 @@ def both(kinds: tuple[str, str], directory: Path) -> tuple[AdaptedModel, nn.Modu
     return ours, theirs
 
 
-@pytest.mark.parametrize("kinds", [("lora", "dora"), ("dora", "lora"), ("dora", "dora"), ("ia3", "ia3")], ids=str)
+PAIRS = [("lora", "dora"), ("dora", "lora"), ("dora", "dora"), ("biased", "dora"), ("ia3", "ia3")]
+
+
+@pytest.mark.parametrize("kinds", PAIRS, ids=str)
 @torch.no_grad()
 def test_both_act_as_in_peft(kinds: tuple[str, str], tmp_path: Path) -> None:
     ours, theirs = both(kinds, tmp_path)
@@ -94,6 +99,20 @@ def test_a_lora_under_a_scaled_input_is_scaled_with_it() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ours.adapters.parameters())
     ours.eval().merge()
     same(ours.remove()(x(4)), want)
+
+
+@torch.no_grad()
+def test_what_is_no_part_of_a_weight_acts_last_on_both_roads() -> None:
+    ours = peftfx.transform(ZOO["llama"].build(), LoRA(target="attention.query", alora_invocation_tokens=[5, 7]), "one")
+    ours.add_adapter("two", IA3(target="attention.query", feedforward_modules=()))
+    ours.set_adapter(NAMES)
+    randomise(ours.eval().adapters)
+    given = ZOO["llama"].inputs(model=ours.base)
+    given["input_ids"][:, 2:4] = torch.tensor([5, 7])
+    found = []
+    for ours.wanted in ("modules", "graph"):
+        found.append(ours(**given).logits)
+    same(*found)
 
 
 def test_removing_the_first_leaves_the_graph_of_the_second_alone() -> None:

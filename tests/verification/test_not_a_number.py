@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from support.parity import farthest
 
+import peftfx
+from peftfx.errors import PeftfxError
 from peftfx.export.verification.captured import hold
 from peftfx.export.verification.comparison import VerificationError
 
@@ -46,3 +49,12 @@ def test_the_measure_of_tests_loses_no_nan_and_no_infinity(place: tuple[int, int
 def test_a_capture_of_another_shape_is_told_with_both_shapes() -> None:
     with pytest.raises(VerificationError, match=r"captured model gives \[2, 3\] where the model gives \[3, 2\]"):
         hold("y", torch.ones(3, 2), torch.ones(2, 3), 1e-5)
+
+
+@pytest.mark.parametrize("width", [2, 40], ids=["in the graph", "beside the graph"])
+@pytest.mark.parametrize(("number", "what"), [(NAN, "NaN"), (-INF, "an infinity")], ids=["nan", "infinity"])
+def test_a_weight_that_is_not_finite_is_not_written(width: int, number: float, what: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(width, width).eval()
+    torch.nn.init.constant_(model.weight[-1:, :1], number)
+    with pytest.raises(PeftfxError, match=rf"this tensor holds {what} \[base.weight\]"):
+        peftfx.export_onnx(model, tmp_path / "out", inputs={"input": torch.randn(2, width)})

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import transformers.integrations.moe  # noqa: F401  # it registers the operator of dtypes that torch's own does not take
-from onnx_ir.tensor_adapters import from_torch_dtype
 from onnxscript import opset18
 from torch.onnx._internal.exporter._torchlib.ops.hop import call_op
 
 _op: Any = opset18  # its type hints ask for tensors, but numbers work
 
 
-def _grouped(mat_a: Any, mat_b: Any, offs: Any, bias: Any = None, out_dtype: torch.dtype | None = None) -> Any:
+def _grouped(mat_a: Any, mat_b: Any, offs: Any, *, out_dtype: torch.dtype | None = None) -> Any:
     """Return the product of each row with the matrix of its group, [rows, n]. A group may have no rows.
 
     ONNX Runtime folds the matrices once, without their first axis: it packs only matrices of two axes for its products.
@@ -27,8 +26,7 @@ def _grouped(mat_a: Any, mat_b: Any, offs: Any, bias: Any = None, out_dtype: tor
         mat_a: rows [rows, k], sorted by group.
         mat_b: a matrix for each group, [groups, k, n].
         offs: the end of each group's rows, [groups].
-        bias: a row for each group, [groups, n].
-        out_dtype: the dtype of the result, if it is not that of the rows.
+        out_dtype: the dtype of the result. torch takes that of the rows alone; and it takes no bias.
     """
     groups = int(mat_b.shape[0])
     ends = _op.Cast(offs, to=7)
@@ -37,10 +35,7 @@ def _grouped(mat_a: Any, mat_b: Any, offs: Any, bias: Any = None, out_dtype: tor
     rows = call_op("Split", mat_a, _op.Sub(ends, starts), _num_outputs=groups, axis=0)
     matrices = [_op.Squeeze(matrix, zero) for matrix in _parts(mat_b, groups)]
     products = [_op.MatMul(*pair) for pair in zip(rows, matrices, strict=True)]
-    if bias is not None:
-        products = [_op.Add(*pair) for pair in zip(products, _parts(bias, groups), strict=True)]
-    joined = _op.Concat(*products, axis=0)
-    return joined if out_dtype is None else _op.Cast(joined, to=from_torch_dtype(out_dtype).value)
+    return _op.Concat(*products, axis=0)
 
 
 def _parts(value: Any, count: int) -> Sequence[Any]:

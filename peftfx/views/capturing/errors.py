@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from peftfx.bases.processors.image_size import processor_file
 from peftfx.bases.processors.padding import lacks_padding
 from peftfx.bases.processors.readers import SIZED, encodes_in_forward, reads_images, reads_sized_images
+from peftfx.bases.processors.sounds.recordings import RECORDINGS
 from peftfx.errors import PeftfxError, first_line
 from peftfx.views.capturing.raised import line_of, packs, raised_at, said_by
 from peftfx.views.dry_run import fake_run
@@ -20,8 +22,18 @@ from peftfx.views.entry import Entry, EntryCall
 _UNKNOWN = re.compile(r"Found <class '(?:[^']*\.)?([^.']+)'> in output, which is not a known type")
 
 
-def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, call: EntryCall) -> PeftfxError:
-    """Return the error for a model whose code raised an error in a capture, perhaps under a soft prompt."""
+def capture_error(
+    model: nn.Module, error: BaseException, entry: Entry | None, call: EntryCall, given: Collection[str]
+) -> PeftfxError:
+    """Return the error for a model whose code raised an error in a capture.
+
+    Args:
+        model: the model.
+        error: what its code, or torch.export, raised.
+        entry: the soft prompt's entry, if it was captured under one.
+        call: the call that was captured.
+        given: the names of the call's tensors.
+    """
     if _goes_on_by_one(model, call):
         what = "its code goes on with a text by one token at a time, and a decode view takes prompts at once, too"
         raised = f"{type(error).__name__}, at {line_of(error, model)}"
@@ -67,6 +79,9 @@ def capture_error(model: nn.Module, error: BaseException, entry: Entry | None, c
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
         if getattr(call, "inputs", None) is None and _lacks_processor(model):
             hint = (_PROCESSOR if reads_images(model) else _FILES) if _has_folder(model) else _FOLDER
+        elif lacking := _lacking(model, given, f"{error} {line_of(error, model)}"):
+            files = "" if lacking in RECORDINGS else f"; or {_FILES}"
+            hint = f"this call has no {lacking}: in Python, pass inputs= of a call that has{files}"
         if lacks_padding(model) and "padding" in str(error):
             hint = "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
@@ -89,6 +104,13 @@ _FOLDER = (
 def _lacks_processor(model: nn.Module) -> bool:
     """Return whether a model reads images, and no processor beside it makes an example of one."""
     return isinstance(model, PreTrainedModel) and encodes_in_forward(model) and processor_file(model) is None
+
+
+def _lacking(model: nn.Module, given: Collection[str], said: str) -> str:
+    """Return the argument for pictures or sounds that an error's text names, and the call has not; empty if none."""
+    names = {"pixel_values", *RECORDINGS, str(getattr(model, "main_input_name", ""))} - {"", *given}
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in sorted(names) if name in taken and re.search(rf"\b{name}\b", said)), "")
 
 
 def _has_folder(model: nn.Module) -> bool:
