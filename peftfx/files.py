@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -14,17 +15,17 @@ from peftfx.errors import PeftfxError
 
 _DEEPEST = 100  #: the most levels of a JSON file: recursive code would run out of stack on a deeper one
 _ADVICE = {
-    2: "make its folder first",
-    17: "a file has this name: choose another path",
-    20: "a part of this path is a file: choose another path",
-    21: "this is a directory: give the path of a file in it",
-    13: "choose a directory that you may write to",
-    28: "free some space, or choose a directory on another disk",
-    30: "the file system is read-only: choose another directory",
-    36: "choose a shorter name",
+    errno.ENOENT: "make its folder first",
+    errno.EEXIST: "a file has this name: choose another path",
+    errno.ENOTDIR: "a part of this path is a file: choose another path",
+    errno.EISDIR: "this is a directory: give the path of a file in it",
+    errno.EACCES: "choose a directory that you may write to",
+    errno.ENOSPC: "free some space, or choose a directory on another disk",
+    errno.EROFS: "the file system is read-only: choose another directory",
+    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
-_OF_THE_PATH = (2, 20, 21)  #: errors of the path that was given
+_OF_THE_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  #: errors of the path that was given
 
 
 def is_file(path: Path) -> bool:
