@@ -24,6 +24,7 @@ from peftfx.model.adapted import AdaptedModel
 
 FIRST = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 COMING = Path(__file__).parents[2] / "docs" / "coming-from-peft.md"
+OTHERS = [{"lora_alpha": 3}, {"r": 8}, {"r": 2, "target_modules": ["v_proj"]}, {"rank_pattern": {"0.*q_proj": 2}}]
 SECOND = {"r": 2, "target_modules": ["q_proj", "up_proj"]}
 
 
@@ -215,10 +216,7 @@ def test_other_tensors_in_place(pair: tuple[AdaptedModel, peft.PeftModel], tmp_p
 
 
 @pytest.mark.parametrize("road", ["modules", "graph"])
-@pytest.mark.parametrize(
-    "options",
-    [{"lora_alpha": 3}, {"r": 8}, {"r": 2, "target_modules": ["v_proj"]}, {"rank_pattern": {"0.self_attn.q_proj": 2}}],
-)
+@pytest.mark.parametrize("options", OTHERS)
 def test_an_adapter_of_other_ranks_or_scales_in_its_place(options: dict[str, Any], road: str, tmp_path: Path) -> None:
     old: dict[str, Any] = {**FIRST, "init_lora_weights": False}
     for name, own in (("old", old), ("new", {**old, **options}), ("biased", {**old, **options, "bias": "all"})):

@@ -31,7 +31,7 @@ def test_a_causal_mask_of_a_users_own(tmp_path: Path) -> None:
     model = Masked().eval()
     adapted = peftfx.transform(model, peftfx.LoRA(r=2, target="query", init_lora_weights=False), inputs=call(2, 5))
     report = adapted.export(tmp_path / "out")
-    told = "the model takes 1 there too, and repeats it; this export does not"  # torch repeats a mask of one column
+    told = "the model takes a size of 1 there, too; this export does not"  # torch repeats a mask of one column
     assert f"mask.3 = x.1 ({told})" in report.sizes
     other = call(3, 9)
     with torch.no_grad():

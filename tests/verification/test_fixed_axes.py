@@ -139,7 +139,7 @@ def test_what_is_filled_up_may_not_be_longer(tmp_path: Path) -> None:
         served(x=torch.randn(1, 27, 8))
 
 
-@pytest.mark.parametrize(("beside", "told"), [(False, "takes 1 there too"), (True, "no other")])
+@pytest.mark.parametrize(("beside", "told"), [(False, "takes a size of 1 there, too"), (True, "no other")])
 def test_axes_that_are_equal_or_repeated(tmp_path: Path, beside: bool, told: str) -> None:
     """A capture takes two axes as equal where a sum repeats one of size 1, and where a concatenation needs it."""
     example = {"x": torch.randn(3, 5, 8), "y": torch.randn(3, 5, 8)}

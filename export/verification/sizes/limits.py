@@ -11,10 +11,10 @@ from torch import Tensor
 from peftfx.errors import PeftfxError
 from peftfx.export.verification.sizes.trial import (
     BRANCHES,
-    BROADCASTS,
     DECLARES,
     SAME,
     TAKES_NO_OTHER,
+    TAKES_ONE,
     Sized,
     Trial,
 )
@@ -126,7 +126,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool) -> Sizes:
 
     for condition in (*trial.graph.conditions, *trial.graph.filled):
         if condition.relation or condition.below:
-            limits.append(Limit(condition, BROADCASTS if _broadcasts(trial, condition) else TAKES_NO_OTHER))
+            limits.append(Limit(condition, TAKES_ONE if _takes_one(trial, condition) else TAKES_NO_OTHER))
             probes += _last(condition, [trial.whole(sizes) for sizes in condition.tried()]) if condition.below else ()
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
@@ -155,7 +155,7 @@ def find_sizes(trial: Trial, *, allow_fixed: bool) -> Sizes:
     return Sizes(found.limits, tuple(sizes for i, sizes in enumerate(probes) if sizes not in probes[:i]))
 
 
-def _broadcasts(trial: Trial, condition: Condition) -> bool:
+def _takes_one(trial: Trial, condition: Condition) -> bool:
     """Return whether two axes are to be equal, and the model's own code runs where one of them is 1.
 
     A capture finds them equal where torch's operators broadcast: it assumes that no size is 1.

@@ -24,7 +24,7 @@ Fed = dict[str, Tensor]
 Make = Callable[[Sized], Fed]
 Eager = Callable[[Fed], Sequence[Tensor]]
 SAME, TAKES_NO_OTHER = "same", "the model takes no other"  #: answers to a trial
-BROADCASTS = "the model takes 1 there too, and repeats it; this export does not"
+TAKES_ONE = "the model takes a size of 1 there, too; this export does not"
 BRANCHES = "beyond, the model computes something else"
 DECLARES = "the export declares other sizes of tensors inside"
 #: Axes that run along texts.
