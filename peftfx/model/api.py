@@ -18,14 +18,10 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.model.by_name import LoadOptions
 from peftfx.model.hosted.hosted_base import refuse_other_road
 from peftfx.model.plan import Plan, make_plan
-from peftfx.model.refusals import (
-    refuse_no_base,
-    refuse_unknown_arguments,
-    refuse_unreadable,
-    refuse_wrong_rules,
-)
+from peftfx.model.refusals import refuse_no_base, refuse_unknown_arguments, refuse_unreadable
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
+from peftfx.rules.resolution import read_rules
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
@@ -77,7 +73,7 @@ def transform(
     """
     rules = peft_config if rules is None else rules
     if rules is not None:
-        refuse_wrong_rules(model, rules)
+        rules = read_rules(rules)  # a wrong one is told before a capture
     if is_peft_model(model):
         adapted = taken_over(model, lambda: bare(model, inputs, road))
         if rules is None:
@@ -178,7 +174,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
         lora(r=4)@attention.query: 512 parameters
         ...
     """
-    refuse_wrong_rules(model, rules)
+    rules = read_rules(rules)
     adapted = bare(model, inputs)
     return make_plan(adapted.source, adapted.sites, rules)
 

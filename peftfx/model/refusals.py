@@ -8,12 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peftfx.bases.peft_models.plain import is_peft_model, plain_base
 from peftfx.errors import PeftfxError, nearest, shown
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.by_name import LoadOptions
 from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, refuse_other_config, rule_folders
-from peftfx.rules.resolution import as_methods
 from peftfx.rules.tied_copies import method_of_file
 
 
@@ -40,12 +38,6 @@ def refuse_no_base(model: object) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             hint = "pass the model with the module that was scripted"
             raise PeftfxError("torch.export cannot capture what torch.jit has scripted", path or name, hint)
-
-
-def refuse_wrong_rules(model: nn.Module, rules: object) -> None:
-    """Refuse what are no rules, whatever the model's sites are."""
-    refuse_no_base(model)
-    as_methods(rules, plain_base(model) if is_peft_model(model) else model)
 
 
 def refuse_unknown_arguments(options: Mapping[str, object]) -> None:

@@ -114,23 +114,31 @@ def as_items(rules: object) -> Sequence[object]:
     return rules if isinstance(rules, Sequence) and not isinstance(rules, str) else (rules,)
 
 
-def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
-    """Return the rules as methods; a rule is a method, a text, a `peft` config object, or a sequence of these."""
-    methods: list[Method] = []
+def read_rules(rules: object) -> tuple[object, ...]:
+    """Return the rules with texts as methods. A `peft` config object stays, as what it means depends on the model.
+
+    Raises:
+        PeftfxError: there are none, or one is no rule.
+    """
+    read: list[object] = []
     for item in as_items(rules):
-        if isinstance(item, Method):
-            methods.append(item)
-        elif isinstance(item, str):
-            methods += parse_rules(item)
-        elif is_peft_config(item):
-            methods.append(method_from_object(item, base))
+        if isinstance(item, str):
+            read += parse_rules(item)
+        elif isinstance(item, Method) or is_peft_config(item):
+            read.append(item)
         else:
             raise PeftfxError(
                 f"not a rule: {item!r}", "rules", "pass a method, as in LoRA(r=8), a text, or a peft config object"
             )
-    if not methods:
+    if not read:
         raise PeftfxError("there are no rules", "rules", "pass at least one method, as in LoRA(r=8)")
-    return tuple(methods)
+    return tuple(read)
+
+
+def as_methods(rules: object, base: nn.Module) -> tuple[Method, ...]:
+    """Return the rules as methods; a rule is a method, a text, a `peft` config object, or a sequence of these."""
+    read = read_rules(rules)
+    return tuple(item if isinstance(item, Method) else method_from_object(item, base) for item in read)
 
 
 def chosen_placements(method: Method, base: nn.Module, sites: Sites) -> Sequence[Placement]:

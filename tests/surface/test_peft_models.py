@@ -126,6 +126,13 @@ def test_wrong_arguments_are_told_before_a_model_is_captured(tmp_path: Path) -> 
             call()
 
 
+def test_a_warning_of_a_config_is_given_once() -> None:
+    rule = peft.LoraConfig(r=2, target_modules=["q_proj"], ensure_weight_tying=True)
+    with pytest.warns(PeftfxWarning) as caught:
+        peftfx.transform(ZOO["llama"].build(), rule)
+    assert len([w for w in caught if "ensure_weight_tying changes nothing" in str(w.message)]) == 1
+
+
 @pytest.mark.parametrize("start", but_for({"olora", "orthogonal"}, ["pissa", "olora", "mica", "orthogonal"]))
 def test_an_adapter_whose_start_moved_the_base_is_saved_for_the_bases_files(start: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
