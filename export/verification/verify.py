@@ -195,6 +195,7 @@ class _Asked:
             self._tell(number, 0.5)
             got = model(**call)
             following = Following(self.reference, shows.taken(got))
+            refuse_other_sizes(model, feed, {name: value for name, value in got.items() if name in self.kinds})
             want, own, exact = following(feed), following.scores, Tensors()
             if following.alike and number in self.measured:
                 exact = tolerance.measure(following, feed)

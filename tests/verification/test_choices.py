@@ -132,6 +132,17 @@ def test_faults_before_at_and_behind_choices_are_refused(
         compared(saved, mixture, calls)
 
 
+def test_axes_that_an_output_does_not_have_are_refused(
+    saved: Path, mixture: Mixture, calls: list[dict[str, Tensor]]
+) -> None:
+    proto = onnx.load(saved / "model.onnx")
+    output = proto.graph.output[0].type.tensor_type.shape.dim
+    output[0].dim_param, output[1].dim_param = output[1].dim_param, output[0].dim_param
+    onnx.save(proto, saved / "model.onnx")
+    with pytest.raises(PeftfxError, match=r"declares output \['x.1', 'batch', 16\]"):
+        compared(saved, mixture, calls)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_branch_that_makes_no_choice_hides_none(inside: bool, tmp_path: Path) -> None:
     """A loop over tokens, as of linear attention, beside routers: their choices are followed."""
