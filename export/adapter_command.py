@@ -74,7 +74,7 @@ def export_adapter_directories(
     model = load_base(source, task=task_of_class(manifest.model), dtype=getattr(torch, manifest.dtype))
     resize_vocabulary(model, [_weights(rule) for adapter, _ in given for rule in rule_folders(adapter)])
     sentences = SentenceModules.found([Path(graph)])  # None unless the graph embeds sentences
-    adapted = bare(model if sentences is None else as_sentence_encoder(model, sentences.build()))
+    adapted = bare(model if sentences is None else as_sentence_encoder(model, sentences.build()), road="graph")
     names = [f"adapter_{i}" for i in range(len(given))]
     for name, (folder, _) in zip(names, given, strict=True):
         adapted.load_adapter(folder, name)

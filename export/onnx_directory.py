@@ -165,13 +165,13 @@ def _adapted(model: nn.Module, inputs: Mapping[str, object] | None, asked: Expor
     if isinstance(model, AdaptedModel):
         return model
     if is_peft_model(model):
-        return load(model, inputs=inputs)
+        return load(model, inputs=inputs, road="graph")
     own = (
         sites_view(model, asked.view, sized=isinstance(asked.images, tuple))
         if inputs is None and isinstance(model, nn.Module)
         else FORWARD
     )
-    return bare(model, inputs, view=own)
+    return bare(model, inputs, "graph", own)
 
 
 def _provenance(adapted: AdaptedModel, report: Report, *, coded: bool) -> dict[str, str]:

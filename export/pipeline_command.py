@@ -123,7 +123,7 @@ def _export(base: Path, output: Path, asked: DirectoryOptions, model: nn.Module,
     if not decodes_latents(model):
         return export_directory(base, output, asked, progress=progress)
     loaded, inputs = as_latent_decoder(load_base(base, dtype=served_dtype(base, asked.dtype, asked.quantize_base)))
-    adapted = bare(loaded, inputs)
+    adapted = bare(loaded, inputs, "graph")
     if asked.adapter is not None:
         adapted.load_adapter(asked.adapter, "default")
 

@@ -38,6 +38,10 @@ class PeftfxError(Exception):
         super().__init__(f"{_cut(what, 16, 1300)}{place}{advice}")
 
 
+class CaptureError(PeftfxError):
+    """The code of a model, or of a call of it, that torch.export cannot follow. The code itself may run and train."""
+
+
 class PeftfxWarning(UserWarning):
     """A warning about something that a user should know or decide; the command line shows it too."""
 

@@ -3,8 +3,8 @@
     python tests/messages.py            # write the file anew
     python tests/messages.py --check    # exit 1 where the file is not what the sources have
 
-A message is what `PeftfxError`, `VerificationError` or `warn` is called with. A line has the module, what is wrong,
-where, and what to do; braces stand for what is known when it is raised.
+A message is what `PeftfxError`, `CaptureError`, `VerificationError` or `warn` is called with. A line has the module,
+what is wrong, where, and what to do; braces stand for what is known when it is raised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "messages.txt"
 FOLDERS = ("peftfx", "passes", "export")
-RAISED = frozenset({"PeftfxError", "VerificationError", "StateError", "warn"})
+RAISED = frozenset({"PeftfxError", "CaptureError", "VerificationError", "StateError", "warn"})
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def check_merge(
     want, got, unrounded = (EagerReference(model, None, model.example) for model in (adapted, again, whole))
     feeds, exactly, large = list[dict[str, Tensor]](), list[Difference](), is_large(adapted.base)
     tried = FEW if large else PROBE_SIZES[:2]
-    heavy = is_heavy(adapted.graphs.captured(adapted.example, adapted.entry()))
+    heavy = is_heavy(adapted.whole_graph(adapted=False))
     for number, sizes in enumerate(with_few_rows(tried, ONE) if heavy else tried):
         made = example_inputs(adapted.base, sizes=sizes, seed=number + 1)
         feeds.append(feed := with_trained_tokens(made, adapted, number))

@@ -152,8 +152,10 @@ def sequence_site(base: nn.Module, sites: Sites) -> SequenceSite:
     """
     found = [s for s in sites if s.role == "embedding.token" and s.calls and owns_weight(base, s.path)]
     if not found:
-        hint = "use a method that acts on weights, as LoRA"
-        raise PeftfxError("the model embeds no text: a soft prompt has no place", type(base).__name__, hint)
+        alone = any(s.role == s.kind == "embedding" for s in sites)
+        textless = "the model embeds no text: a soft prompt has no place"
+        what = "the model's code cannot be captured: a soft prompt has no place" if alone else textless
+        raise PeftfxError(what, type(base).__name__, "use a method that acts on weights, as LoRA")
     shared = getattr(input_embeddings(base), "weight", None)
     site = next((s for s in found if base.get_submodule(s.path).weight is shared), found[0])
     tokens = "input_ids" if hasattr(base, "main_input_name") else site.calls[0].x

@@ -10,7 +10,7 @@ from torch import nn
 
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.peft_models.plain import carries_peft, is_peft_model, plain_base
-from peftfx.errors import PeftfxError, shown
+from peftfx.errors import CaptureError, PeftfxError, shown, warn
 from peftfx.graph.contexts import evaluating
 from peftfx.memory.garbage import rarely_collected
 from peftfx.methods import methods
@@ -26,8 +26,10 @@ from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
-from peftfx.views.finding.image_text import IMAGE_TEXT
 from peftfx.views.finding.named_views import find_view, view_of_sites
+from peftfx.views.finding.of_sites.image_text import IMAGE_TEXT
+from peftfx.views.finding.of_sites.layers import find_lone_layers
+from peftfx.views.view import View
 
 
 def transform(
@@ -64,7 +66,8 @@ def transform(
         revision: the base's revision on the Hub, for the adapter's saved config.
 
     Raises:
-        PeftfxError: the model cannot be captured, a rule matches nothing, or an adapter cannot be taken over.
+        PeftfxError: the model cannot be captured, and its code does not run either; a rule matches nothing; or an
+            adapter cannot be taken over.
 
     Example:
         >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="attention.query | attention.value"))
@@ -151,7 +154,7 @@ def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> 
         inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
 
     Raises:
-        PeftfxError: the model cannot be captured, or needs `inputs`.
+        PeftfxError: the model cannot be captured, and its code does not run either; or it needs `inputs`.
 
     Example:
         >>> peftfx.inspect(model).by_path("model.layers.0.mlp.up_proj").role
@@ -185,6 +188,9 @@ def bare(
 ) -> AdaptedModel:
     """Capture a model and find its sites; return the adapted model, which has no adapters yet.
 
+    If the model's code cannot be captured but runs, each of its layers is captured by itself. Such a model is trained,
+    saved and merged by its own modules, and cannot be exported: a warning says so. It is refused on the graph road.
+
     Args:
         model: any module; of a `peft.PeftModel` the base.
         inputs, road: see `transform`.
@@ -205,9 +211,21 @@ def bare(
         name = view_of_sites(model) if view == FORWARD and inputs is None else view
         own = find_view(twin.module, name)
         given = example if own is None else own.inputs(twin.module)
-        graph = capture(twin.module, given, axes=None if own is None else own.axes, call=own)
+        whole: str | View = IMAGE_TEXT if name == IMAGE_TEXT else FORWARD
+        try:
+            graph = capture(twin.module, given, axes=None if own is None else own.axes, call=own)
+        except CaptureError as error:
+            layers = find_lone_layers(model, twin.module, example) if road != "graph" else None
+            if layers is None:
+                raise
+            whole, own, given, road = layers, layers, layers.inputs(twin.module), "modules"
+            try:
+                graph = capture(twin.module, given, axes=own.axes, call=own)
+            except CaptureError:
+                raise error from error.__cause__
+            warn(f"this model can be trained, saved and merged, but not exported: {error.what}")
     adapted = AdaptedModel.on(model, graph.sites, example, road, twin)
-    adapted.whole = IMAGE_TEXT if name == IMAGE_TEXT else FORWARD
+    adapted.whole = whole
     with evaluating(model):
         adapted.graphs.base = twin.module
         adapted.graphs.keep(graph, given, own)

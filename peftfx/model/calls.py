@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from peftfx.errors import PeftfxError, shown, warn
+from peftfx.errors import CaptureError, PeftfxError, shown, warn
 from peftfx.generation.invocation import OFFSETS
 from peftfx.graph.capturing.trace_lock import TRACING
 from peftfx.graph.graph import Graph
@@ -211,7 +211,7 @@ class AdapterCalls(PeftSurface):
                 hint = 'leave it out; generate has a cache; or take the other road: transform(..., road="modules")'
                 raise PeftfxError(what, asked, hint) from error
             captured = self.wanted == "graph" and error.__cause__ is not None  # code, or a hook, that no graph can have
-            if type(error) is not PeftfxError or not (captured or self._runs_in_modules()):
+            if type(error) not in (PeftfxError, CaptureError) or not (captured or self._runs_in_modules()):
                 raise
             hint = f"{error.hint}; or " if error.hint else ""
             other = f'{hint}take the other road: peftfx.transform(..., road="modules")'

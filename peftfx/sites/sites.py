@@ -5,14 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.dataflow import Dataflow
 from peftfx.sites.expression import Target
-from peftfx.sites.site import PATTERN, AttentionSite, Call, HeadedSite, NormSite, PatternSite, Site, WeightSite, plays
+from peftfx.sites.site import (
+    HEAD,
+    PATTERN,
+    AttentionSite,
+    Call,
+    HeadedSite,
+    NormSite,
+    PatternSite,
+    Site,
+    WeightSite,
+    plays,
+)
 from peftfx.sites.target import SelectedSite, select
 
 if TYPE_CHECKING:
@@ -254,3 +265,14 @@ def _cells(site: Site) -> list[str]:
 def _ranges(rows: tuple[tuple[int, int], ...]) -> str:
     shown = ",".join(f"{start}:{stop}" for start, stop in rows[:2])
     return f"[{shown}{f',+{len(rows) - 2}' if len(rows) > 2 else ''}]"
+
+
+def without_roles(sites: Sites, heads: Collection[str]) -> Sites:
+    """Return sites with their kinds as their roles, because the dataflow between them is not known.
+
+    Args:
+        sites: the sites.
+        heads: the paths of layers that are known to be heads.
+    """
+    items = (dataclasses.replace(s, role=HEAD if s.path in heads else s.kind, parts=()) for s in sites)
+    return dataclasses.replace(sites, items=tuple(items))

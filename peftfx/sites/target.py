@@ -24,7 +24,7 @@ from peftfx.sites.expression import (
     words_of,
 )
 from peftfx.sites.patterns import compiled, quick
-from peftfx.sites.site import EXPERTS, ROLES, WEIGHT_KINDS, Site
+from peftfx.sites.site import EXPERTS, HEAD, ROLES, WEIGHT_KINDS, Site
 
 Modules = str | Collection[str]
 
@@ -244,5 +244,7 @@ def _nothing_matches(reasons: Sequence[Reason], where: Where) -> PeftfxError:
     named = where.get("target_modules")
     if isinstance(named, str) and any(ends_with_any(name, [named]) for name in names):
         ours.append(f"a text is a regular expression for the whole name, as in HF PEFT: pass a list, [{named!r}]")
+    if all(site.role in (site.kind, HEAD) for site in sites) and any(is_role(word) for word in words):
+        ours.append("no other roles are known here than kinds of layers and heads: name modules by target_modules")
     hint = "; ".join([*ours, *sorted(matched_but), *close, f"The model has {roles or 'no site'}"])
     return PeftfxError("the target matches no site", ", ".join(texts), hint)

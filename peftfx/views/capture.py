@@ -34,6 +34,7 @@ from peftfx.graph.contexts import fake_mode_of, isolated, sparing, unchanged
 from peftfx.graph.graph import BASE, Graph, path_name
 from peftfx.graph.lazy_weights import faked
 from peftfx.memory.garbage import rarely_collected
+from peftfx.sites.sites import without_roles
 from peftfx.telling import tell_share
 from peftfx.views.arguments import refuse_hidden_tensors
 from peftfx.views.capturing.attributes_of_tensors import attributes_kept
@@ -115,6 +116,9 @@ def capture(
         )
 
     graph = with_whole_blocks(on_general_sides(captured, wrapper, tensors))
+    if getattr(call, "without_flow", False):
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        graph.sites = without_roles(graph.sites, [path for path, module in own_modules(model) if module is head])
     fixed = tuple(fixed_sides(graph, getattr(call, "fixed", ())))
     return dataclasses.replace(graph, decisions=(*graph.decisions, *fixed)) if fixed else graph
 

@@ -174,7 +174,7 @@ class Deciding(nn.Module):
 def test_a_model_that_cannot_be_captured_prints_no_graph(capfd: pytest.CaptureFixture[str]) -> None:
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES)).eval()
     model.model.norm = Deciding()
-    assert "cannot capture this model" in settle(lambda: peftfx.inspect(model), 60).message
+    assert "cannot capture this model" in settle(lambda: peftfx.capture(model), 60).message
     assert len(capfd.readouterr().err) < 500
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import CaptureError
 from peftfx.graph.capturing.sizes.asking_code import raises_next
 
 _TESTS = {torch.isfinite: False, Tensor.isfinite: False, torch.isinf: True, Tensor.isinf: True}
@@ -39,14 +39,14 @@ class limits_of_overflows(TorchFunctionMode):
         """Leave the context.
 
         Raises:
-            PeftfxError: a branch was taken, and nothing was limited in it.
+            CaptureError: a branch was taken, and nothing was limited in it.
         """
         super().__exit__(*raised)
         if raised[0] is None and self._taken:
             what = (
                 "cannot capture this model: its code branches on whether numbers are infinite, and does not clamp them"
             )
-            raise PeftfxError(what, hint="export it in float32")
+            raise CaptureError(what, hint="export it in float32")
 
     def __torch_function__(
         self,

@@ -27,6 +27,7 @@ from peftfx.model.trainers.seen_by_trainers import SeenByTrainers
 from peftfx.patterns.pattern import version
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
+from peftfx.views.view import View
 
 ROADS = ("modules", "graph")
 
@@ -59,7 +60,7 @@ class HostedBase(SeenByTrainers):
         self._patterns = version()
         self.named = AdapterSet(self.adapters)
         self._twin = Twin(base) if twin is None else twin
-        self.whole = "forward"  #: the view that runs all of the base
+        self.whole: str | View = "forward"  #: the view, or its name, that runs all of the base
         self.graphs = Graphs(self.source, self.named)
         self.modules_road = ModulesRoad(base, self.named)
         self._shared = shared(base, self)
@@ -68,7 +69,7 @@ class HostedBase(SeenByTrainers):
         self.training = base.training
 
     @abstractmethod
-    def graph(self, *, adapted: bool = True, view: str = "forward") -> Graph:
+    def graph(self, *, adapted: bool = True, view: str | View = "forward") -> Graph:
         """Return the graph of an example call in a view."""
 
     def whole_graph(self, *, adapted: bool = True) -> Graph:
@@ -185,7 +186,9 @@ class HostedBase(SeenByTrainers):
             seating = replace(seating, dearer="")
         if seating.obstacle and self.wanted == "modules":
             what = f"no module of the base can run this adapter: {seating.obstacle}"
-            raise PeftfxError(what, "road", 'leave road out, or pass road="graph": calls then run a graph')
+            other = 'leave road out, or pass road="graph": calls then run a graph'
+            alone = "name the modules of the adapter (target_modules): no graph can run this model"
+            raise PeftfxError(what, "road", other if isinstance(self.whole, str) else alone)
         if seating.obstacle and self._twin.obstacles:
             warn(f"calls run a graph over dequantised weights, and not the base's own layers: {seating.obstacle}")
         return seating

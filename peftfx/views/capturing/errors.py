@@ -13,7 +13,7 @@ from peftfx.bases.processors.image_size import processor_file
 from peftfx.bases.processors.padding import lacks_padding
 from peftfx.bases.processors.readers import SIZED, encodes_in_forward, reads_images, reads_sized_images
 from peftfx.bases.processors.sounds.recordings import RECORDINGS
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import CaptureError, first_line
 from peftfx.views.capturing.raised import line_of, packs, raised_at, said_by
 from peftfx.views.dry_run import fake_run
 from peftfx.views.entry import Entry, EntryCall
@@ -24,7 +24,7 @@ _UNKNOWN = re.compile(r"Found <class '(?:[^']*\.)?([^.']+)'> in output, which is
 
 def capture_error(
     model: nn.Module, error: BaseException, entry: Entry | None, call: EntryCall, given: Collection[str]
-) -> PeftfxError:
+) -> CaptureError:
     """Return the error for a model whose code raised an error in a capture.
 
     Args:
@@ -37,7 +37,7 @@ def capture_error(
     if _goes_on_by_one(model, call):
         what = "its code goes on with a text by one token at a time, and a decode view takes prompts at once, too"
         raised = f"{type(error).__name__}, at {line_of(error, model)}"
-        return PeftfxError(
+        return CaptureError(
             f"cannot capture this model: {what} ({raised})", type(model).__name__, "use the forward view"
         )
     why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error, model)
@@ -87,7 +87,7 @@ def capture_error(
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
         why, line = f"its code asserts `{asserted}`", raised_at(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
-    return PeftfxError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
+    return CaptureError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
 
 
 _FILES = "copy the files of its processor (preprocessor_config.json) into its folder"

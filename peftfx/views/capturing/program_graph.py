@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from peftfx.analysis.roles import find_sites
 from peftfx.analysis.running import called_modules
 from peftfx.analysis.weight_ops import module_path
-from peftfx.errors import PeftfxError
+from peftfx.errors import CaptureError
 from peftfx.graph.capturing.sizes.axis_symbols import place_of, symbols_of
 from peftfx.graph.capturing.sizes.empty_sizes import Question, filled_of
 from peftfx.graph.capturing.sizes.free_sizes import count_from_start
@@ -123,7 +123,7 @@ def _move_constants(module: fx.GraphModule, model: nn.Module) -> nn.Module:
                         f"the model's code makes an object in its forward that no graph has: a {type(value).__name__}"
                     )
                     hint = "make what it gives once, and keep it as a buffer"
-                    raise PeftfxError(f"cannot capture this model: {what}", type(model).__name__, hint)
+                    raise CaptureError(f"cannot capture this model: {what}", type(model).__name__, hint)
             node.target = f"{CONSTANTS}.{name}"
         if node.target in _ASSERTIONS:
             module.graph.erase_node(node)

@@ -21,8 +21,8 @@ from peftfx.views.finding.cross_images import (
 from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.finding.encoder_decoder_layers import find_layers
 from peftfx.views.finding.image_source import EncoderWithImages
-from peftfx.views.finding.image_text import IMAGE_TEXT, image_text
 from peftfx.views.finding.image_views import find_images
+from peftfx.views.finding.of_sites.image_text import IMAGE_TEXT, image_text
 from peftfx.views.finding.sound_views import find_sounds
 from peftfx.views.finding.video_views import find_videos
 from peftfx.views.images.encoded import VISION

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import CaptureError
 from peftfx.graph.capturing.loops.chosen_classes import chosen_classes
 from peftfx.graph.written import source_of, written_by
 
@@ -108,7 +108,7 @@ def over_masks() -> Iterator[None]:
     """Inside the context, a loop over `mask.nonzero()` takes a turn for each place of a mask of one axis.
 
     Raises:
-        PeftfxError: at the end of the context, if a turn may change something where the mask is false.
+        CaptureError: at the end of the context, if a turn may change something where the mask is false.
     """
     thread, write, iterate = threading.get_ident(), Tensor.__format__, Tensor.__iter__
     nonzero: Callable[..., Tensor] = torch.nonzero
@@ -145,7 +145,7 @@ def over_masks() -> Iterator[None]:
     if not all(_is_harmless(loop) for loop in own):
         what = "cannot capture this model: its code loops over the places where a mask is true"
         hint = "where the mask is false, a turn of the loop must change nothing: let it only add rows by index"
-        raise PeftfxError(what, hint=hint)
+        raise CaptureError(what, hint=hint)
 
 
 def _turns(found: Tensor, length: int, loops: list[_Loop]) -> Iterator[Tensor]:

@@ -1,0 +1,1 @@
+"""Views in which sites are found where the forward cannot be captured, or does not run all of a model."""

@@ -1,0 +1,178 @@
+"""The view of a model's layers, each by itself, in which sites are found if the model's own code cannot be captured.
+
+    input_0_0, input_1_0, ... -> output_0, output_1, ...
+
+The layers are those that one call of the model runs: modules with parameters of their own, and without modules inside.
+How the model's code leads from one layer to the next is in no graph. So sites have no roles here but their kinds, and
+nothing is served by this view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftfx.bases.guests import own_modules
+from peftfx.errors import PeftfxError
+from peftfx.graph.contexts import unchanged
+from peftfx.views.capture import capture
+from peftfx.views.view import Axes, RunView, as_captured
+
+
+@dataclass(frozen=True)
+class LoneInput:
+    """An argument of a layer's call: what is like it is zeros.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LoneCall:
+    """One call of a layer.
+
+    Attributes:
+        path: the layer's path.
+        inputs: what the layer got, in order.
+    """
+
+    path: str
+    inputs: tuple[LoneInput, ...]
+
+    def made(self, base: nn.Module) -> list[Tensor]:
+        """Return inputs like those of the call, where the layer is now, and in the layer's present precision.
+
+        Args:
+            base: the model.
+        """
+        own = list(base.get_submodule(self.path).parameters(recurse=False))
+        present = next((p.dtype for p in own if p.is_floating_point()), None)
+        dtypes = [present or i.dtype if i.dtype.is_floating_point else i.dtype for i in self.inputs]
+        device = torch.device("cpu") if own[0].is_meta else own[0].device
+        return [torch.zeros(i.shape, dtype=d, device=device) for i, d in zip(self.inputs, dtypes, strict=True)]
+
+
+@dataclass(frozen=True)
+class LoneLayers:
+    """The layers of a model, each called by itself.
+
+    Attributes:
+        calls: one call of each layer.
+    """
+
+    calls: tuple[LoneCall, ...]
+    name = "layers"
+    without_flow = True  #: what flows from layer to layer is not known
+    trials: ClassVar[tuple[Mapping[str, int], ...]] = ({},)
+
+    @property
+    def axes(self) -> Axes:
+        """The names of the axes: none, so that all sizes are those of the calls."""
+        return {
+            _input(i, j): (None,) * len(given.shape)
+            for i, call in enumerate(self.calls)
+            for j, given in enumerate(call.inputs)
+        }
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Return the inputs of each layer."""
+        return {_input(i, j): t for i, call in enumerate(self.calls) for j, t in enumerate(call.made(base))}
+
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the inputs unchanged, as they have no keys and values."""
+        return dict(inputs)
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+        """Run each layer on its inputs."""
+        return {
+            f"output_{i}": base.get_submodule(call.path)(*(inputs[_input(i, j)] for j in range(len(call.inputs))))
+            for i, call in enumerate(self.calls)
+        }
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """Return the whole value."""
+        return value
+
+
+def find_lone_layers(base: nn.Module, readable: nn.Module, inputs: Mapping[str, object]) -> LoneLayers | None:
+    """Return the view of the layers that a call of a model runs; None if the model's own code raises an error in it.
+
+    The call is run once, on real tensors and without gradients. The model's attributes, and torch's random numbers,
+    are as before afterwards. A layer whose own code cannot be captured is left out.
+
+    Args:
+        base: the model.
+        readable: the model with readable weights: itself, or its twin.
+        inputs: keyword arguments of the call.
+    """
+    calls: dict[str, LoneCall | None] = {}
+    with ExitStack() as stack:
+        for path, module in own_modules(base):
+            if next(module.parameters(recurse=False), None) is not None and next(module.children(), None) is None:
+                stack.enter_context(_hooked(module, _noting(path, calls)))
+        for context in (torch.random.fork_rng(), torch.no_grad(), unchanged(base), as_captured(base)):
+            stack.enter_context(context)
+        device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
+        try:
+            base(**pytree.tree_map_only(Tensor, lambda t: t.to(device), dict(inputs)))
+        except Exception:  # a model's code raises various errors; that of the capture says what to do
+            return None
+    known: dict[object, bool] = {}
+    plain = [call for call in calls.values() if call is not None]
+    return LoneLayers(tuple(call for call in plain if _is_capturable(call, readable, known)))
+
+
+_Hook = Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]
+
+
+def _noting(path: str, calls: dict[str, LoneCall | None]) -> _Hook:
+    """Return a hook that notes the first call of a layer; None if a call has more than tensors in, and one out."""
+
+    def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+        given = [LoneInput(tuple(a.shape), a.dtype) for a in args if isinstance(a, Tensor)]
+        if kwargs or not given or len(given) < len(args) or not isinstance(output, Tensor):
+            calls[path] = None
+        elif path not in calls:
+            calls[path] = LoneCall(path, tuple(given))
+
+    return note
+
+
+def _is_capturable(call: LoneCall, base: nn.Module, known: dict[object, bool]) -> bool:
+    """Return whether the code of a layer can be captured: of layers of one class and size, one is tried."""
+    kind = type(base.get_submodule(call.path)), call.inputs
+    if kind not in known:
+        alone = LoneLayers((call,))
+        try:
+            capture(base, alone.inputs(base), axes=alone.axes, call=alone)
+        except PeftfxError:
+            known[kind] = False
+        else:
+            known[kind] = True
+    return known[kind]
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: _Hook) -> Iterator[None]:
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _input(layer: int, index: int) -> str:
+    return f"input_{layer}_{index}"
