@@ -153,13 +153,16 @@ def _outside_views(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _outside_casts(op: fx.Node, x: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Return the values outside `cast -> op -> cast back`, or else the op's own."""
+    """Return the values outside `cast -> op -> cast back`, or else the op's own.
+
+    Casts to the dtype that a value has are not looked past: they may be another step's, outside of the layer's module.
+    """
     after = next(iter(op.users), None)
     wrapped = op_name(x) in CAST_OPS and x.meta["val"].is_floating_point() and len(op.users) == 1
     if not wrapped or after is None or op_name(after) not in CAST_OPS or not isinstance(x.args[0], fx.Node):
         return x, op
-    outer = x.args[0]
-    return (outer, after) if outer.meta["val"].dtype == after.meta["val"].dtype else (x, op)
+    outer, inner, back = (node.meta["val"].dtype for node in (x.args[0], x, after))
+    return (x.args[0], after) if inner != outer == back else (x, op)
 
 
 def _arg(node: fx.Node, index: int) -> object:
