@@ -122,6 +122,7 @@ def _load(base: Path, asked: MergeOptions) -> AdaptedModel:
         dtype=torch.float32,
         quantize_base=asked.quantize_base,
         task_id=asked.task_id,
+        idle=True,
     )
     refuse_infinite_adapters(adapted, adapted.names())  # a folded weight would not tell whose NaN it holds
     return adapted

@@ -179,6 +179,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
     """
     rules = read_rules(rules)
     adapted = bare(model, inputs)
+    adapted.reach(rules)
     return make_plan(adapted.source, adapted.sites, rules)
 
 

@@ -18,7 +18,10 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.hosted.hosted_base import HostedBase
 from peftfx.rules.peft_configs import records_of
-from peftfx.rules.resolution import as_items, place
+from peftfx.rules.peft_files import modules_in
+from peftfx.rules.resolution import as_items, as_methods, place, where
+from peftfx.rules.unplaced import is_idle, named_elsewhere
+from peftfx.sites.expression import ALL_LINEAR
 
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
@@ -78,10 +81,21 @@ class AdaptersByName(HostedBase):
         self.named.refuse(adapter_name)
         self.named.apart("an adapter is added")
         own = {} if (name := name_of_base(self.base)) is None else {"base_model_name_or_path": name}
+        self.reach(rules)
         adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)) | own)
         adapter.ran = self.sites.running
         self._start(adapter, seed)
         self._install(adapter_name, adapter)
+
+    def reach(self, rules: Rules) -> None:
+        """Widen the sites to the layers that rules name and that the example call does not run or use.
+
+        Args:
+            rules: see `transform`.
+        """
+        named = [m for m in as_methods(rules, self.source) if m.targeted and m.target_modules not in (None, ALL_LINEAR)]
+        paths = (path for m in named for path in named_elsewhere(self.source, m, self.sites, where(m), ()))
+        self.widen(path for path in dict.fromkeys(paths) if is_idle(path, self.source, self.sites))
 
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
         """Give one adapter, or all, new initial values, for example after a base on the meta device got values.
@@ -167,6 +181,8 @@ class AdaptersByName(HostedBase):
         else:
             self.named.refuse(adapter_name)
             self.named.apart("an adapter is added")
+            if self.sites.unread:
+                self.widen(sorted(self.sites.unread & modules_in(path)))
             self._install(adapter_name, read_adapter(path, self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)

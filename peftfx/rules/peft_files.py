@@ -135,6 +135,12 @@ def _empty(cls: type[Method], config: Mapping[str, object], where: str) -> dict[
     return {name: False for name, default in empty.items() if default is True}
 
 
+def modules_in(directory: Path) -> set[str]:
+    """Return the paths of all modules that the tensors of an adapter's files may belong to."""
+    names = [name.split(".") for folder in rule_folders(directory) for name in Weights(folder).names]
+    return {".".join(name[:end]) for name in names for end in range(1, len(name))}
+
+
 class Weights:
     """The tensors of an adapter file, read one at a time, by their names without HF PEFT's prefix."""
 

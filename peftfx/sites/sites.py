@@ -267,12 +267,16 @@ def _ranges(rows: tuple[tuple[int, int], ...]) -> str:
     return f"[{shown}{f',+{len(rows) - 2}' if len(rows) > 2 else ''}]"
 
 
-def without_roles(sites: Sites, heads: Collection[str]) -> Sites:
-    """Return sites with their kinds as their roles, because the dataflow between them is not known.
+def without_roles(sites: Sites, lone: Collection[str], heads: Collection[str]) -> Sites:
+    """Return sites of which some have their kinds as their roles, because what flows to and from them is not known.
 
     Args:
         sites: the sites.
+        lone: the paths of these sites.
         heads: the paths of layers that are known to be heads.
     """
-    items = (dataclasses.replace(s, role=HEAD if s.path in heads else s.kind, parts=()) for s in sites)
+    items = (
+        dataclasses.replace(s, role=HEAD if s.path in heads else s.kind, parts=()) if s.path in lone else s
+        for s in sites
+    )
     return dataclasses.replace(sites, items=tuple(items))

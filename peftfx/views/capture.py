@@ -116,9 +116,11 @@ def capture(
         )
 
     graph = with_whole_blocks(on_general_sides(captured, wrapper, tensors))
-    if getattr(call, "without_flow", False):
+    lone: frozenset[str] = getattr(call, "lone", frozenset())
+    if lone:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        graph.sites = without_roles(graph.sites, [path for path, module in own_modules(model) if module is head])
+        heads = [path for path, module in own_modules(model) if module is head]
+        graph.sites = without_roles(graph.sites, lone, heads)
     fixed = tuple(fixed_sides(graph, getattr(call, "fixed", ())))
     return dataclasses.replace(graph, decisions=(*graph.decisions, *fixed)) if fixed else graph
 
