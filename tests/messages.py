@@ -62,13 +62,13 @@ def _assigned(call: ast.Call) -> dict[str, ast.expr]:
     while not isinstance(scope, ast.FunctionDef | ast.Module):
         scope = scope.parent  # type: ignore[attr-defined]
     found = {}
-    for node in ast.walk(scope):
-        if isinstance(node, ast.Assign) and node.lineno <= call.lineno:
-            for target in node.targets:
-                pairs = [(target, node.value)]
-                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                    pairs = list(zip(target.elts, node.value.elts, strict=False))
-                found |= {one.id: value for one, value in pairs if isinstance(one, ast.Name)}
+    ahead = (node for node in ast.walk(scope) if isinstance(node, ast.Assign) and node.lineno <= call.lineno)
+    for node in sorted(ahead, key=lambda node: node.lineno):  # a walk gives inner blocks last, wherever they are
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=False))
+            found |= {one.id: value for one, value in pairs if isinstance(one, ast.Name)}
     return found
 
 
