@@ -65,7 +65,7 @@ def load_base(
     model = _load(directory, task, changes, weights, dtype, given)
     if weights and is_file(directory / _ADAPTER) and directory.resolve() not in {path.resolve() for path in beside}:
         what = f"the base's directory has an adapter, too ({_ADAPTER}), which does not act"
-        warn(f"{directory}: {what}: give the directory as an adapter as well, if it should")
+        warn(f"{directory}: {what}: give the directory as an adapter as well, if it should act")
     settle_padding(model, beside, directory)
     return model
 

@@ -133,8 +133,8 @@ class PromptMethod(SequenceMethod):
 
     def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
         if site.beside:
-            lost = f"the text has nothing of {listed(site.beside, 1)}, or the call is refused"
-            return f"it gives the model embedded tokens and no ids: {lost}"
+            lost = f"{listed(site.beside, 1)} adds nothing to the text, or the call fails"
+            return f"it gives the model embedded tokens and no ids, so {lost}"
         theirs = text_table(base)
         if theirs is None or base.get_submodule(theirs).weight is base.get_submodule(site.embedding).weight:
             return ""

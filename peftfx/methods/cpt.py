@@ -37,7 +37,7 @@ class _Unlabelled(VirtualTokens):
 
     def check(self, inputs: Mapping[str, object]) -> None:
         if inputs.get("labels") is not None:
-            what = "CPT's loss is over the labels of its prompt too, and not the model's own"
+            what = "CPT's loss includes the labels of its prompt, and the model's own loss does not"
             raise PeftfxError(what, "labels", "leave them out, and take method.loss(output.logits, labels)")
         super().check(inputs)
 
@@ -89,8 +89,9 @@ class CPT(PromptMethod):
         super().__post_init__()
 
     def sized(self, base: nn.Module, site: SequenceSite) -> CPT:
-        if max(self.cpt_token_ids) >= site.shape[0] or min(self.cpt_token_ids) < 0:
-            what = f"token {max(self.cpt_token_ids)} is not among the model's {site.shape[0]}"
+        wrong = next((token for token in self.cpt_token_ids if not 0 <= token < site.shape[0]), None)
+        if wrong is not None:
+            what = f"token {wrong} is not among the model's {site.shape[0]} tokens"
             raise PeftfxError(what, "cpt_token_ids", "take the ids of the model's own tokenizer")
         return dataclasses.replace(with_text_sizes(self, base, site), num_transformer_submodules=1)
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.householder import orthonormal
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
@@ -63,8 +63,7 @@ class DEFT(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "DEFT(r=8)")
+        refuse_below(1, self, "r")
 
     @property
     def neutral(self) -> bool:

@@ -296,7 +296,7 @@ class LoRA(LoraForms):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if self.unfoldable:
-            raise PeftfxError(self.unfoldable, site.path, "export it: there its operations are the graph's own")
+            raise PeftfxError(self.unfoldable, site.path, "export the adapter: the exported graph has its operations")
         if site.kind == EXPERTS:
             what = "LoRA on experts' weights cannot be put into a running graph"
             raise PeftfxError(what, site.path, "export the adapter merged")

@@ -46,7 +46,7 @@ class PeftSurface(Merging):
     def base_model(self) -> nn.Module:
         """The base's own inner model, with what HF PEFT's users call on it: `set_adapter`, `delete_adapter` and so on.
 
-        As in HF PEFT, it has `update_and_allocate` if an adapter gives out ranks.
+        As in HF PEFT, it has `update_and_allocate` if that changes an adapter, as of AdaLoRA.
         """
         allocates = any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules)
         return TunerOfPeft(getattr(self.base, "base_model", self.base), self, allocates=allocates)  # type: ignore[return-value]

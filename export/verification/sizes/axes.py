@@ -25,7 +25,7 @@ def refuse_other_inputs(model: OnnxModel, graph: Graph) -> None:
     fixed = [spec for spec in graph.inputs if spec.name not in model.slots]
     wrong = [f"{spec} is {list(axes.get(spec.name, ()))}" for spec in fixed if axes.get(spec.name) != spec.shape]
     if wrong:
-        raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
+        raise VerificationError(f"the ONNX model's inputs differ from the graph's: {'; '.join(wrong)}", str(model.path))
 
 
 def refuse_other_sizes(model: OnnxModel, feed: Tensors, got: Tensors) -> None:
