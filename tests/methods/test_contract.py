@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -254,3 +254,17 @@ def test_a_choice_that_there_is_not_and_a_dropout_that_is_no_probability_are_ref
     for name in (name for name in kinds if name.endswith("dropout")):
         with pytest.raises(PeftfxError, match=f"{name} must be a probability, from 0 to 1, not 1.5 .{name}"):
             cls(**{**required(cls), name: 1.5})
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (lambda: peftfx.VBLoRA(topk=0), r"topk must be 1 or more, not 0 \[topk\]\n  hint: VBLoRA\(topk=2\)"),
+        (lambda: peftfx.Lily(num_B=1), "num_B must be 2 or more, not 1"),
+        (lambda: peftfx.PEANuT(depth=-1), "depth must be 0 or more, not -1"),
+        (lambda: peftfx.C3A(block_size_pattern={"q_proj": 0}), r"block size must be 1 or more, not 0 .*q_proj"),
+    ],
+)
+def test_a_number_below_the_least_is_named_with_its_value(rule: Callable[[], object], expected: str) -> None:
+    with pytest.raises(PeftfxError, match=expected):
+        rule()
