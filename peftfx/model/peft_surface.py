@@ -279,8 +279,7 @@ class PeftSurface(Merging):
 
     def activation_checkpointing_disable(self) -> None:
         """Disable gradient checkpointing, by transformers' new name."""
-        self.checkpoints = None
-        stop_checkpointing(self.base)
+        self.gradient_checkpointing_disable()
 
     def enable_input_require_grads(self) -> None:
         """Make the embeddings' outputs require gradients, as reentrant checkpoints need."""
