@@ -60,8 +60,9 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def pointed(text: str, position: int, around: int = 60) -> str:
+def pointed(text: str, position: int) -> str:
     """Return the place of a mistake in a typed text: the line, or the text around the mistake, with a mark below."""
+    around = 60  #: characters on each side
     rest = text[position : position + around]
     column = position + len(rest) - len(rest.lstrip())
     start = max(0, column - around) if len(text) > 2 * around else 0
