@@ -20,7 +20,7 @@ class PeftfxError(Exception):
         where: the module path, checkpoint key or file that the error is about; empty if there is no single place.
         hint: what to do, with the nearest valid name if there is one.
 
-    Example:
+    Examples:
         >>> try:
         ...     peftfx.transform(model, peftfx.LoRA(target="atention.query"))
         ... except peftfx.PeftfxError as error:

@@ -54,7 +54,7 @@ class AdaLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
         init_lora_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> rule = peftfx.AdaLoRA(init_r=12, target_r=8, total_step=1000, tinit=100, tfinal=500)
         >>> adapted = peftfx.transform(model, rule)
     """

@@ -49,7 +49,7 @@ class AdaMSS(WeightMethod):
         asa_schedule_exponent: with a larger exponent, clusters are frozen sooner.
         init_weights: "orthogonal" starts as the identity; None starts near the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.AdaMSS(r=16, num_subspaces=2, subspace_rank=1))
     """
 

@@ -39,7 +39,7 @@ class BOFT(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (boft_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.BOFT(boft_block_size=4, target="mlp"))
     """
 

@@ -34,7 +34,7 @@ class C3A(DeltaMethod):
         init_weights: True starts as the identity; otherwise "gaussian", "kaiming_uniform" or "xavier_uniform" (also
             False).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.C3A(block_size=32, target="mlp"))
     """
 

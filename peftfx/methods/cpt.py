@@ -55,7 +55,7 @@ class CPT(PromptMethod):
         opt_projection_epsilon, opt_projection_format_epsilon: the radii for inputs and for templates, at 2048 features.
         tokenizer_name_or_path: not used; kept for HF PEFT's files.
 
-    Example:
+    Examples:
         >>> prompt = [5, 6, 7, 8]  # by the tokenizer: an example's input and its label
         >>> adapted = peftfx.transform(model, peftfx.CPT(cpt_token_ids=prompt, cpt_tokens_type_mask=[1, 2, 3, 4]))
     """

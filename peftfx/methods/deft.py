@@ -43,7 +43,7 @@ class DEFT(WeightMethod):
         init_weights: whether a new adapter starts as the identity, unless `para`; otherwise `R` is random.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (deft_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.DEFT(r=8, target="attention.query"))
     """
 

@@ -44,7 +44,7 @@ class FRoD(WeightMethod):
         sparse_rate: the share of the entries of `S` that are trained.
         regularization_alpha: the regularisation of the joint decomposition.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.FRoD(sparse_rate=0.05))
     """
 

@@ -36,7 +36,7 @@ class GLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (glora_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.GLoRA(r=8, config_A_B="vector"))
     """
 

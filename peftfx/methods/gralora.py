@@ -40,7 +40,7 @@ class GraLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (gralora_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.GraLoRA(r=32, gralora_k=2))
     """
 

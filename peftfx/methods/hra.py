@@ -35,7 +35,7 @@ class HRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (hra_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.HRA(r=8))
     """
 

@@ -38,7 +38,7 @@ class Lily(WeightMethod):
         scaling: the factor of the update.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.Lily(r=8, target="mlp"))
     """
 

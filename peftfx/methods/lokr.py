@@ -39,7 +39,7 @@ class LoKr(LycorisMethod):
         init_weights: True starts as the identity by a zero first factor, "lycoris" by a zero second factor; False
             starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LoKr(r=4, alpha=8, decompose_factor=8))
     """
 

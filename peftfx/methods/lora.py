@@ -76,7 +76,7 @@ class LoRA(LoraForms):
         ensure_weight_tying: whether a trained copy in `modules_to_save` (`embed_tokens`, `lm_head`) is one for all
             modules that share the tensor, as in HF PEFT.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, lora_alpha=16, target="attention | mlp"))
     """
 

@@ -42,7 +42,7 @@ class MiSS(DeltaMethod):
         init_weights: True starts as the identity, False at random. "mini" has a smaller matrix, "bat" a matrix for each
             row of blocks; both start as the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.MiSS(r=16))
     """
 

@@ -42,7 +42,7 @@ class MultitaskPromptTuning(PromptTuning):
         prompt_tuning_init_state_dict_path: the path of that file, in safetensors format.
         prompt_tuning_init_task: the number of the task for EXACT_SOURCE_TASK.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.MultitaskPromptTuning(num_virtual_tokens=8, num_tasks=2))
         >>> logits = adapted(input_ids=torch.tensor([[3, 5, 8]]), task_ids=torch.tensor([1])).logits
     """

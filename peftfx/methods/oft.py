@@ -42,7 +42,7 @@ class OFT(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (oft_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.OFT(oft_block_size=32, target="mlp"))
     """
 

@@ -39,7 +39,7 @@ class OSF(WeightMethod):
         rank_pattern: another `effective_rank` for module paths that contain a key.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.OSF(effective_rank=0.5))
     """
 

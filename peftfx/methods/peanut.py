@@ -36,7 +36,7 @@ class PEANuT(WeightMethod):
         scaling: the factor of the update.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PEANuT(r=8, depth=1))
     """
 

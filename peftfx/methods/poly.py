@@ -43,7 +43,7 @@ class Poly(WeightMethod):
         poly_type: `poly` is the only type.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.Poly(r=8, n_tasks=2, n_skills=4))
         >>> logits = adapted(input_ids=torch.tensor([[3, 5, 8]]), task_ids=torch.tensor([1])).logits
     """

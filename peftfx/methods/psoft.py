@@ -46,7 +46,7 @@ class PSOFT(WeightMethod):
         fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         init_weights: whether a new adapter starts as the identity; otherwise it starts near the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PSOFT(r=8, target="attention.query"))
     """
 

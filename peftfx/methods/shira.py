@@ -33,7 +33,7 @@ class SHiRA(DeltaMethod):
         fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.SHiRA(r=8))
     """
 

@@ -37,7 +37,7 @@ class SuperTuning(DeltaMethod):
         save_precomputed_indices: whether files have the places of the entries; otherwise these are found again in the
             base.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.SuperTuning(sparsity=0.99))
     """
 

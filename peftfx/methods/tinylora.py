@@ -43,7 +43,7 @@ class TinyLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (tinylora_only).
         init_weights: True starts as the identity, "uniform" near the identity; False starts with numbers from 0 to 1.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.TinyLoRA(r=2, u=16))
     """
 

@@ -42,7 +42,7 @@ class UniLoRA(FactoredMethod):
         init_weights: whether the vector starts uniform; otherwise it starts normal.
         save_indices: whether files have the indices; otherwise they are drawn again, which needs the same modules.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.UniLoRA(r=4))
     """
 

@@ -41,7 +41,7 @@ class VBLoRA(FactoredMethod):
         init_logits_std: the standard deviation of the logits' normal start values. As in HF PEFT, a new adapter is not
             quite the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.VBLoRA(r=4, num_vectors=32, vector_length=32))
     """
 

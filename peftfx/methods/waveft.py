@@ -40,7 +40,7 @@ class WaveFT(SpectralMethod):
             at least 1. Then `n_frequency_pattern` is not read, as in HF PEFT.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (waveft_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.WaveFT(n_frequency=200))
     """
 
