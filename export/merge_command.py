@@ -46,10 +46,6 @@ from peftfx.options import AUTO, DECODE
 from peftfx.quantisation.coded import Coded, keeping
 from peftfx.rules.peft_files import rule_folders
 
-#: How far an output may differ, relative to its largest magnitude. A larger difference means that the written weights
-#: are not the merged weights.
-_BOUNDS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
-
 
 @takes(MergeOptions)
 def merge_directory(

@@ -93,19 +93,19 @@ class MergedReport:
         return max((d.max_rel for d in self.differences), default=0.0)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return this report in words, as pairs of a name and a text."""
+        """Return this report in words, as pairs of a name and a text. Names without a text are left out."""
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
         rounded = f", rounded by at most {Rounding(**self.rounding[worst])}" if worst is not None else ""
         small = "; ".join(f"{len(paths)} weights as {kind}" for kind, paths in self.quantized.items())
         most = max(self.lost.values(), default=0.0)
         calls = len({str(d.shapes) for d in self.differences})
-        return [
+        told = [
             ("adapter", ", ".join(self.methods) or "none"),
             ("merged sites", f"{len(self.merged)}{rounded}"),
-            *([("untied", ", ".join(self.untied))] if self.untied else []),
+            ("untied", ", ".join(self.untied)),
             ("dtype", self.dtype),
-            *([("quantised", f"{small}, rounded by {most:.1%} of a weight's norm at most")] if self.quantized else []),
-            *([("GPTQ", str(self.gptq))] if self.gptq is not None else []),
+            ("quantised", f"{small}, rounded by {most:.1%} of a weight's norm at most" if self.quantized else ""),
+            ("GPTQ", str(self.gptq or "")),
             ("not quantised", ", ".join(f"{path}: {why}" for path, why in list(self.left.items())[:3])),
             *(("agreement", str(found)) for found in self.agreement.values()),
             ("files", ", ".join(f"{name} {size:,} B" for name, size in self.bytes.items())),
@@ -114,11 +114,12 @@ class MergedReport:
                 f"{self.max_abs:.1e} ({self.max_rel:.1e} of the largest) from base and adapter, {calls} calls",
             ),
             ("seconds", ", ".join(f"{name} {taken:.1f}" for name, taken in self.seconds.items())),
-            *([("memory", memory_line(self.memory))] if self.memory else []),
+            ("memory", memory_line(self.memory) if self.memory else ""),
         ]
+        return [(name, text) for name, text in told if text]
 
     def __str__(self) -> str:
-        return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows() if text)])
+        return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows())])
 
     def measure(self, directory: Path) -> None:
         """Add the sizes of the files in a directory."""

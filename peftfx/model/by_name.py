@@ -71,7 +71,7 @@ class AdaptersByName(HostedBase):
             low_cpu_mem_usage: ignored: no memory is taken twice.
             autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
 
-        Example:
+        Examples:
             >>> adapted.add_adapter("second", "ia3@mlp")
             >>> adapted.active_adapters
             ['second']
@@ -164,7 +164,7 @@ class AdaptersByName(HostedBase):
             PeftfxError: the adapter does not fit this base, or the adapter of this name, or the base has no values
                 (fake tensors, the meta device).
 
-        Example:
+        Examples:
             >>> keys = adapted.load_adapter("adapter", "second")
         """
         from peftfx.adapters.files.reader import read_adapter
@@ -196,7 +196,7 @@ class AdaptersByName(HostedBase):
             adapter_name: one name, or several in the order in which they act.
             inference_mode: whether not even these adapters are trained.
 
-        Example:
+        Examples:
             >>> adapted.add_adapter("second", peftfx.IA3())
             >>> adapted.set_adapter(["default", "second"])  # both act, and their effects add up
         """
@@ -220,7 +220,7 @@ class AdaptersByName(HostedBase):
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Let calls run the base without adapters until the `with` block ends, in this thread only.
 
-        Example:
+        Examples:
             >>> with adapted.disable_adapter():
             ...     base_logits = adapted(input_ids=torch.tensor([[3, 5, 8]])).logits
         """
@@ -234,7 +234,7 @@ class AdaptersByName(HostedBase):
         Args:
             name: the name of one adapter; by default all adapters are removed.
 
-        Example:
+        Examples:
             >>> plain = adapted.remove()
         """
         self._drop(self.names() if name is None else (name,))

@@ -68,7 +68,11 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
         raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
     config = read_json(path, "save the adapter again")
     if "peft_type" not in config:
-        raise PeftfxError("the config names no peft_type", str(path), "is this a HF PEFT adapter's config?")
+        raise PeftfxError(
+            "the config names no peft_type",
+            str(path),
+            "give the directory of a HF PEFT adapter, or save the adapter again",
+        )
     return config
 
 

@@ -80,7 +80,7 @@ def capture(
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors), or writes into
             its own parameters.
 
-    Example:
+    Examples:
         >>> graph = peftfx.capture(torch.nn.Linear(4, 2), {"input": torch.ones(3, 4)}, axes={"input": ("batch", None)})
         >>> graph.run(torch.ones(5, 4))[0].shape
         torch.Size([5, 2])
