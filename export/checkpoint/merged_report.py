@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Rounding
+from peftfx.errors import listed
 from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.writing.earlier_output import files_in
@@ -41,6 +42,8 @@ class MergedReport:
         methods: the methods of the merged adapter.
         dtype: the dtype of the weights.
         merged: the module paths whose weights the adapter was merged into.
+        not_run: those of them that the example call does not run, or whose results it does not use. Their weights are
+            compared number by number, and in no call.
         untied: the weights that were tied to another module's before the merge.
         rounding: what each merged weight lost to its dtype: the largest difference `max_abs`, and the same relative to
             the weight's largest value, `max_rel`.
@@ -64,6 +67,7 @@ class MergedReport:
     methods: list[str] = field(default_factory=list)
     dtype: str = ""
     merged: list[str] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
@@ -102,6 +106,7 @@ class MergedReport:
         told = [
             ("adapter", ", ".join(self.methods) or "none"),
             ("merged sites", f"{len(self.merged)}{rounded}"),
+            ("not run", f"{listed(self.not_run, 3)}: no call that is compared uses them" if self.not_run else ""),
             ("untied", ", ".join(self.untied)),
             ("dtype", self.dtype),
             ("quantised", f"{small}, rounded by {most:.1%} of a weight's norm at most" if self.quantized else ""),

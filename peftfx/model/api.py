@@ -21,7 +21,7 @@ from peftfx.model.plan import Plan, make_plan
 from peftfx.model.refusals import refuse_no_base, refuse_unknown_arguments, refuse_unreadable
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
-from peftfx.rules.resolution import read_rules
+from peftfx.rules.resolution import as_methods, read_rules
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
@@ -179,8 +179,9 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
     """
     rules = read_rules(rules)
     adapted = bare(model, inputs)
-    adapted.reach(rules)
-    return make_plan(adapted.source, adapted.sites, rules)
+    methods = as_methods(rules, adapted.source)
+    adapted.reach(methods)
+    return make_plan(adapted.source, adapted.sites, methods)
 
 
 @rarely_collected()

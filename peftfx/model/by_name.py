@@ -14,6 +14,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adjustment import adjust
 from peftfx.adapters.files.names import name_of_base
+from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.hosted.hosted_base import HostedBase
@@ -81,19 +82,20 @@ class AdaptersByName(HostedBase):
         self.named.refuse(adapter_name)
         self.named.apart("an adapter is added")
         own = {} if (name := name_of_base(self.base)) is None else {"base_model_name_or_path": name}
-        self.reach(rules)
-        adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)) | own)
+        methods = as_methods(rules, self.source)
+        self.reach(methods)
+        adapter = Adapter(place(self.source, self.sites, methods), records_of(as_items(rules)) | own)
         adapter.ran = self.sites.running
         self._start(adapter, seed)
         self._install(adapter_name, adapter)
 
-    def reach(self, rules: Rules) -> None:
+    def reach(self, methods: Sequence[Method]) -> None:
         """Widen the sites to the layers that rules name and that the example call does not run or use.
 
         Args:
-            rules: see `transform`.
+            methods: the rules.
         """
-        named = [m for m in as_methods(rules, self.source) if m.targeted and m.target_modules not in (None, ALL_LINEAR)]
+        named = [m for m in methods if m.targeted and m.target_modules not in (None, ALL_LINEAR)]
         paths = (path for m in named for path in named_elsewhere(self.source, m, self.sites, where(m), ()))
         self.widen(path for path in dict.fromkeys(paths) if is_idle(path, self.source, self.sites))
 
