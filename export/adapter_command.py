@@ -61,7 +61,9 @@ def export_adapter_directories(
     source = Path(asked.base or manifest.base)
     if not (asked.base or manifest.base) or not is_folder(source):
         what = (
-            f"the base model is not where it was: {manifest.base}" if manifest.base else "it is not said of which base"
+            f"the base model is not where it was: {manifest.base}"
+            if manifest.base
+            else "the export does not name its base"
         )
         raise PeftfxError(what, str(graph), "pass --base DIR")
     given = [_weighted(text) for text in adapters]

@@ -145,7 +145,7 @@ def _refuse_other_methods(adapter: Adapter) -> None:
     on_weights = set(map(id, adapter.placements.weights))
     beside = next((placement for placement in adapter.placements if id(placement) not in on_weights), None)
     if beside is not None:
-        what = f"what {type(beside.method).__name__} does is no update of a weight"
+        what = f"{type(beside.method).__name__} does not update weights, so no LoRA has its effect"
         raise PeftfxError(what, "adapter", "convert adapters that act on weights")
     other = next((rule for rule in adapter.rules if rule.peft_type != LoRA.peft_type), None)
     if other is not None:

@@ -20,9 +20,10 @@ from peftfx.export.deployment.parts import sites_view
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.options import FORWARD
-from peftfx.rules.peft_files import CONFIG, Weights, read_adapter_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, modules_in, read_adapter_config, rule_folders
 from peftfx.rules.tied_copies import method_of_file
 from peftfx.rules.trained_copies import saved_modules
+from peftfx.rules.unplaced import is_idle
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -57,6 +58,7 @@ def load_directories(
     view: str = FORWARD,
     sized: bool = False,
     road: str | None = None,
+    idle: bool = False,
 ) -> AdaptedModel:
     """Load a base model with adapters on it by name, all from directories. The last adapter is active.
 
@@ -69,7 +71,8 @@ def load_directories(
     they set the number of tokens.
 
     The model is captured in the exported `view` if that view has all sites; `sized` says that a size of images is
-    chosen. `road` says how calls are run: see `peftfx.transform`.
+    chosen. `road` says how calls are run: see `peftfx.transform`. With `idle` adapters may act at layers that the
+    example call does not run; otherwise such an adapter is refused.
     """
     config = read_base_config(base)
     if not adapters:
@@ -101,6 +104,8 @@ def load_directories(
         quantise(model, quantize_base)
     adapted = _bare(_with_steps(model, task, sentences), view, road, sized=sized)
     for name, adapter in adapters.items():
+        if idle:
+            adapted.widen(path for path in modules_in(adapter) if is_idle(path, adapted.source, adapted.sites))
         adapted.load_adapter(adapter, name)
     if task_id is not None:
         _take_task(adapted, task_id)

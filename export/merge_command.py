@@ -46,10 +46,6 @@ from peftfx.options import AUTO, DECODE
 from peftfx.quantisation.coded import Coded, keeping
 from peftfx.rules.peft_files import rule_folders
 
-#: How far an output may differ, relative to its largest magnitude. A larger difference means that the written weights
-#: are not the merged weights.
-_BOUNDS = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
-
 
 @takes(MergeOptions)
 def merge_directory(
@@ -122,6 +118,7 @@ def _load(base: Path, asked: MergeOptions) -> AdaptedModel:
         dtype=torch.float32,
         quantize_base=asked.quantize_base,
         task_id=asked.task_id,
+        idle=True,
     )
     refuse_infinite_adapters(adapted, adapted.names())  # a folded weight would not tell whose NaN it holds
     return adapted
@@ -156,6 +153,7 @@ def _write(
     report.model, report.dtype = type(model).__name__, str(wanted).removeprefix("torch.")
     report.methods = [type(rule).__name__ for name in adapted.active for rule in adapted.adapter(name).rules]
     report.add_merge(done)
+    report.not_run = [path for path in report.merged if path in adapted.idle]
     write_shards(contents.tensors, directory, asked.shard, written)
     rounded = {name.removesuffix(".weight"): r for name, r in contents.roundings.items() if name.endswith(".weight")}
     report.rounding = {path: asdict(rounded[path]) for path in report.merged if path in rounded}

@@ -91,7 +91,7 @@ def export_onnx(
             written.
         VerificationError: ONNX Runtime and torch disagree; no output is left.
 
-    Example:
+    Examples:
         >>> report = peftfx.export_onnx(model, "onnx", view="forward")
         >>> served = peftfx.runtime.load("onnx")
         >>> served(input_ids=torch.tensor([[3, 5, 8]]), attention_mask=torch.ones(1, 3, dtype=torch.long)).logits.shape

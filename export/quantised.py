@@ -117,11 +117,16 @@ def round_weights(
             left[part.file] |= _left_routers(programs[part.file], part.graph.sites, chosen[part.file])
     report.left = {file: found for file, found in left.items() if found}
     if not any(weights for by in done.values() for weights in by.values()):
-        reasons = Counter(why for found in left.values() for why in found.values()).most_common(1)
-        why = "".join(f": of {count} weights, {reason}" for reason, count in reasons)
-        what = f"{', '.join(map(str, asked.schemes)) or 'the budget'} rounds no weight of this model{why}"
-        smaller = "choose a smaller block, other roles, or no quantisation"
-        raise PeftfxError(what, "quantize", "export model.float()" if IN_BFLOAT16 in why else smaller)
+        raise _rounds_none(asked, left)
+
+
+def _rounds_none(asked: ExportOptions, left: Mapping[str, Mapping[str, str]]) -> PeftfxError:
+    """Return the error for an export of which no weight is rounded; `left` says why, by files and weights."""
+    reasons = Counter(why for found in left.values() for why in found.values()).most_common(1)
+    why = "".join(f": of {count} weights, {reason}" for reason, count in reasons)
+    what = f"{', '.join(map(str, asked.schemes)) or 'the budget'} rounds no weight of this model{why}"
+    smaller = "choose a smaller block, other roles, or no quantisation"
+    return PeftfxError(what, "quantize", "export model.float()" if IN_BFLOAT16 in why else smaller)
 
 
 def _left_routers(program: ir.Model, sites: Sites, choose: Choose) -> dict[str, str]:

@@ -20,7 +20,7 @@ class PeftfxError(Exception):
         where: the module path, checkpoint key or file that the error is about; empty if there is no single place.
         hint: what to do, with the nearest valid name if there is one.
 
-    Example:
+    Examples:
         >>> try:
         ...     peftfx.transform(model, peftfx.LoRA(target="atention.query"))
         ... except peftfx.PeftfxError as error:
@@ -64,8 +64,9 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
-def pointed(text: str, position: int, around: int = 60) -> str:
+def pointed(text: str, position: int) -> str:
     """Return the place of a mistake in a typed text: the line, or the text around the mistake, with a mark below."""
+    around = 60  #: characters on each side
     rest = text[position : position + around]
     column = position + len(rest) - len(rest.lstrip())
     start = max(0, column - around) if len(text) > 2 * around else 0

@@ -67,8 +67,9 @@ def read_json(path: Path, hint: str = "download the file again") -> dict[str, ob
     return found
 
 
-def read_objects(path: Path, hint: str = "download the file again") -> list[dict[str, object]]:
+def read_objects(path: Path) -> list[dict[str, object]]:
     """Return the list of objects in a JSON file; the errors are those of `read_json`."""
+    hint = "download the file again"
     found = _read(path, hint)
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise PeftfxError("not a list of JSON objects", str(path), hint)

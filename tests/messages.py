@@ -62,13 +62,13 @@ def _assigned(call: ast.Call) -> dict[str, ast.expr]:
     while not isinstance(scope, ast.FunctionDef | ast.Module):
         scope = scope.parent  # type: ignore[attr-defined]
     found = {}
-    for node in ast.walk(scope):
-        if isinstance(node, ast.Assign) and node.lineno <= call.lineno:
-            for target in node.targets:
-                pairs = [(target, node.value)]
-                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
-                    pairs = list(zip(target.elts, node.value.elts, strict=False))
-                found |= {one.id: value for one, value in pairs if isinstance(one, ast.Name)}
+    ahead = (node for node in ast.walk(scope) if isinstance(node, ast.Assign) and node.lineno <= call.lineno)
+    for node in sorted(ahead, key=lambda node: node.lineno):  # a walk gives inner blocks last, wherever they are
+        for target in node.targets:
+            pairs = [(target, node.value)]
+            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(target.elts, node.value.elts, strict=False))
+            found |= {one.id: value for one, value in pairs if isinstance(one, ast.Name)}
     return found
 
 
@@ -86,11 +86,13 @@ def _text(node: ast.expr, names: dict[str, ast.expr]) -> str:
             part.value if isinstance(part, ast.Constant) else _known_later(part.value) for part in node.values
         )  # type: ignore[attr-defined]
     if isinstance(node, ast.Name) and isinstance(
-        names.get(node.id), ast.Constant | ast.JoinedStr | ast.IfExp | ast.BinOp
+        names.get(node.id), ast.Constant | ast.JoinedStr | ast.IfExp | ast.BinOp | ast.BoolOp
     ):
         return _text(names[node.id], {name: value for name, value in names.items() if name != node.id})
     if isinstance(node, ast.IfExp):
         return f"[{_text(node.body, names)} / {_text(node.orelse, names)}]"
+    if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
+        return f"[{' / '.join(_text(value, names) for value in node.values)}]"
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left, names) + _text(node.right, names)
     return _known_later(node)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Rounding
+from peftfx.errors import listed
 from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.writing.earlier_output import files_in
@@ -41,6 +42,8 @@ class MergedReport:
         methods: the methods of the merged adapter.
         dtype: the dtype of the weights.
         merged: the module paths whose weights the adapter was merged into.
+        not_run: those of them that the example call does not run, or whose results it does not use. Their weights are
+            compared number by number, and in no call.
         untied: the weights that were tied to another module's before the merge.
         rounding: what each merged weight lost to its dtype: the largest difference `max_abs`, and the same relative to
             the weight's largest value, `max_rel`.
@@ -64,6 +67,7 @@ class MergedReport:
     methods: list[str] = field(default_factory=list)
     dtype: str = ""
     merged: list[str] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
     untied: list[str] = field(default_factory=list)
     rounding: dict[str, dict[str, float]] = field(default_factory=dict)
     quantized: dict[str, list[str]] = field(default_factory=dict)
@@ -93,19 +97,20 @@ class MergedReport:
         return max((d.max_rel for d in self.differences), default=0.0)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return this report in words, as pairs of a name and a text."""
+        """Return this report in words, as pairs of a name and a text. Names without a text are left out."""
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
         rounded = f", rounded by at most {Rounding(**self.rounding[worst])}" if worst is not None else ""
         small = "; ".join(f"{len(paths)} weights as {kind}" for kind, paths in self.quantized.items())
         most = max(self.lost.values(), default=0.0)
         calls = len({str(d.shapes) for d in self.differences})
-        return [
+        told = [
             ("adapter", ", ".join(self.methods) or "none"),
             ("merged sites", f"{len(self.merged)}{rounded}"),
-            *([("untied", ", ".join(self.untied))] if self.untied else []),
+            ("not run", f"{listed(self.not_run, 3)}: no call that is compared uses them" if self.not_run else ""),
+            ("untied", ", ".join(self.untied)),
             ("dtype", self.dtype),
-            *([("quantised", f"{small}, rounded by {most:.1%} of a weight's norm at most")] if self.quantized else []),
-            *([("GPTQ", str(self.gptq))] if self.gptq is not None else []),
+            ("quantised", f"{small}, rounded by {most:.1%} of a weight's norm at most" if self.quantized else ""),
+            ("GPTQ", str(self.gptq or "")),
             ("not quantised", ", ".join(f"{path}: {why}" for path, why in list(self.left.items())[:3])),
             *(("agreement", str(found)) for found in self.agreement.values()),
             ("files", ", ".join(f"{name} {size:,} B" for name, size in self.bytes.items())),
@@ -114,11 +119,12 @@ class MergedReport:
                 f"{self.max_abs:.1e} ({self.max_rel:.1e} of the largest) from base and adapter, {calls} calls",
             ),
             ("seconds", ", ".join(f"{name} {taken:.1f}" for name, taken in self.seconds.items())),
-            *([("memory", memory_line(self.memory))] if self.memory else []),
+            ("memory", memory_line(self.memory) if self.memory else ""),
         ]
+        return [(name, text) for name, text in told if text]
 
     def __str__(self) -> str:
-        return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows() if text)])
+        return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows())])
 
     def measure(self, directory: Path) -> None:
         """Add the sizes of the files in a directory."""

@@ -57,21 +57,14 @@ class Content:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shards(
-    contents: Mapping[str, Content],
-    directory: Path,
-    size: int,
-    written: Written | None = None,
-    name: str = "model",
-) -> list[Path]:
-    """Write `name.safetensors`, or `name-00001-of-00003.safetensors` and so on with `name.safetensors.index.json`.
+def write_shards(contents: Mapping[str, Content], directory: Path, size: int, written: Written | None) -> None:
+    """Write `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with `model.safetensors.index.json`.
 
     Args:
         contents: the tensors, by their names.
         directory: an existing directory.
         size: the most bytes of a file, unless one tensor alone has more.
-        written: called with the bytes written so far, and the total.
-        name: how the files' names begin.
+        written: called with the bytes written so far, and the total; None for no call.
 
     Raises:
         PeftfxError: the disk refuses or is too small, a tensor holds NaN or an infinity, or a tensor has a dtype that
@@ -87,21 +80,19 @@ def write_shards(
     plan = split_state_dict_into_shards_factory(
         contents,  # type: ignore[arg-type]  # only the sizes are read
         get_storage_size=lambda content: content.nbytes,
-        filename_pattern=f"{name}{{suffix}}.safetensors",
+        filename_pattern="model{suffix}.safetensors",
         max_shard_size=size,
     )
-    done, files = 0, []
+    done = 0
     for file, names in plan.filename_to_tensors.items():
         own = {name: contents[name] for name in names}
         with writing(directory / file):
             _write(own, directory / file, lambda now, before=done: (written or _silent)(before + now, total))  # type: ignore[misc]
         done += sum(content.nbytes for content in own.values())
-        files.append(directory / file)
     if plan.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (directory / f"{name}.safetensors.index.json").write_text(text, encoding="utf-8")
-    return files
+        (directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _silent(done: int, total: int) -> None: ...

@@ -169,7 +169,8 @@ def views_of(base: nn.Module, view: str, inputs: Mapping[str, object] | None) ->
         warn(f"images are left out, and {rest} is served: {why}")
     if takes_videos():
         if why or both:
-            raise PeftfxError(f"videos go beside images: {why or 'this model encodes its text'}", type(base).__name__)
+            what = f"videos go beside images: {why or 'this model encodes its text'}"
+            raise PeftfxError(what, type(base).__name__, "leave --videos (videos=True) out")
         find_videos(base)  # which says why there can be none
     encoders = {} if why else {"vision_encoder.onnx": VISION}
     if takes_videos():

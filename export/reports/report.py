@@ -159,58 +159,59 @@ class Report:
         (directory / REPORT).write_text(text, encoding="utf-8")
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return this report in words, as pairs of a name and a text."""
+        """Return this report in words, as pairs of a name and a text. Names without a text are left out."""
         adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in self.adapters)
         went = ", ".join(f"{count} {place}" for place, count in self.tensors.items())
-        apart = "none: the adapter is apart" if adapters else ""
-        merged = f"{len(self.merged)}, {self.merged_bytes:,} B" if self.merged else apart
+        whole = "".join(f", {count} {name}" for name, count in self.fused.items())
+        small = "; ".join(f"{count} weights as {kind}" for by in self.schemes.values() for kind, count in by.items())
+        told = [
+            ("adapter", adapters or "none"),
+            ("tensors", f"{sum(self.tensors.values())} in the file: {went}" if self.tensors else ""),
+            ("merged sites", self._merged_sites()),
+            *((name, f"{count} places") for name, count in self.passes.items()),
+            ("inputs", ", ".join(in_series((n, f" [{', '.join(map(str, s))}]") for n, s in self.inputs.items()))),
+            ("outputs", ", ".join(in_series((name, "") for name in self.outputs))),
+            ("sizes", f"right where {_few(self.sizes)}" if self.sizes else ""),
+            ("slots", f"{self.slots} inputs for adapters that may be left out" if self.slots else ""),
+            ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
+            *(("not written", f"{name}: {why}") for name, why in self.not_written.items()),
+            ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
+            ("quantised", small),
+            *(("not quantised", _first(why)) for why in self.left.values()),
+            ("GPTQ", str(self.gptq or "")),
+            ("budget", "; ".join(map(str, self.budget))),
+            *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
+            *(("agreement", str(found)) for found in self.agreement.values()),
+            self._verification(),
+            ("runs on", "GPUs: ONNX Runtime's CPU provider has no kernels for bfloat16" if self.in_twin else ""),
+            ("compared with", self.reference),
+            ("tolerance", f"a constant: float64 failed, {self.unmeasured}" if self.unmeasured else ""),
+            ("never run", f"{len(self.idle)} modules with an adapter: {listed(self.idle, 3)}" if self.idle else ""),
+            ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
+            ("memory", memory_line(self.memory) if self.memory else ""),
+        ]
+        return [(name, text) for name, text in told if text]
+
+    def _merged_sites(self) -> str:
+        """Return in words where the adapters were merged, and what rounding lost there."""
+        if not self.merged:
+            return "none: the adapter is apart" if self.adapters else ""
+        told = f"{len(self.merged)}, {self.merged_bytes:,} B"
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
-        if worst is not None:
-            merged += f", rounded by at most {Rounding(**self.rounding[worst])}"
-        shapes = len(self.probes)
-        rounding = "" if self.float32 is None else f"; torch's own rounding is up to {self.float32:.1e} from float64"
-        agree = ("ONNX Runtime = torch", f"to {self.max_abs:.1e} at {shapes} unseen shapes{rounding}")
+        return told if worst is None else f"{told}, rounded by at most {Rounding(**self.rounding[worst])}"
+
+    def _verification(self) -> tuple[str, str]:
+        """Return how far ONNX Runtime is from the reference; of rounded weights, how much rounding them costs."""
+        shapes = f"at {len(self.probes)} unseen shapes"
         if self.quantized:
             most = max(self.comparisons, key=lambda c: c["max_rel"], default=None)
             lost = "not measured: no output is in floating point"
             if most is not None:
-                magnitude = f"the largest magnitude ({most['output']})"
-                lost = f"up to {self.max_rel:.1e} of {magnitude}, at {shapes} unseen shapes"
-            agree = ("quantisation's error", lost)
-        elif self.verified not in ("", "the model"):
-            agree = (agree[0], f"{agree[1]} ({self.verified})")
-        whole = "".join(f", {count} {name}" for name, count in self.fused.items())
-        small = "; ".join(f"{count} weights as {kind}" for by in self.schemes.values() for kind, count in by.items())
-        return [
-            ("adapter", adapters or "none"),
-            *([("tensors", f"{sum(self.tensors.values())} in the file: {went}")] if self.tensors else []),
-            *([("merged sites", merged)] if merged else []),
-            *((name, f"{count} places") for name, count in self.passes.items()),
-            ("inputs", ", ".join(in_series((n, f" [{', '.join(map(str, s))}]") for n, s in self.inputs.items()))),
-            ("outputs", ", ".join(in_series((name, "") for name in self.outputs))),
-            *([("sizes", f"right where {_few(self.sizes)}")] if self.sizes else []),
-            *([("slots", f"{self.slots} inputs for adapters that may be left out")] if self.slots else []),
-            ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
-            *(("not written", f"{name}: {why}") for name, why in self.not_written.items()),
-            ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
-            *([("quantised", small)] if small else []),
-            *(("not quantised", _first(why)) for why in self.left.values()),
-            *([("GPTQ", str(self.gptq))] if self.gptq is not None else []),
-            *([("budget", "; ".join(map(str, self.budget)))] if self.budget else []),
-            *(("base, as it is", ", ".join(map(str, found))) for found in self.codes.values()),
-            *(("agreement", str(found)) for found in self.agreement.values()),
-            agree,
-            *([("runs on", "GPUs: ONNX Runtime's CPU provider has no kernels for bfloat16")] if self.in_twin else []),
-            ("compared with", self.reference),
-            *([("tolerance", f"a constant: float64 failed, {self.unmeasured}")] if self.unmeasured else []),
-            *(
-                [("never run", f"{len(self.idle)} modules with an adapter: {listed(self.idle, 3)}")]
-                if self.idle
-                else []
-            ),
-            ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
-            *([("memory", memory_line(self.memory))] if self.memory else []),
-        ]
+                lost = f"up to {self.max_rel:.1e} of the largest magnitude ({most['output']}), {shapes}"
+            return "quantisation's error", lost
+        own = "" if self.float32 is None else f"; torch's own rounding is up to {self.float32:.1e} from float64"
+        ran = "" if self.verified in ("", "the model") else f" ({self.verified})"
+        return "ONNX Runtime = torch", f"to {self.max_abs:.1e} {shapes}{own}{ran}"
 
     @property
     def in_twin(self) -> bool:
@@ -221,7 +222,7 @@ class Report:
         return f"Report({self.model}, {len(self.adapters)} adapters, {sum(self.bytes.values()):,} B)"
 
     def __str__(self) -> str:
-        return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows() if text)])
+        return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows())])
 
     @property
     def max_abs(self) -> float:

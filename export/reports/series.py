@@ -14,7 +14,7 @@ def in_series(named: Iterable[tuple[str, str]]) -> list[str]:
     Args:
         named: pairs of a name and a text.
 
-    Example:
+    Examples:
         >>> in_series([("logits", ""), *((f"present.{n}.key", " [batch, 2]") for n in range(30))])
         ['logits', 'present.N.key [batch, 2] for N = 0 to 29']
     """

@@ -92,7 +92,7 @@ class HeldGraph:
                 options = {"atol": None, "rtol": None, "floats_alone": True, "shown": self.shown, "on_loose": str}
                 verify(twin, reference, self.calls, **options)  # type: ignore[arg-type]
         except VerificationError as error:
-            what = f"beside the rounding of its weights, {error.what}"
+            what = f"apart from the rounding of its weights, {error.what}"
             raise VerificationError(what, str(self.path), error.hint) from error
         return ""
 

@@ -95,7 +95,7 @@ class StoredWeight:
         fits = [made for made in (Coded(self._codes(first, second)), turned) if self._fits(made)]
         far = [float((own - made.source).norm()) for made in fits]
         if not min(far) <= float(own.norm()):  # or NaN
-            raise VerificationError(f"the codes of {self.name} stand for another weight", where)
+            raise VerificationError(f"the codes of {self.name} stand for another weight", where, "report this model")
         made = fits[far.index(min(far))]
         count = 0 if self.scheme.gptq else self._count_far(own.T if made.views else own, made.codes.dequantise())
         if count:

@@ -95,7 +95,7 @@ def export_adapter(
         PeftfxError: the graph is of another base, or has no slot for something that an adapter does.
         VerificationError: ONNX Runtime and torch disagree; no file is left.
 
-    Example:
+    Examples:
         >>> report = peftfx.export_onnx(model, "graph", slots="attention", view="forward")
         >>> path = peftfx.export_adapter(peftfx.load(model, "adapter"), "graph", "adapter.onnx_adapter")
     """

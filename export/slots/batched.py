@@ -120,7 +120,7 @@ class Batched(Deployment):
         if part.view is None or part.seen is None:
             cases = [case for case in cases if self._takes(adapted, alone, case, example)]
         if not cases:
-            what = "the model's own code takes no call under each of the adapters, of any size that was tried"
+            what = "no call was found that the model's own code can run with every one of the adapters"
             raise PeftfxError(what, ", ".join(self.adapters), "leave out adapters that do not run on this base")
         if not by_row:
             measured = measured_of(adapted, cases, part.graph)
@@ -229,7 +229,7 @@ def _forward(adapted: AdaptedModel, inputs: Inputs | None, prompts: PromptsByRow
         if inputs is not None or not reads_images(adapted.base):
             raise
         capture_with_images(adapted, FORWARD, inputs)  # this raises the error again if there is no such graph
-        what = "the graph of this model takes any number of images, and nothing tells the row that each is in"
+        what = "the graph of this model takes any number of images, and nothing says which row each image is in"
         raise PeftfxError(what, type(adapted.base).__name__, _ELSE) from error
     if prompts is None:
         return part

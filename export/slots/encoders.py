@@ -42,7 +42,7 @@ def encoder_by_row(adapted: AdaptedModel, file: str, view: View, by_row: ByRow, 
     if not place:
         return GraphPart(file, view, graph, graph)
     if view.name == AUDIO:
-        what = "an adapter acts where sounds are encoded, and nothing tells the row that one is in"
+        what = "an adapter acts in the sound encoder, and nothing says which row each sound is in"
         raise PeftfxError(what, place, f"use adapters of the text's layers alone; or {hint}")
     chosen = dataclasses.replace(by_row, whole=True)(graph).graph
     return GraphPart(file, view, chosen, chosen)

@@ -151,7 +151,7 @@ class Swappable(Deployment):
             if hold_forward(adapted.base, part.graph, part.places, inputs, nested(call, example)):
                 held.append(case)
         if not held:
-            what = "the model's own code takes no call with virtual tokens, of any size that was tried"
+            what = "no call was found that the model's own code can run with virtual tokens"
             raise PeftfxError(what, type(adapted.base).__name__, "export without them: --no-prefix")
         return held
 

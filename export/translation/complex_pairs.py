@@ -81,6 +81,7 @@ def _is_complex(node: object) -> bool:
 
 
 def _paired(node: fx.Node, pairs: dict[fx.Node, fx.Node], at: Cursor) -> fx.Node | None:
+    """Return the pairs that stand for a node's complex numbers, or None if its operator is unknown."""
     target, args = node.target, node.args
     if target is _aten.view_as_complex.default:
         return args[0] if isinstance(args[0], fx.Node) else None
@@ -98,8 +99,12 @@ def _paired(node: fx.Node, pairs: dict[fx.Node, fx.Node], at: Cursor) -> fx.Node
     if target in _JOINS:
         return _joined(node, pairs, at)
     own = pairs.get(args[0]) if args and isinstance(args[0], fx.Node) else None
-    if own is None:
-        return None
+    return None if own is None else _of_one(node, own, at)
+
+
+def _of_one(node: fx.Node, own: fx.Node, at: Cursor) -> fx.Node | None:
+    """Return the pairs that an operator makes of its first operand's pairs `own`, or None if it is unknown."""
+    target, args = node.target, node.args
     if target in _SAME or target in _CASTS:
         return own if node.meta["val"].dtype == args[0].meta["val"].dtype else None  # type: ignore[union-attr]
     if target in _ALONG:

@@ -29,9 +29,8 @@ def tidy(model: ir.Model) -> None:
         weight.const_value = None
     scopes = {node: node.metadata_props[SCOPE] for node in model.graph if SCOPE in node.metadata_props}
     ir.passes.Sequential(common.InlinePass(), common.ClearMetadataAndDocStringPass())(model)
-    with contextlib.suppress(
-        RuntimeError
-    ):  # onnxscript's pass fails at a split with computed sizes: nothing more is folded then
+    # onnxscript's pass fails at a split with computed sizes: nothing more is folded then.
+    with contextlib.suppress(RuntimeError):
         FoldConstantsPass(shape_inference=False, input_size_limit=SMALL, output_size_limit=SMALL)(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),

@@ -148,7 +148,7 @@ def symbol_axes(specs: Sequence[TensorSpec], values: Sequence[torch.Tensor]) -> 
             if not isinstance(axis, str):
                 continue
             if isinstance(size, int):
-                raise PeftfxError(f"axis {axis!r} is fixed at {size} by the graph's own code", spec.name, "")
+                raise PeftfxError(f"the translation fixes axis {axis!r} at {size}", spec.name, "report this model")
             symbols = size.node.expr.free_symbols
             if len(symbols) > 1:  # an axis that is the sum of others: past and sequence
                 names.setdefault(_sorted_sum(str(size.node.expr)), axis)

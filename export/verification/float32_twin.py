@@ -94,7 +94,8 @@ def _refuse_invalid(path: Path) -> None:
     except NoKernel:
         return
     except Exception as error:
-        raise VerificationError(f"ONNX Runtime refuses the model: {first_line(error)}", str(path)) from error
+        what = f"ONNX Runtime refuses the model: {first_line(error)}"
+        raise VerificationError(what, str(path), "report this model") from error
 
 
 def _names_bfloat16(graph: onnx.GraphProto) -> bool:

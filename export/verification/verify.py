@@ -205,11 +205,12 @@ class _Asked:
                 return []
             if following.wrong:
                 what = f"choice {following.wrong} of {len(following.choices)} is not of the largest scores"
-                raise VerificationError(f"ONNX Runtime disagrees with the reference: {what}", self.where)
+                told = f"ONNX Runtime disagrees with the reference: {what}"
+                raise VerificationError(told, self.where, "report this model")
             found += compared(want, exact, feed, self.shown, got, tolerance, 1, where=self.where, kinds=self.kinds)
         if far := near.too_far:
             what = "ONNX Runtime disagrees with the reference in the scores of a choice"
-            raise VerificationError(f"{what}: {far}", self.where)
+            raise VerificationError(f"{what}: {far}", self.where, "report this model")
         return judged(found, tolerance, self.where)
 
     def _tell(self, number: int, start: float) -> None:

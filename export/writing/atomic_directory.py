@@ -57,16 +57,14 @@ def publish(directory: str | Path, force: bool = False, made: FilesOf = of_expor
                 _recover(area, target, made)
 
 
-def check_output(directory: str | Path, force: bool, made: FilesOf = of_export) -> Path:
-    """Check an output directory, and return its path with the links of its parents followed.
+def check_output(directory: str | Path, force: bool, made: FilesOf = of_export) -> None:
+    """Refuse an output directory that must not be written.
 
     Raises:
         PeftfxError: the directory exists, and `force` is not set, or no export made it (see `made`), or it has files
             that were added since; or it is a link; or it is, or holds, the working directory or the user's home.
     """
-    target = _safe(directory)
-    refuse_standing(target, force, made)
-    return target
+    refuse_standing(_safe(directory), force, made)
 
 
 def _safe(directory: str | Path) -> Path:

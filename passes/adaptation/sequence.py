@@ -27,8 +27,8 @@ def trace_virtual(
     (output,) = traced.graph.find_nodes(op="output")
     value = output.args[0].meta["val"]
     if tuple(value.shape) != tuple(hole.shape):
-        what = f"{type(method).__name__} makes {list(value.shape)} where {list(hole.shape)} goes"
-        raise PeftfxError(what, "virtual", "mend the method: its entry has the shape")
+        what = f"{type(method).__name__}.virtual gives {list(value.shape)}, and its entry takes {list(hole.shape)}"
+        raise PeftfxError(what, "virtual", "return the shape that the method's entry has")
     return traced
 
 

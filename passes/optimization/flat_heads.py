@@ -16,12 +16,11 @@ aten, onnx = torch.ops.aten, torch.ops.onnx
 _Size = int | fx.Node
 
 
-def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx.Node]) -> bool:
+def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx.Node]) -> None:
     """Give an attention, and rotary embeddings right before it, inputs with the heads side by side.
 
     This is done only if query, key and value are transposed to [batch, heads, length, width], and the output is
-    transposed back. The operator takes all values in one layout, and transposes them itself. Return whether it was
-    done.
+    transposed back. The operator takes all values in one layout, and transposes them itself.
 
     Args:
         rewriter: the rewriter of the graph.
@@ -33,10 +32,10 @@ def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx
     turns = _turns(output)
     given = [x for x in inputs if x is not None]
     if len(given) != 3 or not turns:
-        return False
+        return
     query, key, value = given
     if query.width != value.width:  # for other sizes, torch gives such an output the queries' width
-        return False
+        return
     flat = [x.flatten(rewriter, attention) for x in given]
     heads = {"q_num_heads": query.heads, "kv_num_heads": key.heads}
     at = rewriter.before(attention)
@@ -48,7 +47,6 @@ def flatten_heads(rewriter: Rewriter, attention: fx.Node, sizes: Mapping[str, fx
     rewriter.revalue(output, made[0])
     for turn in turns:
         _view(rewriter, output, turn, [*query.leading, query.heads, query.width])
-    return True
 
 
 @dataclass(frozen=True)

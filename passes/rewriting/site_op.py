@@ -24,8 +24,8 @@ def weight_and_bias(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[
     op, y = nodes[call.op], nodes[call.y]
     weight = as_stored(_argument(op, _weight_index(op, site)))
     if OVERRIDES in weight.meta and weight.op != "get_attr":
-        what = "rows of this weight are trained, its tokens: a method that acts on all of it does not go with them"
-        raise PeftfxError(what, site.path, "leave the site out of that rule")
+        what = "a rule trains some rows of this weight (tokens), and another method acts on the whole weight"
+        raise PeftfxError(what, site.path, "leave this module out of one of the two rules")
     while weight.op != "get_attr":  # x @ W.T, or x @ W[3]
         weight = as_stored(_argument(weight, 0))
     bias = None if site.kind == EXPERTS else bias_of(op, y)

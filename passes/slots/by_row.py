@@ -131,8 +131,8 @@ class _Rows:
     def update(self, site: Site, call: Call) -> None:
         """Let the rows of one call of a layer have their own adapters."""
         if not self.layers.has_one_dtype(site):
-            hint = "merge an adapter that acts there, one export for each"
-            raise PeftfxError("this layer computes in a dtype of its own: rows cannot choose there", site.path, hint)
+            what = "this layer computes in another dtype than its weight's: rows cannot have their own adapters there"
+            raise PeftfxError(what, site.path, "export each adapter that acts there by itself, merged")
         op, x = self.layers.nodes[call.op], self.layers.nodes[call.x]
         listed = site.kind == "linear" and call.y == call.op and self.listed(x)
         if not listed:
@@ -164,7 +164,7 @@ class _Rows:
             nodes = (node for node in self.graph.nodes() if node.op == "placeholder")
             for spec, node in zip(self.graph.inputs, nodes, strict=False):
                 if spec.shape and spec.name != IDS and str(node.meta["val"].shape[0]) == axis:
-                    what = f"this layer has a row for each of {spec.shape[0]}, and adapters are chosen for batch"
+                    what = f"the rows of this layer are those of {spec.shape[0]}, and adapters are chosen by batch"
             if isinstance(value.meta["val"].shape[0], int):
                 what = "this layer computes the same for all rows: no row can have an adapter of its own there"
             raise PeftfxError(what, where, "leave it out of the adapters")

@@ -116,7 +116,7 @@ class AdapterSet:
                 f"call it {name + '_'!r}, say",
             )
         if name == NO_ADAPTER:
-            what = f"{name!r} stands for no adapter, in adapter_names"
+            what = f"{name!r} is reserved: in adapter_names it means no adapter"
             raise PeftfxError(what, "adapter_name", "give it another name")
         if name in self.names():
             hint = "give it another name, or remove it first"

@@ -23,7 +23,9 @@ def adjust(adapters: Iterable[Adapter], step: int) -> None:
     rules = [(a, r) for a in adapters for r in a.placed if r.method.adjusts]
     if not rules:
         raise PeftfxError(
-            "no active adapter gives out ranks", "update_and_allocate", "make an AdaLoRA adapter active (set_adapter)"
+            "update_and_allocate changes none of the active adapters",
+            "update_and_allocate",
+            "make an adapter of AdaLoRA or AdaMSS active (set_adapter)",
         )
     for adapter, rule in rules:
         rule.method.adjust([_Place(adapter, placement) for placement in rule.placements], step)

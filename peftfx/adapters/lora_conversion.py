@@ -75,7 +75,7 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
 def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return A, B, and all singular values of the update; those of each expert, for a stack of experts' weights."""
     if not holds(site):
-        what = f"an update of a {site.kind}{' of several groups' if site.groups > 1 else ''} is not cut to a rank"
+        what = f"the update of a {site.kind}{' of several groups' if site.groups > 1 else ''} cannot be cut to a rank"
         raise PeftfxError(what, site.path, "leave it out, or merge what changes it")
     flat = update.float() if site.kind == EXPERTS else update.float().flatten(1)
     flat = flat.mT if site.kind == "embedding" else flat
@@ -109,7 +109,7 @@ def updates_of(base: nn.Module, adapter: Adapter) -> Iterator[tuple[WeightSite, 
         PeftfxError: the adapter does more than change weights: with a prompt, copies of the base's tensors, or a bias.
     """
     if beside := adapter.placements.beside_weights:
-        what = f"what {type(beside[0].method).__name__} does is no update of a weight"
+        what = f"{type(beside[0].method).__name__} does not update weights, so no LoRA has its effect"
         raise PeftfxError(what, beside[0].site.path, "convert adapters that act on weights")
     if adapter.overrides:
         what = "a LoRA cannot hold a trained copy of a tensor of the base"

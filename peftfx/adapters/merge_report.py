@@ -59,7 +59,7 @@ def refuse_unmergeable(adapters: Mapping[str, Adapter]) -> None:
         hint = "export it: there it becomes a constant of the graph; or make adapters of weights alone active"
         raise PeftfxError("a soft prompt has no place in the base's weights", ", ".join(adapters), hint)
     for placement in (p for p in placements.weights if p.on_weight is None):
-        hint = "export it: there its operations are the graph's own; or make other adapters active"
+        hint = "export it: the exported graph has its operations; or make other adapters active"
         raise PeftfxError(placement.method.unfoldable, placement.site.path, hint)
     for beside in placements.attentions:
         what = f"what {type(beside.method).__name__} adds to an attention has no place in the base's weights"

@@ -175,12 +175,12 @@ def _factor(
         before = next((n for n in node.all_input_nodes if n is source or comes_from(analysis.flows[n])), None)
         if before is None:
             raise _unclear("its scores cannot be followed")
-        factor *= _multiplier(analysis, key, node, before, strict=strict)
+        factor *= _multiplier(key, node, before, strict=strict)
         node = before
     return factor
 
 
-def _multiplier(analysis: Analysis, key: _Projection, node: fx.Node, before: fx.Node, *, strict: bool) -> float:
+def _multiplier(key: _Projection, node: fx.Node, before: fx.Node, *, strict: bool) -> float:
     name = op_name(node)
     if name not in ("mul", "multiply", "div", "true_divide"):
         return 1.0

@@ -65,7 +65,7 @@ def load_base(
     model = _load(directory, task, changes, weights, dtype, given)
     if weights and is_file(directory / _ADAPTER) and directory.resolve() not in {path.resolve() for path in beside}:
         what = f"the base's directory has an adapter, too ({_ADAPTER}), which does not act"
-        warn(f"{directory}: {what}: give the directory as an adapter as well, if it should")
+        warn(f"{directory}: {what}: give the directory as an adapter as well, if it should act")
     settle_padding(model, beside, directory)
     return model
 
@@ -253,15 +253,15 @@ def _load_diffusers(directory: Path, name: str, on_disk: torch.dtype | None, dty
         raise PeftfxError(f"diffusers has no model class {name!r}", str(directory / "config.json"), hint)
     wanted = dtype or on_disk or torch.float32
 
-    def blank() -> nn.Module:
+    def fresh() -> nn.Module:
         with without_initial_values():
             made = kind.from_config(kind.load_config(directory, local_files_only=True))
         return made.to(wanted)
 
     if on_disk is None:
-        return blank()
+        return fresh()
     model = kind.from_pretrained(directory, local_files_only=True, use_safetensors=True, torch_dtype=on_disk)
     if wanted != on_disk:
-        _present(model, blank(), lambda _: wanted)
+        _present(model, fresh(), lambda _: wanted)
     assert isinstance(model, nn.Module)
     return model

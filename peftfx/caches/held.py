@@ -68,13 +68,6 @@ class Held:
     kept: tuple[KeptTensor, ...]
     window: int | None = None
 
-    @staticmethod
-    def keys_and_values(heads: int, key: int, value: int, dtype: torch.dtype) -> Held:
-        """Return a layer that keeps keys of width `key` and values of width `value` of each token."""
-        return Held(
-            tuple(KeptTensor(name, (heads, None, width), dtype) for name, width in ((KEY, key), (VALUE, value)))
-        )
-
     @property
     def attends(self) -> bool:
         """Whether the layer keeps the keys and values of every token, and nothing else."""

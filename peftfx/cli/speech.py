@@ -87,6 +87,5 @@ def print_report(report: object, output: Path) -> None:
         return
     table = Table(title=f"{report.model} -> {output}", show_header=False, title_justify="left")
     for name, text in report.rows():
-        if text:
-            table.add_row(name, escape(text))
+        table.add_row(name, escape(text))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

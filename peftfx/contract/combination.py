@@ -53,7 +53,7 @@ class Combination:
             raise PeftfxError(what, "density", "density=0.5")
         for name, value in (("density", self.density), ("svd_clamp", self.svd_clamp)):
             if value is not None and not 0 < value <= 1:
-                raise PeftfxError(f"it must be a share above 0 and at most 1, not {value}", name, f"{name}=0.5")
+                raise PeftfxError(f"{name} must be a share above 0 and at most 1, not {value}", name, f"{name}=0.5")
         if self.svd_rank is not None and self.svd_rank < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.svd_rank}", "svd_rank", "svd_rank=8")
 

@@ -35,10 +35,12 @@ def refuse_incomplete(cls: type) -> None:
     lacking += [f"{name}: {text}" for name, text in _SAID.items() if not getattr(cls, name, None)]
     if lacking:
         hint = "docs/writing-a-method.md has a whole example"
-        raise PeftfxError(f"{cls.__name__} is no whole method; it lacks\n  " + "\n  ".join(lacking), _home(cls), hint)
+        raise PeftfxError(
+            f"{cls.__name__} is not a complete method; it lacks\n  " + "\n  ".join(lacking), _home(cls), hint
+        )
     fields = [name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
     if fields and "__dataclass_params__" not in vars(cls):
-        what = f"{cls.__name__} has options ({', '.join(fields)}) and is no dataclass: they would be passed by"
+        what = f"{cls.__name__} has options ({', '.join(fields)}) but is not a dataclass: they would be ignored"
         raise PeftfxError(what, _home(cls), "write @dataclass(frozen=True, kw_only=True) above the class")
 
 

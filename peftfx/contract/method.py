@@ -124,7 +124,7 @@ class Method(ABC):
                 object.__setattr__(self, field.name, tuple(sorted(value) if isinstance(value, set) else value))
             if field.name.endswith("dropout") and not 0 <= value <= 1:
                 hint = f"{type(self).__name__}({field.name}=0.05)"
-                raise PeftfxError(f"it must be a probability, from 0 to 1, not {value}", field.name, hint)
+                raise PeftfxError(f"{field.name} must be a probability, from 0 to 1, not {value}", field.name, hint)
 
     def __hash__(self) -> int:
         return hash(repr(self))

@@ -29,7 +29,7 @@ class PatternMethod(Method):
 
     By default the method acts at all matches.
 
-    Example:
+    Examples:
         >>> @peftfx.pattern("activation.silu", x="batch length width")
         ... def silu(x):
         ...     return F.silu(x)

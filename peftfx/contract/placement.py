@@ -120,10 +120,8 @@ class WeightPlacement(Placement):
                 params = self.method.init(self.view, own, rng)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 why = str(error) if own.weight.isfinite().all() else "it holds NaN or an infinity"
-                what = (
-                    f"{type(self.method).__name__} starts from parts of this weight, which torch does not find: {why}"
-                )
-                raise PeftfxError(what, self.site.path, "look at the base's weights") from error
+                what = f"torch cannot decompose this weight, as {type(self.method).__name__} needs to start: {why}"
+                raise PeftfxError(what, self.site.path, "check the base's weights") from error
             more = self.method.start(self.view, own, shared or {}, rng)
             params = {**params, **more} if more else params
         refuse_parameters(self.method, self.site.path, params, self._suffixes_at(self.view), beside=shared or ())

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from peftfx.bases.config_fields import collect_configs
+from peftfx.bases.config_fields import special_tokens
 from peftfx.bases.guests import own_modules
 from peftfx.bases.peft_models.text_table import text_table
 from peftfx.bases.processors.token_types import plain_type, types_of_masks
@@ -133,8 +133,8 @@ class PromptMethod(SequenceMethod):
 
     def apart_from_peft(self, base: nn.Module, site: SequenceSite) -> str:
         if site.beside:
-            lost = f"the text has nothing of {listed(site.beside, 1)}, or the call is refused"
-            return f"it gives the model embedded tokens and no ids: {lost}"
+            lost = f"{listed(site.beside, 1)} adds nothing to the text, or the call fails"
+            return f"it gives the model embedded tokens and no ids, so {lost}"
         theirs = text_table(base)
         if theirs is None or base.get_submodule(theirs).weight is base.get_submodule(site.embedding).weight:
             return ""
@@ -255,20 +255,9 @@ def encodes_and_decodes(base: nn.Module) -> bool:
 
 def plain_token(base: nn.Module, vocabulary: int) -> int:
     """Return the first token id to which no config of the model gives a special meaning."""
-    special = set(_special_tokens(base))
+    padding = {getattr(module, "padding_idx", None) for module in base.modules()}
+    special = {*special_tokens(getattr(base, "config", None)), *padding}
     return next((i for i in range(vocabulary) if i not in special), 0)
-
-
-def _special_tokens(base: nn.Module) -> Iterator[int]:
-    seen: dict[int, object] = {}
-    collect_configs(getattr(base, "config", None), seen)
-    for config in seen.values():
-        fields: Mapping[str, object] = config.to_dict() if hasattr(config, "to_dict") else {}
-        for name, value in fields.items():
-            if name.endswith(("_token_id", "_token_index")):
-                yield from (i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int))
-    padding = (getattr(module, "padding_idx", None) for module in base.modules())
-    yield from (i for i in padding if isinstance(i, int))
 
 
 def embedding_path(base: nn.Module) -> str | None:

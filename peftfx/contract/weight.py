@@ -66,7 +66,7 @@ class WeightMethod(Method):
         Raises:
             PeftfxError: the method is unfoldable.
         """
-        raise PeftfxError(self.unfoldable, site.path, "export it: there its operations are the graph's own")
+        raise PeftfxError(self.unfoldable, site.path, "export the adapter: the exported graph has its operations")
 
     @property
     def reruns(self) -> bool:

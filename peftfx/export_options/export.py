@@ -70,7 +70,7 @@ class ExportOptions(Checked):
     Raises:
         PeftfxError: an option has a wrong type or an unknown value, or two options contradict each other.
 
-    Example:
+    Examples:
         >>> options = peftfx.ExportOptions(view="forward", merge=True)
         >>> report = peftfx.load(model, "adapter").export("onnx", options)
     """

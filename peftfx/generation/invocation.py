@@ -78,7 +78,7 @@ def as_offsets(value: object, ids: Tensor) -> Tensor:
     try:
         made = torch.as_tensor(numbers, device=ids.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PeftfxError(f"no whole numbers: {shown(value)}", OFFSETS, "one for each row of the batch") from error
+        raise PeftfxError(f"not whole numbers: {shown(value)}", OFFSETS, "one for each row of the batch") from error
     if made.shape != ids.shape[:1] or made.is_floating_point() or made.dtype == torch.bool or bool((made < 0).any()):
         what = f"not a whole number from 0 for each of {len(ids)} rows: {shown(value)}"
         raise PeftfxError(what, OFFSETS, "how many of a row's last tokens are from its invocation on; 0 for none")

@@ -55,7 +55,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
     Nothing reads these, and they take a third of a capture's time. Python's garbage collection is off too, as it would
     visit all nodes again and again. torch's cache of fake tensors is off: with symbolic sizes a look-up costs more than
     the computation. A node's metadata is its value alone: torch also asks for the value's memory format each time, and
-    such questions about symbolic sizes are dear. Sizes that values decide are looked for only if there are any. Code
+    answers about symbolic sizes take long. Sizes that values decide are looked for only if there are any. Code
     that runs the program of torch.export must not use this context, because the program's guards are made from such
     source.
     """

@@ -66,7 +66,7 @@ class Graph:
         decisions: branches on booleans of a call's inputs, of which this program has one side.
         backwards: names of steps of the model's code that have a backward of their own, which this program has not.
 
-    Example:
+    Examples:
         >>> graph = peftfx.capture(model)
         >>> graph.run(torch.tensor([[3, 5, 8]]), torch.ones(1, 3, dtype=torch.long))[0].shape
         torch.Size([1, 3, 64])

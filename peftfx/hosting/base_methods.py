@@ -57,7 +57,7 @@ def base_method(
         with acting(kwargs) as own:
             result = method(*args, **own)
         if _parts(base) != before:
-            what = "this method of the base exchanged modules or parameters, on which adapters act"
+            what = "this method of the base exchanged modules or parameters that adapters act on"
             raise PeftfxError(what, f"{name}()", "adapt the model anew, and call the method before that")
         if any(_runs_later(value) for value in pytree.tree_leaves(result)):
             what = "what this method of the base returns would run without the adapters"

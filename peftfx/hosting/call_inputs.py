@@ -106,15 +106,15 @@ def _checked(name: str, value: object, count: int) -> Tensor:
     try:
         numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise PeftfxError(f"no whole numbers: {shown(value)}", name, "one for each row of the batch") from error
+        raise PeftfxError(f"not whole numbers: {shown(value)}", name, "one for each row of the batch") from error
     if numbers.ndim == 2 and numbers.shape[1] == 1:  # as data collators make them of a column of lists
         numbers = numbers[:, 0]
     if numbers.ndim != 1 or numbers.is_floating_point() or numbers.dtype == torch.bool:
-        what = f"{str(numbers.dtype)[6:]}{list(numbers.shape)}, not one whole number for each row"
+        what = f"not one whole number for each row, but {str(numbers.dtype)[6:]}{list(numbers.shape)}"
         raise PeftfxError(what, name, "pass [batch] whole numbers")
     if numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
-        what = f"there are {count}, from 0 to {count - 1}, and not {int(numbers.min())} to {int(numbers.max())}"
-        raise PeftfxError(what, name, "pass the number of each row's")
+        what = f"the numbers must be from 0 to {count - 1}, not from {int(numbers.min())} to {int(numbers.max())}"
+        raise PeftfxError(what, name, "pass one number for each row of the batch")
     return numbers.long()
 
 

@@ -48,7 +48,7 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
     if OWN_CLASS in vars(before) or before is own:
         _reclass(module, wanted)
     elif not (copied <= _copied(before) and inner == issubclass(before, _Inner)):
-        what = f"this module's class is {before.__name__}, made since an adapter came"
+        what = f"other code changed this module's class to {before.__name__} after an adapter was added"
         raise PeftfxError(what, type(module).__name__, "add all adapters first, and wrap or shard the model then")
 
 

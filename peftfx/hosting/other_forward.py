@@ -133,7 +133,7 @@ def refuse_passed_by(road: ModulesRoad, names: Sequence[str], *, entered: bool) 
     if not reason and _acts_at_head(road, names):
         reason = "an adapter acts at the output embedding, whose weight that forward may read by itself"
     if reason:
-        what = f"a forward that was set on the model does not run the model's own, and {reason}"
+        what = f"other code has set a forward on the model, which does not run the model's own, and {reason}"
         raise PeftfxError(what, "forward", hint)
 
 

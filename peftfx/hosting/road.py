@@ -157,7 +157,7 @@ class ModulesRoad:
                 reason = f"it acts by {asked[0]}"
             if reason:
                 hint = "call the model for the rows of each adapter by themselves"
-                raise PeftfxError(f"no adapter for some rows alone: {reason}", name, hint)
+                raise PeftfxError(f"this adapter cannot act for some rows alone: {reason}", name, hint)
         found: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             found.setdefault(name, []).append(row)

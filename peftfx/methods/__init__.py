@@ -98,7 +98,7 @@ def register(cls: _M) -> _M:
     Raises:
         PeftfxError: the class lacks a member of the contract, or another method has its name.
 
-    Example:
+    Examples:
         >>> @peftfx.register
         ... @dataclass(frozen=True, kw_only=True)
         ... class SmallLoRA(peftfx.LoRA):

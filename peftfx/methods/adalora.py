@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.low_rank import A, B, padding_in_peft
 from peftfx.contract.common.rank_allocation import KEPT, REMEMBERED, E, allocate
 from peftfx.contract.kept import Kept
@@ -53,7 +54,7 @@ class AdaLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (lora_only).
         init_lora_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> rule = peftfx.AdaLoRA(init_r=12, target_r=8, total_step=1000, tinit=100, tfinal=500)
         >>> adapted = peftfx.transform(model, rule)
     """
@@ -84,17 +85,16 @@ class AdaLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("init_r", "target_r", "deltaT"):
-            if getattr(self, name) < 1:
-                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"AdaLoRA({name}=8)")
+        refuse_below(1, self, "init_r", "target_r", "deltaT")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise PeftfxError(
-                    f"it must be between 0 and 1, not {getattr(self, name)}", name, f"AdaLoRA({name}=0.85)"
+                    f"{name} must be between 0 and 1, not {getattr(self, name)}", name, f"AdaLoRA({name}=0.85)"
                 )
         if self.lora_alpha <= 0 or self.orth_reg_weight < 0:
+            what = "lora_alpha must be above 0, and orth_reg_weight must be 0 or more"
             hint = "AdaLoRA(lora_alpha=8, orth_reg_weight=0.5)"
-            raise PeftfxError("a scale must be above 0, and a weight not below", "lora_alpha, orth_reg_weight", hint)
+            raise PeftfxError(what, "lora_alpha, orth_reg_weight", hint)
         if self.total_step is not None and not 0 <= self.tinit < self.total_step - self.tfinal:
             hint = "tinit + tfinal must be less than total_step"
             raise PeftfxError("this schedule leaves no steps in which ranks are cut", "total_step", hint)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.subspaces import clusters, freeze_clusters, remembered
 from peftfx.contract.kept import Kept
 from peftfx.contract.method import Base, Op, Params
@@ -48,7 +49,7 @@ class AdaMSS(WeightMethod):
         asa_schedule_exponent: with a larger exponent, clusters are frozen sooner.
         init_weights: "orthogonal" starts as the identity; None starts near the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.AdaMSS(r=16, num_subspaces=2, subspace_rank=1))
     """
 
@@ -81,9 +82,7 @@ class AdaMSS(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "num_subspaces", "subspace_rank", "mask_interval", "asa_target_subspaces"):
-            if getattr(self, name) < 1:
-                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"AdaMSS({name}=5)")
+        refuse_below(1, self, "r", "num_subspaces", "subspace_rank", "mask_interval", "asa_target_subspaces")
         if self.init_weights not in ("orthogonal", None, False):
             what = f"unknown start {self.init_weights!r}"
             raise PeftfxError(what, "init_weights", "one of 'orthogonal', None")

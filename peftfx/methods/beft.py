@@ -29,7 +29,7 @@ class BEFT(WeightMethod):
     Args:
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.BEFT(target="attention.value"))
     """
 

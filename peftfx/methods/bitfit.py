@@ -21,7 +21,7 @@ class BitFit(OverrideMethod):
     Args:
         target: the layers whose biases are trained; by default all layers that have a tensor named `bias`.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.BitFit())
     """
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, along_rows
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -38,7 +39,7 @@ class BOFT(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (boft_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.BOFT(boft_block_size=4, target="mlp"))
     """
 
@@ -62,9 +63,7 @@ class BOFT(WeightMethod):
             what = f"set one of the two above 0 and the other to 0, not {size} and {count}"
             hint = "BOFT(boft_block_size=4), or BOFT(boft_block_num=8, boft_block_size=0)"
             raise PeftfxError(what, "boft_block_size, boft_block_num", hint)
-        if self.boft_n_butterfly_factor < 1:
-            what = f"there is 1 factor or more, not {self.boft_n_butterfly_factor}"
-            raise PeftfxError(what, "boft_n_butterfly_factor", "BOFT(boft_n_butterfly_factor=1)")
+        refuse_below(1, self, "boft_n_butterfly_factor")
 
     @property
     def neutral(self) -> bool:
@@ -93,7 +92,9 @@ class BOFT(WeightMethod):
         features, factors = base.weight[0].numel(), self.boft_n_butterfly_factor
         asked = self.boft_block_size or self.boft_block_num
         if features % asked:
-            raise PeftfxError(f"blocks by {asked} do not divide {features} inputs", site.path, "a common divisor")
+            option = "boft_block_size" if self.boft_block_size else "boft_block_num"
+            what = f"{option}={asked} does not divide the {features} inputs of this layer"
+            raise PeftfxError(what, site.path, "give a common divisor of the inputs of all targeted layers")
         count = self.boft_block_num or features // asked
         size = features // count
         if factors > 1 and (count % 2 ** (factors - 1) or size % 2):

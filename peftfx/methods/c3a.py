@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.common.delta import DeltaMethod
-from peftfx.contract.common.patterns import by_loose_path, pattern_of
+from peftfx.contract.common.patterns import by_loose_path, pattern_of, refuse_small
 from peftfx.contract.method import Base, Method, Params
 from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
@@ -34,7 +34,7 @@ class C3A(DeltaMethod):
         init_weights: True starts as the identity; otherwise "gaussian", "kaiming_uniform" or "xavier_uniform" (also
             False).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.C3A(block_size=32, target="mlp"))
     """
 
@@ -49,8 +49,10 @@ class C3A(DeltaMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 1 or any(size < 1 for size in self.block_size_pattern.values()):
-            raise PeftfxError(f"blocks are of 1 or more, not {self.block_size}", "block_size", "C3A(block_size=64)")
+        pattern = self.block_size_pattern
+        refuse_small(
+            "the block size", "block_size", self.block_size, pattern, "C3A(block_size=64)", "block_size_pattern"
+        )
 
     @property
     def neutral(self) -> bool:

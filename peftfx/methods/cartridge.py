@@ -29,7 +29,7 @@ class Cartridge(PrefixMethod):
     Args:
         num_frozen_tokens: how many of the virtual tokens keep their start values.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.Cartridge(num_virtual_tokens=8, num_frozen_tokens=1))
     """
 

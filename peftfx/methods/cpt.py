@@ -37,7 +37,7 @@ class _Unlabelled(VirtualTokens):
 
     def check(self, inputs: Mapping[str, object]) -> None:
         if inputs.get("labels") is not None:
-            what = "CPT's loss is over the labels of its prompt too, and not the model's own"
+            what = "CPT's loss includes the labels of its prompt, and the model's own loss does not"
             raise PeftfxError(what, "labels", "leave them out, and take method.loss(output.logits, labels)")
         super().check(inputs)
 
@@ -55,7 +55,7 @@ class CPT(PromptMethod):
         opt_projection_epsilon, opt_projection_format_epsilon: the radii for inputs and for templates, at 2048 features.
         tokenizer_name_or_path: not used; kept for HF PEFT's files.
 
-    Example:
+    Examples:
         >>> prompt = [5, 6, 7, 8]  # by the tokenizer: an example's input and its label
         >>> adapted = peftfx.transform(model, peftfx.CPT(cpt_token_ids=prompt, cpt_tokens_type_mask=[1, 2, 3, 4]))
     """
@@ -89,8 +89,9 @@ class CPT(PromptMethod):
         super().__post_init__()
 
     def sized(self, base: nn.Module, site: SequenceSite) -> CPT:
-        if max(self.cpt_token_ids) >= site.shape[0] or min(self.cpt_token_ids) < 0:
-            what = f"token {max(self.cpt_token_ids)} is not among the model's {site.shape[0]}"
+        wrong = next((token for token in self.cpt_token_ids if not 0 <= token < site.shape[0]), None)
+        if wrong is not None:
+            what = f"token {wrong} is not among the model's {site.shape[0]} tokens"
             raise PeftfxError(what, "cpt_token_ids", "take the ids of the model's own tokenizer")
         return dataclasses.replace(with_text_sizes(self, base, site), num_transformer_submodules=1)
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.householder import orthonormal
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError
 from peftfx.sites.blocks import Rows
 from peftfx.sites.site import Site
 
@@ -43,7 +43,7 @@ class DEFT(WeightMethod):
         init_weights: whether a new adapter starts as the identity, unless `para`; otherwise `R` is random.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (deft_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.DEFT(r=8, target="attention.query"))
     """
 
@@ -63,8 +63,7 @@ class DEFT(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "DEFT(r=8)")
+        refuse_below(1, self, "r")
 
     @property
     def neutral(self) -> bool:

@@ -39,7 +39,7 @@ class DeLoRA(WeightMethod):
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
         rank_pattern, lambda_pattern: other values of `r` and `delora_lambda` for module paths that match a key.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.DeLoRA(r=8, delora_lambda=15))
     """
 

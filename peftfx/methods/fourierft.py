@@ -32,7 +32,7 @@ class FourierFT(SpectralMethod):
     Args:
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (fourier_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.FourierFT(n_frequency=200, scaling=100.0))
     """
 

@@ -44,7 +44,7 @@ class FRoD(WeightMethod):
         sparse_rate: the share of the entries of `S` that are trained.
         regularization_alpha: the regularisation of the joint decomposition.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.FRoD(sparse_rate=0.05))
     """
 
@@ -67,7 +67,9 @@ class FRoD(WeightMethod):
         super().__post_init__()
         if not 0 <= self.sparse_rate <= 1:
             raise PeftfxError(
-                f"it must be a share from 0 to 1, not {self.sparse_rate}", "sparse_rate", "FRoD(sparse_rate=0.01)"
+                f"sparse_rate must be a share from 0 to 1, not {self.sparse_rate}",
+                "sparse_rate",
+                "FRoD(sparse_rate=0.01)",
             )
 
     @property

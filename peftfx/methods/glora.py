@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
@@ -35,7 +36,7 @@ class GLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (glora_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.GLoRA(r=8, config_A_B="vector"))
     """
 
@@ -53,8 +54,7 @@ class GLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "GLoRA(r=8)")
+        refuse_below(1, self, "r")
 
     @property
     def neutral(self) -> bool:
@@ -111,7 +111,7 @@ class GLoRA(WeightMethod):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if "glora_A_Xd" in p:
-            what = "a low-rank factor of each element of a weight is told by no scales and low-rank sum"
+            what = "a low-rank factor of each element of a weight cannot be written as scales and a low-rank sum"
             raise PeftfxError(what, site.path, "export the adapter merged; or train with config_A_B='vector'")
         q = {name: t.float() for name, t in p.items()}
         out, inner = base.weight.shape

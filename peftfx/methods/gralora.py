@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
@@ -39,7 +40,7 @@ class GraLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (gralora_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.GraLoRA(r=32, gralora_k=2))
     """
 
@@ -61,8 +62,7 @@ class GraLoRA(WeightMethod):
         if self.gralora_k < 1 or self.r < 1 or self.r % self.gralora_k:
             what = f"r must be a multiple of gralora_k, both 1 or more, not {self.r} of {self.gralora_k}"
             raise PeftfxError(what, "r, gralora_k", "GraLoRA(r=32, gralora_k=2)")
-        if self.hybrid_r < 0:
-            raise PeftfxError(f"the rank must be 0 or more, not {self.hybrid_r}", "hybrid_r", "GraLoRA(hybrid_r=0)")
+        refuse_below(0, self, "hybrid_r")
 
     @property
     def neutral(self) -> bool:

@@ -40,7 +40,7 @@ class HiRA(WeightMethod):
         rank_pattern: another `r` for module paths that match a key. HF PEFT's `HiraConfig` has this option, and a first
             adapter of HF PEFT (0.21) has the rank `r` everywhere: configs are read in that way.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.HiRA(r=16, target="mlp"))
     """
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
@@ -34,7 +35,7 @@ class HRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (hra_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.HRA(r=8))
     """
 
@@ -50,8 +51,7 @@ class HRA(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the number of reflections must be 1 or more, not {self.r}", "r", "HRA(r=8)")
+        refuse_below(1, self, "r")
 
     @property
     def neutral(self) -> bool:

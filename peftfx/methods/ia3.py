@@ -39,7 +39,7 @@ class IA3(WeightMethod):
         fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         init_ia3_weights: whether vectors start at 1, the identity; otherwise they start at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.IA3(target="attention.key | attention.value | mlp.down"))
     """
 

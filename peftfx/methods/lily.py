@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -37,7 +38,7 @@ class Lily(WeightMethod):
         scaling: the factor of the update.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.Lily(r=8, target="mlp"))
     """
 
@@ -55,10 +56,8 @@ class Lily(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("r", 1), ("stride_A", 1), ("num_B", 2)):
-            if getattr(self, name) < least:
-                what = f"it must be {least} or more, not {getattr(self, name)}"
-                raise PeftfxError(what, name, f"Lily({name}={least})")
+        refuse_below(1, self, "r", "stride_A")
+        refuse_below(2, self, "num_B")
 
     @property
     def neutral(self) -> bool:

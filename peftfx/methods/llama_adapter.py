@@ -39,7 +39,7 @@ class LlamaAdapter(AttentionMethod):
         target_modules: the end of the path of the modules that compute attention, such as `self_attn`; by default every
             self-attention.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LlamaAdapter(adapter_len=10, adapter_layers=1))
     """
 

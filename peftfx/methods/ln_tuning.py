@@ -21,7 +21,7 @@ class LNTuning(OverrideMethod):
     Args:
         target_modules: as in HF PEFT, which copies every named module, norm or not; by default every norm.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LNTuning())
     """
 

@@ -32,7 +32,7 @@ class LoHa(LycorisMethod):
         r: the rank of each product.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LoHa(r=4, alpha=8))
     """
 

@@ -39,7 +39,7 @@ class LoKr(LycorisMethod):
         init_weights: True starts as the identity by a zero first factor, "lycoris" by a zero second factor; False
             starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LoKr(r=4, alpha=8, decompose_factor=8))
     """
 
@@ -54,7 +54,7 @@ class LoKr(LycorisMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decompose_factor < 1 and self.decompose_factor != -1:
-            what = f"it must be 1 or more, or -1 for the square root, not {self.decompose_factor}"
+            what = f"decompose_factor must be 1 or more, or -1 for the square root, not {self.decompose_factor}"
             raise PeftfxError(what, "decompose_factor", "LoKr(decompose_factor=-1)")
 
     @property

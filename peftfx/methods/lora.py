@@ -76,7 +76,7 @@ class LoRA(LoraForms):
         ensure_weight_tying: whether a trained copy in `modules_to_save` (`embed_tokens`, `lm_head`) is one for all
             modules that share the tensor, as in HF PEFT.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, lora_alpha=16, target="attention | mlp"))
     """
 
@@ -296,7 +296,7 @@ class LoRA(LoraForms):
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         if self.unfoldable:
-            raise PeftfxError(self.unfoldable, site.path, "export it: there its operations are the graph's own")
+            raise PeftfxError(self.unfoldable, site.path, "export the adapter: the exported graph has its operations")
         if site.kind == EXPERTS:
             what = "LoRA on experts' weights cannot be put into a running graph"
             raise PeftfxError(what, site.path, "export the adapter merged")

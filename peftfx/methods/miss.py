@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, row_index
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import DeltaMethod, dropped
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
@@ -41,7 +42,7 @@ class MiSS(DeltaMethod):
         init_weights: True starts as the identity, False at random. "mini" has a smaller matrix, "bat" a matrix for each
             row of blocks; both start as the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.MiSS(r=16))
     """
 
@@ -57,8 +58,7 @@ class MiSS(DeltaMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1 or self.mini_r < 1:
-            raise PeftfxError("sizes must be 1 or more", "r, mini_r", "MiSS(r=64)")
+        refuse_below(1, self, "r", "mini_r")
 
     @property
     def neutral(self) -> bool:
@@ -78,7 +78,9 @@ class MiSS(DeltaMethod):
     def init(self, site: Site, base: Base, rng: torch.Generator | None) -> dict[str, Tensor]:
         out, inner = base.weight.shape
         if self.r > inner:
-            raise PeftfxError(f"shards of {self.r} features of an input of {inner}", site.path, f"r={inner} or less")
+            raise PeftfxError(
+                f"r={self.r} is more than the {inner} inputs of this layer", site.path, f"r={inner} or less"
+            )
         if self.init_weights == "mini" and out % self.mini_r:
             raise PeftfxError(f"mini_r={self.mini_r} does not divide {out} outputs", site.path, "mini_r=1")
         if self._bat and (out % self.r or inner % self.r):

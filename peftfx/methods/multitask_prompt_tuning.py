@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Params
 from peftfx.contract.sequence import PROMPT
 from peftfx.errors import PeftfxError, first_line
@@ -41,7 +42,7 @@ class MultitaskPromptTuning(PromptTuning):
         prompt_tuning_init_state_dict_path: the path of that file, in safetensors format.
         prompt_tuning_init_task: the number of the task for EXACT_SOURCE_TASK.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.MultitaskPromptTuning(num_virtual_tokens=8, num_tasks=2))
         >>> logits = adapted(input_ids=torch.tensor([[3, 5, 8]]), task_ids=torch.tensor([1])).logits
     """
@@ -56,10 +57,7 @@ class MultitaskPromptTuning(PromptTuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_ranks", "num_tasks"):
-            if getattr(self, name) < 1:
-                what = f"it must be 1 or more, not {getattr(self, name)}"
-                raise PeftfxError(what, name, f"MultitaskPromptTuning({name}=2)")
+        refuse_below(1, self, "num_ranks", "num_tasks")
         if self._has_source and not self.prompt_tuning_init_state_dict_path:
             what = f"prompt_tuning_init={self.prompt_tuning_init!r} needs a source"
             raise PeftfxError(what, "prompt_tuning_init_state_dict_path", "give it, or start at 'RANDOM'")
@@ -109,7 +107,7 @@ class MultitaskPromptTuning(PromptTuning):
             if name != PROMPT and len(value):
                 number = self.prompt_tuning_init_task
                 if self.prompt_tuning_init == _EXACT and not 0 <= number < len(value):
-                    what = f"the source has {len(value)} tasks, from 0, and none has the number  {number}"
+                    what = f"the source has {len(value)} tasks, from 0, and none has the number {number}"
                     raise PeftfxError(what, "prompt_tuning_init_task", f"from 0 to {len(value) - 1}")
                 one = value[number] if self.prompt_tuning_init == _EXACT else value.mean(0)
                 value = one.expand(self.num_tasks, *one.shape)

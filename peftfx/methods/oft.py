@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.skew import skew_matrix
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
@@ -41,7 +42,7 @@ class OFT(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (oft_only).
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.OFT(oft_block_size=32, target="mlp"))
     """
 
@@ -69,9 +70,7 @@ class OFT(WeightMethod):
         if (self.r > 0) == (self.oft_block_size > 0) or min(self.r, self.oft_block_size) < 0:
             what = f"set one of the two above 0 and the other to 0, not {self.r} and {self.oft_block_size}"
             raise PeftfxError(what, "r, oft_block_size", "OFT(oft_block_size=32), or OFT(r=4, oft_block_size=0)")
-        if self.num_cayley_neumann_terms < 1:
-            what = f"a series has 1 term or more, not {self.num_cayley_neumann_terms}"
-            raise PeftfxError(what, "num_cayley_neumann_terms", "OFT(num_cayley_neumann_terms=5)")
+        refuse_below(1, self, "num_cayley_neumann_terms")
 
     @property
     def neutral(self) -> bool:
@@ -81,7 +80,7 @@ class OFT(WeightMethod):
     def obstacle(self) -> PeftfxError | None:
         if not self.coft:
             return None
-        what = "HF PEFT projects what a COFT trains anew in each call, which no optimiser knows of"
+        what = "with coft=True, HF PEFT overwrites the trained tensors in each call, unknown to the optimiser"
         return PeftfxError(what, "coft", "train without it; adapters that have it are loaded, merged and exported")
 
     @property

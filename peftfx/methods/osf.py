@@ -39,7 +39,7 @@ class OSF(WeightMethod):
         rank_pattern: another `effective_rank` for module paths that contain a key.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.OSF(effective_rank=0.5))
     """
 
@@ -58,7 +58,7 @@ class OSF(WeightMethod):
         super().__post_init__()
         for rank in (self.effective_rank, *(self.rank_pattern or {}).values()):
             if rank is not None and rank <= 0:
-                what = f"it must be 1 or more, or a fraction above 0, not {rank}"
+                what = f"the rank must be 1 or more, or a fraction above 0, not {rank}"
                 raise PeftfxError(what, "effective_rank, rank_pattern", "OSF(effective_rank=0.5)")
 
     @property

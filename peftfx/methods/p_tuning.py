@@ -33,7 +33,7 @@ class PTuning(PromptMethod):
         encoder_num_layers: the number of layers of the LSTM; an MLP always has three.
         encoder_dropout: dropout between the LSTM's layers.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PTuning(num_virtual_tokens=20, encoder_hidden_size=128))
     """
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
@@ -35,7 +36,7 @@ class PEANuT(WeightMethod):
         scaling: the factor of the update.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PEANuT(r=8, depth=1))
     """
 
@@ -52,10 +53,8 @@ class PEANuT(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "PEANuT(r=32)")
-        if self.depth < 0:
-            raise PeftfxError(f"the depth must be 0 or more, not {self.depth}", "depth", "PEANuT(depth=1)")
+        refuse_below(1, self, "r")
+        refuse_below(0, self, "depth")
         if self.act_fn not in ACT2FN:
             hint = nearest(self.act_fn, ACT2FN) or "a name in transformers.activations.ACT2FN"
             raise PeftfxError(f"unknown activation {self.act_fn!r}", "act_fn", hint)

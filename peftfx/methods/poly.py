@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
@@ -42,7 +43,7 @@ class Poly(WeightMethod):
         poly_type: `poly` is the only type.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.Poly(r=8, n_tasks=2, n_skills=4))
         >>> logits = adapted(input_ids=torch.tensor([[3, 5, 8]]), task_ids=torch.tensor([1])).logits
     """
@@ -62,9 +63,7 @@ class Poly(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "n_tasks", "n_skills", "n_splits"):
-            if getattr(self, name) < 1:
-                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"Poly({name}=4)")
+        refuse_below(1, self, "r", "n_tasks", "n_skills", "n_splits")
         if self.poly_type != "poly":
             raise PeftfxError(f"unknown type {self.poly_type!r}", "poly_type", "leave it out: there is 'poly' alone")
 

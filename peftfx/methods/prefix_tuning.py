@@ -36,7 +36,7 @@ class PrefixTuning(PrefixMethod):
         encoder_hidden_size: the width of that network; by default `token_dim`.
         init_weights: "zero" starts with keys and values of 0; by default they are random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PrefixTuning(num_virtual_tokens=20))
     """
 

@@ -29,7 +29,7 @@ class PromptTuning(PromptMethod):
         tokenizer_name_or_path: the tokenizer that reads the text; a local directory.
         tokenizer_kwargs: arguments for `AutoTokenizer.from_pretrained`.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PromptTuning(num_virtual_tokens=20))
     """
 

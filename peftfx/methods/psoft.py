@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.common.skew import skew_matrix
 from peftfx.contract.method import Base, Op, Params
@@ -45,7 +46,7 @@ class PSOFT(WeightMethod):
         fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         init_weights: whether a new adapter starts as the identity; otherwise it starts near the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PSOFT(r=8, target="attention.query"))
     """
 
@@ -72,13 +73,13 @@ class PSOFT(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "num_cayley_neumann_terms"):
-            if getattr(self, name) < 1:
-                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"PSOFT({name}=5)")
+        refuse_below(1, self, "r", "num_cayley_neumann_terms")
         eps = self.cayley_neumann_eps
         if eps is not None and not 0 < eps < 1:
             hint = "PSOFT(cayley_neumann_eps=0.5)"
-            raise PeftfxError(f"it must be a number between 0 and 1, not {eps}", "cayley_neumann_eps", hint)
+            raise PeftfxError(
+                f"cayley_neumann_eps must be a number between 0 and 1, not {eps}", "cayley_neumann_eps", hint
+            )
 
     @property
     def neutral(self) -> bool:

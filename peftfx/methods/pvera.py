@@ -36,7 +36,7 @@ class PVeRA(RandomBasesMethod):
         d_initial: the start value of `d`; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (pvera_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.PVeRA(r=64))
     """
 

@@ -36,7 +36,7 @@ class RandLoRA(RandomBasesMethod):
         randlora_dropout: dropout on the adapter's input in training.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (randlora_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.RandLoRA(r=16))
     """
 

@@ -35,7 +35,7 @@ class RoAd(WeightMethod):
         group_size: the outputs of a group, whose halves are paired; an even divisor of the outputs.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.RoAd(variant="road_1", group_size=32))
     """
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import DeltaMethod
 from peftfx.contract.method import Base, Params
 from peftfx.errors import PeftfxError
@@ -32,7 +33,7 @@ class SHiRA(DeltaMethod):
         fan_in_fan_out: whether the weight is stored [in, out]; read from the graph, and kept only for HF PEFT's files.
         init_weights: whether a new adapter starts as the identity; otherwise it starts at random.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.SHiRA(r=8))
     """
 
@@ -50,8 +51,7 @@ class SHiRA(DeltaMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "SHiRA(r=32)")
+        refuse_below(1, self, "r")
 
     @property
     def neutral(self) -> bool:

@@ -37,7 +37,7 @@ class SuperTuning(DeltaMethod):
         save_precomputed_indices: whether files have the places of the entries; otherwise these are found again in the
             base.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.SuperTuning(sparsity=0.99))
     """
 
@@ -58,7 +58,7 @@ class SuperTuning(DeltaMethod):
         super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise PeftfxError(
-                f"it must be a share below 1, not {self.sparsity}", "sparsity", "SuperTuning(sparsity=0.99)"
+                f"sparsity must be a share below 1, not {self.sparsity}", "sparsity", "SuperTuning(sparsity=0.99)"
             )
         if self.r is not None and self.r < 1:
             raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", "SuperTuning(r=8)")

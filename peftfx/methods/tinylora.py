@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import dropped
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
@@ -42,7 +43,7 @@ class TinyLoRA(WeightMethod):
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (tinylora_only).
         init_weights: True starts as the identity, "uniform" near the identity; False starts with numbers from 0 to 1.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.TinyLoRA(r=2, u=16))
     """
 
@@ -64,11 +65,9 @@ class TinyLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "u"):
-            if getattr(self, name) < 1:
-                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"TinyLoRA({name}=2)")
+        refuse_below(1, self, "r", "u")
         if not 0 <= self.weight_tying <= 1:
-            what = f"it must be a share from 0 to 1, not {self.weight_tying}"
+            what = f"weight_tying must be a share from 0 to 1, not {self.weight_tying}"
             raise PeftfxError(what, "weight_tying", "TinyLoRA(weight_tying=0.1)")
 
     @property

@@ -24,7 +24,7 @@ class TrainableTokens(OverrideMethod):
         token_indices: the tokens, each only once.
         target: the embeddings; by default the token embedding.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.TrainableTokens(token_indices=[62, 63]))
     """
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.factored import FactoredMethod
 from peftfx.contract.method import Base, Params
 from peftfx.errors import PeftfxError
@@ -41,7 +42,7 @@ class UniLoRA(FactoredMethod):
         init_weights: whether the vector starts uniform; otherwise it starts normal.
         save_indices: whether files have the indices; otherwise they are drawn again, which needs the same modules.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.UniLoRA(r=4))
     """
 
@@ -62,9 +63,7 @@ class UniLoRA(FactoredMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "theta_d_length"):
-            if getattr(self, name) < 1:
-                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"UniLoRA({name}=4)")
+        refuse_below(1, self, "r", "theta_d_length")
         if self.init_theta_d_bound <= 0:
             raise PeftfxError("the bound must be more than 0", "init_theta_d_bound", "UniLoRA(init_theta_d_bound=0.02)")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.factored import FactoredMethod
 from peftfx.contract.method import Base, Params
 from peftfx.errors import PeftfxError
@@ -40,7 +41,7 @@ class VBLoRA(FactoredMethod):
         init_logits_std: the standard deviation of the logits' normal start values. As in HF PEFT, a new adapter is not
             quite the identity.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.VBLoRA(r=4, num_vectors=32, vector_length=32))
     """
 
@@ -61,9 +62,7 @@ class VBLoRA(FactoredMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("r", "num_vectors", "vector_length", "topk"):
-            if getattr(self, name) < 1:
-                raise PeftfxError(f"it must be 1 or more, not {getattr(self, name)}", name, f"VBLoRA({name}=4)")
+        refuse_below(1, self, "r", "num_vectors", "vector_length", "topk")
         if self.topk > self.num_vectors:
             raise PeftfxError(f"topk={self.topk} is more than num_vectors={self.num_vectors}", "topk", "lower topk")
 

@@ -34,7 +34,7 @@ class VeRA(RandomBasesMethod):
         d_initial: the start value of `d`; `b` starts at 0. Without `init_weights`, `d` is random and `b` is 1.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (vera_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.VeRA(r=64))
     """
 

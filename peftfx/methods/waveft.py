@@ -40,7 +40,7 @@ class WaveFT(SpectralMethod):
             at least 1. Then `n_frequency_pattern` is not read, as in HF PEFT.
         bias: which of the base's own biases are trained: none, all, or those of the adapted modules (waveft_only).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.WaveFT(n_frequency=200))
     """
 
@@ -59,7 +59,7 @@ class WaveFT(SpectralMethod):
         super().__post_init__()
         found = re.fullmatch(r"db(\d+)|sym[23]", self.wavelet_family)
         if found is None or not 1 <= _moments(self.wavelet_family) <= _MOST:
-            what = f"the wavelet {self.wavelet_family!r} is not here"
+            what = f"peftfx does not have the wavelet {self.wavelet_family!r}"
             raise PeftfxError(what, "wavelet_family", f"db1 to db{_MOST}; or merge it with peft")
 
     @property

@@ -50,7 +50,7 @@ class AdaptedModel(AdapterCalls):
     In eval mode a call takes `adapter_names`, as in HF PEFT: for each row of the batch the name of its adapter, or
     `"__base__"` for none.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, "lora(r=8)@attention")
         >>> adapted(input_ids=torch.tensor([[3, 5, 8]])).logits.shape
         torch.Size([1, 3, 64])
@@ -103,7 +103,7 @@ class AdaptedModel(AdapterCalls):
                 be written.
             VerificationError: ONNX Runtime and torch disagree; no files are left.
 
-        Example:
+        Examples:
             >>> report = adapted.export("onnx", view="forward")
             >>> list(report.inputs)
             ['input_ids', 'attention_mask']
@@ -171,7 +171,7 @@ class AdaptedModel(AdapterCalls):
 
         `adapted.show().save("page.html")` writes the page. Equal layers are drawn once. A click on a site shows more.
 
-        Example:
+        Examples:
             >>> page = adapted.show().save("model.html")
         """
         from peftfx.pictures.adapted import show
@@ -203,7 +203,7 @@ class AdaptedModel(AdapterCalls):
             exact: if a size is 1 and the model's code has a branch for size 1, whether the graph is that of this
                 branch, which a call takes, or that of many sizes.
 
-        Example:
+        Examples:
             >>> adapted.graph().run(torch.tensor([[3, 5, 8]]), torch.ones(1, 3, dtype=torch.long))[0].shape
             torch.Size([1, 3, 64])
         """
@@ -257,7 +257,7 @@ class AdaptedModel(AdapterCalls):
             PeftfxError: the model does not generate text; a graph would run, and the model has no decode view, or an
                 argument asks for what a graph cannot do.
 
-        Example:
+        Examples:
             >>> adapted.generate(input_ids=torch.tensor([[3, 5, 8]]), max_new_tokens=4, do_sample=False).shape
             torch.Size([1, 7])
         """

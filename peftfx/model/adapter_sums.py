@@ -42,7 +42,7 @@ class AdapterSums(AdaptersByName):
             svd_full_matrices, svd_driver: ignored: they change how HF PEFT computes the same.
             svd_rank, svd_clamp, density, majority_sign_method: see `peftfx.contract.combination.Combination`.
 
-        Example:
+        Examples:
             >>> adapted.add_adapter("second", peftfx.LoRA(r=8))
             >>> adapted.add_weighted_adapter(["default", "second"], [0.7, 0.3], "sum", combination_type="cat")
         """
@@ -81,7 +81,7 @@ class AdapterSums(AdaptersByName):
             The share of the energy of all updates, their squared singular values, that the LoRA keeps: 1 if nothing is
             cut.
 
-        Example:
+        Examples:
             >>> adapted.add_adapter("loha", peftfx.LoHa(r=2, init_weights=False))
             >>> kept = adapted.convert_to_lora("loha", rank=4, new_name="lora")
         """
@@ -147,7 +147,7 @@ class AdapterSums(AdaptersByName):
         Raises:
             PeftfxError: the adapter does not act by task, or an adapter has one of the new names already.
 
-        Example:
+        Examples:
             >>> adapted = peftfx.transform(model, peftfx.Poly(r=4, n_tasks=2), adapter_name="tasks")
             >>> adapted.split_tasks("tasks")
             ('tasks_0', 'tasks_1')

@@ -21,7 +21,7 @@ from peftfx.model.plan import Plan, make_plan
 from peftfx.model.refusals import refuse_no_base, refuse_unknown_arguments, refuse_unreadable
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
-from peftfx.rules.resolution import read_rules
+from peftfx.rules.resolution import as_methods, read_rules
 from peftfx.sharding import refuse_other_wrappings, refuse_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
@@ -69,7 +69,7 @@ def transform(
         PeftfxError: the model cannot be captured, and its code does not run either; a rule matches nothing; or an
             adapter cannot be taken over.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.LoRA(r=8, target="attention.query | attention.value"))
         >>> adapted.print_trainable_parameters()
         trainable params: ...
@@ -123,7 +123,7 @@ def load(
         PeftfxError: there is no such adapter, or it does not fit this model. The message lists every key that is
             missing, unexpected or of another shape.
 
-    Example:
+    Examples:
         >>> adapted = peftfx.load(model, "adapter")
         >>> adapted.active_adapters
         ['default']
@@ -156,7 +156,7 @@ def inspect(model: nn.Module, *, inputs: Mapping[str, object] | None = None) -> 
     Raises:
         PeftfxError: the model cannot be captured, and its code does not run either; or it needs `inputs`.
 
-    Example:
+    Examples:
         >>> peftfx.inspect(model).by_path("model.layers.0.mlp.up_proj").role
         'mlp.up'
     """
@@ -171,7 +171,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
         rules: as for `transform`.
         inputs: keyword arguments of one call, for a model that example inputs cannot be made for.
 
-    Example:
+    Examples:
         >>> plan = peftfx.plan(model, "lora(r=4)@attention.query")
         >>> print(plan)
         lora(r=4)@attention.query: 512 parameters
@@ -179,7 +179,9 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
     """
     rules = read_rules(rules)
     adapted = bare(model, inputs)
-    return make_plan(adapted.source, adapted.sites, rules)
+    methods = as_methods(rules, adapted.source)
+    adapted.reach(methods)
+    return make_plan(adapted.source, adapted.sites, methods)
 
 
 @rarely_collected()

@@ -14,11 +14,15 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adjustment import adjust
 from peftfx.adapters.files.names import name_of_base
+from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.hosted.hosted_base import HostedBase
 from peftfx.rules.peft_configs import records_of
-from peftfx.rules.resolution import as_items, place
+from peftfx.rules.peft_files import modules_in
+from peftfx.rules.resolution import as_items, as_methods, place, where
+from peftfx.rules.unplaced import is_idle, named_elsewhere
+from peftfx.sites.expression import ALL_LINEAR
 
 Rules = object
 """What `transform` takes as rules: a Method, a text, a `peft` config object, or a sequence of them."""
@@ -68,7 +72,7 @@ class AdaptersByName(HostedBase):
             low_cpu_mem_usage: ignored: no memory is taken twice.
             autocast_adapter_dtype: must be true: an adapter of a base in half precision is made in float32.
 
-        Example:
+        Examples:
             >>> adapted.add_adapter("second", "ia3@mlp")
             >>> adapted.active_adapters
             ['second']
@@ -78,10 +82,22 @@ class AdaptersByName(HostedBase):
         self.named.refuse(adapter_name)
         self.named.apart("an adapter is added")
         own = {} if (name := name_of_base(self.base)) is None else {"base_model_name_or_path": name}
-        adapter = Adapter(place(self.source, self.sites, rules), records_of(as_items(rules)) | own)
+        methods = as_methods(rules, self.source)
+        self.reach(methods)
+        adapter = Adapter(place(self.source, self.sites, methods), records_of(as_items(rules)) | own)
         adapter.ran = self.sites.running
         self._start(adapter, seed)
         self._install(adapter_name, adapter)
+
+    def reach(self, methods: Sequence[Method]) -> None:
+        """Widen the sites to the layers that rules name and that the example call does not run or use.
+
+        Args:
+            methods: the rules.
+        """
+        named = [m for m in methods if m.targeted and m.target_modules not in (None, ALL_LINEAR)]
+        paths = (path for m in named for path in named_elsewhere(self.source, m, self.sites, where(m), ()))
+        self.widen(path for path in dict.fromkeys(paths) if is_idle(path, self.source, self.sites))
 
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
         """Give one adapter, or all, new initial values, for example after a base on the meta device got values.
@@ -150,7 +166,7 @@ class AdaptersByName(HostedBase):
             PeftfxError: the adapter does not fit this base, or the adapter of this name, or the base has no values
                 (fake tensors, the meta device).
 
-        Example:
+        Examples:
             >>> keys = adapted.load_adapter("adapter", "second")
         """
         from peftfx.adapters.files.reader import read_adapter
@@ -167,6 +183,8 @@ class AdaptersByName(HostedBase):
         else:
             self.named.refuse(adapter_name)
             self.named.apart("an adapter is added")
+            if self.sites.unread:
+                self.widen(sorted(self.sites.unread & modules_in(path)))
             self._install(adapter_name, read_adapter(path, self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)
@@ -180,7 +198,7 @@ class AdaptersByName(HostedBase):
             adapter_name: one name, or several in the order in which they act.
             inference_mode: whether not even these adapters are trained.
 
-        Example:
+        Examples:
             >>> adapted.add_adapter("second", peftfx.IA3())
             >>> adapted.set_adapter(["default", "second"])  # both act, and their effects add up
         """
@@ -204,7 +222,7 @@ class AdaptersByName(HostedBase):
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Let calls run the base without adapters until the `with` block ends, in this thread only.
 
-        Example:
+        Examples:
             >>> with adapted.disable_adapter():
             ...     base_logits = adapted(input_ids=torch.tensor([[3, 5, 8]])).logits
         """
@@ -218,7 +236,7 @@ class AdaptersByName(HostedBase):
         Args:
             name: the name of one adapter; by default all adapters are removed.
 
-        Example:
+        Examples:
             >>> plain = adapted.remove()
         """
         self._drop(self.names() if name is None else (name,))

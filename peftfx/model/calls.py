@@ -249,4 +249,4 @@ class AdapterCalls(PeftSurface):
         obstacle = "" if self.wanted == "graph" else self.modules_road.obstacle(self.named.called, dearer=False)
         advice = f"no module can run the adapter: {obstacle}" if obstacle else 'train with road="modules"'
         steps = ", ".join(backwards)
-        warn(f"the model's code has a backward of its own ({steps}), and a graph has torch's: {advice}")
+        warn(f"the model's code has a backward of its own ({steps}), and the graph uses torch's instead: {advice}")

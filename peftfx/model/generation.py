@@ -42,8 +42,6 @@ GraphOf = Callable[[View, "dict[str, Tensor] | None"], Graph]
 def generator(base: nn.Module, view_named: Callable[[str], View | None], graph_of: GraphOf) -> Any:
     """Return a model of the base's own class, with the base's own tensors, whose forward is the adapted graph.
 
-    So everything that the class does for generation (inputs that it prepares, tokens that it suppresses) stays.
-
     Args:
         base: the model whose class generates.
         view_named: returns the view of a name, as the active adapters change it.

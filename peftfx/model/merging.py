@@ -30,7 +30,7 @@ class Merging(SavedAdapters):
         merge `remove()` returns the merged module. Nothing changes if an active adapter cannot be merged, or if another
         adapted model over the same base has adapters.
 
-        Example:
+        Examples:
             >>> report = adapted.merge()
             >>> plain = adapted.remove()
         """
@@ -65,7 +65,7 @@ class Merging(SavedAdapters):
             safe_merge: ignored, because every merge is safe: nothing is written if a weight would not be finite.
             adapter_names: the names of the adapters to fold; by default the active ones.
 
-        Example:
+        Examples:
             >>> plain = adapted.merge_and_unload()
         """
         before = self.active
@@ -94,7 +94,7 @@ class Merging(SavedAdapters):
             PeftfxError: an adapter cannot be folded into weights; the weights are quantised, fetched by hooks or
                 sharded; or another adapted model over the same base has adapters. Then nothing is changed.
 
-        Example:
+        Examples:
             >>> adapted.merge_adapter()
             >>> adapted.unmerge_adapter()  # the base's own tensors again
         """

@@ -36,7 +36,7 @@ class PeftSurface(Merging):
     def get_base_model(self) -> nn.Module:
         """Return the base; its own calls run without adapters, although its modules hold the adapters' tensors.
 
-        Example:
+        Examples:
             >>> adapted.get_base_model() is model
             True
         """
@@ -46,7 +46,7 @@ class PeftSurface(Merging):
     def base_model(self) -> nn.Module:
         """The base's own inner model, with what HF PEFT's users call on it: `set_adapter`, `delete_adapter` and so on.
 
-        As in HF PEFT, it has `update_and_allocate` if an adapter gives out ranks.
+        As in HF PEFT, it has `update_and_allocate` if that changes an adapter, as of AdaLoRA.
         """
         allocates = any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules)
         return TunerOfPeft(getattr(self.base, "base_model", self.base), self, allocates=allocates)  # type: ignore[return-value]
@@ -112,7 +112,7 @@ class PeftSurface(Merging):
         Args:
             adapter_name: the name of the adapter to remove.
 
-        Example:
+        Examples:
             >>> adapted.add_adapter("second", peftfx.LoRA(r=4))
             >>> adapted.delete_adapter("second")
         """
@@ -129,7 +129,7 @@ class PeftSurface(Merging):
             adapter_names: one name, or several.
             requires_grad: whether their parameters get gradients.
 
-        Example:
+        Examples:
             >>> adapted.set_requires_grad("default", False)
         """
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
@@ -142,7 +142,7 @@ class PeftSurface(Merging):
     def get_layer_status(self) -> list[LayerStatus]:
         """Return the adapters in each module, in HF PEFT's words.
 
-        Example:
+        Examples:
             >>> adapted.get_layer_status()[0].active_adapters
             ['default']
         """
@@ -215,7 +215,7 @@ class PeftSurface(Merging):
             names: the names of the adapters that act in the reference model; without names it is the base. A warning
                 says so if an active adapter was loaded: it may have been trained before.
 
-        Example:
+        Examples:
             >>> reference = adapted.reference()  # for `DPOTrainer(adapted, reference, ...)`
         """
         loaded = [name for name in self.active if self.adapter(name).accounts]
@@ -241,7 +241,7 @@ class PeftSurface(Merging):
         Raises:
             PeftfxError: the base's layers cannot be checkpointed, or an option is not known.
 
-        Example:
+        Examples:
             >>> adapted.gradient_checkpointing_enable({"use_reentrant": False})
         """
         asked = Checkpoints(dict(gradient_checkpointing_kwargs or {}), options, in_modules=self.road == "modules")
@@ -279,8 +279,7 @@ class PeftSurface(Merging):
 
     def activation_checkpointing_disable(self) -> None:
         """Disable gradient checkpointing, by transformers' new name."""
-        self.checkpoints = None
-        stop_checkpointing(self.base)
+        self.gradient_checkpointing_disable()
 
     def enable_input_require_grads(self) -> None:
         """Make the embeddings' outputs require gradients, as reentrant checkpoints need."""

@@ -67,7 +67,7 @@ class SavedAdapters(AdapterSums):
         Raises:
             PeftfxError: there is no such adapter, or an argument asks for what peftfx does not write.
 
-        Example:
+        Examples:
             >>> adapted.save_pretrained("saved")  # adapter_config.json and adapter_model.safetensors
         """
         from peftfx.adapters.files.writer import refuse_save_arguments, save_adapters
@@ -112,7 +112,7 @@ class SavedAdapters(AdapterSums):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return the numbers of trainable and of all parameters; a trained bias replaces the base's, as in HF PEFT.
 
-        Example:
+        Examples:
             >>> trained, in_all = adapted.get_nb_trainable_parameters()
         """
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)

@@ -33,7 +33,7 @@ def get_peft_model_state_dict(
     Raises:
         PeftfxError: there is no such adapter, or an argument asks for tensors that it cannot return.
 
-    Example:
+    Examples:
         >>> sorted(peftfx.get_peft_model_state_dict(adapted))[0]
         'base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight'
     """
@@ -65,7 +65,7 @@ def set_peft_model_state_dict(
     Raises:
         PeftfxError: the state does not fit this adapter: keys are missing, unexpected or of another shape.
 
-    Example:
+    Examples:
         >>> state = peftfx.get_peft_model_state_dict(adapted)
         >>> keys = peftfx.set_peft_model_state_dict(adapted, {name: 2 * tensor for name, tensor in state.items()})
     """
@@ -90,7 +90,7 @@ def hotswap_adapter(model: AdaptedModel, path: str | Path, adapter_name: str = "
     Raises:
         PeftfxError: the two adapters differ in more, or the file does not fit this model.
 
-    Example:
+    Examples:
         >>> peftfx.hotswap_adapter(adapted, "adapter")
     """
     model.named.apart("an adapter gets other values")

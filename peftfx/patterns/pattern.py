@@ -53,7 +53,7 @@ class Pattern:
         where: a condition on a match, for what the operators do not show.
         spellings: the functions that compute the pattern, tried in order.
 
-    Example:
+    Examples:
         >>> graph = peftfx.capture(model)
         >>> relu = peftfx.pattern("activation.relu", x="batch length width")(lambda x: torch.relu(x))
         >>> list(relu.matches(graph)), relu.explain(graph)
@@ -149,7 +149,7 @@ def pattern(
     Raises:
         PeftfxError: the function cannot be traced, or the role is one of peftfx's.
 
-    Example:
+    Examples:
         >>> axes = {"x": "batch length width", "gate": "inner width", "up": "inner width", "down": "width inner"}
         >>> @peftfx.pattern("mlp.swiglu", **axes)
         ... def swiglu(x, gate, up, down):

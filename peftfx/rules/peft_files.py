@@ -68,7 +68,11 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
         raise PeftfxError(f"there is no {CONFIG}", str(directory), hint)
     config = read_json(path, "save the adapter again")
     if "peft_type" not in config:
-        raise PeftfxError("the config names no peft_type", str(path), "is this a HF PEFT adapter's config?")
+        raise PeftfxError(
+            "the config names no peft_type",
+            str(path),
+            "give the directory of a HF PEFT adapter, or save the adapter again",
+        )
     return config
 
 
@@ -133,6 +137,12 @@ def _empty(cls: type[Method], config: Mapping[str, object], where: str) -> dict[
         if type(default) in (int, float) and name not in _LENGTHS:
             raise PeftfxError(f"{name} is null, and must be a number", where, f"write the adapter's own {name}")
     return {name: False for name, default in empty.items() if default is True}
+
+
+def modules_in(directory: Path) -> set[str]:
+    """Return the paths of all modules that the tensors of an adapter's files may belong to."""
+    names = [name.split(".") for folder in rule_folders(directory) for name in Weights(folder).names]
+    return {".".join(name[:end]) for name in names for end in range(1, len(name))}
 
 
 class Weights:

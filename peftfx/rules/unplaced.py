@@ -59,6 +59,22 @@ def refuse_unplaced(
         warn(f"{told} {', '.join(idle[:_MOST])}: nothing is adapted there{more}")
 
 
+def is_idle(path: str, base: nn.Module, sites: Sites) -> bool:
+    """Return whether the call that sites were found in does not run a module, or uses nothing of what it computes.
+
+    A module that provably never runs is not idle.
+
+    Args:
+        path: the module's path.
+        base: the base.
+        sites: the base's sites.
+    """
+    if path in sites.unread:
+        return True
+    unused = path not in sites.called and path not in sites.reads and has_module(base, path)
+    return unused and not never_runs(path, base, sites)
+
+
 def _readers(path: str, base: nn.Module, sites: Sites) -> list[str]:
     """Return the sites that have the weight of the module at a path under another name, as T5's embeddings."""
     weight = getattr(base.get_submodule(path), "weight", None)

@@ -155,16 +155,23 @@ class Served(RowAdapters):
         if mask is not None and mask.is_floating_point() and self.model.types.get(_MASK) == "tensor(int64)":
             given[_MASK] = as_mask(mask)
         given = {n: fitted(v, self.model.types.get(n, "")) for n, v in given.items()}
-        first = given.get("input_ids")
-        if first is not None and _MASK in self.model.inputs and _MASK not in given:
-            tell_padding(first, self.config)
-        for name in (_MASK, "token_type_ids"):
-            if name in self.model.inputs and name not in given and first is not None:
-                given[name] = torch.ones_like(first) if name == _MASK else torch.zeros_like(first)
-        made = ModelOutput(self.model(**self.with_ids(given)))
+        made = ModelOutput(self.model(**self.with_ids(self._completed(given))))
         if kept is not None:
             made[_LOGITS] = kept_logits(made[_LOGITS], kept)
         return made
+
+    def _completed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs of a text with the mask and the types of its tokens that the model takes, if they are missing.
+
+        The mask shows all tokens, and the types are 0.
+        """
+        text = given.get("input_ids")
+        if text is None:
+            return given
+        missing = [name for name in (_MASK, _TYPES) if name in self.model.inputs and name not in given]
+        if _MASK in missing:
+            tell_padding(text, self.config)
+        return given | {name: torch.full_like(text, int(name == _MASK)) for name in missing}
 
     @property
     def _gives_all_logits(self) -> bool:
@@ -222,7 +229,7 @@ class ServedForward(Served):
         raise PeftfxError("this model has no cache, so it cannot generate", str(self.directory), hint)
 
 
-_LOGITS, _MASK = "logits", "attention_mask"
+_LOGITS, _MASK, _TYPES = "logits", "attention_mask", "token_type_ids"
 
 
 def _config(directory: Path) -> PreTrainedConfig | None:

@@ -105,7 +105,7 @@ class Site:
         calls: where the site runs, in order.
         groups: the number of groups of a conv.
 
-    Example:
+    Examples:
         >>> site = peftfx.inspect(model).by_path("model.layers.0.self_attn.q_proj")
         >>> site.role, site.kind
         ('attention.query', 'linear')

@@ -51,7 +51,7 @@ class Sites(Sequence[Site]):
         flow: the connections between the sites; None for a selection, which lacks some sites.
         misses: for each pattern without a match in the graph: where it came closest, and what differs there.
 
-    Example:
+    Examples:
         >>> sites = peftfx.inspect(model)
         >>> [site.path for site in sites.filter(role="mlp.down")]
         ['model.layers.0.mlp.down_proj']
@@ -139,7 +139,7 @@ class Sites(Sequence[Site]):
     def select(self, target: Target) -> list[SelectedSite]:
         """Return the sites that the expression `target` picks; see `peftfx.sites.target`.
 
-        Example:
+        Examples:
             >>> [match.site.role for match in peftfx.inspect(model).select("mlp & ~mlp.down")]
             ['mlp.gate', 'mlp.up']
         """
@@ -166,7 +166,7 @@ class Sites(Sequence[Site]):
     def roles(self) -> Counter[str]:
         """Return how many sites have each role.
 
-        Example:
+        Examples:
             >>> peftfx.inspect(model).roles()["attention.query"]
             1
         """
@@ -178,7 +178,7 @@ class Sites(Sequence[Site]):
         Raises:
             PeftfxError: these are not all sites of a base model, as `peftfx.inspect` gives them.
 
-        Example:
+        Examples:
             >>> network = peftfx.inspect(model).network()
             >>> network.has_edge("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
             True
@@ -267,12 +267,16 @@ def _ranges(rows: tuple[tuple[int, int], ...]) -> str:
     return f"[{shown}{f',+{len(rows) - 2}' if len(rows) > 2 else ''}]"
 
 
-def without_roles(sites: Sites, heads: Collection[str]) -> Sites:
-    """Return sites with their kinds as their roles, because the dataflow between them is not known.
+def without_roles(sites: Sites, lone: Collection[str], heads: Collection[str]) -> Sites:
+    """Return sites of which some have their kinds as their roles, because what flows to and from them is not known.
 
     Args:
         sites: the sites.
+        lone: the paths of these sites.
         heads: the paths of layers that are known to be heads.
     """
-    items = (dataclasses.replace(s, role=HEAD if s.path in heads else s.kind, parts=()) for s in sites)
+    items = (
+        dataclasses.replace(s, role=HEAD if s.path in heads else s.kind, parts=()) if s.path in lone else s
+        for s in sites
+    )
     return dataclasses.replace(sites, items=tuple(items))

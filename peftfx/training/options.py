@@ -42,6 +42,6 @@ class TrainOptions:
         wrong += ["steps"] if self.steps == 0 or self.steps < -1 else []
         wrong += ["save_steps"] if self.save_steps < 0 else []
         if wrong:
-            raise PeftfxError(f"{wrong[0]} is {getattr(self, wrong[0])}", wrong[0], "a number above 0")
+            raise PeftfxError(f"{wrong[0]} cannot be {getattr(self, wrong[0])}", wrong[0], "give a number above 0")
         if not 0 <= self.seed < 2**32:  # what numpy takes
-            raise PeftfxError(f"seed is {shown(self.seed)}", "seed", "a number from 0 to 4294967295")
+            raise PeftfxError(f"seed cannot be {shown(self.seed)}", "seed", "give a number from 0 to 4294967295")

@@ -47,7 +47,7 @@ def silent_trainer() -> Any:
         import accelerate  # noqa: F401
         from transformers import Trainer
     except ImportError as error:
-        what = f"transformers' Trainer cannot be had: {error}"
+        what = f"transformers' Trainer cannot be imported: {error}"
         raise PeftfxError(what, "train", "pip install 'peftfx[train]'") from error
 
     class Silent(Trainer):

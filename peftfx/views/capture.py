@@ -80,7 +80,7 @@ def capture(
         PeftfxError: the model's code cannot be captured (it branches on values, or returns no tensors), or writes into
             its own parameters.
 
-    Example:
+    Examples:
         >>> graph = peftfx.capture(torch.nn.Linear(4, 2), {"input": torch.ones(3, 4)}, axes={"input": ("batch", None)})
         >>> graph.run(torch.ones(5, 4))[0].shape
         torch.Size([5, 2])
@@ -116,9 +116,11 @@ def capture(
         )
 
     graph = with_whole_blocks(on_general_sides(captured, wrapper, tensors))
-    if getattr(call, "without_flow", False):
+    lone: frozenset[str] = getattr(call, "lone", frozenset())
+    if lone:
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        graph.sites = without_roles(graph.sites, [path for path, module in own_modules(model) if module is head])
+        heads = [path for path, module in own_modules(model) if module is head]
+        graph.sites = without_roles(graph.sites, lone, heads)
     fixed = tuple(fixed_sides(graph, getattr(call, "fixed", ())))
     return dataclasses.replace(graph, decisions=(*graph.decisions, *fixed)) if fixed else graph
 

@@ -174,7 +174,7 @@ class VirtualTokens(Entry):
             if isinstance(left_out, int) and left_out == 0:  # it may be a symbol
                 return None
             if isinstance(text, Tensor) and _turned(ids, text):
-                what = "the model's code turns its text before it embeds it, so virtual tokens have no place there"
+                what = "the model's code transposes its text before it embeds it, so virtual tokens have no place there"
                 raise PeftfxError(what, self.embedding, "use a method that acts on weights")
             return pytree.tree_map_only(Tensor, lambda ids: ids[:, left_out:], (args, kwargs))
 

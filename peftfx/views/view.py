@@ -20,7 +20,7 @@ MAY_BE_EMPTY = frozenset({"past"})  #: axes that are empty in the first call of 
 
 
 class _Length(int):
-    """A number of tokens that is known by itself: an equal number of another trial is another one."""
+    """A number of tokens that is compared by identity: a trial of as many tokens can be told from this one."""
 
 
 LONG_TEXT = _Length(36)

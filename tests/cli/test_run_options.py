@@ -127,7 +127,7 @@ class TestTextsAreContinued:
         (("--text", "w5", "--task", "feature-extraction"), ("logits, and no features", "--task feature-extraction")),
         (("--text", "w5", "--task", "fill-mask"), ("no pipeline for this", "mask_token")),
         (("--text", "w5", "--output", "a.png"), ("--output is only for the segments",)),
-        (("--prompt", "w5", "--seed", "9" * 30), ("--seed is 9", "torch does not take")),
+        (("--prompt", "w5", "--seed", "9" * 30), ("--seed is 9", "too large for torch")),
         (("--prompt", "w5", "--seed", "3"), ("--seed has no effect", "--temperature")),
         (("--prompt", "w5", "--chat"), ("the tokenizer has no chat template",)),
     ],

@@ -205,10 +205,10 @@ def test_bad_rows_are_told(text: str, said: str, base: Path, peftfx: Command, tm
 
 def test_bad_options_are_told(base: Path, completions: Path, peftfx: Command, tmp_path: Path) -> None:
     words = ("train", "--base", base, "--data", completions, "--output", tmp_path / "out")
-    assert_refused(peftfx(*words, "--batch-size", 0), "batch_size is 0")
-    assert_refused(peftfx(*words, "--epochs", "nan"), "epochs is nan")
+    assert_refused(peftfx(*words, "--batch-size", 0), "batch_size cannot be 0")
+    assert_refused(peftfx(*words, "--epochs", "nan"), "epochs cannot be nan")
     for seed in (-1, 2**32, 10**20 - 1):
-        assert_refused(peftfx(*words, "--seed", seed), f"seed is {seed}", "from 0 to 4294967295")
+        assert_refused(peftfx(*words, "--seed", seed), f"seed cannot be {seed}", "from 0 to 4294967295")
     assert_refused(peftfx(*words, "--rules", "lorra"), "lorra")
     assert_refused(peftfx(*words, "--max-length", 2), "nothing to learn from")
     other = ("train", "--base", base, "--data", tmp_path / "no", "--output", tmp_path)

@@ -68,6 +68,7 @@ def captured() -> tuple[LlamaForCausalLM, Graph]:
 @pytest.mark.parametrize("name", [n for n in peftfx.__all__ if n in PUBLIC])
 def test_each_public_name_has_an_example(name: str) -> None:
     assert name in EXAMPLES, f"{name} has no example: write one in its docstring"
+    assert "Examples:\n" in EXAMPLES[name]  # the site shows sections of this name as code, and others as text
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -18,6 +18,7 @@ import pytest
 from support.few import but_further
 
 from peftfx.cli.main import main
+from peftfx.method import WeightMethod
 
 ROOT = Path(__file__).parents[2]
 #: Pages whose blocks take longer than those of the first pages that a user reads: left to `pytest -m further`.
@@ -84,6 +85,13 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     return 0
+
+
+def test_the_optional_members_of_a_method_are_there() -> None:
+    rows = re.findall(r"^   \| (`.+?) \| ", (ROOT / "docs" / "writing-a-method.md").read_text(encoding="utf-8"), re.M)
+    named = [name for row in rows for name in re.findall(r"`(\w+)", row)]
+    assert len(named) > 30
+    assert [name for name in named if not hasattr(WeightMethod, name)] == []
 
 
 @pytest.mark.parametrize("document", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda path: path.name)

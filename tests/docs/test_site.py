@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -64,6 +65,12 @@ def test_the_python_page_has_each_public_name() -> None:
     public = set(peftfx.__all__) - set(method_classes()) - {"__version__"}
     assert public - shown == {"testing"}  # its function `check` is shown
     assert "::: peftfx.methods\n" in page  # the classes of methods
+
+
+def test_the_python_page_names_what_is_there() -> None:
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in (line.removeprefix("::: ") for line in page.splitlines() if line.startswith("::: ")):
+        pkgutil.resolve_name(f"peftfx.{name.removeprefix('peftfx.')}")
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def export(captured: Callable[[str], Captured], tmp_path_factory: pytest.TempPat
     return run
 
 
-#: A decoder, an encoder-decoder, an encoder, pictures and a module by hand; the others in `test_export.py`.
+#: A decoder, an encoder-decoder, an encoder, pictures and a module by hand; the others in `test_peft_lora.py`.
 QUICK = frozenset({"gpt2", "t5", "bert", "vit", "custom"})
 
 

@@ -372,7 +372,7 @@ def test_an_error_that_is_larger_than_the_output_is_told(tmp_path: Path, monkeyp
     """Without a bound, the report had the numbers, and there was no message."""
     prepare = stamped.prepare
     monkeypatch.setattr(stamped, "prepare", lambda graph: _negated(prepare(graph)))
-    with pytest.raises(VerificationError, match="beside the rounding of its weights"):
+    with pytest.raises(VerificationError, match="apart from the rounding of its weights"):
         px.export_onnx(ZOO["llama"].build(), tmp_path / "out", view="forward", quantize="int8")
     monkeypatch.setattr(steps.HeldGraph, "hold", lambda _: "")  # as where rounding alone loses so much
     with pytest.warns(PeftfxWarning, match=r"more than its outputs are large \(logits: 2 times\)"):

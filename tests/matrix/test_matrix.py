@@ -1,4 +1,4 @@
-"""Cells of the matrix (`matrix.py`) are what `docs/matrix.md` says. A default run has a few."""
+"""Cells of the matrix (`cells.py`) are what `docs/matrix.md` says. A default run has a few."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -145,9 +145,12 @@ class Optional(Scale):
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
-        (Half, r"Half is no whole method(?s:.*)fold: Base: the adapted weight(?s:.*)default_target: where it acts"),
-        (Nameless, r"Nameless is no whole method(?s:.*)peft_type: its name in files"),
-        (Optional, r"Optional has options \(size\) and is no dataclass"),
+        (
+            Half,
+            r"Half is not a complete method(?s:.*)fold: Base: the adapted weight(?s:.*)default_target: where it acts",
+        ),
+        (Nameless, r"Nameless is not a complete method(?s:.*)peft_type: its name in files"),
+        (Optional, r"Optional has options \(size\) but is not a dataclass"),
     ],
 )
 def test_a_class_that_is_half_done_is_refused_with_what_it_lacks(cls: type[Method], words: str) -> None:
@@ -249,5 +252,19 @@ def test_a_choice_that_there_is_not_and_a_dropout_that_is_no_probability_are_ref
         with pytest.raises(PeftfxError, match=f"unknown choice 'none at all' .{name}"):
             cls(**{**required(cls), name: "none at all"})
     for name in (name for name in kinds if name.endswith("dropout")):
-        with pytest.raises(PeftfxError, match=f"it must be a probability, from 0 to 1, not 1.5 .{name}"):
+        with pytest.raises(PeftfxError, match=f"{name} must be a probability, from 0 to 1, not 1.5 .{name}"):
             cls(**{**required(cls), name: 1.5})
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (lambda: peftfx.VBLoRA(topk=0), r"topk must be 1 or more, not 0 \[topk\]\n  hint: VBLoRA\(topk=2\)"),
+        (lambda: peftfx.Lily(num_B=1), "num_B must be 2 or more, not 1"),
+        (lambda: peftfx.PEANuT(depth=-1), "depth must be 0 or more, not -1"),
+        (lambda: peftfx.C3A(block_size_pattern={"q_proj": 0}), r"block size must be 1 or more, not 0 .*q_proj"),
+    ],
+)
+def test_a_number_below_the_least_is_named_with_its_value(rule: Callable[[], object], expected: str) -> None:
+    with pytest.raises(PeftfxError, match=expected):
+        rule()

@@ -152,7 +152,7 @@ def test_a_model_of_images_and_text_has_it_in_its_language_model(
         ("gpt2", lambda: PromptTuning(prompt_tuning_init="WORDS"), "unknown choice 'WORDS'"),
         ("gpt2", lambda: PromptTuning(prompt_tuning_init="TEXT"), "needs prompt_tuning_init_text"),
         ("gpt2", lambda: [PromptTuning(), PrefixTuning()], "two rules act here"),
-        ("gpt2", lambda: PrefixTuning(num_layers=3), "num_layers 2, not 3"),
+        ("gpt2", lambda: PrefixTuning(num_layers=3), "num_layers=2, not 3"),
         ("deberta", lambda: PrefixTuning(), "keeps no keys and values"),
         ("gpt2", lambda: PrefixTuning(init_weights="one"), "unknown choice 'one'"),
         ("gpt2", lambda: PTuning(encoder_reparameterization_type="GRU"), "unknown choice 'GRU'"),
@@ -210,7 +210,7 @@ def test_virtual_tokens_are_refused_where_the_text_is_embedded_turned(rows: int)
     size = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
     base = hf.XLNetLMHeadModel(hf.XLNetConfig(vocab_size=40, **size)).eval()
     adapted = peftfx.transform(base, PromptTuning(num_virtual_tokens=3))
-    with pytest.raises(PeftfxError, match=r"turns its text before it embeds it.*transformer\.word_embedding"):
+    with pytest.raises(PeftfxError, match=r"transposes its text before it embeds it.*transformer\.word_embedding"):
         adapted(input_ids=torch.arange(6 * rows).view(rows, 6) % 40)
 
 

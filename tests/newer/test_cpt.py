@@ -61,9 +61,10 @@ def test_it_computes_trains_and_saves_as_hf_peft(tmp_path: Path) -> None:
 
 def test_a_call_takes_no_labels_and_tokens_are_the_models() -> None:
     ours = peftfx.transform(copy.deepcopy(BASE), CPT(cpt_token_ids=[3, 4]), inputs=CALL)
-    with pytest.raises(PeftfxError, match="over the labels of its prompt"):
+    with pytest.raises(PeftfxError, match="includes the labels of its prompt"):
         ours(**CALL, labels=LABELS)
-    with pytest.raises(PeftfxError, match="token 99 is not among"):
-        peftfx.transform(copy.deepcopy(BASE), CPT(cpt_token_ids=[99]), inputs=CALL)
+    for wrong in (99, -1):
+        with pytest.raises(PeftfxError, match=f"token {wrong} is not among"):
+            peftfx.transform(copy.deepcopy(BASE), CPT(cpt_token_ids=[3, wrong, 5]), inputs=CALL)
     with pytest.raises(PeftfxError, match="the prompt has 2 tokens, not 1"):
         CPT(cpt_token_ids=[3, 4], cpt_tokens_type_mask=[1])

@@ -141,12 +141,12 @@ def test_tasks_are_rows_of_one_export(name: str, tmp_path: Path) -> None:
     ("given", "told"),
     [
         (None, "the call has none"),
-        (torch.tensor([0, 1, 2, 3]), "there are 3, from 0 to 2"),
-        (torch.tensor([0, -1, 2, 1]), "there are 3, from 0 to 2"),
+        (torch.tensor([0, 1, 2, 3]), "must be from 0 to 2"),
+        (torch.tensor([0, -1, 2, 1]), "must be from 0 to 2"),
         (torch.tensor([0, 1]), "2"),
         (torch.zeros(4), "not one whole number for each row"),
         (torch.zeros(4, 2, dtype=torch.long), "not one whole number for each row"),
-        ("two", "no whole numbers"),
+        ("two", "not whole numbers"),
     ],
 )
 def test_a_wrong_task_is_refused(given: object, told: str) -> None:

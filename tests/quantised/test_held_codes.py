@@ -79,9 +79,9 @@ def _spoil(fault: Callable[[ir.Model], None], monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        (_swapped, "beside the rounding of its weights"),
+        (_swapped, "apart from the rounding of its weights"),
         (_exchanged, "stand for another weight"),
-        (_larger, "beside the rounding of its weights"),
+        (_larger, "apart from the rounding of its weights"),
     ],
 )
 def test_a_fault_in_one_layer_is_seen(
@@ -160,9 +160,9 @@ def _doubled(model: ir.Model) -> None:
 @pytest.mark.parametrize(
     ("model_type", "half", "fault", "told"),
     [
-        ("bert", True, _dropped, "beside the rounding of its weights, without rounding to half precision"),
+        ("bert", True, _dropped, "apart from the rounding of its weights, without rounding to half precision"),
         ("bert", False, _doubled, r"^1 blocks of .* are further from the weight than rounding leaves them"),
-        pytest.param("qwen3_moe", False, _dropped, "beside the rounding", marks=pytest.mark.further),
+        pytest.param("qwen3_moe", False, _dropped, "apart from the rounding", marks=pytest.mark.further),
         pytest.param("qwen3_moe", True, _doubled, "^1 blocks of ", marks=pytest.mark.further),
     ],
 )

@@ -18,10 +18,10 @@ from peftfx.serving.runs.asked import Asked
 @pytest.mark.parametrize(
     ("given", "what", "hint"),
     [
-        ({"top": 0}, "--top is 0", "1 or more"),
-        ({"max_new_tokens": 0}, "--max-new-tokens is 0", "1 or more"),
-        ({"temperature": -0.5}, "--temperature is -0.5", "0 or more"),
-        ({"temperature": float("nan")}, "--temperature is nan", "0 or more"),
+        ({"top": 0}, "--top must be 1 or more, not 0", "1 or more"),
+        ({"max_new_tokens": 0}, "--max-new-tokens must be 1 or more, not 0", "1 or more"),
+        ({"temperature": -0.5}, "--temperature must be 0 or more, not -0.5", "0 or more"),
+        ({"temperature": float("nan")}, "--temperature must be 0 or more, not nan", "0 or more"),
         ({"save": Path("rows.txt")}, "--save writes a .npy file", "rows.npy"),
         ({"output": Path("segments.jpg")}, "--output writes a .png file", "segments.png"),
         ({"output": Path("nowhere/segments.png")}, "folder that does not exist", "make the folder first"),

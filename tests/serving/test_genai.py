@@ -15,7 +15,7 @@ from support.zoo import ZOO
 
 import peftfx
 from peftfx import runtime
-from peftfx.caches.held import Held
+from peftfx.caches.held import Held, KeptTensor
 from peftfx.contract.method import Method
 from peftfx.export.deployment.genai_config import GENAI_CONFIG, write_genai_config
 from peftfx.views.decode import Decode
@@ -96,7 +96,8 @@ def genai_tokens(directory: Path, given: torch.Tensor) -> torch.Tensor:
 
 def test_a_cache_that_genai_has_no_words_for_gets_no_config(tmp_path: Path) -> None:
     config = ZOO["llama"].make().config
-    narrow, wide = (Held.keys_and_values(2, 8, width, torch.float32) for width in (8, 16))
+    key, *values = (KeptTensor(n, (2, None, w), torch.float32) for n, w in (("key", 8), ("value", 8), ("value", 16)))
+    narrow, wide = (Held((key, value)) for value in values)
     assert "one number for all" in write_genai_config(tmp_path, config, Decode((narrow, wide), positions=True))
     assert "one number for all" in write_genai_config(tmp_path, config, Decode((wide, wide), positions=True))
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Which models of the zoo a default run tries in the tests that are not the first proof of a model.
 
-`test_sites.py` has every model in every run, `test_export.py` all but those that are alike; `pytest -m slow` the rest.
+`test_sites.py` has every model in every run, `test_peft_lora.py` all but those that are alike; `pytest -m slow` the
+rest.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def test_an_adapter_of_two_rules_has_no_config_to_ask_for() -> None:
 
 def test_no_adapter_is_called_by_the_name_for_none() -> None:
     ours = peftfx.transform(llama(), peftfx.LoRA(r=2))
-    with pytest.raises(PeftfxError, match="stands for no adapter"):
+    with pytest.raises(PeftfxError, match="in adapter_names it means no adapter"):
         ours.add_adapter("__base__", peftfx.LoRA(r=2))
 
 

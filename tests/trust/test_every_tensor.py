@@ -287,19 +287,38 @@ class Pooling(nn.Module):
         return found if pooled else hidden
 
 
-def test_what_a_call_runs_and_uses_nothing_of_is_told_and_saved_again(tmp_path: Path) -> None:
+def test_what_a_call_runs_and_uses_nothing_of_acts_where_another_call_uses_it(tmp_path: Path) -> None:
+    base, x = Pooling().eval(), torch.randn(3, SIZE)
+    theirs = saved(base, tmp_path / "theirs", "body", "pooler")
+    ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": x})
+    assert ours.road == "modules"
+    for pooled in (False, True):
+        torch.testing.assert_close(ours(x=x, pooled=pooled), theirs(x=x, pooled=pooled))
+    report = ours.export(tmp_path / "out")
+    assert report.tensors["not run here"] == 2
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_files(tmp_path)
+    want = theirs.merge_and_unload()(x=x, pooled=True)
+    torch.testing.assert_close(ours.merge_and_unload()(x=x, pooled=True), want)
+
+
+def test_what_a_graph_runs_and_uses_nothing_of_is_told_and_saved_again(tmp_path: Path) -> None:
     base, x = Pooling().eval(), torch.randn(3, SIZE)
     theirs = saved(base, tmp_path / "theirs", "body", "pooler")
     with pytest.warns(UserWarning, match=r"this call uses nothing of the modules of .*pooler"):
-        ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": x})
+        ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": x}, road="graph")
     torch.testing.assert_close(ours(x=x), theirs(x=x))
     ours.export(tmp_path / "out")
     ours.save_pretrained(tmp_path / "ours")
-    want, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert_same_files(tmp_path)
+    with pytest.raises(PeftfxError, match=r"this call uses the outputs of 1 modules.*pooler"):
+        ours(x=x, pooled=True)
+
+
+def assert_same_files(folder: Path) -> None:
+    want, got = (load_file(folder / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
     assert want.keys() == got.keys()
     assert all(torch.equal(want[key], got[key]) for key in want)
-    with pytest.raises(PeftfxError, match=r"this call uses what 1 modules compute.*pooler"):
-        ours(x=x, pooled=True)
 
 
 def test_tensors_left_out_of_a_module_whose_output_counts_are_named(
@@ -308,9 +327,9 @@ def test_tensors_left_out_of_a_module_whose_output_counts_are_named(
     base, x = Pooling().eval(), torch.randn(3, SIZE)
     saved(base, tmp_path / "theirs", "body", "pooler")
     with pytest.warns(UserWarning, match="uses nothing"):
-        ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": x})
+        ours = peftfx.load(base, tmp_path / "theirs", inputs={"x": x}, road="graph")
     monkeypatch.setattr(Pooling, "forward", lambda self, x: (h := self.body(x)) + self.pooler(h))
-    with pytest.raises(VerificationError, match=r"nothing was done at.*pooler"):
+    with pytest.raises(VerificationError, match=r"modules that run, but the reference adapts none of them.*pooler"):
         ours.export(tmp_path / "out")
 
 

@@ -89,7 +89,7 @@ def test_what_the_graphs_do_not_take_is_refused(tmp_path: Path) -> None:
         served.generate(**other, **OPTIONS)
     plain = {name: given[name] for name in ("input_ids", "pixel_values_videos", "video_grid_thw")}
     plain["position_ids"] = torch.zeros(4, *plain["input_ids"].shape, dtype=torch.long)
-    with pytest.raises(PeftfxError, match=r"the patches of 2 slices, and video_grid_thw \[\[3, 8, 8\]\] tells of 3"):
+    with pytest.raises(PeftfxError, match=r"the patches of 2 slices, but video_grid_thw \[\[3, 8, 8\]\] counts 3"):
         served(**{**plain, "video_grid_thw": torch.tensor([[3, 8, 8]])})
     fewer = {"pixel_values_videos": plain["pixel_values_videos"][:64], "video_grid_thw": torch.tensor([[1, 8, 8]])}
     with pytest.raises(PeftfxError, match="the text has 32 video tokens, and its videos 16 pieces"):

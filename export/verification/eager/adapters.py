@@ -51,9 +51,9 @@ def applied(
     Args:
         base: an eager module. It is restored afterwards.
         adapters: the adapters, in the order in which they act. Soft prompts do not act at modules: see
-            `eager_reference.py`.
-        feed: the inputs of the call, for adapters that act only after an invocation in the text.
+            `reference.py`.
         whole: the paths of modules whose weight is changed for the whole call, because it is also read elsewhere.
+        feed: the inputs of the call, for adapters that act only after an invocation in the text.
     """
     steps: dict[str, list[AdapterStep]] = {}
     for adapter in adapters:

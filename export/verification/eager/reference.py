@@ -137,7 +137,7 @@ def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:
             if path not in acting and not any(f".{path}." in f".{n}" for n in repeats)
         )
         if lost:
-            what = f"the adapter's file has tensors for {len(lost)} modules that run, and that nothing was done at"
+            what = f"the file has tensors for {len(lost)} modules that run, but the reference adapts none of them"
             raise VerificationError(what, ", ".join(lost[:3]), "report this model, or leave these modules out")
 
 

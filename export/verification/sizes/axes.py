@@ -25,7 +25,8 @@ def refuse_other_inputs(model: OnnxModel, graph: Graph) -> None:
     fixed = [spec for spec in graph.inputs if spec.name not in model.slots]
     wrong = [f"{spec} is {list(axes.get(spec.name, ()))}" for spec in fixed if axes.get(spec.name) != spec.shape]
     if wrong:
-        raise VerificationError(f"the model's inputs are not the graph's: {'; '.join(wrong)}", str(model.path))
+        what = f"the ONNX model's inputs differ from the graph's: {'; '.join(wrong)}"
+        raise VerificationError(what, str(model.path), "export it again")
 
 
 def refuse_other_sizes(model: OnnxModel, feed: Tensors, got: Tensors) -> None:
@@ -41,4 +42,4 @@ def refuse_other_sizes(model: OnnxModel, feed: Tensors, got: Tensors) -> None:
         told = [axis if isinstance(axis, int) else sizes.get(axis) for axis in axes[name]]
         if len(told) != len(given) or any(size not in (None, own) for size, own in zip(told, given, strict=True)):
             what = f"the model declares {name} {list(axes[name])}, and what it gives is {given}"
-            raise VerificationError(what, str(model.path))
+            raise VerificationError(what, str(model.path), "report this model")

@@ -131,22 +131,16 @@ def find_sizes(trial: Trial, *, allow_fixed: bool) -> Sizes:
             continue
         around = [trial.whole(sizes) for sizes in condition.tried()]
         tried = _try(trial, condition, around, answer)
-        why = _verdict([found for _, found in tried])
+        why = _verdict(tried)
         if why == BRANCHES and trial.is_of_long_texts(condition):
             why = LONGER
         told = trial.is_of_images(condition) or trial.is_of_most_sounds(condition)
         if why == BRANCHES and not allow_fixed and not told:
-            wrong = [sizes for sizes, found in tried if found == BRANCHES]
+            shared += [(condition, sizes) for sizes in _wrong_with_others(trial, condition, tried)]
             tried = [(sizes, found) for sizes, found in tried if found != BRANCHES]
-            if not tried or not all(_broken_beside(condition, trial.graph.conditions, sizes) for sizes in wrong):
-                raise _refused(condition, condition in trial.graph.filled)
-            shared += [(condition, sizes) for sizes in wrong]
-            why = _verdict([found for _, found in tried])
+            why = _verdict(tried)
         limits += [Limit(condition, why)] if why else []
-        if not condition.edge:  # a size of 1 is always verified
-            probes += [sizes for sizes, found in tried if found == SAME][:1]
-            takes_all = all(found != TAKES_NO_OTHER for _, found in tried)
-            probes += [sizes for sizes in _last(condition, around) if takes_all or trial.takes(sizes)]
+        probes += _near_the_bound(trial, condition, around, tried)
     found = Sizes(tuple(limits))
     for condition, sizes in shared:
         if found.allow(sizes):  # no other condition was refused, or is told, for these
@@ -183,6 +177,30 @@ def _try(
     return tried
 
 
+def _wrong_with_others(trial: Trial, condition: Condition, tried: Sequence[tuple[Sized, str]]) -> list[Sized]:
+    """Return the sizes at which the graph is wrong, if at each of them another condition does not hold either.
+
+    Raises:
+        PeftfxError: the condition alone does not hold at one of them, or the graph is right at none of the sizes.
+    """
+    wrong = [sizes for sizes, found in tried if found == BRANCHES]
+    others = trial.graph.conditions
+    if len(wrong) == len(tried) or not all(_broken_beside(condition, others, sizes) for sizes in wrong):
+        raise _refused(condition, condition in trial.graph.filled)
+    return wrong
+
+
+def _near_the_bound(
+    trial: Trial, condition: Condition, around: Sequence[Sized], tried: Sequence[tuple[Sized, str]]
+) -> Iterator[Sized]:
+    """Yield sizes on both sides of a condition at which the export has to be right."""
+    if condition.edge:  # a size of 1 is always verified
+        return
+    yield from [sizes for sizes, found in tried if found == SAME][:1]
+    takes_all = all(found != TAKES_NO_OTHER for _, found in tried)
+    yield from (sizes for sizes in _last(condition, around) if takes_all or trial.takes(sizes))
+
+
 def _refused(condition: Condition, first: bool) -> PeftfxError:
     """Return the error for a condition that divides the calls that a model takes; `first` divides off a first call."""
     if not first:
@@ -198,7 +216,9 @@ def _broken_beside(condition: Condition, conditions: Sequence[Condition], sizes:
     return any(not other.met(sizes) for other in others)
 
 
-def _verdict(answers: Sequence[str]) -> str:
+def _verdict(tried: Sequence[tuple[Sized, str]]) -> str:
+    """Return why a condition has to hold, by what was found at sizes for which it does not; empty if it need not."""
+    answers = [found for _, found in tried]
     if not answers:
         return UNTRIED
     why = next((why for why in (BRANCHES, DECLARES, SAME, TAKES_NO_OTHER) if why in answers), _UNREACHED)

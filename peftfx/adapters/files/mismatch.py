@@ -62,18 +62,29 @@ def refuse_mismatch(
     if not any(lists.values()):
         return
     lines = [f"{_count(what, items, homeless)} {what}: {_listed(items)}" for what, items in lists.items() if items]
-    hint = "load it on the model that it was trained on (the same size, the same number of labels and of tokens)"
-    if odd:
-        hint = next(iter(odd.values()))
-    elif any(path.endswith(".base_layer") for path in modules):
-        hint = "this model has layers of peft in it: load the file onto the model without them"
-    elif homeless and not unexpected:
-        hint = "merge the adapter into the base with HF PEFT; or, in Python, pass inputs= of a call that runs them"
-    elif unexpected and len(unexpected) < len(weights.names):  # a file of which nothing fits is of another model
-        hint = nearest(module_of(unexpected[0]), modules) or hint
-    elif not unexpected:
-        hint = other_tokens() or hint
+    some_fit = len(unexpected) < len(weights.names)  # a file of which nothing fits is of another model
+    hint = (
+        next(iter(odd.values()), "")
+        or _told_of_modules(modules, homeless=bool(homeless) and not unexpected)
+        or (nearest(module_of(unexpected[0]), modules) if unexpected and some_fit else "")
+        or ("" if unexpected else other_tokens())
+        or "load it on the model that it was trained on (the same size, the same number of labels and of tokens)"
+    )
     raise PeftfxError("this adapter does not fit the model:\n  " + "\n  ".join(lines), str(where), hint)
+
+
+def _told_of_modules(modules: Collection[str], *, homeless: bool) -> str:
+    """Return what to do about the model's modules; empty for others.
+
+    Args:
+        modules: the paths of the modules.
+        homeless: whether all that does not fit is of modules that cannot be adapted.
+    """
+    if any(path.endswith(".base_layer") for path in modules):
+        return "this model has layers of peft in it: load the file onto the model without them"
+    if homeless:
+        return "merge the adapter into the base with HF PEFT; or, in Python, pass inputs= of a call that runs them"
+    return ""
 
 
 def _told_of_state(name: str, path: str, modules: Collection[str]) -> str:

@@ -50,7 +50,7 @@ def read_into(adapter: Adapter, directory: Path, base: nn.Module, sites: Sites) 
         PeftfxError: the two adapters differ in places, ranks, scales or other options.
     """
     if swap_file(base, sites, adapter, directory) is not adapter:
-        what = "there is an adapter of this name, and this one has other ranks, scales or places"
+        what = "an adapter of this name is loaded already, and this file has other ranks, scales or places"
         hint = "load it under another name; or put it in the other one's place: peftfx.hotswap_adapter"
         raise PeftfxError(what, str(directory), hint)
 

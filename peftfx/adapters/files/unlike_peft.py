@@ -86,7 +86,7 @@ def warn_of_bare_keys(weights: Weights, method: Method, placements: Sequence[Pla
     bare = [key for name, key in weights.names.items() if prefix and name == key and key not in shared]
     if bare:
         why = "HF PEFT would not load these tensors, and here they act"
-        warn(f"{weights.path}: no {prefix!r} ahead of {listed(bare, 1)}: {why}")
+        warn(f"{weights.path}: keys do not begin with {prefix!r}: {listed(bare, 1)}. {why}")
 
 
 @contextmanager

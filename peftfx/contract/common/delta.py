@@ -74,9 +74,9 @@ class LycorisMethod(DeltaMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_ranks(self.r, self.rank_pattern, type(self).__name__)
-        if self.rank_dropout == 1:  # what is left is scaled up, and that is nothing
+        if self.rank_dropout == 1:  # the rows that are kept are scaled up, and none would be kept
             hint = f"{type(self).__name__}(rank_dropout=0.05)"
-            raise PeftfxError("it must be below 1: no row of the update would be left", "rank_dropout", hint)
+            raise PeftfxError("rank_dropout must be below 1: no row of the update would be left", "rank_dropout", hint)
 
     @property
     def scaling(self) -> float:

@@ -1,4 +1,4 @@
-"""What methods of low-rank updates share: the product of two factors, sums of updates, and checks of options."""
+"""What methods of low-rank updates share: the product of two factors, and sums of updates."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def summed(
 def _cut(site: Site, how: Combination, weights: Sequence[float], updates: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     if site.kind == EXPERTS or site.groups > 1:
         kind = "stacks of experts" if site.kind == EXPERTS else "convs of several groups"
-        raise PeftfxError(f"updates of {kind} are not cut to a rank", site.path, "combination_type='cat'")
+        raise PeftfxError(f"updates of {kind} cannot be cut to a rank", site.path, "combination_type='cat'")
     merged = how.merge(weights, updates)
     a, b = how.cut(merged.T if site.kind == "embedding" else merged.flatten(1))
     return (

@@ -26,7 +26,7 @@ class PrefixMethod(SequenceMethod):
         sizes = {"num_layers": layers, "num_attention_heads": heads, "token_dim": heads * features}
         for name, size in sizes.items():
             if getattr(self, name) not in (None, size):
-                what = f"the model keeps keys and values of {name} {size}, not {getattr(self, name)}"
+                what = f"the keys and values of the model have {name}={size}, not {getattr(self, name)}"
                 raise PeftfxError(what, name, f"leave {name} out")
         return dataclasses.replace(
             self,

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
+from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.method import Base
 from peftfx.contract.weight import WeightMethod
-from peftfx.errors import PeftfxError
 from peftfx.sites.site import Site
 
 
@@ -48,9 +48,7 @@ class RandomBasesMethod(WeightMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r < 1:
-            name = type(self).__name__
-            raise PeftfxError(f"the rank must be 1 or more, not {self.r}", "r", f"{name}(r={type(self).r})")
+        refuse_below(1, self, "r")
 
     @property
     def neutral(self) -> bool:

@@ -76,7 +76,7 @@ class SpectralMethod(DeltaMethod):
         """
         out, inner = shape
         if self.n_frequency > out * inner:
-            what = f"{self.n_frequency} coefficients of a weight of {out} x {inner}"
+            what = f"n_frequency={self.n_frequency} is more than the elements of a weight of {out} x {inner}"
             hint = f"n_frequency={out * inner} or less, in n_frequency_pattern for it alone"
             raise PeftfxError(what, where, hint)
         own = torch.Generator().manual_seed(self.random_loc_seed)

@@ -30,7 +30,7 @@ def clusters(rows: Tensor, count: int, where: str) -> tuple[Tensor, ...]:
     made = tuple(torch.where(found == i)[0] for i in range(count))
     if not all(map(len, made)):
         what = f"the weight's rows make {sum(map(bool, map(len, made)))} clusters, not {count}"
-        raise PeftfxError(what, where, "num_subspaces= less")
+        raise PeftfxError(what, where, "give a smaller num_subspaces")
     return made
 
 

@@ -11,7 +11,7 @@ from peftfx.graph.written import Memory, memory_of, memory_of_tensor
 
 
 def refuse_views(call: LayerCall, exits: Sequence[object]) -> None:
-    """Refuse a layer that gives a view of another result, or of what it was given: a copy's result would be none.
+    """Refuse a layer that returns a view of another result or of an argument: a copied layer's would be no view.
 
     Raises:
         Unknown: it does.

@@ -71,7 +71,7 @@ class known_values(TorchFunctionMode):
         if all(known) if tensors else _makes_numbers(func, leaves, named):
             return self._at_once(func, args, named)
         if any(known) and _writes(func, named) and id(tensors[0]) in self._known:
-            what = "the model's code writes a computed value into a tensor of an image's sizes"
+            what = "the model's code writes a computed value into a tensor that holds the sizes of images"
             raise PeftfxError(what, getattr(func, "__name__", str(func)), "export its text alone")
         if func is Tensor.__getitem__:
             args = (args[0], self._by_numbers(args[1]))

@@ -22,7 +22,8 @@ from peftfx.graph.capturing.described_values import HOOKS, PARTS_OF_MODULES, Des
 from peftfx.graph.capturing.layer_numbers import NUMBERS, ModulesOf, is_place
 
 _TRIALS = 4  #: the most layers of a kind that are run to find two that leave the same
-NOTES = "_notes_of_the_model"  #: attribute of a tensor that stands for one of the model's: what is set on the model's
+#: The attribute by which a tensor that stands for one of the model's has all attributes that code set on the model's.
+NOTES = "_notes_of_the_model"
 _FEWEST = 3  #: the fewest layers of one class for which copies can save time
 
 

@@ -43,9 +43,10 @@ def _broadcast(function: Mask) -> Mask:
 
 
 def _unneeded(decide: Callable[..., bool]) -> Callable[..., bool]:
-    """What transformers decides, but for its mask of nothing in captures: it exists for masks with values to look at.
+    """Return transformers' decision whether a mask is unneeded, but without a padding mask it always is.
 
-    Such a mask is more than a cost: Informer's cross attention has it made for the wrong number of keys.
+    In captures transformers always makes a mask, because the values of a padding mask cannot be read there. A mask that
+    hides nothing is more than a cost: Informer's cross attention has it made for the wrong number of keys.
     """
 
     def unneeded(padding_mask: Tensor | None, kv_length: int, local_attention_size: int | None = None) -> bool:

@@ -28,7 +28,8 @@ def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
     """
     if read := sorted(adapter.unread & {*sites.reads, *(site.path for site in sites)}):
         what = (
-            f"this call uses what {len(read)} modules compute whose tensors were left out: no call had used any of it"
+            f"this call uses the outputs of {len(read)} modules whose tensors were left out of the adapter, because no "
+            "call had used these outputs"
         )
         hint = "load the adapter with inputs= of a call that uses them"
         raise PeftfxError(what, ", ".join(read[:4]), hint)

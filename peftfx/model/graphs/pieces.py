@@ -141,6 +141,11 @@ def _pieces(graph: Graph, parts: Sequence[Sequence[fx.Node]], output: fx.Node, e
     last = len(parts) - 1
     returned = set(output.all_input_nodes)
     holders = dict(graph.module.named_children())
+
+    def last_reader(node: fx.Node) -> int:
+        """Return the number of the last part that reads a node's value; of a value that is returned, one more."""
+        return max((where.get(user, len(parts)) for user in node.users), default=-1)
+
     for number, part in enumerate(parts):
         own = set(part)
         read = dict.fromkeys(node for user in part for node in user.all_input_nodes if node not in own)
@@ -148,14 +153,13 @@ def _pieces(graph: Graph, parts: Sequence[Sequence[fx.Node]], output: fx.Node, e
         inputs = [node for node in read if node.op != "get_attr"]
         if number == last:
             attributes += [node for node in returned if node.op == "get_attr" and node not in read]
-        outputs = [n for n in part if n in returned or any(where.get(user, last) > number for user in n.users)]
+        outputs = [node for node in part if last_reader(node) > number]
         outputs += [node for node in attributes if node in returned and number == last]
-        done = (n for n in inputs if n not in returned and all(where.get(user, last) <= number for user in n.users))
         module = link(program_of(inputs, [*attributes, *part], outputs), holders)
         again = number < last and number % every == 0 and not any(_runs_once(node, graph) for node in part)
         yield Piece(
             *(module.forward, tuple(n.name for n in inputs), tuple(n.name for n in outputs)),
-            dropped=frozenset(n.name for n in done),
+            dropped=frozenset(n.name for n in inputs if last_reader(n) <= number),
             layer=again,
         )
 

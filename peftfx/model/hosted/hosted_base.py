@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self
@@ -27,6 +27,7 @@ from peftfx.model.trainers.seen_by_trainers import SeenByTrainers
 from peftfx.patterns.pattern import version
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
+from peftfx.views.finding.of_sites.layers import LoneLayers, Widened, lone_call
 from peftfx.views.view import View
 
 ROADS = ("modules", "graph")
@@ -69,8 +70,10 @@ class HostedBase(SeenByTrainers):
         self.training = base.training
 
     @abstractmethod
-    def graph(self, *, adapted: bool = True, view: str | View = "forward") -> Graph:
-        """Return the graph of an example call in a view."""
+    def graph(
+        self, inputs: Mapping[str, object] | None = None, *, adapted: bool = True, view: str | View = "forward"
+    ) -> Graph:
+        """Return the graph of a call in a view, by default of an example call."""
 
     def whole_graph(self, *, adapted: bool = True) -> Graph:
         """Return the graph of an example call that runs all of the base; its forward alone may not be captured.
@@ -78,7 +81,33 @@ class HostedBase(SeenByTrainers):
         Args:
             adapted: whether the active adapters act in it.
         """
-        return self.graph(adapted=adapted, view=self.whole)
+        whole, inputs = self.whole, None
+        if isinstance(whole, Widened) and whole.view is None:
+            inputs = {**self.example, **whole.inputs(self.source)}
+        return self.graph(inputs, adapted=adapted, view=whole)
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """The paths of the layers with sites that the example call does not run, or whose results it does not use."""
+        return self.whole.lone if isinstance(self.whole, Widened) else frozenset()
+
+    def widen(self, paths: Iterable[str]) -> None:
+        """Let adapters act at torch's own layers that the example call does not run, or whose results it does not use.
+
+        Each of them is captured by itself, beside the call. On the graph road nothing changes.
+
+        Args:
+            paths: the layers' paths.
+        """
+        found = (lone_call(self.source.get_submodule(path), path) for path in paths)
+        calls = tuple(call for call in found if call is not None)
+        if not calls or self.wanted == "graph":
+            return
+        if isinstance(self.whole, LoneLayers):
+            self.whole = replace(self.whole, calls=(*self.whole.calls, *calls))
+        else:
+            self.whole = Widened(calls, self.graphs.view(self.whole) if isinstance(self.whole, str) else self.whole)
+        self._sites = None
 
     @abstractmethod
     def run_other(self, call: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:

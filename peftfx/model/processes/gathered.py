@@ -47,7 +47,8 @@ def refuse_graph(model: nn.Module, obstacle: str, *, hosted: bool) -> None:
         PeftfxError: the model is sharded.
     """
     if is_sharded(model):
-        what = f"each process has a part of this model's weights, and calls run a graph, which gathers none: {obstacle}"
+        graph = f"calls run a graph, which cannot gather them: {obstacle}"
+        what = f"each process has a part of this model's weights, and {graph}"
         if hosted:
             raise PeftfxError(what, "road", 'take the other road: peftfx.transform(..., road="modules")')
         raise PeftfxError(what, "road", "adapt places that modules can host, or train under DDP")

@@ -16,7 +16,7 @@ from peftfx.model.adapted import AdaptedModel
 class RankAllocation(TrainerCallback):
     """A callback that calls `update_and_allocate` in each step of `transformers.Trainer` (`callbacks=`).
 
-    Example:
+    Examples:
         >>> adapted = peftfx.transform(model, peftfx.AdaLoRA(init_r=12, target_r=8, total_step=1000))
         >>> callbacks = [peftfx.RankAllocation()]  # for `Trainer(model=adapted, callbacks=callbacks, ...)`
     """
@@ -34,7 +34,7 @@ class AdapterInCheckpoints(TrainerCallback):
     `Trainer` writes of an adapted model its tensors alone, from which it resumes. With this callback a checkpoint is
     also a directory of HF PEFT, as that of a `PeftModel` is: `peftfx.load`, `peft` and `peftfx export` read it.
 
-    Example:
+    Examples:
         >>> callbacks = [peftfx.AdapterInCheckpoints()]  # for `Trainer(model=adapted, callbacks=callbacks, ...)`
     """
 
@@ -58,7 +58,7 @@ class AdapterInCheckpoints(TrainerCallback):
 class MemoryInLogs(TrainerCallback):
     """A callback that adds `peak_memory_gb` to what `transformers.Trainer` logs and prints (`callbacks=`).
 
-    Example:
+    Examples:
         >>> callbacks = [peftfx.MemoryInLogs()]  # for `Trainer(model=adapted, callbacks=callbacks, ...)`
     """
 

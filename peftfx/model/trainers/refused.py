@@ -11,11 +11,11 @@ from peftfx.views.prefix import Prefix, no_checkpointing
 def refuse_options(model: AdaptersByName, args: object) -> None:
     """Refuse what would end a trainer's training later: at the first step, or at the first renewal.
 
-    That are options, and a forward which the trainer has set on the model, and which passes its adapters by.
+    These are options, and a forward that the trainer has set on the model and that does not run its adapters.
 
     Args:
         model: the adapted model.
-        args: the trainer's arguments; anything else is passed over.
+        args: the trainer's arguments; anything else is ignored.
 
     Raises:
         PeftfxError: one of these options is on, or an adapter would be skipped.

@@ -42,7 +42,7 @@ class TunerOfPeft:
     Args:
         inner: the base's own `base_model`, or the base if it has none.
         adapted: the adapted model.
-        allocates: whether an adapter gives out ranks.
+        allocates: whether `update_and_allocate` changes an adapter, as of AdaLoRA.
     """
 
     def __init__(self, inner: nn.Module, adapted: nn.Module, *, allocates: bool) -> None:

@@ -107,9 +107,11 @@ class Asked:
         }
         for flag, (value, fewest) in least.items():
             if value is not None and not value >= fewest:
-                raise PeftfxError(f"{flag} is {value}", flag, f"give {fewest} or more")
+                raise PeftfxError(f"{flag} must be {fewest} or more, not {value}", flag, f"give {fewest} or more")
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            raise PeftfxError(f"--seed is {shown(self.seed)}, which torch does not take", "--seed", "give fewer digits")
+            raise PeftfxError(
+                f"--seed is {shown(self.seed)}, which is too large for torch", "--seed", "give fewer digits"
+            )
         if self.seed is not None and not self.temperature:
             what = "--seed has no effect here: without a temperature the most likely token is taken"
             raise PeftfxError(what, "--seed", "pass --temperature too, or leave it out")

@@ -21,6 +21,8 @@ from peftfx.views.entry import Entry, EntryCall
 #: torch's text about an output of a class that it does not know. The class is named with its module.
 _UNKNOWN = re.compile(r"Found <class '(?:[^']*\.)?([^.']+)'> in output, which is not a known type")
 
+_REPORT = "see `__cause__` for torch.export's own report"
+
 
 def capture_error(
     model: nn.Module, error: BaseException, entry: Entry | None, call: EntryCall, given: Collection[str]
@@ -40,19 +42,13 @@ def capture_error(
         return CaptureError(
             f"cannot capture this model: {what} ({raised})", type(model).__name__, "use the forward view"
         )
-    why, hint, line = first_line(error), "see `__cause__` for torch.export's own report", line_of(error, model)
+    why, hint, line = first_line(error), _REPORT, line_of(error, model)
     if isinstance(error, TypeError) and "unhashable" in str(error) and "SymInt" in str(error):
         why = "its code has a size, or a number in a tensor, as a key of a dict or in a set"
         hint = "compute anew what is kept by such a key; `__cause__` is torch.export's own report"
     elif "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         why = "its code branches on the values of a tensor"
-        hint = "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
-        if getattr(call, "inputs", None) is None and reads_sized_images(model):
-            hint = SIZED
-        elif getattr(call, "inputs", None) is None and _lacks_processor(model) and not _has_folder(model):
-            hint = _FOLDER
-        if _loops_over_experts(model):
-            hint = "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
+        hint = _how_to_avoid_the_branch(model, call)
     elif type(error).__name__ in ("DataDependentOutputException", "DynamicOutputShapeException"):
         why = f"its code runs {error}, whose result, or its size, follows from the values of a tensor"
         hint = "compute it outside of the model, or pass arguments or a config that avoid it"
@@ -76,18 +72,43 @@ def capture_error(
         why = f"its forward takes *{nameless}, whose values have no names, and a graph's inputs have names"
         hint, line = "write a forward with an argument for each of them", ""
     elif str(error).strip():
+        hint = _what_is_lacking(model, error, call, given) or _REPORT
         line = "" if said_by(error, "raise") else line  # the code says itself what is wrong
-        if getattr(call, "inputs", None) is None and _lacks_processor(model):
-            hint = (_PROCESSOR if reads_images(model) else _FILES) if _has_folder(model) else _FOLDER
-        elif lacking := _lacking(model, given, f"{error} {line_of(error, model)}"):
-            files = "" if lacking in RECORDINGS else f"; or {_FILES}"
-            hint = f"this call has no {lacking}: in Python, pass inputs= of a call that has{files}"
-        if lacks_padding(model) and "padding" in str(error):
-            hint = "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
     elif isinstance(error, AssertionError) and (asserted := said_by(error, "assert")):
         why, line = f"its code asserts `{asserted}`", raised_at(error)
     what = "cannot capture this model" if entry is None else "cannot capture this model under a soft prompt"
     return CaptureError(f"{what}: {why}{', at ' if line else ''}{line}", type(model).__name__, hint)
+
+
+def _how_to_avoid_the_branch(model: nn.Module, call: EntryCall) -> str:
+    """Return what to do about code that branches on the values of a tensor."""
+    if _loops_over_experts(model):
+        return "its code loops over the chosen experts: call model.set_experts_implementation('grouped_mm')"
+    if _is_forward(call) and reads_sized_images(model):
+        return SIZED
+    if _is_forward(call) and _lacks_processor(model) and not _has_folder(model):
+        return _FOLDER
+    return "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
+
+
+def _what_is_lacking(model: nn.Module, error: BaseException, call: EntryCall, given: Collection[str]) -> str:
+    """Return what to do if a call or the model's config lacks something that the code needs; empty if that is unknown.
+
+    The arguments are those of `capture_error`.
+    """
+    if lacks_padding(model) and "padding" in str(error):
+        return "name the token that pads texts: model.config.pad_token_id = tokenizer.pad_token_id, or eos_token_id"
+    if _is_forward(call) and _lacks_processor(model):
+        return (_PROCESSOR if reads_images(model) else _FILES) if _has_folder(model) else _FOLDER
+    if lacking := _lacking(model, given, f"{error} {line_of(error, model)}"):
+        files = "" if lacking in RECORDINGS else f"; or {_FILES}"
+        return f"this call has no {lacking}: in Python, pass inputs= of a call that has{files}"
+    return ""
+
+
+def _is_forward(call: EntryCall) -> bool:
+    """Return whether a call is of the model's forward, and not of a view with inputs of its own."""
+    return getattr(call, "inputs", None) is None
 
 
 _FILES = "copy the files of its processor (preprocessor_config.json) into its folder"

@@ -28,9 +28,9 @@ _HIGHER, _WIDER = ((2, 1), (0.5, 1)), ((1, 2), (1, 0.5))
 def free_images(axes: Axes, model: nn.Module, inputs: Mapping[str, object] | None = None) -> Axes:
     """Return the names, with free heights and widths of images if the model takes images of many sizes.
 
-    It does if its config has no image size; and, given the inputs of a call, if it is a convolutional model. Beside a
-    text that is needed in any case: what attention over an image makes of a free size can take minutes to capture, and
-    texts have a fixed number of tokens for an image.
+    It does if its config has no image size and the call has no text. Otherwise it has to be a convolutional model,
+    which a run with the call's inputs shows: what attention over an image makes of a free size can take minutes to
+    capture, and texts have a fixed number of tokens for an image.
     """
     freed = with_free_sizes(axes)
     fixed = sized_images(model) or (inputs is not None and "input_ids" in inputs)

@@ -62,7 +62,7 @@ class Videos(Images):
         whole = next(iter(rows.values()))
         if len(whole) != sum(counts):
             first, told = self.inputs[0][0], inputs[self.counted].tolist()
-            what = f"these have the patches of {len(whole)} slices, and {self.counted} {told} tells of {sum(counts)}"
+            what = f"{first} has the patches of {len(whole)} slices, but {self.counted} {told} counts {sum(counts)}"
             raise PeftfxError(what, first, "pass what the model's processor makes")
         slices = iter({name: values[i] for name, values in rows.items()} for i in range(len(whole)))
         return [[next(slices) for _ in range(count)] for count in counts]

@@ -12,17 +12,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers.pytorch_utils import Conv1D
 
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import unchanged
 from peftfx.views.capture import capture
-from peftfx.views.view import Axes, RunView, as_captured
+from peftfx.views.view import Axes, RunView, View, as_captured
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,12 @@ class LoneLayers:
 
     calls: tuple[LoneCall, ...]
     name = "layers"
-    without_flow = True  #: what flows from layer to layer is not known
     trials: ClassVar[tuple[Mapping[str, int], ...]] = ({},)
+
+    @property
+    def lone(self) -> frozenset[str]:
+        """The paths of the layers: what flows to and from these is not known."""
+        return frozenset(call.path for call in self.calls)
 
     @property
     def axes(self) -> Axes:
@@ -107,6 +112,35 @@ class LoneLayers:
         return value
 
 
+@dataclass(frozen=True)
+class Widened(LoneLayers):
+    """A view, and beside it layers that it does not run or whose results it does not use, each called by itself.
+
+    Attributes:
+        view: the view; None is the forward.
+    """
+
+    view: View | None = None
+    name = "widened"
+
+    @property
+    def axes(self) -> Axes:
+        """The names of the axes."""
+        return {**({} if self.view is None else self.view.axes), **super().axes}
+
+    def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
+        """Return the inputs of the view, if it is not the forward, and of each layer."""
+        own = {} if self.view is None else self.view.inputs(base, sizes=sizes, seed=seed)
+        return {**own, **super().inputs(base)}
+
+    def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Any]:
+        """Run the view, and each layer."""
+        added = super().inputs(base).keys()
+        own = {name: value for name, value in inputs.items() if name not in added}
+        output = base(**own) if self.view is None else self.view(base, own)
+        return {"output": output, **super().__call__(base, inputs)}
+
+
 def find_lone_layers(base: nn.Module, readable: nn.Module, inputs: Mapping[str, object]) -> LoneLayers | None:
     """Return the view of the layers that a call of a model runs; None if the model's own code raises an error in it.
 
@@ -135,6 +169,28 @@ def find_lone_layers(base: nn.Module, readable: nn.Module, inputs: Mapping[str, 
     return LoneLayers(tuple(call for call in plain if _is_capturable(call, readable, known)))
 
 
+def lone_call(module: nn.Module, path: str) -> LoneCall | None:
+    """Return a call of one of torch's own layers, or of transformers' `Conv1D`; None for another module.
+
+    Args:
+        module: the module.
+        path: its path.
+    """
+    weight = getattr(module, "weight", None)
+    kind = next((k for k in _OWN if isinstance(module, k) and type(module).forward is k.forward), None)
+    if kind is None or not isinstance(weight, nn.Parameter):
+        return None
+    if kind is nn.Embedding:
+        return LoneCall(path, (LoneInput((1, 1), torch.long),))
+    if kind is nn.Linear or kind is Conv1D:
+        features = weight.shape[1] if kind is nn.Linear else weight.shape[0]
+        return LoneCall(path, (LoneInput((1, 1, features), weight.dtype),))
+    conv: Any = module
+    sides = (d * (k - 1) + 1 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    return LoneCall(path, (LoneInput((1, conv.in_channels, *sides), weight.dtype),))
+
+
+_OWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 _Hook = Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]
 
 
