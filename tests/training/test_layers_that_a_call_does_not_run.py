@@ -93,3 +93,25 @@ def test_a_merge_writes_the_layers_that_no_example_runs(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
     merged = type(base).from_pretrained(tmp_path / "merged").state_dict()
     assert all(torch.allclose(merged[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+class Table(nn.Module):
+    """A layer that reads a stored table, as Swin V2's of relative positions does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.bias = nn.Linear(8, 8), nn.Linear(2, 8)
+        self.register_buffer("places", torch.rand(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.bias(self.places)
+
+
+def test_a_layer_that_reads_a_stored_table_runs_in_its_module(tmp_path: Path) -> None:
+    base, x = Table().eval(), torch.randn(3, 5, 8)
+    config = peft.LoraConfig(r=2, target_modules=["body", "bias"])
+    ours = shaken(peftfx.transform(copy.deepcopy(base), config, inputs={"x": x}))
+    assert ours.road == "modules"
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    torch.testing.assert_close(ours(x=x), theirs(x=x))
