@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from peftfx.analysis.stored_weights import as_stored, is_grouped, stack_read
-from peftfx.errors import PeftfxError
+from peftfx.contract.override import rows_are_trained
 from peftfx.graph.rewriter import OVERRIDES, Cursor, Rewriter
 from peftfx.sites.site import EXPERTS, Call, Site
 
@@ -24,8 +24,7 @@ def weight_and_bias(site: Site, call: Call, nodes: dict[str, fx.Node]) -> tuple[
     op, y = nodes[call.op], nodes[call.y]
     weight = as_stored(_argument(op, _weight_index(op, site)))
     if OVERRIDES in weight.meta and weight.op != "get_attr":
-        what = "a rule trains some rows of this weight (tokens), and another method acts on the whole weight"
-        raise PeftfxError(what, site.path, "leave this module out of one of the two rules")
+        raise rows_are_trained(site.path)
     while weight.op != "get_attr":  # x @ W.T, or x @ W[3]
         weight = as_stored(_argument(weight, 0))
     bias = None if site.kind == EXPERTS else bias_of(op, y)

@@ -316,7 +316,7 @@ class Method(ABC):
         """Return whether the tensors that a file has of one module leave this module's output as it is.
 
         Such tensors are left out if they belong to a module that the call does not run. False, the default, if that is
-        not known.
+        not known: then they are folded into the module's weight, where no tensors are shared, and the two compared.
 
         Args:
             saved: the tensors by their suffixes in the file, such as `lora_B.weight`.

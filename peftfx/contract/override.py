@@ -17,6 +17,7 @@ from torch import nn
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method, has_parameter
 from peftfx.contract.sequence import embedding_path
+from peftfx.errors import PeftfxError
 from peftfx.graph.places import has_module
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site
 from peftfx.sites.target import Where, explain
@@ -127,6 +128,12 @@ def tied_paths(base: nn.Module, path: str) -> list[str]:
     """Return the paths of all modules that share the weight of the module at `path`, including `path`."""
     weight = base.get_submodule(path).weight
     return [name for name, m in own_modules(base) if m._parameters.get("weight") is weight]
+
+
+def rows_are_trained(path: str) -> PeftfxError:
+    """Return the error for a method that acts on all of a weight of which rows are trained."""
+    what = "a rule trains some rows of this weight (tokens), and another method acts on the whole weight"
+    return PeftfxError(what, path, "leave this module out of one of the two rules")
 
 
 def ties_embeddings(base: nn.Module) -> bool:

@@ -107,6 +107,9 @@ class WaveFT(SpectralMethod):
             return {}
         return {SPECTRUM: self.coefficients(base, shared[PLACES].shape[1], rng)}
 
+    def changes_nothing(self, saved: Mapping[str, Tensor]) -> bool:
+        return saved.keys() == {SPECTRUM} and not bool(saved[SPECTRUM].any())
+
     def delta(self, site: Site, weight: Tensor, p: Params) -> Tensor:
         rows, columns = p[PLACES].long().unbind()
         out, inner = weight.shape

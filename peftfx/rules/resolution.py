@@ -31,6 +31,7 @@ from peftfx.rules.parameters import as_parameter, refuse_read_past, refuse_unkno
 from peftfx.rules.peft_configs import is_peft_config, method_from_object
 from peftfx.rules.text import parse_rules
 from peftfx.rules.tied_copies import refuse_tied_targets
+from peftfx.rules.token_rows import refuse_beside_rows
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import refuse_unasked, refuse_unplaced, tell_elsewhere, tell_read_past
 from peftfx.sites.site import EXPERTS, WEIGHT_KINDS, HeadedSite, Part, PatternSite, Site, WeightSite
@@ -44,6 +45,7 @@ def place(base: nn.Module, sites: Sites, rules: object) -> tuple[Placed, ...]:
     """Return each rule with its placements, and with the base's tensors that the rule trains."""
     placed = tuple(_place(base, sites, method) for method in as_methods(rules, base))
     refuse_crowding(placed)
+    refuse_beside_rows(base, placed)
     tell_elsewhere(sites, acted_at(placed), wrapped_at(placed))
     check_reads(sites, placed)
     return placed

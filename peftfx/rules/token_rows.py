@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from peftfx.bases.guests import own_modules
-from peftfx.contract.override import Override, rows_of, ties_embeddings
+from peftfx.contract.override import Override, rows_are_trained, rows_of, ties_embeddings
+from peftfx.contract.placed import Placed
+from peftfx.contract.placement import owner_of, site_tensors
 from peftfx.contract.sequence import embedding_path
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.expression import ends_with
@@ -47,6 +49,18 @@ def trained_tokens(base: nn.Module, given: Tokens, saved: Iterable[str] = ()) ->
         else:
             found += [rows_of(path, rows, "weight", path) for path, rows in tied.items()]
     return found
+
+
+def refuse_beside_rows(base: nn.Module, placed: Sequence[Placed]) -> None:
+    """Refuse methods at weights that read trained rows: the embedding's own, or those of a head that is tied to it."""
+    rows = [override for rule in placed for override in rule.overrides if override.rows]
+    for placement in (p for rule in placed for p in rule.placements.weights) if rows else ():
+        tensor = site_tensors(base, placement.site)[0]
+        for override in rows:
+            owner, leaf = owner_of(base.get_submodule(override.module), override.name)
+            within = f"{override.module}." if override.module else ""
+            if getattr(owner, leaf) is tensor and f"{placement.site.path}.".startswith(within):
+                raise rows_are_trained(placement.site.path)
 
 
 def _embedding(base: nn.Module) -> str:

@@ -115,13 +115,13 @@ def counted_sites(placed: Sequence[Site], beside: Collection[str], base: nn.Modu
     """
     if not beside:
         return ()
-    others = [_layer_at(path, base) for path in sorted(beside)]
+    others = [site_without_calls(path, base) for path in sorted(beside)]
     order = {path: number for number, (path, _) in enumerate(own_modules(base))}
     sites = [*placed, *(site for site in others if site is not None)]
     return () if None in others else tuple(sorted(sites, key=lambda s: order.get(s.path, len(order))))
 
 
-def _layer_at(path: str, base: nn.Module) -> WeightSite | None:
+def site_without_calls(path: str, base: nn.Module) -> WeightSite | None:
     """Return a site for the layer at a path, without calls; None for a module that is no plain layer."""
     module = base.get_submodule(path)
     if not isinstance(module, nn.Linear | nn.Embedding | Conv1D):

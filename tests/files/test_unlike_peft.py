@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from every_model.checks import build
 from safetensors.torch import load_file, save_file
 from support.adapted import CONVS, Convs, randomise
 from support.zoo import ZOO
@@ -264,3 +265,18 @@ def test_a_table_that_peft_takes_for_the_models_is_told(tied: bool, tmp_path: Pa
         want, got = theirs(**call).logits, ours(**call).logits
     assert torch.allclose(got, want, atol=1e-5) is tied
     assert bool(told_of) is not tied
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shared_experts_whose_keys_peft_renames_are_read_as_they_were_trained(tmp_path: Path) -> None:
+    base = build("text-generation", "laguna")
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["up_proj"])).eval()
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path))
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
+    ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    ids = torch.tensor([[5, 9, 11, 4]])
+    with torch.no_grad():
+        want = theirs(input_ids=ids).logits
+        torch.testing.assert_close(ours(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(again(input_ids=ids).logits, want, atol=1e-3), "HF PEFT leaves them out no more"

@@ -29,6 +29,16 @@ CONFIGS = {
         target_modules=["q_proj", "v_proj"], r=4, save_projection=False, task_type="CAUSAL_LM"
     ),
     "PVeRA": peft.PveraConfig(target_modules=["q_proj", "v_proj"], r=4, task_type="CAUSAL_LM"),
+    "DoRA": peft.LoraConfig(target_modules="all-linear", r=4, use_dora=True),
+    "PiSSA": peft.LoraConfig(target_modules="all-linear", r=4, init_lora_weights="pissa"),
+    "LoHa": peft.LoHaConfig(target_modules=["q_proj", "v_proj"], r=3),
+    "OFT": peft.OFTConfig(target_modules=["q_proj", "v_proj"], r=0, oft_block_size=4),
+    "HRA": peft.HRAConfig(target_modules=["q_proj", "v_proj"], r=4),
+    "ROAD": peft.RoadConfig(target_modules=["q_proj", "v_proj"], group_size=4),
+    "WaveFT": peft.WaveFTConfig(target_modules=["q_proj", "v_proj"], n_frequency=20),
+    "WaveFT in proportion": peft.WaveFTConfig(
+        target_modules=["q_proj", "v_proj", "fc1"], n_frequency=20, proportional_parameters=True
+    ),
     "LNTuning": peft.LNTuningConfig(target_modules=["self_attn_layer_norm", "encoder_attn_layer_norm"]),
 }
 
@@ -129,6 +139,8 @@ def test_variants_that_change_the_base_with_a_zero_b_are_refused(options: dict[s
         for name, module in made.named_modules():
             if "encoder_attn" in name and isinstance(module, BaseTunerLayer):
                 module.lora_B["default"].weight.zero_()
+                if module.lora_magnitude_vector:
+                    module.lora_magnitude_vector["default"].weight.mul_(1.001)
     made.save_pretrained(str(tmp_path))
     with pytest.raises(PeftfxError, match="this call does not run it"):
         peftfx.load(_decoder(), tmp_path)

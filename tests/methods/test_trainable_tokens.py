@@ -223,12 +223,17 @@ def test_in_bfloat16_rows_are_rounded_to_the_base_as_in_peft(tmp_path: Path) -> 
 )
 def test_what_cannot_be_is_refused(rule: Callable[[], object], what: str, tied: AdaptedModel) -> None:
     with pytest.raises(PeftfxError, match=what):
-        _called(tied, rule())
+        tied.add_adapter("default", rule())
 
 
-def _called(model: AdaptedModel, rule: object) -> None:
-    model.add_adapter("default", rule)
-    model(**call())
+def test_a_lora_at_a_head_goes_beside_trained_rows_unless_the_head_is_tied(tmp_path: Path) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2, trainable_token_indices=[3, 7])
+    theirs = trained(llama(), config, tmp_path / "untied")
+    ours = peftfx.load(llama(), tmp_path / "untied")
+    assert outputs(ours, call([3, 5]))["logits"].sub(outputs(theirs, call([3, 5]))["logits"]).abs().max() < 1e-5
+    trained(llama(tied=True), config, tmp_path / "tied")
+    with pytest.raises(PeftfxError, match=r"rows of this weight.*another method.*\[lm_head\]"):
+        peftfx.load(llama(tied=True), tmp_path / "tied")
 
 
 def test_a_graph_for_many_adapters_says_that_it_has_no_place(tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from peftfx.adapters.files.names import ORIGINAL, module_of
 from peftfx.contract.method import Method
 from peftfx.contract.override import TOKENS
+from peftfx.contract.placement import whole_tensors
 from peftfx.errors import listed, warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
-from peftfx.rules.unplaced import never_runs
+from peftfx.rules.resolution import placement_at
+from peftfx.rules.unplaced import never_runs, site_without_calls
 from peftfx.sites.sites import Sites
 
 #: What HF PEFT puts into the names of a trained module's tensors; of the module's parts, the adapter's name too.
@@ -109,6 +111,42 @@ def _copies(method: Method, tensors: Mapping[str, Tensor], base: nn.Module, path
     )
 
 
+def _changes_nothing(method: Method, tensors: Mapping[str, Tensor], base: nn.Module, path: str) -> bool:
+    """Return whether a file's tensors of a module, by their suffixes, leave this module as it is."""
+    known = method.changes_nothing(tensors) or _copies(method, tensors, base, path)
+    return known or _keeps_weight(method, tensors, base, path)
+
+
+@torch.no_grad()
+def _keeps_weight(method: Method, tensors: Mapping[str, Tensor], base: nn.Module, path: str) -> bool:
+    """Return whether the method folds these tensors into what the module has, but for rounding: DoRA's, or PiSSA's."""
+    site = site_without_calls(path, base)
+    if site is None or not method.acts_at(site) or method.has_shared or method.inputs:
+        return False
+    placement = placement_at(method, base, site).on_weight
+    if placement is None:
+        return False
+    suffixes = placement.suffixes()
+    if placement.file_suffixes() != suffixes or set(suffixes.values()) != tensors.keys():
+        return False
+    with torch.random.fork_rng(devices=[]):  # what is drawn is replaced by the file's
+        made = placement.init(base, None)
+    p = made | {name: tensors[end].to(made[name].device) for name, end in suffixes.items()}
+    if any(value.shape != made[name].shape for name, value in p.items()):
+        return False
+    wide = {name: value.float() if value.is_floating_point() else value for name, value in p.items()}
+    weight, bias = whole_tensors(base, placement.site)
+    own = placement.base(weight.float(), None if bias is None else bias.float())
+    folded = placement.method.fold(placement.view, own, wide)
+    pairs = [(folded.weight, own.weight), *([] if folded.bias is own.bias else [(folded.bias, own.bias)])]
+    # In half precision HF PEFT rounds DoRA's magnitudes to it.
+    rtol = torch.finfo(weight.dtype).eps / 2
+    return all(
+        a is not None and b is not None and torch.allclose(a, b, rtol=rtol, atol=1e-6 * float(b.abs().max()))
+        for a, b in pairs
+    )
+
+
 @dataclass(frozen=True)
 class Idle:
     """The tensors of an adapter's file that change nothing in the call with which the file is loaded.
@@ -168,9 +206,7 @@ class Idle:
             if path not in sites.called and has_module(base, path)
         )
         own = ((path, {end: weights[name] for end, name in suffixes[path].items()}) for path in others)
-        zero = frozenset(
-            p for p, tensors in own if method.changes_nothing(tensors) or _copies(method, tensors, base, p)
-        )
+        zero = frozenset(path for path, tensors in own if _changes_nothing(method, tensors, base, path))
         idle = unread | never | zero | outside
         by_module = {name: path for path in sorted(idle) for name in suffixes[path].values()}
         read = zero & {*sites.reads, *(site.path for site in sites)}

@@ -46,6 +46,7 @@ from peftfx.rules.resolution import (
     wrapped_at,
 )
 from peftfx.rules.tied_copies import TYING, with_tied_names
+from peftfx.rules.token_rows import refuse_beside_rows
 from peftfx.rules.torch_attention import wrapper_of
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
 from peftfx.rules.unplaced import (
@@ -77,6 +78,7 @@ def read_adapter(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
         _refuse_conflict(adapter, other, folder)
         adapter.add(other)
     refuse_crowding(adapter.placed)
+    refuse_beside_rows(base, adapter.placed)
     tell_elsewhere(sites, acted_at(adapter.placed), wrapped_at(adapter.placed))
     check_reads(sites, adapter.placed)
     warn_unlike_peft(base, adapter, str(directory))
