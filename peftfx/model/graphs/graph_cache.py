@@ -35,6 +35,7 @@ from peftfx.views.capture import capture
 from peftfx.views.decode import Decode
 from peftfx.views.entry import Entry
 from peftfx.views.finding.named_views import find_view
+from peftfx.views.finding.of_sites.layers import Widened
 from peftfx.views.forward_axes import axes_of_forward
 from peftfx.views.images.sizes import with_fixed_sizes
 from peftfx.views.view import Axes, View, apart
@@ -143,9 +144,11 @@ class Graphs:
 
     def _axes(self, inputs: Mapping[str, object], tensors: Mapping[str, Tensor], view: View | None) -> Axes:
         """Return the names of the axes of such a call; in images that the code takes in one size, sides have none."""
-        if view is not None:
-            return apart(view.axes, tensors)
-        return with_fixed_sizes(axes_of_forward(self.base, inputs), self.base, inputs)
+        own = {} if view is None else apart(view.axes, tensors)
+        if view is not None and not (isinstance(view, Widened) and view.view is None):
+            return own
+        call = {name: value for name, value in inputs.items() if name not in own}
+        return {**with_fixed_sizes(axes_of_forward(self.base, call), self.base, call), **own}
 
     def _remember(self, known: list[Graph], graph: Graph) -> None:
         if len(known) == _MOST:
