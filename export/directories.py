@@ -105,7 +105,7 @@ def load_directories(
     adapted = _bare(_with_steps(model, task, sentences), view, road, sized=sized)
     for name, adapter in adapters.items():
         if idle:
-            adapted.widen(path for path in modules_in(adapter) if is_idle(path, adapted.source, adapted.sites))
+            adapted.widen_sites(path for path in modules_in(adapter) if is_idle(path, adapted.source, adapted.sites))
         adapted.load_adapter(adapter, name)
     if task_id is not None:
         _take_task(adapted, task_id)

@@ -153,7 +153,7 @@ def _write(
     report.model, report.dtype = type(model).__name__, str(wanted).removeprefix("torch.")
     report.methods = [type(rule).__name__ for name in adapted.active for rule in adapted.adapter(name).rules]
     report.add_merge(done)
-    report.not_run = [path for path in report.merged if path in adapted.idle]
+    report.not_run = [path for path in report.merged if path in adapted.idle_layers]
     write_shards(contents.tensors, directory, asked.shard, written)
     rounded = {name.removesuffix(".weight"): r for name, r in contents.roundings.items() if name.endswith(".weight")}
     report.rounding = {path: asdict(rounded[path]) for path in report.merged if path in rounded}

@@ -180,7 +180,7 @@ def plan(model: nn.Module, rules: object, *, inputs: Mapping[str, object] | None
     rules = read_rules(rules)
     adapted = bare(model, inputs)
     methods = as_methods(rules, adapted.source)
-    adapted.reach(methods)
+    adapted.widen_for(methods)
     return make_plan(adapted.source, adapted.sites, methods)
 
 

@@ -83,13 +83,13 @@ class AdaptersByName(HostedBase):
         self.named.apart("an adapter is added")
         own = {} if (name := name_of_base(self.base)) is None else {"base_model_name_or_path": name}
         methods = as_methods(rules, self.source)
-        self.reach(methods)
+        self.widen_for(methods)
         adapter = Adapter(place(self.source, self.sites, methods), records_of(as_items(rules)) | own)
         adapter.ran = self.sites.running
         self._start(adapter, seed)
         self._install(adapter_name, adapter)
 
-    def reach(self, methods: Sequence[Method]) -> None:
+    def widen_for(self, methods: Sequence[Method]) -> None:
         """Widen the sites to the layers that rules name and that the example call does not run or use.
 
         Args:
@@ -97,7 +97,7 @@ class AdaptersByName(HostedBase):
         """
         named = [m for m in methods if m.targeted and m.target_modules not in (None, ALL_LINEAR)]
         paths = (path for m in named for path in named_elsewhere(self.source, m, self.sites, where(m), ()))
-        self.widen(path for path in dict.fromkeys(paths) if is_idle(path, self.source, self.sites))
+        self.widen_sites(path for path in dict.fromkeys(paths) if is_idle(path, self.source, self.sites))
 
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
         """Give one adapter, or all, new initial values, for example after a base on the meta device got values.
@@ -184,7 +184,7 @@ class AdaptersByName(HostedBase):
             self.named.refuse(adapter_name)
             self.named.apart("an adapter is added")
             if self.sites.unread:
-                self.widen(sorted(self.sites.unread & modules_in(path)))
+                self.widen_sites(sorted(self.sites.unread & modules_in(path)))
             self._install(adapter_name, read_adapter(path, self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)

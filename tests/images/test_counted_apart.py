@@ -121,6 +121,6 @@ def test_each_text_has_its_own_adapter_and_images_have_none(tmp_path: Path) -> N
 def test_rows_of_texts_choose_no_adapters_of_images(tmp_path: Path) -> None:
     saved(tmp_path / "a", ["q_proj"])
     adapted = peftfx.load(build(), tmp_path / "a", adapter_name="a")
-    with pytest.raises(PeftfxError, match=r"a row for each of image_batch.*chosen for batch.*vision_model"):
+    with pytest.raises(PeftfxError, match=r"those of image_batch, and adapters are chosen by batch.*vision_model"):
         adapted.export(tmp_path / "out", batched=["a"])
     assert not (tmp_path / "out").exists()

@@ -217,7 +217,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, object], mess
 def test_a_budget_needs_a_schedule_gradients_and_every_step() -> None:
     llama = ZOO["llama"].build()
     for rule, message in (
-        (peftfx.LoRA(), "no active adapter gives"),
+        (peftfx.LoRA(), "changes none of the active adapters"),
         (AdaLoRA(), "needs the number of steps"),
         (AdaLoRA(**SCHEDULE), "gradient"),
     ):

@@ -134,4 +134,4 @@ class Packed(nn.Module):
 def test_rows_packed_by_their_lengths_are_refused_by_name() -> None:
     inputs = {"x": torch.randn(2, 5, 4), "lengths": torch.tensor([5, 3])}
     with pytest.raises(PeftfxError, match="its code packs rows by their lengths"):
-        peftfx.transform(Packed(), peftfx.LoRA(target_modules=["first"]), inputs=inputs)
+        peftfx.transform(Packed(), peftfx.LoRA(target_modules=["first"]), inputs=inputs, road="graph")

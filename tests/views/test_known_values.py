@@ -50,7 +50,7 @@ class Writing(nn.Module):
 
 
 def test_a_write_of_what_is_not_known_is_refused() -> None:
-    with pytest.raises(PeftfxError, match="writes a computed value into a tensor of an image's sizes"):
+    with pytest.raises(PeftfxError, match="writes a computed value into a tensor that holds the sizes of images"):
         peftfx.capture(Writing(), {"pixels": torch.ones(3, 4)}, axes={"pixels": (None, None)})
 
 

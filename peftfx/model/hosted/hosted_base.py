@@ -87,11 +87,11 @@ class HostedBase(SeenByTrainers):
         return self.graph(inputs, adapted=adapted, view=whole)
 
     @property
-    def idle(self) -> frozenset[str]:
+    def idle_layers(self) -> frozenset[str]:
         """The paths of the layers with sites that the example call does not run, or whose results it does not use."""
         return self.whole.lone if isinstance(self.whole, Widened) else frozenset()
 
-    def widen(self, paths: Iterable[str]) -> None:
+    def widen_sites(self, paths: Iterable[str]) -> None:
         """Let adapters act at torch's own layers that the example call does not run, or whose results it does not use.
 
         Each of them is captured by itself, beside the call. On the graph road nothing changes.
