@@ -45,16 +45,21 @@ def served_as(
 
 
 def idle_in(adapted: AdaptedModel, directory: Path, manifest: Manifest) -> frozenset[str]:
-    """Return the layers of a forward that graphs leave out where they take images or sounds: no logits need them."""
+    """Return the layers with sites that no graph runs.
+
+    Graphs that take images or sounds leave out layers of the forward that no logits need. An adapter may also act at
+    layers that the example call does not run (`AdaptedModel.idle_layers`).
+    """
     kinds = manifest.views
     apart = any(
         kind in ENCODED_APART or (kind == FORWARD and _takes_any_images(directory, n)) for n, kind in kinds.items()
     )
-    if not apart:
+    left = {site.path for site in adapted.sites.weights} if apart else adapted.idle_layers
+    if not left:
         return frozenset()
     graphs = [served_as(adapted, directory, name, kind, None)[1] for name, kind in kinds.items()]
     run = {site.path for graph in graphs for site in graph.sites.weights}
-    return frozenset(site.path for site in adapted.sites.weights if site.path not in run)
+    return frozenset(left - run)
 
 
 def _takes_any_images(directory: Path, name: str) -> bool:

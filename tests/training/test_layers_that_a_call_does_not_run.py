@@ -83,6 +83,16 @@ def test_on_the_graph_road_such_layers_are_refused_by_name() -> None:
 
 
 @pytest.mark.further
+def test_an_adapter_file_leaves_out_what_the_graph_does_not_run_and_says_so(tmp_path: Path) -> None:
+    sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 20}
+    base = hf.BartForCausalLM(hf.BartConfig(vocab_size=40, encoder_layers=1, **sizes)).eval()
+    peftfx.export_onnx(copy.deepcopy(base), tmp_path / "graph", slots="all-linear", view="forward")
+    ours = shaken(peftfx.transform(base, every_layer()))
+    with pytest.warns(UserWarning, match=r"the graph does not run these modules.*encoder_attn\.k_proj"):
+        peftfx.export_adapter(ours, tmp_path / "graph", tmp_path / "adapter")
+
+
+@pytest.mark.further
 def test_a_merge_writes_the_layers_that_no_example_runs(tmp_path: Path) -> None:
     base = build("speech-to-text", "qwen3_asr").eval()
     base.save_pretrained(tmp_path / "base")
