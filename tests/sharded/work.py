@@ -40,6 +40,31 @@ def off(rule: object, model: nn.Module, of: peftfx.AdaptedModel) -> tuple[float,
     return apart(got, losses), max(apart(state[k], want[k]) for k in want)
 
 
+class Deciding(nn.Module):
+    """A norm whose code branches on its values, so that the model cannot be captured."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.inner = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.sum() > 0 else self.inner(-x)
+
+
+def without_a_graph() -> tuple[float, float]:
+    """What training a model that cannot be captured differs from one process by: losses, and the adapter."""
+    rule, trained = peftfx.LoRA(r=4, target_modules=["q_proj", "down_proj"]), []
+    for whole in (True, False):
+        base = llama()
+        base.model.norm = Deciding(base.model.norm)
+        for part in () if whole else (*base.model.layers, base):
+            fully_shard(part, mesh=two())
+        trained.append(peftfx.transform(base, rule, seed=0))
+    losses, got = train(trained[0]), mean_of_all(train(trained[1], rank=dist.get_rank()))
+    state, want = whole_state(trained[1]), trained[0].state_dict()
+    return apart(got, losses), max(apart(state[k], want[k]) for k in want)
+
+
 def message(call: Any) -> str:
     """Of the error that a call raises."""
     try:
@@ -63,6 +88,7 @@ def everything(folder: Path) -> dict[str, Any]:
     found["before"] = off(LORA, model, model)
     prompt = adapted(PROMPT, "layers")  # nobody shards the prompt
     found["prompt"] = off(PROMPT, prompt, prompt)
+    found["without a graph"] = without_a_graph()
     model = adapted(LORA, "adapted")
     found["adapted"] = off(LORA, model, model)
     found["kinds"] = sorted({type(p).__name__ for p in model.parameters()})

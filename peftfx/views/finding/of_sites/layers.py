@@ -10,7 +10,7 @@ nothing is served by this view.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import unchanged
+from peftfx.sharding import is_sharded, reshard
 from peftfx.views.capture import capture
 from peftfx.views.view import Axes, RunView, View, as_captured
 
@@ -157,13 +158,16 @@ def find_lone_layers(base: nn.Module, readable: nn.Module, inputs: Mapping[str, 
         for path, module in own_modules(base):
             if next(module.parameters(recurse=False), None) is not None and next(module.children(), None) is None:
                 stack.enter_context(_hooked(module, _noting(path, calls)))
-        for context in (torch.random.fork_rng(), torch.no_grad(), unchanged(base), as_captured(base)):
+        kept = nullcontext() if is_sharded(base) else unchanged(base)  # FSDP2 sets its state up in the first call
+        for context in (torch.random.fork_rng(), torch.no_grad(), kept, as_captured(base)):
             stack.enter_context(context)
         device = next((p.device for p in base.parameters() if not p.is_meta), torch.device("cpu"))
         try:
             base(**pytree.tree_map_only(Tensor, lambda t: t.to(device), dict(inputs)))
         except Exception:  # a model's code raises various errors; that of the capture says what to do
             return None
+        finally:
+            reshard(base)
     known: dict[object, bool] = {}
     plain = [call for call in calls.values() if call is not None]
     return LoneLayers(tuple(call for call in plain if _is_capturable(call, readable, known)))
