@@ -27,7 +27,7 @@ from peftfx.model.trainers.seen_by_trainers import SeenByTrainers
 from peftfx.patterns.pattern import version
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
-from peftfx.views.finding.of_sites.layers import LoneLayers, Widened, lone_call
+from peftfx.views.finding.of_sites.layers import Widened, lone_call
 from peftfx.views.view import View
 
 ROADS = ("modules", "graph")
@@ -89,7 +89,7 @@ class HostedBase(SeenByTrainers):
     @property
     def idle_layers(self) -> frozenset[str]:
         """The paths of the layers with sites that the example call does not run, or whose results it does not use."""
-        return self.whole.lone if isinstance(self.whole, Widened) else frozenset()
+        return self.whole.paths if isinstance(self.whole, Widened) else frozenset()
 
     def widen_sites(self, paths: Iterable[str]) -> None:
         """Let adapters act at torch's own layers that the example call does not run, or whose results it does not use.
@@ -103,7 +103,7 @@ class HostedBase(SeenByTrainers):
         calls = tuple(call for call in found if call is not None)
         if not calls or self.wanted == "graph":
             return
-        if isinstance(self.whole, LoneLayers):
+        if isinstance(self.whole, Widened):
             self.whole = replace(self.whole, calls=(*self.whole.calls, *calls))
         else:
             self.whole = Widened(calls, self.graphs.view(self.whole) if isinstance(self.whole, str) else self.whole)

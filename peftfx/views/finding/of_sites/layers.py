@@ -75,25 +75,31 @@ class LoneLayers:
 
     calls: tuple[LoneCall, ...]
     name = "layers"
+    prefix: ClassVar[str] = "input"  #: of the names of the layers' inputs
     trials: ClassVar[tuple[Mapping[str, int], ...]] = ({},)
 
     @property
-    def lone(self) -> frozenset[str]:
-        """The paths of the layers: what flows to and from these is not known."""
+    def paths(self) -> frozenset[str]:
+        """The paths of the layers."""
         return frozenset(call.path for call in self.calls)
+
+    @property
+    def lone(self) -> frozenset[str]:
+        """The paths of all layers of which it is not known what flows to and from them."""
+        return self.paths
 
     @property
     def axes(self) -> Axes:
         """The names of the axes: none, so that all sizes are those of the calls."""
         return {
-            _input(i, j): (None,) * len(given.shape)
+            self._input(i, j): (None,) * len(given.shape)
             for i, call in enumerate(self.calls)
             for j, given in enumerate(call.inputs)
         }
 
     def inputs(self, base: nn.Module, *, sizes: Mapping[str, int] | None = None, seed: int = 0) -> dict[str, Tensor]:
         """Return the inputs of each layer."""
-        return {_input(i, j): t for i, call in enumerate(self.calls) for j, t in enumerate(call.made(base))}
+        return {self._input(i, j): t for i, call in enumerate(self.calls) for j, t in enumerate(call.made(base))}
 
     def with_past(
         self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
@@ -104,13 +110,16 @@ class LoneLayers:
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run each layer on its inputs."""
         return {
-            f"output_{i}": base.get_submodule(call.path)(*(inputs[_input(i, j)] for j in range(len(call.inputs))))
+            f"output_{i}": base.get_submodule(call.path)(*(inputs[self._input(i, j)] for j in range(len(call.inputs))))
             for i, call in enumerate(self.calls)
         }
 
     def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
         """Return the whole value."""
         return value
+
+    def _input(self, layer: int, index: int) -> str:
+        return f"{self.prefix}_{layer}_{index}"
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,12 @@ class Widened(LoneLayers):
 
     view: View | None = None
     name = "widened"
+    prefix = "beside"
+
+    @property
+    def lone(self) -> frozenset[str]:
+        """The paths of all layers of which it is not known what flows to and from them."""
+        return self.paths | (self.view.lone if isinstance(self.view, LoneLayers) else frozenset())
 
     @property
     def axes(self) -> Axes:
@@ -232,7 +247,3 @@ def _hooked(module: nn.Module, hook: _Hook) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _input(layer: int, index: int) -> str:
-    return f"input_{layer}_{index}"
