@@ -194,7 +194,7 @@ def test_keys_without_the_prefix_of_peft_are_told(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}, file)
-    with pytest.warns(PeftfxWarning, match=r"no 'base_model\.model\.' ahead of 0\.lora_A\.weight and 1 more"):
+    with pytest.warns(PeftfxWarning, match=r"do not begin with 'base_model\.model\.': 0\.lora_A\.weight and 1 more"):
         ours = peftfx.load(copy.deepcopy(base), tmp_path, inputs={"input": x})
     with pytest.warns(UserWarning, match="missing adapter keys"):
         again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)

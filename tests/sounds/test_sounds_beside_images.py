@@ -110,7 +110,7 @@ def test_rows_choose_adapters_of_the_layers_of_text_and_images(tmp_path: Path) -
         assert torch.equal(said[row], wants[name].generate(**given, **OPTIONS)[row]), name
     saved(kind, tmp_path / "c")
     heard = loaded(kind, tmp_path / "c")
-    with pytest.raises(PeftfxError, match="an adapter acts where sounds are encoded"):
+    with pytest.raises(PeftfxError, match="an adapter acts in the sound encoder"):
         heard.export(tmp_path / "out2", view="decode", image_size=SIZE, batched=["default"])
 
 

@@ -125,7 +125,7 @@ def test_each_row_has_its_adapter_beside_sounds(tmp_path: Path) -> None:
 
 def test_an_adapter_in_the_sound_encoder_cannot_be_of_a_row(tmp_path: Path) -> None:
     ours = peftfx.transform(MODELS["voxtral"](), peftfx.LoRA(r=2, target="attention.query"), "low")
-    with pytest.raises(PeftfxError, match="an adapter acts where sounds are encoded") as refused:
+    with pytest.raises(PeftfxError, match="an adapter acts in the sound encoder") as refused:
         ours.export(tmp_path / "out", view="decode", batched=["low"])
     assert refused.value.where == "model.audio_tower.layers.0.self_attn.q_proj"
     assert not list(tmp_path.iterdir())
