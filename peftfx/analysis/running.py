@@ -35,7 +35,8 @@ _MORE = (
     "its own code computes more than the operation on its weight: here around the adapted weight, in HF PEFT within "
     "the layer without its adapter"
 )
-_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)  #: layers that HF PEFT wraps
+#: The layers that HF PEFT wraps: their forward is one operation on their weight.
+LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 #: Operations that do not change a value, but its dtype, shape or place.
 _PLAIN = frozenset(
     {
@@ -218,7 +219,7 @@ def _why(site: Site, module: nn.Module, above: list[nn.Module], nodes: dict[str,
         after = any(runs_in(user, site.path) for user in nodes[call.y].users)
         if (before and module._forward_pre_hooks) or (after and module._forward_hooks):
             return _HOOKED
-        own = isinstance(module, _LAYERS) and not type(module).__module__.startswith("torch.nn")
+        own = isinstance(module, LAYERS) and not type(module).__module__.startswith("torch.nn")
         if not own or hasattr(module, "embed_scale"):  # HF PEFT scales the adapter's part of an embedding, too
             continue
         if _is_changed(nodes[call.x], site.path, back=True) or _is_changed(nodes[call.y], site.path, back=False):

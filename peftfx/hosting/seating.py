@@ -12,10 +12,10 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, fx, nn
-from transformers.pytorch_utils import Conv1D
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.dataflow import FUSED_ATTENTION, op_name
+from peftfx.analysis.running import LAYERS
 from peftfx.analysis.weight_ops import module_path
 from peftfx.bases.guests import own_modules
 from peftfx.contract.override import Override
@@ -29,8 +29,6 @@ from peftfx.passes.rewriting.site_op import bind
 from peftfx.quantisation.coded import Coded
 from peftfx.sites.site import EXPERTS, Site, WeightSite
 
-#: torch's own layers, whose forward is one operation on their weight.
-LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 _FUSES = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  #: classes that may compute without calling their layers
 
 

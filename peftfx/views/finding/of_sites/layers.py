@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.pytorch_utils import Conv1D
 
+from peftfx.analysis.running import LAYERS
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import unchanged
@@ -196,7 +197,7 @@ def lone_call(module: nn.Module, path: str) -> LoneCall | None:
         path: its path.
     """
     weight = getattr(module, "weight", None)
-    kind = next((k for k in _OWN if isinstance(module, k) and type(module).forward is k.forward), None)
+    kind = next((k for k in LAYERS if isinstance(module, k) and type(module).forward is k.forward), None)
     if kind is None or not isinstance(weight, nn.Parameter):
         return None
     if kind is nn.Embedding:
@@ -209,7 +210,6 @@ def lone_call(module: nn.Module, path: str) -> LoneCall | None:
     return LoneCall(path, (LoneInput((1, conv.in_channels, *sides), weight.dtype),))
 
 
-_OWN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 _Hook = Callable[[nn.Module, tuple[object, ...], dict[str, object], object], None]
 
 
