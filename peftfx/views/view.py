@@ -63,6 +63,20 @@ class View(Protocol):
         """Sizes at which an export is tried, for every way in which it is served."""
 
 
+class WithoutPast:
+    """The part of a view whose inputs have no keys and values, and whose outputs have no padding."""
+
+    def with_past(
+        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Return the inputs unchanged, as they have no keys and values."""
+        return dict(inputs)
+
+    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
+        """Return the whole value."""
+        return value
+
+
 @dataclass
 class LastRun:
     """A function that runs the model in a view. If a call equals the call before, its outputs are returned again.

@@ -31,7 +31,7 @@ from peftfx.views.decode import PAST, PRESENT, Decode
 from peftfx.views.dry_run import fake_run
 from peftfx.views.finding.decode_view import decode_view
 from peftfx.views.images.encoded import VISION, Images
-from peftfx.views.view import Axes, RunView, called_with_cache
+from peftfx.views.view import Axes, RunView, WithoutPast, called_with_cache
 
 _TEXT = ("input_ids", "attention_mask")
 _FORWARD = "use the forward view"
@@ -55,7 +55,7 @@ class CrossImages:
 
 
 @dataclass(frozen=True)
-class CrossEncoder:
+class CrossEncoder(WithoutPast):
     """The view that runs once for an image: it computes the keys and values of the layers that attend to it."""
 
     cross: CrossImages
@@ -72,12 +72,6 @@ class CrossEncoder:
         made = example_inputs(base, sizes={"batch": 1}, seed=seed)
         return {name: made[name] for name in self.axes}
 
-    def with_past(
-        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """Return the inputs unchanged, as they have no keys and values."""
-        return dict(inputs)
-
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the image encoder, and the parts of the decoder that read only what it gives."""
         some = next(value for value in inputs.values() if isinstance(value, Tensor))
@@ -87,10 +81,6 @@ class CrossEncoder:
         kept: list[Any] = [layer for layer, own in zip(cache.layers, self.cross.layers, strict=True) if own.kept]
         found = [value for layer in kept for value in (layer.keys, layer.values)]
         return dict(zip(cache_names(PRESENT, self.cross.layers), found, strict=True))
-
-    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return the whole value."""
-        return value
 
 
 @dataclass(frozen=True)

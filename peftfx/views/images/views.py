@@ -21,12 +21,12 @@ from peftfx.errors import PeftfxError
 from peftfx.views.capturing.written_tokens import no_places_without_features
 from peftfx.views.entry import POSITIONS
 from peftfx.views.images.encoded import BESIDE, IMAGE_FEATURES, VISION, Images, encode_images
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes, RunView, WithoutPast
 from peftfx.views.written_features import DecodeWithFeatures, WrittenFeatures
 
 
 @dataclass(frozen=True)
-class ImageEncoder:
+class ImageEncoder(WithoutPast):
     """The view that runs once for an image: it computes the features of the pieces, as wide as embedded text."""
 
     images: Images
@@ -50,19 +50,9 @@ class ImageEncoder:
         made = example_inputs(base, sizes={"batch": 1, **length}, seed=seed)
         return {name: made[name] for name, _ in self.images.inputs}
 
-    def with_past(
-        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """Return the inputs unchanged, as they have no keys and values."""
-        return dict(inputs)
-
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the image encoder, and the layers that make its features as wide as the text's."""
         return {self.images.written.name: encode_images(base, inputs, self.images)}
-
-    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return the whole value."""
-        return value
 
 
 @dataclass(frozen=True)

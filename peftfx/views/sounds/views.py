@@ -22,12 +22,12 @@ from peftfx.views.sounds.encoded import (
     encoded_already,
     written_where_handed_on,
 )
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes, WithoutPast
 from peftfx.views.written_features import DecodeWithFeatures, WrittenFeatures
 
 
 @dataclass(frozen=True)
-class SoundEncoder:
+class SoundEncoder(WithoutPast):
     """The view that runs once for the sounds of a call: it computes the features of all pieces, as wide as text."""
 
     sounds: Sounds
@@ -63,19 +63,9 @@ class SoundEncoder:
                     made[name][-1, length - length // 4 :] = 0
             return made
 
-    def with_past(
-        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """Return the inputs unchanged, as they have no keys and values."""
-        return dict(inputs)
-
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the sound encoder, and the layers that make its features as wide as the text's."""
         return {AUDIO_FEATURES: encode_sounds(base, inputs)}
-
-    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return the whole value."""
-        return value
 
 
 @dataclass(frozen=True)

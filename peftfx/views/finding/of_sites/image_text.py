@@ -26,13 +26,13 @@ from peftfx.views.entry import POSITIONS
 from peftfx.views.images.encoded import Images, output_of_text, with_known
 from peftfx.views.sounds.encoded import SOUND_LENGTH, SOUNDS, Sounds
 from peftfx.views.sounds.views import SoundEncoder
-from peftfx.views.view import Axes, RunView
+from peftfx.views.view import Axes, WithoutPast
 
 IMAGE_TEXT = "image-text"
 
 
 @dataclass(frozen=True)
-class ImageText:
+class ImageText(WithoutPast):
     """A forward call with an image, whose fixed values are constants.
 
     Attributes:
@@ -62,20 +62,10 @@ class ImageText:
         """Return a call of the forward."""
         return example_inputs(base, sizes={"batch": 1}, seed=seed)
 
-    def with_past(
-        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """Return the inputs unchanged, as they have no keys and values."""
-        return dict(inputs)
-
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run the model's forward."""
         with with_known(self.images, inputs) as (given, _):
             return output_of_text(base(**given))
-
-    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return the whole value."""
-        return value
 
 
 @dataclass(frozen=True)

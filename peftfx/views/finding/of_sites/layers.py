@@ -25,7 +25,7 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import unchanged
 from peftfx.sharding import is_sharded, reshard
 from peftfx.views.capture import capture
-from peftfx.views.view import Axes, RunView, View, as_captured
+from peftfx.views.view import Axes, View, WithoutPast, as_captured
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LoneCall:
 
 
 @dataclass(frozen=True)
-class LoneLayers:
+class LoneLayers(WithoutPast):
     """The layers of a model, each called by itself.
 
     Attributes:
@@ -102,22 +102,12 @@ class LoneLayers:
         """Return the inputs of each layer."""
         return {self._input(i, j): t for i, call in enumerate(self.calls) for j, t in enumerate(call.made(base))}
 
-    def with_past(
-        self, base: nn.Module, inputs: Mapping[str, Tensor], run: RunView, seed: int = 0
-    ) -> dict[str, Tensor]:
-        """Return the inputs unchanged, as they have no keys and values."""
-        return dict(inputs)
-
     def __call__(self, base: nn.Module, inputs: Mapping[str, object]) -> dict[str, Tensor]:
         """Run each layer on its inputs."""
         return {
             f"output_{i}": base.get_submodule(call.path)(*(inputs[self._input(i, j)] for j in range(len(call.inputs))))
             for i, call in enumerate(self.calls)
         }
-
-    def shown(self, name: str, inputs: Mapping[str, Tensor], value: Tensor) -> Tensor:
-        """Return the whole value."""
-        return value
 
     def _input(self, layer: int, index: int) -> str:
         return f"{self.prefix}_{layer}_{index}"
