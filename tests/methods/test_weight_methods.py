@@ -181,9 +181,11 @@ def test_norms_in_pieces_are_those_of_the_whole(
     torch.testing.assert_close(updated_norms(weight, a, b, 2), want, rtol=1e-6 / left, atol=0)
 
 
-def _scaled(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+def _scaled(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, scaling: float = 0.5
+) -> Tensor:
     """DoRA as the paper writes it."""
-    updated = weight + 0.5 * (b @ a)
+    updated = weight + scaling * (b @ a)
     return F.linear(x, gain(m, updated.norm(dim=1))[:, None] * updated, bias)
 
 
@@ -197,9 +199,9 @@ def _count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("count", [0, 2, 20], ids=lambda count: f"{count} vectors")
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("large", [False, True], ids=["", "large"])
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(("order", "scaling"), [(1, 0.5), (2, 0.5), (1, 1)])
 def test_doras_layer_at_once_is_its_formula(
-    monkeypatch: pytest.MonkeyPatch, count: int, biased: bool, large: bool, order: int
+    monkeypatch: pytest.MonkeyPatch, count: int, biased: bool, large: bool, order: int, scaling: float
 ) -> None:
     """Of many vectors and of few, at magnitudes of zero too; gradients, and gradients of these."""
     if large:
@@ -209,8 +211,8 @@ def test_doras_layer_at_once_is_its_formula(
         m[2], m[4] = 0, 1e-30
     weight, bias, back = _random(7, 9).detach(), _random(7).detach() if biased else None, _random(1, count, 7).detach()
     found = []
-    for layer in (lambda *given: scaled_linear(*given, 0.5), _scaled):
-        y = layer(x, weight, bias, a, b, m).relu_()  # in place, as models' code does
+    for layer in (scaled_linear, _scaled):
+        y = layer(x, weight, bias, a, b, m, scaling).relu_()  # in place, as models' code does
         grads = torch.autograd.grad(y, (x, a, b, m), back, create_graph=order == 2)
         if order == 2:
             grads = torch.autograd.grad(sum(g.square().sum() for g in grads), (x, a, b, m))

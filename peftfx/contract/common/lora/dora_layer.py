@@ -17,7 +17,7 @@ from peftfx.contract.common.lora.products import fast_product
 #: From this many values on the output is kept, because a second tensor of its size costs more than to watch it.
 _LARGE = 2**16
 #: From this many values on one kernel that multiplies and sums costs less than two, which write the products.
-_MANY = 2**15
+_MANY = 2**17
 #: Magnitudes below it are not divided by.
 _LEAST = 1e-12
 
@@ -64,7 +64,7 @@ def scaled_linear(
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)
-    return y.view(*x.shape[:-1], len(b))
+    return y.view(*x.shape[:-1], b.shape[0])
 
 
 class _Scaled(torch.autograd.Function):
@@ -87,7 +87,7 @@ class _Scaled(torch.autograd.Function):
         ctx.updates = 2 * values >= 3 * size
         updated = torch.addmm(weight, b, a, alpha=scaling) if updates else None
         norms = updated_norms(weight, a, b, scaling) if updated is None else torch.linalg.vector_norm(updated, dim=1)
-        gains = gain(magnitude, norms)
+        gains = magnitude.view(-1) / norms
         watched = bias is None and not torch.is_inference_mode_enabled()  # there, no tensor counts its changes
         of_output = watched and rows * outputs >= _LARGE and _least(magnitude) > _LEAST
         if updated is None:
@@ -111,16 +111,18 @@ class _Scaled(torch.autograd.Function):
             found = iter(torch.autograd.grad(output, needed, back, create_graph=True))
             to_x, to_a, to_b, to_m = (next(found) if needs else None for needs in (for_x, for_a, for_b, for_m))
             return to_x, None, None, to_a, to_b, to_m, None
-        scales = gains if s == 1 else s * gains
-        scaled = scales[:, None] * b
         to_x = to_a = to_b = to_m = None
-        # What reads `back` and `x` comes first, while a CPU's cache has them. A product whose result is [r, vectors]
-        # takes a third of the time of one whose result is [vectors, r], because its rows are long.
+        # The rows' gains scale B where there are many vectors, and the gradient where there are few.
+        scales: Any = s if not ctx.updates else gains[:, None] if s == 1 else s * gains[:, None]
+        scaled = b if not ctx.updates and s == 1 else scales * b
+        scaled_back = back if ctx.updates else back * gains
+        # What reads the gradient and `x` comes first, while a CPU's cache has them. A product whose result is
+        # [r, vectors] takes a third of the time of one whose result is [vectors, r], because its rows are long.
         if for_x or for_a:
-            through = fast_product(scaled.T, back.T)
+            through = fast_product(scaled.T, scaled_back.T)
             to_a = fast_product(through, x)
         if for_b:  # in B's own layout, or autograd copies it
-            to_b = torch.mul(fast_product(fast_product(a, x.T), back).T, scales[:, None], out=torch.empty_like(b))
+            to_b = torch.mul(fast_product(fast_product(a, x.T), scaled_back).T, scales, out=torch.empty_like(b))
         if for_m and ctx.output is not None and not ctx.output.is_changed():
             to_m = (_dots(back, kept) / magnitude.flatten()).view_as(magnitude)
         elif for_m:
@@ -129,7 +131,7 @@ class _Scaled(torch.autograd.Function):
         if for_x and ctx.updates:
             to_x = fast_product(back, torch.mul(weight, gains[:, None]).addmm_(scaled, a))
         elif for_x:
-            to_x = fast_product(back * gains, weight).addmm_(through.T, a)
+            to_x = fast_product(scaled_back, weight).addmm_(through.T, a)
         return to_x, None, None, to_a, to_b, to_m, None
 
 
@@ -146,14 +148,13 @@ def _least(values: Tensor) -> float:
 def _dots(x: Tensor, y: Tensor) -> Tensor:
     """Return the dot product of each column of `x` with that of `y`, without a tensor of their size if they are large.
 
-    It is the gradient of a batch norm's weight, where the mean is zero and the variance is one.
+    It is the gradient of a layer norm's weight, where all means are zero and all variances are one.
     """
     if x.numel() < _MANY or not x.is_contiguous():
         return (x * y).sum(0)
-    mean, variance = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
-    of_weight = [False, True, False]
-    backward = torch.ops.aten.native_batch_norm_backward.default
-    dots: Tensor = backward(x, y, None, mean, variance, None, None, False, 0.0, of_weight)[1]
+    mean, variance = x.new_zeros(len(x), 1), x.new_ones(len(x), 1)
+    backward = torch.ops.aten.native_layer_norm_backward.default
+    dots: Tensor = backward(x, y, x.shape[1:], mean, variance, x.new_empty(x.shape[1]), None, [False, True, False])[1]
     return dots
 
 
