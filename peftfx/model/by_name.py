@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.adjustment import adjust
 from peftfx.adapters.files.names import name_of_base
+from peftfx.analysis.running import LAYERS
+from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
@@ -99,6 +102,25 @@ class AdaptersByName(HostedBase):
         paths = (path for m in named for path in named_elsewhere(self.source, m, self.sites, where(m), ()))
         self.widen_sites(path for path in dict.fromkeys(paths) if is_idle(path, self.source, self.sites))
 
+    def _widen_for_file(self, directory: Path) -> None:
+        """Widen the sites to the layers of a file that the example call does not run or use.
+
+        Layers that the call does not run are among them only on the modules road, and where no tensor is trained: of
+        trained ones the file is refused.
+        """
+        from peftfx.adapters.files.reader import read_adapter
+
+        if self.wanted != "modules" and not self.sites.unread:
+            return
+        named = modules_in(directory)
+        layers = [p for p, module in own_modules(self.source) if p in named and isinstance(module, LAYERS)]
+        idle = named & self.sites.unread
+        if self.wanted == "modules" and any(is_idle(path, self.source, self.sites) for path in layers):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come again when the adapter is read at the wider sites
+                idle |= read_adapter(directory, self.source, self.sites).unread
+        self.widen_sites(sorted(idle))
+
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
         """Give one adapter, or all, new initial values, for example after a base on the meta device got values.
 
@@ -183,8 +205,7 @@ class AdaptersByName(HostedBase):
         else:
             self.named.refuse(adapter_name)
             self.named.apart("an adapter is added")
-            if self.sites.unread:
-                self.widen_sites(sorted(self.sites.unread & modules_in(path)))
+            self._widen_for_file(path)
             self._install(adapter_name, read_adapter(path, self.source, self.sites))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)

@@ -125,16 +125,23 @@ def test_only_what_is_tied_is_named_and_training_tied_loras_is_refused() -> None
         px.transform(_base(), rule)
 
 
-@pytest.mark.parametrize("saved", [None, ["decoder"]], ids=["biases", "head"])
+TIED_BIASES = {
+    "biases": ({"target_modules": ["query"], "bias": "all"}, {"bias", "decoder.bias"}),
+    "head": ({"target_modules": ["query"], "bias": "all", "modules_to_save": ["decoder"]}, {"bias", "decoder.bias"}),
+    "layer": ({"target_modules": ["query", "decoder"], "bias": "lora_only"}, {"decoder.base_layer.bias"}),
+}
+
+
+@pytest.mark.parametrize("case", TIED_BIASES)
 @pytest.mark.parametrize("road", ["modules", "graph"])
-def test_a_tied_bias_that_a_file_has_twice_is_trained_on(road: str, saved: list[str] | None, tmp_path: Path) -> None:
-    """HF PEFT's `bias="all"` saves each name of BERT's output bias, which is one tensor."""
-    config = peft.LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=saved)
-    theirs = peft.get_peft_model(_masked(), config)
+def test_a_tied_bias_is_trained_on_under_each_of_its_names(road: str, case: str, tmp_path: Path) -> None:
+    """HF PEFT's `bias="all"` saves each name of BERT's output bias, "lora_only" that in the layer: it is one tensor."""
+    options, in_file = TIED_BIASES[case]
+    theirs = peft.get_peft_model(_masked(), peft.LoraConfig(r=2, **options))
     randomise(theirs)
     theirs.save_pretrained(str(tmp_path / "theirs"))
     names = {n for n in load_file(tmp_path / "theirs" / "adapter_model.safetensors") if "predictions" in n}
-    assert {n.removeprefix("base_model.model.cls.predictions.") for n in names} >= {"bias", "decoder.bias"}
+    assert {n.removeprefix("base_model.model.cls.predictions.") for n in names} >= in_file
     ours = px.load(_masked(), tmp_path / "theirs", road=road)
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
     seen = [_losses(model, ids) for model in (theirs.eval(), ours)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from support.zoo import ZOO
 import peftfx
 from peftfx.contract.method import Method
 from peftfx.contract.sequence import SequenceMethod
+from peftfx.errors import PeftfxWarning
 from peftfx.methods import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.rules.peft_files import WEIGHTS
@@ -79,6 +82,27 @@ def test_a_head_of_its_own_crosses_in_both_directions(
     _reloaded(ours, tmp_path / "theirs")
     same(first(ours, inputs), want)
     ours.remove()
+
+
+def test_a_copy_inside_a_copy_is_trained_and_told(tmp_path: Path) -> None:
+    """HF PEFT saves the inner one, and neither runs nor trains it."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp", "down_proj"])
+    theirs = peft.get_peft_model(ZOO["llama"].build(), copy.deepcopy(config))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*inside a copy")
+        ours = peftfx.load(ZOO["llama"].build(), tmp_path / "theirs")
+    given = ZOO["llama"].inputs(2, 5)
+    for model in (ours, theirs):
+        model(**given).logits.square().sum().backward()
+    inner = [p.grad for m in (ours, theirs) for n, p in m.named_parameters() if "down_proj" in n and p.requires_grad]
+    assert len(inner) == 4
+    assert [grad is not None for grad in inner] == [True, True, False, False]
+    randomise(ours.adapters)
+    with pytest.warns(PeftfxWarning, match=r"(?s)other outputs at .*down_proj.*inside a copy of another module"):
+        ours.save_pretrained(tmp_path / "ours")
+    again = peftfx.load(ZOO["llama"].build(), tmp_path / "ours")
+    same(first(again, given), first(ours, given))
 
 
 def _reloaded(model: AdaptedModel, directory: Path) -> None:

@@ -86,6 +86,26 @@ def test_a_step_is_that_of_peft(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.stack(ours_norms), torch.stack(theirs_norms), rtol=1e-5, atol=1e-7)
 
 
+def test_a_file_may_hold_layers_that_the_call_does_not_run(tmp_path: Path) -> None:
+    """As they were made, since no call of training ran them; trained ones are refused."""
+    base = model()
+    base.model.norm.other = nn.Linear(32, 32)  # an attribute that no call of the example runs
+    base.model.norm.register_forward_hook(lambda module, args, y: module.other(y) if y.shape[1] > 9 else y)
+    made = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, target_modules=["q_proj", "other"]))
+    for name, p in made.named_parameters():
+        p.data += 0.05 * torch.randn_like(p) * (p.requires_grad and "other" not in name)
+    made.save_pretrained(str(tmp_path / "as made"))
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "as made")
+    for length in (5, 12):
+        ids = torch.randint(0, 50, (2, length))
+        torch.testing.assert_close(step(ours, ids), step(made, ids))
+    assert any("other" in name and p.grad is not None for name, p in ours.named_parameters())
+    made.base_model.model.model.norm.other.lora_B.default.weight.data += 0.1
+    made.save_pretrained(str(tmp_path / "trained"))
+    with pytest.raises(peftfx.PeftfxError, match="this call does not run it"):
+        peftfx.load(copy.deepcopy(base), tmp_path / "trained")
+
+
 def test_what_is_trained_is_saved_and_merged(tmp_path: Path) -> None:
     base, ids = model(), torch.randint(50, (2, 7))
     with pytest.warns(PeftfxWarning, match=f"{WARNED}: .*branches on the values of a tensor, at .*sum"):

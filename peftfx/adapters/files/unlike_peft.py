@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from peftfx.adapters.adapter import Adapter
@@ -13,18 +14,22 @@ from peftfx.adapters.files.names import name_of
 from peftfx.adapters.files.parameters import is_bare, without_place
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
+from peftfx.contract.override import SAVED
 from peftfx.contract.placed import Placements
 from peftfx.contract.placement import Placement
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import listed, warn
 from peftfx.rules.peft_conversion import taken_for_experts
 from peftfx.rules.peft_files import Weights
+from peftfx.rules.trained_copies import is_inside, saved_modules
+from peftfx.sharding import is_part
 
 
 def warn_unlike_peft(base: nn.Module, adapter: Adapter, where: str) -> None:
     """Warn of the modules where HF PEFT computes other outputs, with the reason."""
     placements = adapter.placements
     found = {"its layer for trained rows leaves out the bias there, until it is merged": _without_bias(base, adapter)}
+    found["its copy is inside a copy of another module, and HF PEFT does not run it"] = _inner_copies(base, adapter)
     modules = dict(own_modules(base, remove_duplicate=False))
     for placement in placements.weights:
         module = modules.get(placement.site.path)
@@ -53,6 +58,24 @@ def _without_bias(base: nn.Module, adapter: Adapter) -> list[str]:
     heads = ((path, module) for path, module in own_modules(base) if isinstance(module, nn.Linear) and trained)
     held = ((path, trained.get(id(m.weight))) for path, m in heads if m.bias is not None)
     return [path for path, within in held if within in ("", path)]
+
+
+def _inner_copies(base: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the modules that `modules_to_save` names inside others that it names, and whose copies were trained."""
+    found = []
+    for method in (placed.method for placed in adapter.placed if placed.method.modules_to_save):
+        saved, names = saved_modules(base, method), tuple(method.modules_to_save or ())
+        inner = (p for p, _ in own_modules(base) if p.endswith(names) and p not in saved and is_inside(p, saved))
+        found += [path for path in inner if _is_changed(base, adapter, path)]
+    return found
+
+
+def _is_changed(base: nn.Module, adapter: Adapter, path: str) -> bool:
+    """Return whether a module's copy has other values than the module, or may have: one of them has none here."""
+    own = ((f"{path}.{name}", p) for name, p in base.get_submodule(path).named_parameters())
+    copies = {override.key for override in adapter.overrides}
+    kept = [(adapter.get(key), p) for name, p in own if (key := f"{SAVED}.{name}") in copies]
+    return any(copy.is_meta or p.is_meta or is_part(p) or not torch.equal(copy, p.to(copy)) for copy, p in kept)
 
 
 def _tell_taken_for_experts(base: nn.Module, placements: Placements, where: str) -> None:

@@ -43,8 +43,10 @@ def replaced_weights(
         tensor = tensors.own[name]
         if tensors.is_of_adapter(key, name):
             continue
-        if id(tensor) in tensors.trained_everywhere:  # by another name: with bias="all", of a tied bias
-            _refuse_apart(weights, trained.get(id(tensor), key), key)
+        if id(tensor) in tensors.trained_everywhere:  # by another name: a tied bias, with bias="all" under each name
+            _refuse_apart(weights, trained.setdefault(id(tensor), key), key)
+            copies = [o for o in overrides if tensors.own.get(o.name) is tensor]
+            weights.repeat(key, [override_name(copy, around) for copy in copies])  # with "lora_only", under this alone
             weights.names.pop(key)
         elif not _differs(weights, key, tensor):
             weights.names.pop(key)
