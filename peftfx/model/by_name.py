@@ -105,17 +105,17 @@ class AdaptersByName(HostedBase):
     def _widen_for_file(self, directory: Path) -> None:
         """Widen the sites to the layers of a file that the example call does not run or use.
 
-        Layers that the call does not run are among them only on the modules road, and where no tensor is trained: of
-        trained ones the file is refused.
+        Layers that the call does not run are among them only if none of their tensors is trained: of trained ones the
+        file is refused.
         """
         from peftfx.adapters.files.reader import read_adapter
 
-        if self.wanted != "modules" and not self.sites.unread:
+        if self.wanted == "graph":
             return
         named = modules_in(directory)
         layers = [p for p, module in own_modules(self.source) if p in named and isinstance(module, LAYERS)]
         idle = named & self.sites.unread
-        if self.wanted == "modules" and any(is_idle(path, self.source, self.sites) for path in layers):
+        if any(is_idle(path, self.source, self.sites) for path in layers):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # they come again when the adapter is read at the wider sites
                 idle |= read_adapter(directory, self.source, self.sites).unread

@@ -1,4 +1,4 @@
-"""Adapters whose files have tensors for modules that the call does not run, as they were made: they change nothing."""
+"""Adapters whose files have tensors for modules that the call does not run, as they were made."""
 
 from __future__ import annotations
 
@@ -64,11 +64,10 @@ def _trained(base: nn.Module, config: peft.PeftConfig, directory: Path, *, every
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_they_are_left_out_told_and_saved_again(config: peft.PeftConfig, tmp_path: Path) -> None:
+def test_they_are_kept_and_an_export_without_them_says_so(config: peft.PeftConfig, tmp_path: Path) -> None:
     base = _decoder()
     theirs = _trained(base, config, tmp_path / "adapter")
-    with pytest.warns(UserWarning, match=r"this call does not run the modules of .*encoder_attn"):
-        ours = peftfx.load(copy.deepcopy(base), tmp_path / "adapter")
+    ours = peftfx.load(copy.deepcopy(base), tmp_path / "adapter")
     with torch.no_grad():
         want = theirs(input_ids=IDS[:1, :3]).logits
         torch.testing.assert_close(ours(input_ids=IDS[:1, :3]).logits, want, atol=1e-5, rtol=1e-5)
@@ -110,11 +109,18 @@ def test_trained_biases_of_layers_whose_results_are_unused_are_taken_from_inside
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_call_that_runs_them_is_refused_and_one_given_at_load_is_not(tmp_path: Path) -> None:
+def test_a_call_that_runs_them_is_computed_in_modules_and_refused_in_a_graph(tmp_path: Path) -> None:
     base = _decoder()
     theirs = _trained(base, CONFIGS["LoRA"], tmp_path)
-    ours = peftfx.load(copy.deepcopy(base), tmp_path)
     call: dict[str, Tensor] = {"input_ids": IDS, "encoder_hidden_states": ENCODED}
+    ours = peftfx.load(copy.deepcopy(base), tmp_path)
+    for model in (ours, theirs):
+        model(**call).logits.square().mean().backward()
+    torch.testing.assert_close(ours(**call).logits, theirs(**call).logits, atol=1e-5, rtol=1e-5)
+    norms = [sorted(float(p.grad.norm()) for p in m.parameters() if p.grad is not None) for m in (ours, theirs)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    with pytest.warns(UserWarning, match=r"this call does not run the modules of .*encoder_attn"):
+        ours = peftfx.load(copy.deepcopy(base), tmp_path, road="graph")
     with pytest.raises(PeftfxError, match="whose tensors were left out") as refused:
         ours(**call)
     assert "load the adapter with inputs= of a call that uses them" in str(refused.value)
