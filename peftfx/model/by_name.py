@@ -22,7 +22,6 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.hosted.hosted_base import HostedBase
 from peftfx.rules.peft_configs import records_of
-from peftfx.rules.peft_files import modules_in
 from peftfx.rules.resolution import as_items, as_methods, place, where
 from peftfx.rules.unplaced import is_idle, named_elsewhere
 from peftfx.sites.expression import ALL_LINEAR
@@ -102,24 +101,20 @@ class AdaptersByName(HostedBase):
         paths = (path for m in named for path in named_elsewhere(self.source, m, self.sites, where(m), ()))
         self.widen_sites(path for path in dict.fromkeys(paths) if is_idle(path, self.source, self.sites))
 
-    def _widen_for_file(self, directory: Path) -> None:
-        """Widen the sites to the layers of a file that the example call does not run or use.
+    def _read(self, directory: Path) -> Adapter:
+        """Return the adapter in a directory; first, widen the sites to idle layers that the file has as they were made.
 
-        Layers that the call does not run are among them only if none of their tensors is trained: of trained ones the
-        file is refused.
+        A file with trained tensors of a layer that the example call does not run is refused.
         """
         from peftfx.adapters.files.reader import read_adapter
 
-        if self.wanted == "graph":
-            return
-        named = modules_in(directory)
-        layers = [p for p, module in own_modules(self.source) if p in named and isinstance(module, LAYERS)]
-        idle = named & self.sites.unread
-        if any(is_idle(path, self.source, self.sites) for path in layers):
+        layers = (path for path, module in own_modules(self.source) if isinstance(module, LAYERS))
+        if self.wanted != "graph" and any(is_idle(path, self.source, self.sites) for path in layers):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # they come again when the adapter is read at the wider sites
-                idle |= read_adapter(directory, self.source, self.sites).unread
-        self.widen_sites(sorted(idle))
+                warnings.simplefilter("ignore")  # the same are told below, at the wider sites
+                unread = read_adapter(directory, self.source, self.sites).unread
+            self.widen_sites(sorted(unread))
+        return read_adapter(directory, self.source, self.sites)
 
     def reset_parameters(self, adapter_name: str | None = None, *, seed: int | None = None) -> None:
         """Give one adapter, or all, new initial values, for example after a base on the meta device got values.
@@ -191,7 +186,6 @@ class AdaptersByName(HostedBase):
         Examples:
             >>> keys = adapted.load_adapter("adapter", "second")
         """
-        from peftfx.adapters.files.reader import read_adapter
         from peftfx.adapters.files.swap import read_into
 
         _refuse_half(autocast_adapter_dtype)
@@ -205,8 +199,7 @@ class AdaptersByName(HostedBase):
         else:
             self.named.refuse(adapter_name)
             self.named.apart("an adapter is added")
-            self._widen_for_file(path)
-            self._install(adapter_name, read_adapter(path, self.source, self.sites))
+            self._install(adapter_name, self._read(path))
         if not is_trainable:
             self.adapter(adapter_name).requires_grad_(False)
             self.eval()

@@ -141,10 +141,7 @@ def _empty(cls: type[Method], config: Mapping[str, object], where: str) -> dict[
 
 def modules_in(directory: Path) -> set[str]:
     """Return the paths of all modules that the tensors of an adapter's files may belong to."""
-    folders = rule_folders(directory)
-    for folder in folders:
-        read_adapter_config(folder)  # what is no adapter's folder is refused as such
-    names = [name.split(".") for folder in folders for name in Weights(folder).names]
+    names = [name.split(".") for folder in rule_folders(directory) for name in Weights(folder).names]
     return {".".join(name[:end]) for name in names for end in range(1, len(name))}
 
 

@@ -87,7 +87,7 @@ class _Scaled(torch.autograd.Function):
         ctx.updates = 2 * values >= 3 * size
         updated = torch.addmm(weight, b, a, alpha=scaling) if updates else None
         norms = updated_norms(weight, a, b, scaling) if updated is None else torch.linalg.vector_norm(updated, dim=1)
-        gains = magnitude.view(-1) / norms
+        gains = gain(magnitude, norms)
         watched = bias is None and not torch.is_inference_mode_enabled()  # there, no tensor counts its changes
         of_output = watched and rows * outputs >= _LARGE and _least(magnitude) > _LEAST
         if updated is None:
@@ -112,10 +112,13 @@ class _Scaled(torch.autograd.Function):
             to_x, to_a, to_b, to_m = (next(found) if needs else None for needs in (for_x, for_a, for_b, for_m))
             return to_x, None, None, to_a, to_b, to_m, None
         to_x = to_a = to_b = to_m = None
-        # The rows' gains scale B where there are many vectors, and the gradient where there are few.
-        scales: Any = s if not ctx.updates else gains[:, None] if s == 1 else s * gains[:, None]
-        scaled = b if not ctx.updates and s == 1 else scales * b
-        scaled_back = back if ctx.updates else back * gains
+        scales: Any
+        if ctx.updates:  # the rows' gains scale B where there are many vectors, and the gradient where there are few
+            scales, scaled_back = (gains if s == 1 else s * gains)[:, None], back
+            scaled = scales * b
+        else:
+            scales, scaled_back = s, back * gains
+            scaled = b if s == 1 else s * b
         # What reads the gradient and `x` comes first, while a CPU's cache has them. A product whose result is
         # [r, vectors] takes a third of the time of one whose result is [vectors, r], because its rows are long.
         if for_x or for_a:
