@@ -56,15 +56,15 @@ def two() -> DeviceMesh:
     return init_device_mesh("cpu", (2,))
 
 
-def adapted(rule: object, way: str) -> peftfx.AdaptedModel:
+def adapted(rule: object, way: str, seed: int = 0) -> peftfx.AdaptedModel:
     """A model of which each process has a part."""
     base, mesh = llama(), two()
-    made = None if way == "before" else peftfx.transform(base, rule, seed=0)
+    made = None if way == "before" else peftfx.transform(base, rule, seed=seed)
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
     if way in ("base", "adapted"):
         fully_shard(base if way == "base" else made, mesh=mesh)  # type: ignore[type-var]
-    return made or peftfx.transform(base, rule, seed=0)
+    return made or peftfx.transform(base, rule, seed=seed)
 
 
 def train(model: nn.Module, steps: int = 3, rank: int | None = None, optimizer: Any = None) -> Tensor:

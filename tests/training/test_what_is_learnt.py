@@ -153,19 +153,33 @@ def test_a_training_that_diverges_writes_nothing(peftfx: Command, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_at_its_end_goes_no_further(peftfx: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "size"), [(2, 8), (3, 1)], ids=["at an epoch's end", "in an epoch"])
+def test_a_run_at_its_end_goes_no_further(peftfx: Command, tmp_path: Path, rows: int, size: int) -> None:
     """transformers' Trainer takes one more step than it is asked for, if a checkpoint has them all."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(vocab_size=len(WORDS), **LLAMA, eos_token_id=2)
     base = saved(tmp_path / "base", hf.LlamaForCausalLM(config))
-    line = words(base, COMPLETIONS, tmp_path / "out", "--json")
+    given = (COMPLETIONS * 2)[:rows]
+    line = words(base, given, tmp_path / "out", "--json", "--batch-size", size)
     first = json.loads(peftfx(*line, "--save-steps", 1).out)
     tensors = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     again = json.loads(peftfx(*line, "--resume", "--force").out)
     assert (again["steps"], again["losses"], again["loss"]) == (2, first["losses"], first["loss"])
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == tensors
-    fewer = peftfx(*words(base, COMPLETIONS, tmp_path / "out", "--resume", "--force", steps=1))
+    fewer = peftfx(*words(base, given, tmp_path / "out", "--resume", "--force", steps=1))
     assert "the checkpoint has 2 steps, and 1 are asked for" in fewer.err
+
+
+def test_a_run_goes_on_with_the_adapter_of_its_checkpoint(peftfx: Command, tmp_path: Path) -> None:
+    """All rows are one batch, so the next loss is the loss on the rows after the steps before."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(vocab_size=len(WORDS), **LLAMA, eos_token_id=2)
+    base, out = saved(tmp_path / "base", hf.LlamaForCausalLM(config)), tmp_path / "out"
+    more = ("--json", "--learning-rate", 0.1, "--save-steps", 1)
+    first = json.loads(peftfx(*words(base, COMPLETIONS, out, "--evaluate", out.with_suffix(".jsonl"), *more)).out)
+    again = json.loads(peftfx(*words(base, COMPLETIONS, out, "--resume", "--force", *more, steps=3)).out)
+    assert again["losses"][:2] == first["losses"]
+    assert again["losses"][2][1] == pytest.approx(first["evaluation"]["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
