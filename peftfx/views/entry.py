@@ -161,11 +161,11 @@ class VirtualTokens(Entry):
         acts = False  #: whether the call of the embedding that runs now embeds the text
 
         def shorten(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             nonlocal first, acts
             if threading.get_ident() != thread:
-                return None  # another call of the base, in another thread
+                return None  # another call of the base: without kwargs, if this hook was removed during it
             ids = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
             acts = ids is not None and (first is None or _same(ids, first))
             if not acts or ids is None:

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from support.adapted import adapt, both, gradients, our_name, step
 from support.zoo import ZOO
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -251,7 +253,6 @@ def test_two_models_over_one_base_in_two_threads(rule: Method) -> None:
         plain = base(**inputs).logits
     assert not torch.allclose(want[0], want[1])
     assert not torch.allclose(want[0][:, -1], plain[:, -1])
-    wrong: list[int] = []
     both_in = threading.Barrier(2, timeout=20)
 
     def meet(*_: object) -> None:
@@ -259,18 +260,41 @@ def test_two_models_over_one_base_in_two_threads(rule: Method) -> None:
 
     base.model.embed_tokens.register_forward_pre_hook(meet)
 
-    def run(which: int) -> None:
+    def run(which: int) -> list[Tensor]:
         with torch.no_grad():
-            for _ in range(5):
-                if not torch.equal(models[which](**inputs).logits, want[which]):
-                    wrong.append(which)
+            return [models[which](**inputs).logits for _ in range(5)]
 
-    threads = [threading.Thread(target=run, args=(which,)) for which in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(2) as threads:
+        for found, wanted in zip(threads.map(run, (0, 1)), want, strict=True):
+            assert all(each.equal(wanted) for each in found)
+
+
+def test_a_soft_prompt_leaves_a_base_whose_embedding_another_thread_has_begun_to_call() -> None:
+    """torch reads all hooks of a module before it calls the first."""
+    base, racing = ZOO["llama"].build(), threading.Event()
+    entered, begun, left = threading.Event(), threading.Event(), threading.Event()
+
+    def meet(module: nn.Module, _: object) -> None:
+        if module is base.model.embed_tokens and racing.is_set():
+            main = threading.current_thread() is threading.main_thread()
+            (begun if main else entered).set()
+            assert (left if main else begun).wait(20)
+
+    hook = register_module_forward_pre_hook(meet)  # torch calls it before the hooks of the module itself
+    try:
+        models = [peftfx.transform(base, SOFT[0], seed=seed) for seed in (0, 1)]
+        inputs = ZOO["llama"].inputs(model=base)
+        want = [model(**inputs).logits for model in models]
+        racing.set()
+        with ThreadPoolExecutor(1) as threads:
+            other = threads.submit(lambda: models[1](**inputs).logits)
+            other.add_done_callback(lambda _: left.set())
+            assert entered.wait(20)
+            found = models[0](**inputs).logits
+        assert found.equal(want[0])
+        assert other.result().equal(want[1])
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
