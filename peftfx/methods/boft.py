@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype, along_rows
 from peftfx.contract.common.bounds import refuse_below
+from peftfx.contract.common.skew import cayley
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -123,14 +124,14 @@ class BOFT(WeightMethod):
     def _blocks(self, p: Params, training: bool) -> Tensor:
         """Return the rotations, [factors, blocks, size, size]. In training, some of one factor are the identity."""
         skew = 0.5 * (p[R] - p[R].transpose(-1, -2))
-        eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
-        blocks = torch.linalg.solve(eye + skew, eye - skew, left=False)
+        blocks = cayley(skew).to(skew.dtype)
         factors, count = blocks.shape[:2]
         if not training or not self.boft_dropout:
             return blocks
         number = torch.randint(0, factors, (1,), device=skew.device)
         left_out = torch.randperm(count, device=skew.device) < int(self.boft_dropout * count)
         factor = torch.arange(factors, device=skew.device) == number
+        eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
         return torch.where((factor[:, None] & left_out)[..., None, None], eye, blocks)
 
 

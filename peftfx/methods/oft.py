@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.bounds import refuse_below
-from peftfx.contract.common.skew import skew_matrix
+from peftfx.contract.common.skew import cayley, skew_matrix
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -132,9 +132,9 @@ class OFT(WeightMethod):
             length = skew.norm(dim=(1, 2), keepdim=True)
             near = torch.where(length <= most, skew, skew * (most / length))
             skew = near.detach() + (skew - skew.detach())  # projected as in HF PEFT, with `skew`'s gradient
-        eye = torch.eye(size, dtype=skew.dtype, device=skew.device).expand_as(skew)
         if not self.use_cayley_neumann:
-            return torch.linalg.solve(eye + skew, eye - skew, left=False)
+            return cayley(skew).to(skew.dtype)
+        eye = torch.eye(size, dtype=skew.dtype, device=skew.device).expand_as(skew)
         rotation, power, terms = eye, eye, self.num_cayley_neumann_terms
         for term in range(1, terms):
             power = power @ skew

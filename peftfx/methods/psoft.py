@@ -17,7 +17,7 @@ from torch import Tensor
 from peftfx.contract.broadcast import adapter_dtype
 from peftfx.contract.common.bounds import refuse_below
 from peftfx.contract.common.delta import dropped
-from peftfx.contract.common.skew import skew_matrix
+from peftfx.contract.common.skew import cayley, skew_matrix
 from peftfx.contract.method import Base, Op, Params
 from peftfx.contract.update import Update
 from peftfx.contract.weight import WeightMethod
@@ -138,7 +138,7 @@ class PSOFT(WeightMethod):
         """Return Cayley's form `(I + Q) (I - Q)^-1` of the skew matrix `Q` with upper entries `upper`."""
         skew = skew_matrix(upper, self.r)
         if not self.use_cayley_neumann:
-            return torch.linalg.solve(eye - skew, eye + skew, left=False)
+            return cayley(-skew)  # scaled before it is rounded, as in HF PEFT
         if self.cayley_neumann_eps is not None:
             skew = skew * (self.cayley_neumann_eps / skew.norm().clamp(min=self.cayley_neumann_eps))
         matrix, power, terms = eye, eye, self.num_cayley_neumann_terms

@@ -19,8 +19,8 @@ def refuse_no_base(model: object) -> None:
     """Refuse what is no base model, or wraps one in a class whose calls differ from the base's.
 
     Raises:
-        PeftfxError: it is no module, has adapters of peftfx already, or is compiled, scripted, or wrapped for several
-            devices.
+        PeftfxError: it is no module, has adapters of peftfx already, or is compiled, scripted, made under
+            `torch.inference_mode`, or wrapped for several devices.
     """
     if not isinstance(model, nn.Module):
         raise PeftfxError(f"not a model: {shown(model)}", "model", "pass a torch module, as from_pretrained gives")
@@ -38,6 +38,10 @@ def refuse_no_base(model: object) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             hint = "pass the model with the module that was scripted"
             raise PeftfxError("torch.export cannot capture what torch.jit has scripted", path or name, hint)
+    for path, parameter in model.named_parameters():
+        if parameter.is_inference():
+            hint = "make the model outside of the block; then calls, and this one too, may be inside"
+            raise PeftfxError("this weight was made under torch.inference_mode(), and cannot be captured", path, hint)
 
 
 def refuse_unknown_arguments(options: Mapping[str, object]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from support.adapted import adapt, our_name
+from support.adapted import adapt, our_name, randomise
 from support.zoo import ZOO
 from torch import Tensor, nn
 
@@ -117,3 +117,29 @@ def test_reflections_of_a_convs_patches_are_pefts(dtype: torch.dtype, tmp_path: 
     assert got.dtype == dtype
     torch.testing.assert_close(got, want)
     assert not torch.allclose(got, plain, atol=0.05)
+
+
+EXACT = {
+    "oft": (peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False, "init_weights": False}),
+    "boft": (peft.BOFTConfig, {"boft_block_size": 4, "init_weights": False}),
+    "psoft": (peft.PsoftConfig, {"r": 4}),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_rotations_in_half_precision_are_solved_for_in_float32(name: str, tmp_path: Path) -> None:
+    """As in `peft`: torch has no solver for bfloat16."""
+    config, options = EXACT[name]
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(8, 6)), torch.randn(5, 8)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config(target_modules=["0"], **options))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = peftfx.load(base, tmp_path, inputs={"input": x})
+    for model in (ours, theirs):
+        model.to(torch.bfloat16).train()
+        model(x.to(torch.bfloat16)).float().square().sum().backward()
+    torch.testing.assert_close(ours(x.to(torch.bfloat16)), theirs(x.to(torch.bfloat16)))
+    want = [p.grad.norm() for p in theirs.parameters() if p.requires_grad]
+    got = [p.grad.norm() for p in ours.parameters() if p.requires_grad]
+    torch.testing.assert_close(sorted(got), sorted(want), rtol=0.02, atol=0.0)

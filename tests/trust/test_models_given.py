@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -54,9 +55,15 @@ def same(got: Tensor, want: nn.Module) -> None:
         torch.testing.assert_close(got, want(**CALL).logits[SEEN], atol=1e-5, rtol=1e-5)
 
 
+def inferred(model: nn.Module) -> nn.Module:
+    with torch.inference_mode():
+        return copy.deepcopy(model)
+
+
 WRAPPED: dict[str, tuple[Callable[[nn.Module], nn.Module], str, str]] = {
     "compiled": (lambda m: torch.compile(m, backend="eager"), "this model is compiled", "`model._orig_mod`"),
     "scripted": (lambda m: nn.Sequential(m, torch.jit.script(nn.Linear(4, 4))), "has scripted", "that was scripted"),
+    "of inference tensors": (inferred, r"made under torch.inference_mode\(\)", "outside of the block"),
     "for several devices": (nn.DataParallel, "wrapped for several devices", "`model.module`"),
     "adapted": (lambda m: peftfx.transform(m, peftfx.LoRA(r=2)), "adapted by peftfx already", "load_adapter"),
 }
