@@ -126,7 +126,9 @@ def tied_embedding(base: nn.Module, method: Method, site: Site) -> str:
 
 def tied_paths(base: nn.Module, path: str) -> list[str]:
     """Return the paths of all modules that share the weight of the module at `path`, including `path`."""
-    weight = base.get_submodule(path).weight
+    weight = base.get_submodule(path)._parameters.get("weight")
+    if weight is None:  # an image model's embedding is no table
+        return [path]
     return [name for name, m in own_modules(base) if m._parameters.get("weight") is weight]
 
 

@@ -54,6 +54,13 @@ class WeightMethod(Method):
         """Return further new parameters, made from the shared tensors that this place reads."""
         return {}
 
+    def past_start(self, p: Params) -> dict[str, Tensor]:
+        """Return the parameters that are others where the base's weight is what the method's start has left of it.
+
+        HF PEFT's start may take a part out of the base's weight. A file that has this weight has it without that part.
+        """
+        return {}
+
     @abstractmethod
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         """Return the adapted output for `x` and `y = op(x, *base)`, of the shape and dtype of `y`."""

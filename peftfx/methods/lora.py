@@ -191,6 +191,9 @@ class LoRA(LoraForms):
             p[MAGNITUDE] = row_norms(site, base.weight.to(p[A].dtype))
         return p
 
+    def past_start(self, p: Params) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(p[name]) for name in (A0, B0) if name in p and bool(p[name].any())}
+
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         p = self.set_out(p)
         drops = training and self.lora_dropout > 0 and site.kind != "embedding"

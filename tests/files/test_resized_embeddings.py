@@ -72,6 +72,39 @@ def test_rows_of_new_tokens_are_in_the_file(base: Path, options: dict[str, Any],
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("options", [{"init_lora_weights": "olora"}, {"kasa_config": {}}], ids=["olora", "kasa"])
+def test_a_head_is_saved_without_the_part_that_an_adapter_started_as(
+    base: Path, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The part was taken out once more: HF PEFT's files have what is left of the weights of embeddings and heads."""
+
+    def model(change: float) -> nn.Module:
+        made = hf.AutoModelForCausalLM.from_pretrained(base).eval()
+        made.lm_head.weight.data += change  # the file has its own
+        return made
+
+    more = {name: peft.KasaConfig() if name == "kasa_config" else value for name, value in options.items()}
+    theirs = peft.get_peft_model(model(0), peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], **more))
+    randomise(theirs)
+    ids = IDS % 99
+    want = theirs.eval()(input_ids=ids).logits.detach()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = peftfx.load(model(0.1), tmp_path / "theirs").eval()
+    ours.save_pretrained(str(tmp_path / "ours"))
+    again = peft.PeftModel.from_pretrained(model(0.2), str(tmp_path / "ours")).eval()
+    for read in (ours, again, peftfx.load(model(0.2), tmp_path / "ours").eval(), ours.merge_and_unload()):
+        torch.testing.assert_close(read(input_ids=ids).logits, want, rtol=0, atol=1e-4)
+
+
+def test_a_head_that_an_adapter_started_from_is_not_saved_beside_it(base: Path, tmp_path: Path) -> None:
+    ours = peftfx.transform(resized(base, 1), peftfx.LoRA(r=2, init_lora_weights="pissa", target_modules=["lm_head"]))
+    with pytest.raises(PeftfxError, match="started as a part of the weight of lm_head"):
+        ours.save_pretrained(tmp_path / "asked", save_embedding_layers=True)
+    with pytest.warns(PeftfxWarning, match="Save the base itself, too"):
+        ours.save_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_magnitudes_that_peft_writes_twice(base: Path, tmp_path: Path) -> None:
     """With the embedding itself, under the name that they have in memory: the file was refused."""
     config = peft.LoraConfig(r=4, target_modules=["model.embed_tokens"], use_dora=True, task_type="CAUSAL_LM")

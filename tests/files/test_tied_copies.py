@@ -165,8 +165,11 @@ def test_biases_inside_a_trained_head_of_several_layers_are_repeats(task: str | 
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
-@pytest.mark.parametrize(("base", "names"), [(_base, ["q_proj"]), (ZOO["llama"].build, ["q_proj", "embed_tokens"])])
-def test_tying_of_nothing_is_told_and_left_out(base: Callable[[], nn.Module], names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("base", "names"),
+    [(_base, ["q_proj"]), (ZOO["llama"].build, ["q_proj", "embed_tokens"]), (ZOO["vit"].build, "all-linear")],
+)
+def test_tying_of_nothing_is_told_and_left_out(base: Callable[[], nn.Module], names: list[str] | str) -> None:
     """It was refused, and HF PEFT warns and goes on."""
     config = peft.LoraConfig(r=3, target_modules=names, ensure_weight_tying=True)
     with pytest.warns(PeftfxWarning, match="ensure_weight_tying changes nothing, as in HF PEFT"):

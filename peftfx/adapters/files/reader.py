@@ -170,6 +170,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         _copy(adapter, wanted, weights)
     for placement in placements:
         _scale(adapter, placement, base)
+    _leave_start(adapter, base, names)
     again |= names - weights.names.keys()
     instead = take_over(adapter)
     wanted = {name: instead.get(key, key) for name, key in wanted.items()}
@@ -249,6 +250,15 @@ def _scale(adapter: Adapter, placement: Placement, base: nn.Module) -> None:
         times = times_in_use(base, placement.method, placement.site.path, suffix)
         if times != 1:
             adapter.get(f"{placement.key}.{name}").mul_(times)
+
+
+@torch.no_grad()
+def _leave_start(adapter: Adapter, base: nn.Module, names: Collection[str]) -> None:
+    """Subtract no start from a weight that the file has: HF PEFT saves it without the part that the start took out."""
+    for p in adapter.placements.weights:
+        if name_of(path_in_file(base, p.method, p.site.path, p.known_as), "base_layer.weight") in names:
+            for name, value in p.method.past_start(adapter.params(p)).items():
+                adapter.get(f"{p.key}.{name}").copy_(value)
 
 
 def _names(placement: Placement, base: nn.Module) -> dict[str, str]:

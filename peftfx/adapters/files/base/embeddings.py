@@ -98,6 +98,10 @@ def _obstacle(base: nn.Module, adapter: Adapter) -> str:
         return "they are sharded over processes"
     if any(tensor.is_meta for _, tensor in _tables(base)):
         return "their values are not in memory"
+    tables = {id(tensor) for _, tensor in _tables(base)}
+    for p in adapter.placements.weights:
+        if id(_parameter(base, f"{p.site.path}.weight")) in tables and p.method.past_start(adapter.params(p)):
+            return f"the adapter started as a part of the weight of {p.site.path}, and HF PEFT has it without that part"
     return ""
 
 
