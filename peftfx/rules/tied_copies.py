@@ -34,7 +34,7 @@ def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, 
     if tied and _are_saved(config.get("modules_to_save")):
         return dict(config)
     found, asked = _without_tying(config), config.get("target_modules")
-    named = [name for name in tied if _names(asked, name)]
+    named = [name for name in tied if _names(asked, name)] if _are_targeted(asked) else []
     if named and isinstance(asked, list):
         found["target_modules"] = [*asked, *(name for name in tied if name not in named)]
     elif named and isinstance(asked, str):
@@ -59,7 +59,8 @@ def refuse_tied_targets(base: nn.Module, method: Method, paths: Collection[str])
     if not getattr(method, TYING, False) or tied_in_rule(base, method):
         return
     tied = _tied(base)
-    if len(tied) > 1 and (found := set(tied) & set(paths)):
+    asked = method.target_modules is None or _are_targeted(method.target_modules)
+    if asked and len(tied) > 1 and (found := set(tied) & set(paths)):
         what = "HF PEFT trains two LoRAs over one memory there, and here each module has its own"
         hint = (
             f"leave {TYING} out; or train one copy, by modules_to_save; for new tokens, take trainable_token_indices, "
@@ -72,7 +73,8 @@ def refuse_tied_targets(base: nn.Module, method: Method, paths: Collection[str])
 def without_idle_tying(options: Mapping[str, object], base: nn.Module) -> dict[str, object]:
     """Return a config's options without `ensure_weight_tying`, with a warning, if it ties nothing of this base."""
     tied = _tied(base) if options.get(TYING) else []
-    named = _are_saved(options.get("modules_to_save")) or any(_names(options.get("target_modules"), p) for p in tied)
+    asked = options.get("target_modules")
+    named = _are_saved(options.get("modules_to_save")) or (_are_targeted(asked) and any(_names(asked, p) for p in tied))
     if not options.get(TYING) or (named and len(tied) > 1):
         return dict(options)
     _tell_idle(tied)
@@ -80,7 +82,8 @@ def without_idle_tying(options: Mapping[str, object], base: nn.Module) -> dict[s
 
 
 def _tell_idle(tied: Sequence[str]) -> None:
-    why = "the base ties no modules" if len(tied) < 2 else f"neither {' nor '.join(tied)} is named"
+    names = " or ".join(_KNOWN)
+    why = "the base ties no modules" if len(tied) < 2 else f"it ties modules that are named {names}, and none is named"
     warn(f"{TYING} changes nothing, as in HF PEFT: {why}")
 
 
@@ -94,6 +97,13 @@ def _are_saved(names: object) -> bool:
     """Return whether names in `modules_to_save` are of an embedding, or of a head, by the names that HF PEFT knows."""
     given = [names] if isinstance(names, str) else names
     return isinstance(given, list | tuple | set) and any(str(n).rpartition(".")[2] in _KNOWN for n in given)
+
+
+def _are_targeted(asked: object) -> bool:
+    """Return whether targets are of an embedding, or of a head, by the names that HF PEFT knows."""
+    if isinstance(asked, str):
+        return any(re.fullmatch(asked, name) for name in _KNOWN)
+    return _are_saved(asked)
 
 
 def _names(asked: object, path: str) -> bool:

@@ -167,15 +167,22 @@ def test_biases_inside_a_trained_head_of_several_layers_are_repeats(task: str | 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize(
     ("base", "names"),
-    [(_base, ["q_proj"]), (ZOO["llama"].build, ["q_proj", "embed_tokens"]), (ZOO["vit"].build, "all-linear")],
+    [
+        *((_base, ["q_proj"]), (ZOO["llama"].build, ["q_proj", "embed_tokens"]), (ZOO["vit"].build, "all-linear")),
+        *((_masked, ["query", "decoder"]), (_masked, r".*\.(query|decoder)")),
+    ],
 )
-def test_tying_of_nothing_is_told_and_left_out(base: Callable[[], nn.Module], names: list[str] | str) -> None:
+def test_tying_of_nothing_is_told_and_left_out(
+    base: Callable[[], nn.Module], names: list[str] | str, tmp_path: Path
+) -> None:
     """It was refused, and HF PEFT warns and goes on."""
     config = peft.LoraConfig(r=3, target_modules=names, ensure_weight_tying=True)
     with pytest.warns(PeftfxWarning, match="ensure_weight_tying changes nothing, as in HF PEFT"):
         ours = px.transform(base(), config)
     with pytest.warns(UserWarning, match="no tied modules"):
         theirs = peft.get_peft_model(base(), config)
+    theirs.save_pretrained(str(tmp_path))
+    assert px.load(base(), tmp_path).get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
 
 
