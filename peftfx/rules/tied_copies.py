@@ -28,13 +28,20 @@ def method_of_file(config: Mapping[str, object], where: str) -> Method:
     return method_from_config(_without_tying(config), where)
 
 
-def with_tied_names(config: Mapping[str, object], base: nn.Module) -> dict[str, object]:
-    """Return a file's config whose `target_modules` name all tied modules, where they name one of them."""
+def with_tied_names(config: Mapping[str, object], base: nn.Module, has: Collection[str] = ()) -> dict[str, object]:
+    """Return a file's config whose `target_modules` name all tied modules, where HF PEFT has tied those of one of them.
+
+    Args:
+        config: the file's config.
+        base: the base.
+        has: paths of modules that the file has tensors for. HF PEFT loads those of a head only if it, or the embedding,
+            has one of the names that it knows; here the file is what it was when it was saved.
+    """
     tied = _tied(base) if config.get(TYING) else []
     if tied and _are_saved(config.get("modules_to_save")):
         return dict(config)
     found, asked = _without_tying(config), config.get("target_modules")
-    named = [name for name in tied if _names(asked, name)] if _are_targeted(asked) else []
+    named = [name for name in tied if _names(asked, name)] if _are_targeted(asked) or {*tied} <= {*has} else []
     if named and isinstance(asked, list):
         found["target_modules"] = [*asked, *(name for name in tied if name not in named)]
     elif named and isinstance(asked, str):

@@ -164,6 +164,19 @@ def test_biases_inside_a_trained_head_of_several_layers_are_repeats(task: str | 
     torch.testing.assert_close(ours(**given).logits, theirs(**given).logits)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tied_head_acts_where_peft_does_not_know_the_embedding_of_the_file(tmp_path: Path) -> None:
+    """HF PEFT writes the embedding's path instead of the head's name, and does not find the head when it loads."""
+    base = ZOO["bloom"].build().eval()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=True)
+    )
+    randomise(theirs)
+    theirs.eval().save_pretrained(str(tmp_path))
+    ours, given = px.load(base, tmp_path), {"input_ids": IDS}
+    torch.testing.assert_close(ours(**given).logits, theirs(**given).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize(
     ("base", "names"),

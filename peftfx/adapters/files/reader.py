@@ -32,7 +32,7 @@ from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
 from peftfx.rules.parameters import picks
-from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, read_adapter_config, rule_folders
+from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, modules_in, read_adapter_config, rule_folders
 from peftfx.rules.resolution import (
     acted_at,
     as_modules,
@@ -106,7 +106,7 @@ def _refuse_conflict(adapter: Adapter, other: Adapter, folder: Path) -> None:
 def _read_rule(directory: Path, base: nn.Module, sites: Sites) -> Adapter:
     """Return the adapter in the directory of one rule."""
     config = read_adapter_config(directory)
-    asked, config = config, with_tied_names(config, base)
+    asked, config = config, with_tied_names(config, base, modules_in(directory) if config.get(TYING) else ())
     if asked.get("target_modules") != config.get("target_modules"):
         warn(f"{directory}: {TYING}: trained on here, the LoRAs at the tied tensor change apart")
     method = method_from_config(config, str(directory / CONFIG))
