@@ -119,8 +119,8 @@ class OFT(WeightMethod):
     def _turned(self, x: Tensor, rotation: Tensor) -> Tensor:
         """Multiply the last dimension by the blocks."""
         blocks = x.to(rotation.dtype).unflatten(-1, (-1, rotation.shape[1]))
-        if self.block_share:
-            return (blocks @ rotation[0]).flatten(-2)
+        if self.block_share:  # a product with one matrix would branch on the sizes
+            rotation = rotation.expand(blocks.shape[-2], -1, -1)
         return torch.einsum("...rk,rkc->...rc", blocks, rotation).flatten(-2)
 
     def _rotation(self, base: Base, p: Params) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers as hf
 from support.adapted import CONVS, Convs, adapt, randomise
 from support.zoo import ZOO
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxError
@@ -164,3 +164,25 @@ class TestMerge:
         assert all(torch.equal(t, state[n]) for n, t in base.state_dict().items())
         inputs = ZOO["bert"].inputs(model=base)
         assert not torch.equal(adapted(**inputs).logits, adapted(**inputs).logits)  # dropout is on, as before
+
+
+class Strided(nn.Module):
+    """A linear layer over every second place of a sequence, whose length is an expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv1d(4, 16, 3, stride=2, padding=1), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).transpose(1, 2))
+
+
+def test_one_rotation_for_all_blocks_behind_a_strided_convolution() -> None:
+    """It was refused: the product branched on the length."""
+    rule = peftfx.OFT(oft_block_size=4, block_share=True, target_modules=["linear"])
+    adapted = peftfx.transform(Strided(), rule, inputs={"x": torch.randn(2, 4, 9)}).eval()
+    randomise(adapted)
+    x = torch.randn(3, 4, 14)
+    want = adapted(x=x).detach()
+    assert not torch.allclose(adapted.base(x), want)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), want)
