@@ -40,7 +40,7 @@ def refuse_no_base(model: object) -> None:
             raise PeftfxError("torch.export cannot capture what torch.jit has scripted", path or name, hint)
     for path, parameter in model.named_parameters():
         if parameter.is_inference():
-            hint = "make the model outside of the block; then calls, and this one too, may be inside"
+            hint = "make the model outside of the block; calls of peftfx may be inside"
             raise PeftfxError("this weight was made under torch.inference_mode(), and cannot be captured", path, hint)
 
 

@@ -34,8 +34,8 @@ def with_tied_names(config: Mapping[str, object], base: nn.Module, has: Collecti
     Args:
         config: the file's config.
         base: the base.
-        has: paths of modules that the file has tensors for. HF PEFT loads those of a head only if it, or the embedding,
-            has one of the names that it knows; here the file is what it was when it was saved.
+        has: paths of modules that the file has tensors for. If all tied modules are among them, HF PEFT has tied them,
+            though the config may name only the embedding, by a name that HF PEFT itself does not know on loading.
     """
     tied = _tied(base) if config.get(TYING) else []
     if tied and _are_saved(config.get("modules_to_save")):
@@ -89,8 +89,7 @@ def without_idle_tying(options: Mapping[str, object], base: nn.Module) -> dict[s
 
 
 def _tell_idle(tied: Sequence[str]) -> None:
-    names = " or ".join(_KNOWN)
-    why = "the base ties no modules" if len(tied) < 2 else f"it ties modules that are named {names}, and none is named"
+    why = "the base ties no modules" if len(tied) < 2 else f"the rule names neither {' nor '.join(_KNOWN)}"
     warn(f"{TYING} changes nothing, as in HF PEFT: {why}")
 
 

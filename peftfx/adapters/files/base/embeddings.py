@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
     resized = before is not None and before != vocabulary_of(getattr(base, "config", None))
     if not (resized or asked is True):
         return {}
-    tables, obstacle = dict(_tables(base)), _obstacle(base, adapter)
+    tables = dict(_tables(base))
+    obstacle = _obstacle(base, adapter, tables.values())
     if not tables:
         what = "the base has no embeddings that could be saved with the adapter"
         raise PeftfxError(what, "save_embedding_layers", "leave save_embedding_layers out")
@@ -90,17 +91,17 @@ def _layers(base: nn.Module, adapter: Adapter) -> dict[object, str]:
     return found
 
 
-def _obstacle(base: nn.Module, adapter: Adapter) -> str:
+def _obstacle(base: nn.Module, adapter: Adapter, tables: Collection[Tensor]) -> str:
     """Return why the file of an adapter cannot have the base's embeddings; empty if it can."""
     if adapter.placements.prompts:
         return "a prompt's file has the prompt alone"
-    if any(is_part(tensor) for _, tensor in _tables(base)):
+    if any(map(is_part, tables)):
         return "they are sharded over processes"
-    if any(tensor.is_meta for _, tensor in _tables(base)):
+    if any(tensor.is_meta for tensor in tables):
         return "their values are not in memory"
-    tables = {id(tensor) for _, tensor in _tables(base)}
+    held = set(map(id, tables))
     for p in adapter.placements.weights:
-        if id(_parameter(base, f"{p.site.path}.weight")) in tables and p.method.past_start(adapter.params(p)):
+        if id(_parameter(base, f"{p.site.path}.weight")) in held and p.method.past_start(adapter.params(p)):
             return f"the adapter started as a part of the weight of {p.site.path}, and HF PEFT has it without that part"
     return ""
 
