@@ -15,6 +15,7 @@ from support.captures import own_capture, remembering
 from support.command import peftfx as peftfx
 from support.zoo import ZOO, Captured
 
+from peftfx import methods
 from peftfx.model.adapted import AdaptedModel
 from peftfx.patterns.pattern import forget, known_patterns
 from peftfx.sites.site import PATTERN
@@ -66,9 +67,13 @@ def capture_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def _settled() -> Iterator[None]:
     """After a module its garbage is gone, and what it imported, or captured for all, is not walked through again.
 
-    So are the patterns that it made, for which every graph would be searched.
+    So are the patterns that it made, for which every graph would be searched, and the methods that it registered, which
+    `peftfx methods` would list.
     """
+    before = dict(methods._registered)
     yield
+    methods._registered.clear()
+    methods._registered.update(before)
     forget([pattern.name for pattern in known_patterns()])
     gc.collect()
     gc.freeze()
