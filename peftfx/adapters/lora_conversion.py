@@ -46,7 +46,7 @@ def lora_of(
 
     Raises:
         PeftfxError: the rank is not valid or larger than a weight's; a site is a conv of several groups; or there is no
-            update.
+            update, or one that is not finite.
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise PeftfxError(
@@ -89,6 +89,9 @@ def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Ten
     if not holds(site):
         what = f"the update of a {site.kind}{' of several groups' if site.groups > 1 else ''} cannot be cut to a rank"
         raise PeftfxError(what, site.path, "leave it out, or merge what changes it")
+    if not update.isfinite().all():
+        what = "the update of this weight holds NaN or an infinity"
+        raise PeftfxError(what, site.path, "look at the training that made it, or at its file")
     flat = update.float() if site.kind == EXPERTS else update.float().flatten(1)
     flat = flat.mT if site.kind == "embedding" else flat
     u, s, vh = torch.linalg.svd(flat, full_matrices=False)

@@ -93,3 +93,7 @@ def test_what_is_no_update_of_a_weight_is_refused() -> None:
         ours.convert_to_lora("default", 2)
     with pytest.raises(PeftfxError, match="a share between 0 and 1"):
         ours.convert_to_lora("default", 1.5)
+    broken = adapted(peftfx.LoHa(r=2, target_modules=["0"]))
+    next(broken.adapters.parameters()).data.fill_(torch.nan)
+    with pytest.raises(PeftfxError, match=r"the update of this weight holds NaN or an infinity \[.*0\]"):
+        broken.convert_to_lora("default", 2)
