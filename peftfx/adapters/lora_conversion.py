@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.contract.common.experts import joint
 from peftfx.contract.method import Base
+from peftfx.contract.override import Override
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement, site_tensors
 from peftfx.contract.weight import widened
@@ -29,17 +30,23 @@ Updates = Iterable[tuple[WeightSite, Tensor]]
 
 
 @torch.no_grad()
-def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None = None) -> tuple[Adapter, float]:
+def lora_of(
+    updates: Updates,
+    rank: float,
+    records: Mapping[str, object] | None = None,
+    copies: Mapping[Override, Tensor] | None = None,
+) -> tuple[Adapter, float]:
     """Return a LoRA whose effect is that of these updates, cut to a rank; and the share of all energy that it keeps.
 
     Args:
         updates: the update of each site's weight; updates that are all zero get no placement in the LoRA.
         rank: a whole number is the rank; a float between 0 and 1 is the share of the energy to keep.
         records: what a config says about the base and the task.
+        copies: the trained copies that the LoRA has too (`modules_to_save`); see `copies_beside`.
 
     Raises:
         PeftfxError: the rank is not valid or larger than a weight's; a site is a conv of several groups; or there is no
-            update.
+            update, or one that is not finite.
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise PeftfxError(
@@ -65,10 +72,15 @@ def lora_of(updates: Updates, rank: float, records: Mapping[str, object] | None 
         )
     target = tuple(f"/{re.escape(p.site.path)}/" for p in placements)
     r = rank if isinstance(rank, int) else placements[0].method.r  # type: ignore[attr-defined]
-    made = Adapter([Placed(LoRA(r=r, lora_alpha=r, target=target), Placements(placements))], records)
+    copies = copies or {}
+    saved = tuple(sorted({override.module for override in copies})) or None
+    rule = LoRA(r=r, lora_alpha=r, target=target, modules_to_save=saved)
+    made = Adapter([Placed(rule, Placements(placements), tuple(copies))], records)
     for path, params in values.items():
         for name, value in params.items():
             made.put(f"{path}.{name}", value)
+    for override, value in copies.items():
+        made.put(override.key, value.detach().clone(), trained=isinstance(value, nn.Parameter))
     return made, kept / whole
 
 
@@ -77,6 +89,9 @@ def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Ten
     if not holds(site):
         what = f"the update of a {site.kind}{' of several groups' if site.groups > 1 else ''} cannot be cut to a rank"
         raise PeftfxError(what, site.path, "leave it out, or merge what changes it")
+    if not update.isfinite().all():
+        what = "the update of this weight holds NaN or an infinity"
+        raise PeftfxError(what, site.path, "look at the training that made it, or at its file")
     flat = update.float() if site.kind == EXPERTS else update.float().flatten(1)
     flat = flat.mT if site.kind == "embedding" else flat
     u, s, vh = torch.linalg.svd(flat, full_matrices=False)
@@ -106,19 +121,30 @@ def updates_of(base: nn.Module, adapter: Adapter) -> Iterator[tuple[WeightSite, 
     """Yield what an adapter adds to each weight that it acts on.
 
     Raises:
-        PeftfxError: the adapter does more than change weights: with a prompt, copies of the base's tensors, or a bias.
+        PeftfxError: the adapter does more than change weights: with a prompt, or a bias. Its copies of the base's
+            tensors are those of `copies_beside`.
     """
     if beside := adapter.placements.beside_weights:
         what = f"{type(beside[0].method).__name__} does not update weights, so no LoRA has its effect"
         raise PeftfxError(what, beside[0].site.path, "convert adapters that act on weights")
-    if adapter.overrides:
-        what = "a LoRA cannot hold a trained copy of a tensor of the base"
-        raise PeftfxError(what, adapter.overrides[0].key.partition(".")[2], "convert an adapter without them")
     groups: dict[str, list[WeightPlacement]] = {}
     for placement in adapter.placements.weights:
         groups.setdefault(placement.site.path, []).append(placement)
     for group in groups.values():
         yield group[0].site, _update(base, adapter, group)
+
+
+def copies_beside(adapter: Adapter) -> dict[Override, Tensor]:
+    """Return an adapter's trained copies of whole modules, which a LoRA has beside its updates (`modules_to_save`).
+
+    Raises:
+        PeftfxError: the adapter trains other tensors of the base: biases, rows of tokens, or one copy for tied modules.
+    """
+    for override in adapter.overrides:
+        if not override.module or override.rows or override.tied:
+            what = "a LoRA of another adapter has its copies of whole modules, and no other tensor of the base"
+            raise PeftfxError(what, override.key.partition(".")[2], "convert an adapter without this")
+    return {override: adapter.get(override.key) for override in adapter.overrides}
 
 
 def _update(base: nn.Module, adapter: Adapter, group: Sequence[WeightPlacement]) -> Tensor:

@@ -121,6 +121,14 @@ class BOFT(WeightMethod):
     def fold(self, site: Site, base: Base, p: Params) -> Base:
         return _folded(base, self._blocks(p, training=False), p)
 
+    def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
+        """Return the fold over earlier methods. As in `forward`, what they have added to the bias is scaled too."""
+        made = self.fold(site, under, p)
+        if made.bias is None:
+            return made
+        own = 0 if base.bias is None else base.bias
+        return Base(made.weight, (made.bias - own) * p[S].flatten() + own)
+
     def _blocks(self, p: Params, training: bool) -> Tensor:
         """Return the rotations, [factors, blocks, size, size]. In training, some of one factor are the identity."""
         skew = 0.5 * (p[R] - p[R].transpose(-1, -2))

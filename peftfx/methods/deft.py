@@ -93,26 +93,27 @@ class DEFT(WeightMethod):
         taken = self._factors({P: made.float()})[1].T @ base.weight.float()
         return {**p, R: (taken / self._scale(made.shape[1])).to(made.dtype)}
 
+    @property
+    def replaces(self) -> bool:
+        return True
+
     def forward(self, site: Site, op: Op, x: Tensor, y: Tensor, base: Base, p: Params, training: bool) -> Tensor:
         put, taken = self._factors(p)
-        whole = y.to(put.dtype)
-        product = whole if base.bias is None else whole - base.bias.to(put.dtype)
+        plain = op(x, *base)  # what is removed is the base's own part, also where other methods act
+        product = plain.to(put.dtype)
+        product = product if base.bias is None else product - base.bias.to(put.dtype)
         change = -(product @ taken)
         if not self.para:
             read = dropped(x.to(put.dtype), self.deft_dropout, training)
             change = change + F.linear(read, p[R] * self._scale(put.shape[1]))
-        return (whole + change @ put.T).to(y.dtype)
+        return ((plain if y is None else y).to(put.dtype) + change @ put.T).to(plain.dtype)
 
     def fold(self, site: Site, base: Base, p: Params) -> Base:
-        return Base(self.update(site, base, p).apply(base.weight), base.bias)
+        return self.fold_over(site, base, base, p)
 
     def fold_over(self, site: Site, base: Base, under: Base, p: Params) -> Base:
-        """Return the fold over earlier methods: the removed part is of their result, with the bias that they added."""
-        made, (put, taken) = self.fold(site, under, p), self._factors(p)
-        if under.bias is None or under.bias is base.bias:
-            return made
-        added = under.bias if base.bias is None else under.bias - base.bias
-        return Base(made.weight, under.bias - put @ (taken.T @ added))
+        """Return the fold over earlier methods. As in `forward`, the removed part is of the base's weight."""
+        return Base(self.update(site, base, p).apply(under.weight), under.bias)
 
     def update(self, site: Site, base: Base, p: Params) -> Update:
         put, taken = self._factors(p)

@@ -72,6 +72,8 @@ class AdapterSums(AdaptersByName):
     def convert_to_lora(self, adapter_name: str, rank: float, new_name: str = "lora") -> float:
         """Add a LoRA that has another adapter's effect on weights, and make it the active one.
 
+        It also has the adapter's trained copies of modules (`modules_to_save`).
+
         Args:
             adapter_name: the name of an adapter of any method that acts on weights.
             rank: a whole number is the rank; a float between 0 and 1 is the share of each update's energy to keep.
@@ -85,11 +87,12 @@ class AdapterSums(AdaptersByName):
             >>> adapted.add_adapter("loha", peftfx.LoHa(r=2, init_weights=False))
             >>> kept = adapted.convert_to_lora("loha", rank=4, new_name="lora")
         """
-        from peftfx.adapters.lora_conversion import lora_of, updates_of
+        from peftfx.adapters.lora_conversion import copies_beside, lora_of, updates_of
 
         self.named.refuse(new_name)
         adapter = self.adapter(adapter_name)
-        made, kept = lora_of(updates_of(self.source, adapter), rank, adapter.records)
+        updates, copies = updates_of(self.source, adapter), copies_beside(adapter)
+        made, kept = lora_of(updates, rank, adapter.records, copies)
         made.named, made.start = adapter.named, UNKNOWN if adapter.start else ""
         self._install(new_name, made)
         return kept

@@ -41,6 +41,19 @@ def test_any_update_becomes_a_lora_of_its_rank(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_trained_copies_of_modules_stay_beside_the_lora(tmp_path: Path) -> None:
+    ours = adapted(peftfx.LoHa(r=2, target_modules=["0"], modules_to_save=["1"]))
+    want = ours(**INPUTS)
+    ours.convert_to_lora("default", 4)
+    assert_close(ours(**INPUTS), want, 1e-5, "the LoRA")
+    ours.save_pretrained(tmp_path, "lora")
+    read = peft.PeftModel.from_pretrained(SPEC.build(), tmp_path)
+    assert_close(read(**INPUTS), want, 1e-5, "in peft")
+    with pytest.raises(PeftfxError, match="its copies of whole modules, and no other tensor"):
+        adapted(peftfx.LoRA(r=2, target_modules=["0"], bias="all")).convert_to_lora("default", 4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("rank", [2, 0.8])
 def test_a_cut_lora_is_that_of_hf_peft(rank: float, tmp_path: Path) -> None:
     ours = adapted(peftfx.LoHa(r=2, target_modules=["0"]))
@@ -80,3 +93,7 @@ def test_what_is_no_update_of_a_weight_is_refused() -> None:
         ours.convert_to_lora("default", 2)
     with pytest.raises(PeftfxError, match="a share between 0 and 1"):
         ours.convert_to_lora("default", 1.5)
+    broken = adapted(peftfx.LoHa(r=2, target_modules=["0"]))
+    next(broken.adapters.parameters()).data.fill_(torch.nan)
+    with pytest.raises(PeftfxError, match=r"the update of this weight holds NaN or an infinity \[.*0\]"):
+        broken.convert_to_lora("default", 2)

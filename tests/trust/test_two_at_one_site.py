@@ -15,7 +15,7 @@ from support.zoo import ZOO
 from torch import Tensor, nn
 
 import peftfx
-from peftfx import IA3, LoRA
+from peftfx import BOFT, IA3, LoRA
 from peftfx.graph.graph import ADAPTERS
 from peftfx.model.adapted import AdaptedModel
 from peftfx.passes.adaptation.insert import Insert
@@ -27,6 +27,8 @@ CONFIGS: Mapping[str, Callable[[], peft.PeftConfig]] = {
     "biased": lambda: peft.LoraConfig(r=3, lora_alpha=5, target_modules=["up"], lora_bias=True),
     "dora": lambda: peft.LoraConfig(r=2, lora_alpha=5, target_modules=["up", "down"], use_dora=True),
     "ia3": lambda: peft.IA3Config(target_modules=["up", "down"], feedforward_modules=["down"]),
+    "deft": lambda: peft.DeftConfig(r=2, target_modules=["up", "down"]),
+    "hra": lambda: peft.HRAConfig(r=2, target_modules=["up", "down"]),
 }
 
 
@@ -57,7 +59,7 @@ def both(kinds: tuple[str, str], directory: Path) -> tuple[AdaptedModel, nn.Modu
     return ours, theirs
 
 
-PAIRS = [("lora", "dora"), ("dora", "lora"), ("dora", "dora"), ("biased", "dora"), ("ia3", "ia3")]
+PAIRS = [("lora", "dora"), ("dora", "lora"), ("dora", "dora"), ("biased", "dora"), ("ia3", "ia3"), ("deft", "deft")]
 
 
 @pytest.mark.parametrize("kinds", PAIRS, ids=str)
@@ -73,7 +75,7 @@ def test_both_act_as_in_peft(kinds: tuple[str, str], tmp_path: Path) -> None:
     same(ours.remove()(x(5)), want)
 
 
-@pytest.mark.parametrize("kinds", [("lora", "dora"), ("ia3", "ia3")], ids=str)
+@pytest.mark.parametrize("kinds", [("lora", "dora"), ("ia3", "ia3"), ("hra", "hra")], ids=str)
 @torch.no_grad()
 def test_both_are_exported_as_in_peft(kinds: tuple[str, str], tmp_path: Path) -> None:
     ours, theirs = both(kinds, tmp_path)
@@ -98,6 +100,17 @@ def test_a_lora_under_a_scaled_input_is_scaled_with_it() -> None:
         ours.train()(x=x(4)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ours.adapters.parameters())
     ours.eval().merge()
+    same(ours.remove()(x(4)), want)
+
+
+@torch.no_grad()
+def test_what_an_adapter_adds_to_a_bias_is_scaled_by_the_next_one_when_merged_too() -> None:
+    ours = peftfx.transform(Feed().eval(), LoRA(r=2, target="up", lora_bias=True), "one", inputs={"x": x()})
+    ours.add_adapter("two", BOFT(boft_block_size=3, target="up"))
+    ours.set_adapter(NAMES)
+    randomise(ours.eval().adapters)
+    want = ours(x=x(4))
+    ours.merge()
     same(ours.remove()(x(4)), want)
 
 

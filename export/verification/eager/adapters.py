@@ -77,7 +77,7 @@ def applied(
 
 
 def unpublished(adapters: Sequence[Adapter]) -> list[str]:
-    """Return the weight methods without arithmetic in `published.py`. Their own `forward` is used instead."""
+    """Return the weight methods without arithmetic in `published.py`. Their own `forward` or `fold` is used instead."""
     methods = (p.method for adapter in adapters for p in adapter.placements.weights)
     return sorted({type(m).__name__ for m in methods if not isinstance(m, KNOWN)})
 
@@ -170,7 +170,8 @@ def _on_weight(
     whole: bool,
 ) -> None:
     hooks = [_hook(module, kind, step) for step in steps]
-    if not whole and all(hook is not None for hook in hooks):
+    again = any(step.placement.method.reruns for step in steps[1:])  # a hook would run the layer without the others
+    if not whole and not again and all(hook is not None for hook in hooks):
         for hook in hooks:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)  # type: ignore[arg-type]
         return
