@@ -20,7 +20,7 @@ from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.directories import load_directories
 from peftfx.export.writing.earlier_output import refuse_inputs
-from peftfx.files import is_file, write_file, writing
+from peftfx.files import folder_of, is_file, write_file, writing
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
@@ -93,8 +93,7 @@ def convert_directory(
             adapted.save_pretrained(target, name)
             return
         tensors = {key: t.cpu() for key, t in as_single_file(made, to, prefix or _PREFIXES[to]).items()}
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(target), folder_of(target):
             write_file(target, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
     if change is not None:  # files that do not hold what they should are not left behind

@@ -121,6 +121,23 @@ def writing(path: Path) -> Iterator[None]:
         raise PeftfxError(f"cannot write: {reason or error}", str(named or path), _ADVICE.get(number, "")) from error
 
 
+@contextlib.contextmanager
+def folder_of(path: Path) -> Iterator[None]:
+    """Make the folder of `path`, and those above it. After an error in the `with` block, those it made are removed.
+
+    A folder that something has been put into stays.
+    """
+    made = [folder for folder in path.parents if not os.path.lexists(folder)]  # the deepest first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it is not empty, or was not made
+                folder.rmdir()
+        raise
+
+
 def errno_in(error: BaseException) -> int | None:
     """Return the number of the system's error that an error tells of, or None."""
     if isinstance(error, OSError):

@@ -28,7 +28,7 @@ from peftfx.export.slots.served_as import idle_in, pictured
 from peftfx.export.writing.atomic_directory import publish
 from peftfx.export_options.adapter import AdapterChanges, AdapterOptions
 from peftfx.export_options.checked import takes
-from peftfx.files import already_there, is_file, is_folder, write_file, writing
+from peftfx.files import already_there, folder_of, is_file, is_folder, write_file, writing
 from peftfx.graph.fingerprint import fingerprint
 from peftfx.graph.graph import BASE
 from peftfx.graph.slots import (
@@ -123,8 +123,7 @@ def export_adapter(
             raise PeftfxError(
                 "there is an adapter for several graphs, and this one is for one graph", str(output), hint
             )
-        with writing(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
+        with writing(output), folder_of(output):
             write_file(output, write, replace=asked.force)
     return output
 

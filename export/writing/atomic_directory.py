@@ -13,7 +13,7 @@ from pathlib import Path
 from peftfx.errors import PeftfxError
 from peftfx.export.writing.earlier_output import FilesOf, of_export, refuse_standing
 from peftfx.export.writing.file_lock import locked
-from peftfx.files import already_there, writing
+from peftfx.files import already_there, folder_of, writing
 
 _NEW, _OLD = "new", "old"
 _RESERVE = 16 << 20  #: bytes of address space that are reserved for the clean-up
@@ -37,24 +37,22 @@ def publish(directory: str | Path, force: bool = False, made: FilesOf = of_expor
     """
     target = _safe(directory)
     area = target.with_name(f".{target.name}.peftfx")
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(area, target):
+    with writing(target), folder_of(target), locked(area, target):
+        _recover(area, target, made)
+        refuse_standing(target, force, made)
+        reserve = mmap.mmap(-1, _RESERVE)  # pages of its own: memory that python frees is not always given back
+        try:
+            (area / _NEW).mkdir()
+            yield area / _NEW
+            refuse_standing(target, force, made)  # again, as minutes have passed
+            _move(area, target)
+            _remove(area / _OLD)
+        except MemoryError:
+            gc.collect()  # commands look for garbage rarely
+            raise
+        finally:
+            reserve.close()  # if memory has run out: listing a directory needs some
             _recover(area, target, made)
-            refuse_standing(target, force, made)
-            reserve = mmap.mmap(-1, _RESERVE)  # pages of its own: memory that python frees is not always given back
-            try:
-                (area / _NEW).mkdir()
-                yield area / _NEW
-                refuse_standing(target, force, made)  # again, as minutes have passed
-                _move(area, target)
-                _remove(area / _OLD)
-            except MemoryError:
-                gc.collect()  # commands look for garbage rarely
-                raise
-            finally:
-                reserve.close()  # if memory has run out: listing a directory needs some
-                _recover(area, target, made)
 
 
 def check_output(directory: str | Path, force: bool, made: FilesOf = of_export) -> None:

@@ -297,6 +297,9 @@ def test_publish_replaces_only_with_force_and_only_after_success(tmp_path: Path)
         (directory / "b").write_text("second")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert [p.name for p in target.iterdir()] == ["b"]
+    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "new" / "deeper" / "out"):
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "the folders above it are gone too"
 
 
 @pytest.mark.slow
