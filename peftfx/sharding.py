@@ -44,6 +44,18 @@ def full(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
+def whole_with_gradient(tensor: Tensor) -> Tensor:
+    """Return the whole tensor; of a sharded one, each process's part gets the gradient of that part.
+
+    That gradient is not averaged: what is computed from the whole must be equal in all processes. They call in the
+    same order. A parameter of ZeRO-3 is returned as it is.
+
+    Args:
+        tensor: a tensor, which may be a DTensor.
+    """
+    return tensor.full_tensor() if is_part(tensor) and not _is_zero3(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def _is_zero3(tensor: object) -> bool:
     return hasattr(tensor, "ds_id")
 

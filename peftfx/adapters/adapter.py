@@ -16,7 +16,7 @@ from peftfx.contract.override import Override
 from peftfx.contract.placed import DROPOUTS, SHARED, Placed, Placements, shared_by
 from peftfx.contract.placement import Placement, owner_of
 from peftfx.errors import PeftfxError
-from peftfx.sharding import full, is_part
+from peftfx.sharding import full, is_part, whole_with_gradient
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,8 @@ class Adapter(Holder):
         for rule in self.placed:
             if type(rule.method).penalty is Method.penalty:
                 continue
-            terms = [p.method.penalty(self.params(p)) for p in rule.placements]
+            wholes = ({n: whole_with_gradient(t) for n, t in self.params(p).items()} for p in rule.placements)
+            terms = [p.method.penalty(whole) for p, whole in zip(rule.placements, wholes, strict=True)]
             found = [term for term in terms if term is not None]
             if found:
                 mean = torch.stack(found).mean()

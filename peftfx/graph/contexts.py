@@ -101,12 +101,15 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore all attributes of the model after the context, whatever its code sets inside.
 
     Otherwise code that keeps a tensor for the next call would keep a fake tensor after a capture. Restored are the
-    attributes of every module and of the plain objects in them, the contents of their lists, dicts and sets, and the
-    memory of parameters whose `data` the code replaces, as bitsandbytes does where it repacks a layer.
+    attributes of every module and parameter and of the plain objects in them, the contents of their lists, dicts and
+    sets, and the memory of parameters whose `data` the code replaces, as bitsandbytes does where it repacks a layer.
+    Its 8-bit layers, in their first call, move codes and scales from attributes of the parameter into the module.
     """
     before: dict[int, tuple[object, object]] = {}
     for module in model.modules():
         _remember(vars(module), before, _DEPTH)
+    for parameter in model.parameters():
+        _remember(vars(parameter), before, _DEPTH)
     held = [(p, data) for p in model.parameters() if _has_memory(data := p.data)]
     try:
         yield

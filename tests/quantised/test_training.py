@@ -159,6 +159,17 @@ def test_loss_and_gradients_are_those_of_peft_on_the_same_base(
         assert (gradient - others[name]).abs().max() <= 2e-6 * others[name].abs().max()
 
 
+def test_a_prefix_is_measured_without_a_change_to_layers_of_8_bits() -> None:
+    """The first call of such a layer moves its codes and scales: a run on fake tensors must not be the first."""
+    pytest.importorskip("bitsandbytes")
+    base = made.bitsandbytes8(q.tiny())
+    model = adapted(base, peftfx.PrefixTuning(num_virtual_tokens=3)).eval()
+    model(input_ids=IDS)
+    with model.disable_adapter():
+        got = model(input_ids=IDS).logits
+    torch.testing.assert_close(got, made.bitsandbytes8(q.tiny()).eval()(input_ids=IDS).logits)
+
+
 @pytest.mark.parametrize("kind", but_further({"fp4"}, PACKAGES))
 def test_a_package_s_base_is_exported_as_it_is_and_merged(kind: str, tmp_path: Path) -> None:
     package, quantise = PACKAGES[kind]

@@ -21,7 +21,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     return folder, in_two(everything, folder)
 
 
-@pytest.mark.parametrize("way", ["ddp", "before", "adapted", "prompt", "without a graph"])
+@pytest.mark.parametrize("way", ["ddp", "before", "adapted", "prompt", "without a graph", "ranks"])
 def test_two_processes_train_what_one_does(seen: tuple[Path, list[dict[str, Any]]], way: str) -> None:
     assert all(max(found[way]) < 1e-5 for found in seen[1])
     assert seen[1][0]["kinds"] == ["DTensor"]

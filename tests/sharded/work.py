@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from peftfx import sharding
 from peftfx.errors import PeftfxError
 
 PROMPT = peftfx.PromptTuning(num_virtual_tokens=3)
+BUDGET = peftfx.AdaLoRA(init_r=4, target_r=2, tinit=0, tfinal=1, total_step=4)
 METHODS = [
     *(LORA, peftfx.LoRA(r=4, target="all-linear", use_dora=True), peftfx.VeRA(r=8), peftfx.IA3(), peftfx.LNTuning()),
     *(PROMPT, peftfx.PrefixTuning(num_virtual_tokens=3), peftfx.LlamaAdapter()),
@@ -65,6 +67,22 @@ def without_a_graph() -> tuple[float, float]:
     return apart(got, losses), max(apart(state[k], want[k]) for k in want)
 
 
+def budgeted(model: peftfx.AdaptedModel, rank: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses, and the adapter, of steps that spend a budget of ranks."""
+    optimizer, step = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), itertools.count()
+    optimizer.register_step_post_hook(lambda *_: model.update_and_allocate(next(step)))
+    losses = train(model, 4, rank, optimizer)
+    return losses, {name: tensor.float() for name, tensor in whole_state(model).items()}
+
+
+def ranks() -> tuple[float, float]:
+    """What spending a budget of ranks differs from one process by: losses, and the adapter with the ranks it keeps."""
+    losses, want = budgeted(peftfx.transform(llama(), BUDGET, seed=0))
+    got, state = budgeted(adapted(BUDGET, "adapted"), dist.get_rank())
+    assert state.keys() == want.keys()
+    return apart(mean_of_all(got), losses), max(apart(state[k], want[k]) for k in want)
+
+
 def message(call: Any) -> str:
     """Of the error that a call raises."""
     try:
@@ -89,6 +107,7 @@ def everything(folder: Path) -> dict[str, Any]:
     prompt = adapted(PROMPT, "layers", seed=dist.get_rank())  # nobody shards the prompt: all take the first process's
     found["prompt"] = off(PROMPT, prompt, prompt)
     found["without a graph"] = without_a_graph()
+    found["ranks"] = ranks()
     model = adapted(LORA, "adapted")
     found["adapted"] = off(LORA, model, model)
     found["kinds"] = sorted({type(p).__name__ for p in model.parameters()})

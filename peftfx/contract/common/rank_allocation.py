@@ -22,6 +22,7 @@ from torch import Tensor
 from peftfx.contract.common.low_rank import A, B
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError
+from peftfx.sharding import full, is_part, overwrite
 
 E = "lora_E"
 KEPT = "lora_E_kept"  #: which singular values the allocator kept
@@ -115,11 +116,16 @@ def _scores(place: Kept) -> Tensor:
         raise PeftfxError(
             "no step has measured yet which ranks matter", place.key, "call update_and_allocate in every step"
         )
-    a, e, b = (seen[f"{n}_{IMPORTANCE}"] * seen[f"{n}_{UNCERTAINTY}"] for n in (A, E, B))
+    a, e, b = (full(seen[f"{n}_{IMPORTANCE}"] * seen[f"{n}_{UNCERTAINTY}"]) for n in (A, E, B))
     return e.flatten() + (a.mean(1) + b.mean(0))
 
 
 def _mask(place: Kept) -> None:
     kept = place.remembered().get(KEPT)
-    if kept is not None:
-        place.params()[E].masked_fill_(~kept[:, None], 0.0)
+    if kept is None:
+        return
+    values = place.params()[E]
+    if is_part(values):
+        overwrite(values, full(values).masked_fill(~kept[:, None], 0.0))
+    else:
+        values.masked_fill_(~kept[:, None], 0.0)
