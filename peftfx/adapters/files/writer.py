@@ -27,7 +27,7 @@ from peftfx.contract.override import tied_paths
 from peftfx.contract.placed import Placed
 from peftfx.contract.placement import Placement
 from peftfx.errors import PeftfxError, warn
-from peftfx.files import write_file, writing
+from peftfx.files import folder_of, write_file, writing
 from peftfx.formats import RULES, with_version
 from peftfx.options import AUTO
 from peftfx.rules.peft_files import CONFIG, STATE, WEIGHTS
@@ -69,7 +69,7 @@ def save_adapters(
         _, files = next(iter(rules.values()))
         if beside := _embeddings(base, adapters[name], embeddings, str(target)):
             files[WEIGHTS] = dict(_apart({**beside, **files[WEIGHTS]}))
-        with writing(target), _folder(target):
+        with writing(target), folder_of(target), _folder(target):
             _write(target, rules)
             write_card(target, base, adapters[name])
 
@@ -78,7 +78,7 @@ def save_adapters(
 def _folder(directory: Path) -> Iterator[None]:
     """Make a directory. If the block fails, a new one is removed."""
     new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(exist_ok=True)
     try:
         yield
     except BaseException:

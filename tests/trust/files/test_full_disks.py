@@ -22,11 +22,11 @@ def test_an_adapter_that_cannot_be_saved_leaves_no_directory(tmp_path: Path) -> 
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(PeftfxError, match=r"cannot write: File too large \[.*out\]"):
-            adapted.save_pretrained(tmp_path / "out")
+            adapted.save_pretrained(tmp_path / "new" / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
-    adapted.save_pretrained(tmp_path / "out")
+    adapted.save_pretrained(tmp_path / "new" / "out")
 
 
 @pytest.mark.parametrize(("free", "raised"), [(40_000, PeftfxError), (4_000_000, RuntimeError)])
