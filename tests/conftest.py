@@ -15,7 +15,7 @@ from support.captures import own_capture, remembering
 from support.command import peftfx as peftfx
 from support.zoo import ZOO, Captured
 
-from peftfx import methods
+from peftfx.methods import forgetting_registered
 from peftfx.model.adapted import AdaptedModel
 from peftfx.patterns.pattern import forget, known_patterns
 from peftfx.sites.site import PATTERN
@@ -70,10 +70,8 @@ def _settled() -> Iterator[None]:
     So are the patterns that it made, for which every graph would be searched, and the methods that it registered, which
     `peftfx methods` would list.
     """
-    before = dict(methods._registered)
-    yield
-    methods._registered.clear()
-    methods._registered.update(before)
+    with forgetting_registered():
+        yield
     forget([pattern.name for pattern in known_patterns()])
     gc.collect()
     gc.freeze()

@@ -6,6 +6,7 @@ which names the method's class. Then rules as text, the command line and files k
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pkgutil
@@ -111,6 +112,17 @@ def register(cls: _M) -> _M:
         raise PeftfxError(f"{cls.__name__} has a peft_type that is taken: {taken}", "peft_type", "give it another")
     _registered[cls.peft_type] = cls
     return cls
+
+
+@contextlib.contextmanager
+def forgetting_registered() -> Iterator[None]:
+    """Forget, at the end of the `with` block, what it has registered."""
+    before = dict(_registered)
+    try:
+        yield
+    finally:
+        _registered.clear()
+        _registered.update(before)
 
 
 def method_named(peft_type: str) -> type[Method]:

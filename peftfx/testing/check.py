@@ -167,12 +167,8 @@ def _compared(cls: type[Method], options: Mapping[str, object]) -> Finding:
 @contextmanager
 def known(cls: type[Method]) -> Iterator[None]:
     """Register the method's class under its type until the `with` block ends."""
-    before = dict(table._registered)
-    table._registered[cls.peft_type] = cls
-    if issubclass(cls, PatternMethod):
-        remember(cls.pattern)
-    try:
+    with table.forgetting_registered():
+        table._registered[cls.peft_type] = cls
+        if issubclass(cls, PatternMethod):
+            remember(cls.pattern)
         yield
-    finally:
-        table._registered.clear()
-        table._registered.update(before)

@@ -13,10 +13,10 @@ from laws.breakers import Scale
 from torch import Tensor, nn
 
 import peftfx
-import peftfx.methods as table
 from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
+from peftfx.methods import forgetting_registered, methods
 from peftfx.sites.site import Site
 from peftfx.testing import check
 from peftfx.testing.check import known
@@ -28,10 +28,8 @@ X = torch.randn(3, 4)
 @pytest.fixture(autouse=True)
 def unchanged() -> Iterator[None]:
     """What a test registers is gone behind it."""
-    before = dict(table._registered)
-    yield
-    table._registered.clear()
-    table._registered.update(before)
+    with forgetting_registered():
+        yield
 
 
 def model() -> nn.Module:
@@ -245,7 +243,7 @@ def required(cls: type[Method]) -> dict[str, object]:
     return {"token_indices": (1,)} if "token_indices" in cls.options() else {}
 
 
-@pytest.mark.parametrize("cls", table.methods().values(), ids=lambda cls: cls.peft_type)
+@pytest.mark.parametrize("cls", methods().values(), ids=lambda cls: cls.peft_type)
 def test_a_choice_that_there_is_not_and_a_dropout_that_is_no_probability_are_refused(cls: type[Method]) -> None:
     kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
     for name in (name for name, kind in kinds.items() if "Literal" in kind):
