@@ -22,7 +22,7 @@ from torch import Tensor
 from peftfx.contract.common.low_rank import A, B
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError
-from peftfx.sharding import full, is_part, overwrite
+from peftfx.sharding import full, overwrite
 
 E = "lora_E"
 KEPT = "lora_E_kept"  #: which singular values the allocator kept
@@ -122,10 +122,6 @@ def _scores(place: Kept) -> Tensor:
 
 def _mask(place: Kept) -> None:
     kept = place.remembered().get(KEPT)
-    if kept is None:
-        return
-    values = place.params()[E]
-    if is_part(values):
+    if kept is not None:
+        values = place.params()[E]
         overwrite(values, full(values).masked_fill(~kept[:, None], 0.0))
-    else:
-        values.masked_fill_(~kept[:, None], 0.0)
