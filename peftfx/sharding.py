@@ -60,6 +60,11 @@ def _is_zero3(tensor: object) -> bool:
     return hasattr(tensor, "ds_id")
 
 
+def is_zeros(parameter: Tensor) -> bool:
+    """Return whether DeepSpeed's ZeRO, of any stage, trains a parameter: it keeps the gradient and a copy itself."""
+    return _is_zero3(parameter) or hasattr(parameter, "_hp_mapping")
+
+
 def is_zero3(model: nn.Module) -> bool:
     """Return whether DeepSpeed's ZeRO-3 has partitioned a model's parameters."""
     return any(_is_zero3(p) for p in model.parameters())

@@ -17,6 +17,7 @@ def test_every_stage_trains_the_adapter_of_one_process(tmp_path: Path) -> None:
         for stage, seen in found.items():
             assert seen["losses"] < 1e-5, stage
             assert seen["saved"] < 1e-5 < 1e-2 < seen["moved"], stage
+            assert "ZeRO keeps the gradient" in seen["ranks"], stage
         assert "ONNX Runtime = torch" in found[3]["report"]
         assert "ZeRO-3" in found[3]["merge"]
         assert "merged" in found[3]["merge"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from sharded.processes import LORA, llama, mean_of_all
-from sharded.work import message
+from sharded.work import BUDGET, message
 from support.parity import apart
 from torch import Tensor
 from torch import distributed as dist
@@ -24,18 +24,9 @@ def trained_under_zero(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def _stage(folder: Path, stage: int) -> dict[str, Any]:
-    import deepspeed
-
     one, model = (peftfx.transform(llama(), LORA, seed=0) for _ in range(2))
     want = torch.stack([_step(one, _sgd(one), batch) for batch in _batches()])
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": stage},
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=_sgd(model), config=config, dist_init_required=False)
+    engine = _engine(model, stage)
     losses, half = [], slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     for batch in _batches():
         loss = engine(input_ids=batch[half], labels=batch[half]).loss
@@ -43,6 +34,7 @@ def _stage(folder: Path, stage: int) -> dict[str, Any]:
         engine.step()
         losses.append(loss.detach())
     found: dict[str, Any] = {"losses": float((mean_of_all(torch.stack(losses)) - want).abs().max())}
+    found["ranks"] = _ranks_are_counted(stage, _batches()[0, half])
     if stage == 3 or dist.get_rank() == 0:
         model.save_pretrained(folder / "adapter")
     if stage == 3:
@@ -55,6 +47,27 @@ def _stage(folder: Path, stage: int) -> dict[str, Any]:
     start = peftfx.transform(llama(), LORA, seed=0).state_dict()
     found["moved"] = max(float((start[key] - state[key]).abs().max()) for key in state)
     return found
+
+
+def _ranks_are_counted(stage: int, ids: Tensor) -> str:
+    """Return what AdaLoRA says after a backward."""
+    model = peftfx.transform(llama(), BUDGET, seed=0)
+    engine = _engine(model, stage)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    return message(lambda: model.update_and_allocate(0))
+
+
+def _engine(model: peftfx.AdaptedModel, stage: int) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return deepspeed.initialize(model=model, optimizer=_sgd(model), config=config, dist_init_required=False)[0]
 
 
 def _sgd(model: peftfx.AdaptedModel) -> torch.optim.Optimizer:
