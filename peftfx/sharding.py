@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -18,6 +20,7 @@ from peftfx.errors import PeftfxError
 _T = TypeVar("_T")
 PATIENCE = datetime.timedelta(seconds=60)  #: how long a process waits for the others to make the same call
 _CALLS: dict[str, int] = {}
+_DEEPSPEED = "deepspeed."
 _SHARED = "peftfx_shared"  #: the attribute that marks tensors which `share_whole` has handled
 
 
@@ -25,7 +28,7 @@ def is_part(tensor: object) -> bool:
     """Return whether this process has only a part of a tensor: a DTensor, or a parameter of ZeRO-3."""
     if not dist.is_available():
         return False
-    if _is_zero3(tensor):
+    if is_zero3_part(tensor):
         return True
     from torch.distributed.tensor import DTensor
 
@@ -36,12 +39,17 @@ def full(tensor: Tensor) -> Tensor:
     """Return the whole tensor; a sharded one is gathered, without gradient: all processes call in the same order."""
     if not is_part(tensor):
         return tensor
-    if not _is_zero3(tensor):
+    if not is_zero3_part(tensor):
         return tensor.detach().full_tensor()  # type: ignore[attr-defined]
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([tensor]):
         return tensor.detach().clone()
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole tensor."""
+    return torch.Size(tensor.ds_shape) if is_zero3_part(tensor) else tensor.shape  # type: ignore[attr-defined]
 
 
 def whole_with_gradient(tensor: Tensor) -> Tensor:
@@ -53,21 +61,22 @@ def whole_with_gradient(tensor: Tensor) -> Tensor:
     Args:
         tensor: a tensor, which may be a DTensor.
     """
-    return tensor.full_tensor() if is_part(tensor) and not _is_zero3(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_part(tensor) and not is_zero3_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def _is_zero3(tensor: object) -> bool:
+def is_zero3_part(tensor: object) -> bool:
+    """Return whether a tensor is a parameter of DeepSpeed's ZeRO-3, of which each process has a part."""
     return hasattr(tensor, "ds_id")
 
 
-def is_zeros(parameter: Tensor) -> bool:
+def is_under_zero(parameter: Tensor) -> bool:
     """Return whether DeepSpeed's ZeRO, of any stage, trains a parameter: it keeps the gradient and a copy itself."""
-    return _is_zero3(parameter) or hasattr(parameter, "_hp_mapping")
+    return is_zero3_part(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 def is_zero3(model: nn.Module) -> bool:
     """Return whether DeepSpeed's ZeRO-3 has partitioned a model's parameters."""
-    return any(_is_zero3(p) for p in model.parameters())
+    return any(is_zero3_part(p) for p in model.parameters())
 
 
 def overwrite(tensor: Tensor, value: Tensor) -> None:
@@ -141,19 +150,35 @@ def settle(model: nn.Module) -> Tensor | None:
 
 @contextmanager
 def unhooked(model: nn.Module) -> Iterator[None]:
-    """Let the modules run without the hooks of FSDP2 and ZeRO-3 that gather weights, until the `with` block ends."""
+    """Let modules run without what FSDP2 and ZeRO-3 put around them to gather weights, until the `with` block ends."""
     found = []
-    for module in model.modules() if is_zero3(model) else sharded_modules(model):
+    for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             found.append((hooks, dict(hooks)))
             for key in [k for k, hook in hooks.items() if _gathers(hook)]:
                 del hooks[key]
     try:
-        yield
+        with _own_linear():
+            yield
     finally:
         for hooks, before in found:
             hooks.clear()
             hooks.update(before)
+
+
+@contextmanager
+def _own_linear() -> Iterator[None]:
+    """Let `F.linear` be torch's own until the `with` block ends. DeepSpeed replaces it in the whole process, for good.
+
+    In a capture its own function would be a product without a layer, and no site.
+    """
+    before = F.linear
+    if str(getattr(before, "__module__", "")).startswith(_DEEPSPEED):
+        F.linear = torch._C._nn.linear
+    try:
+        yield
+    finally:
+        F.linear = before
 
 
 def without_fsdp(own: type[nn.Module]) -> type[nn.Module]:
@@ -206,6 +231,18 @@ def refuse_zero3(model: nn.Module, what: str, hint: str) -> None:
         raise PeftfxError(f"this model is partitioned by DeepSpeed's ZeRO-3: {what}", type(model).__name__, hint)
 
 
+def refuse_trained_by_zero3(model: nn.Module) -> None:
+    """Refuse a model that an engine of ZeRO-3 trains already: new parameters would be none of the engine's.
+
+    Raises:
+        PeftfxError: `deepspeed.initialize` has partitioned the model.
+    """
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    if is_zero3(model) and any(map(_gathers, hooks)):
+        what = "this model is trained by an engine of DeepSpeed's ZeRO-3, which takes no new parameters"
+        raise PeftfxError(what, type(model).__name__, "adapt it ahead of deepspeed.initialize")
+
+
 def refuse_other_wrappings(model: nn.Module) -> None:
     """Refuse FSDP1 and tensor parallel layers, which are not supported.
 
@@ -234,7 +271,7 @@ def _is_fsdp1(model: nn.Module) -> bool:
 
 
 def _other_wrapping(parameter: Tensor, fsdp2: bool) -> str | None:
-    if is_part(parameter) and not _is_zero3(parameter) and not (fsdp2 and _is_fsdp2s(parameter)):
+    if is_part(parameter) and not is_zero3_part(parameter) and not (fsdp2 and _is_fsdp2s(parameter)):
         return "this model has tensor parallel layers"
     return None
 
@@ -284,4 +321,4 @@ def on_first(work: Callable[[], _T]) -> _T:
 
 
 def _gathers(hook: object) -> bool:
-    return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp", "deepspeed."))
+    return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp", _DEEPSPEED))

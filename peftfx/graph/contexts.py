@@ -142,7 +142,7 @@ def _remember(value: object, before: dict[int, tuple[object, object]], depth: in
     if id(value) in before or not depth:
         return
     if isinstance(value, (dict, list, set)):
-        before[id(value)] = value, value.copy()
+        before[id(value)] = value, _copied(value)
         for item in value.values() if isinstance(value, dict) else value:
             _remember(item, before, depth - 1)
     elif isinstance(value, tuple):
@@ -150,6 +150,13 @@ def _remember(value: object, before: dict[int, tuple[object, object]], depth: in
             _remember(item, before, depth - 1)
     elif isinstance(own := getattr(value, "__dict__", None), dict) and not callable(value):
         _remember(own, before, depth - 1)
+
+
+def _copied(container: dict[object, object] | list[object] | set[object]) -> object:
+    """Return a copy that is no subclass: DeepSpeed's dicts of parameters have no `copy`, and gather what is read."""
+    if isinstance(container, dict):
+        return dict(container.items())
+    return set(container) if isinstance(container, set) else list(container)
 
 
 def _restore(container: object, contents: object) -> None:
@@ -161,8 +168,8 @@ def _restore(container: object, contents: object) -> None:
             container.clear()
             container.update(contents)
     elif isinstance(container, dict) and isinstance(contents, dict):
-        same = list(container) == list(contents)
-        if not same or any(container[key] is not value for key, value in contents.items()):
+        pairs = zip(container.items(), contents.items())
+        if len(container) != len(contents) or any(k is not key or v is not value for (k, v), (key, value) in pairs):
             container.clear()
             container.update(contents)
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
-from peftfx.sharding import is_part, unhooked
+from peftfx.sharding import is_part, unhooked, whole_shape
 
 aten = torch.ops.aten
 #: Operators that move no data. They act on the stored tensor, and the cast comes later.
@@ -177,7 +177,9 @@ def faked(model: nn.Module) -> Iterator[None]:
     for module, name, p in stored:
         if id(p) not in fakes:
             with mode:
-                fakes[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device=p.device), p.requires_grad)
+                fakes[id(p)] = nn.Parameter(
+                    torch.empty(whole_shape(p), dtype=p.dtype, device=p.device), p.requires_grad
+                )
         module._parameters[name] = fakes[id(p)]
     try:
         with unhooked(model):

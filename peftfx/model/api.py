@@ -22,7 +22,7 @@ from peftfx.model.refusals import refuse_no_base, refuse_unknown_arguments, refu
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
 from peftfx.rules.resolution import as_methods, read_rules
-from peftfx.sharding import refuse_other_wrappings, refuse_zero3
+from peftfx.sharding import refuse_other_wrappings, refuse_trained_by_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture
@@ -205,7 +205,7 @@ def bare(
     if inputs is not None and not isinstance(inputs, Mapping):
         raise PeftfxError(f"not the arguments of a call: {shown(inputs)}", "inputs", "pass a dict, by their names")
     refuse_other_wrappings(model)
-    refuse_zero3(model, "its sites can be found no more", "adapt it ahead of deepspeed.initialize and of zero.Init")
+    refuse_trained_by_zero3(model)
     methods()  # loads the methods of other packages, so that their patterns are searched for
     example = example_inputs(model) if inputs is None else inputs
     twin = Twin(model)

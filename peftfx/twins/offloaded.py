@@ -18,7 +18,7 @@ _View = Callable[[Tensor], Tensor]
 
 
 class Fetched(Stored):
-    """A tensor that stands for an offloaded weight. Each operator that needs its values fetches and then frees them.
+    """A tensor that stands for a weight that is elsewhere. Each operator that needs its values fetches and frees them.
 
     Attributes:
         of: the mapping that holds the weight, and the weight's name in it.

@@ -1,9 +1,9 @@
-"""Twin: a copy of a base's modules over the same tensors, where quantised and offloaded weights are read late.
+"""Twin: a copy of a base's modules over the same tensors, where weights that are not at hand are read late.
 
 A quantised layer has no weight that a graph could read, and no operator that a graph knows. Only in the twin, torch's
-own linear layer replaces it, whose weight is the layer's codes (`Coded`). Offloaded weights are `Fetched`, and their
-hooks are left out. So sites are found, and adapters made, merged and exported, as over a base in floating point, but
-without a copy of the base. Training runs the base itself.
+own linear layer replaces it, whose weight is the layer's codes (`Coded`). Weights that are offloaded, or partitioned by
+ZeRO-3, are `Fetched`, and Accelerate's hooks are left out. So sites are found, and adapters made, merged and exported,
+as over a base in floating point, but without a copy of the base. Training runs the base itself.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.twins.layers import codes_in, is_quantised
 from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
+from peftfx.twins.partitioned import partitioned
 from peftfx.twins.repacked import PlainForms, keep_plain, unpack_all
 
 _HELD = ("_parameters", "_buffers", "_modules")
@@ -93,20 +94,25 @@ class Twin:
     def _make(self) -> nn.Module:
         config = _config_of(self.base)
         modules = dict(own_modules(self.base))
-        elsewhere = fetched(own_modules(self.base))
-        self.offloaded = bool(elsewhere)
+        offloaded, parts = fetched(own_modules(self.base)), partitioned(modules.values())
+        self.offloaded, elsewhere = bool(offloaded), {**offloaded, **parts}
         for path, module in modules.items():
-            if is_quantised(module) and any(id(t) in elsewhere for t in _tensors(module)):
+            if not is_quantised(module):
+                continue
+            if any(id(t) in offloaded for t in _tensors(module)):
                 hint = (
                     "keep the layer on its device: give from_pretrained a device_map without cpu and disk for the layer"
                 )
                 raise PeftfxError("the codes of this quantised layer are offloaded", path, hint)
+            if any(id(t) in parts for t in _tensors(module)):
+                what = "DeepSpeed's ZeRO-3 has partitioned the codes of this quantised layer"
+                raise PeftfxError(what, path, "use ZeRO-2, or the unquantised model")
         unpack_all(modules)
         keep_plain(modules.values())
         found = {path: codes_in(module, path, config) for path, module in modules.items()}
         self.plain = PlainForms(modules.values())
         self._codes = {path: codes for path, codes in found.items() if codes is not None}
-        if not self._codes and not any(map(is_hooked, modules.values())):
+        if not self._codes and not elsewhere and not any(map(is_hooked, modules.values())):
             return self.base
         flowing = _dtype_of(self.base)
         kinds: dict[object, str] = {}

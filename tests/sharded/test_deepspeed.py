@@ -22,4 +22,11 @@ def test_every_stage_trains_the_adapter_of_one_process(tmp_path: Path) -> None:
         assert "ZeRO-3" in found[3]["merge"]
         assert "merged" in found[3]["merge"]
         assert "ahead of deepspeed.initialize" in found[3]["again"]
+        parted = found[3]
+        assert parted["parted"] == 0
+        assert abs(parted["prefix"]) < 1e-5
+        assert parted["parted losses"] < 1e-5
+        assert parted["parted saved"] < 1e-5
+        for export in ("first", "decode"):
+            assert "ONNX Runtime = torch" in parted[export]
     assert (tmp_path / "3" / "onnx" / "model.onnx").is_file()

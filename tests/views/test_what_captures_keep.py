@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -99,3 +100,21 @@ def test_a_parameter_whose_data_the_code_replaces_has_its_own_after_a_run_on_fak
         layer(fake(torch.ones(4, 3)))
     assert layer.weight.shape == (2, 3)
     assert layer.weight.data_ptr() == memory
+
+
+class _Owned(OrderedDict[str, nn.Parameter | None]):
+    """A dict of parameters as DeepSpeed puts them into modules: it has no copy."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__(owner._parameters)
+        self.owner = owner
+
+
+def test_dicts_of_a_class_of_their_own_are_restored() -> None:
+    model = nn.Linear(4, 4)
+    model._parameters = _Owned(model)
+    before = dict(model._parameters)
+    with fake_run(model):
+        model.further = nn.Parameter(torch.ones(4))
+    assert isinstance(model._parameters, _Owned)
+    assert dict(model._parameters) == before

@@ -22,7 +22,7 @@ from torch import Tensor
 from peftfx.contract.common.low_rank import A, B
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError
-from peftfx.sharding import full, is_zeros, overwrite
+from peftfx.sharding import full, is_under_zero, overwrite
 
 E = "lora_E"
 KEPT = "lora_E_kept"  #: which singular values the allocator kept
@@ -85,7 +85,7 @@ def _note(place: Kept, rule: _Schedule) -> None:
     """Add this step's gradients to a place's averages."""
     before = place.remembered()
     for name, p in place.params().items():
-        if p.grad is None and is_zeros(p):
+        if p.grad is None and is_under_zero(p):
             what = "DeepSpeed's ZeRO keeps the gradient of this parameter, so AdaLoRA cannot measure which ranks matter"
             raise PeftfxError(what, f"{place.key}.{name}", "train AdaLoRA with DDP or FSDP2, or use LoRA with ZeRO")
         if p.grad is None:
