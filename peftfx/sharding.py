@@ -240,7 +240,7 @@ def refuse_trained_by_zero3(model: nn.Module) -> None:
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     if is_zero3(model) and any(map(_gathers, hooks)):
         what = "this model is trained by an engine of DeepSpeed's ZeRO-3, which takes no new parameters"
-        raise PeftfxError(what, type(model).__name__, "adapt it ahead of deepspeed.initialize")
+        raise PeftfxError(what, type(model).__name__, "adapt it ahead of `deepspeed.initialize`")
 
 
 def refuse_other_wrappings(model: nn.Module) -> None:

@@ -304,6 +304,13 @@ class Method(ABC):
         """
         return {}
 
+    def sized_by_layers(self) -> Mapping[str, tuple[int, ...]]:
+        """Return, by the shared tensors' names, the dimensions that are as long as the largest targeted layer asks for.
+
+        In a file they may be longer: HF PEFT's targets count whether or not a call runs them. Others must be equal.
+        """
+        return {}
+
     def as_saved(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Self, str]:
         """Return the method that a file is of, and why it is not this one, which its config says; empty if it is.
 

@@ -49,6 +49,7 @@ class RandLoRA(RandomBasesMethod):
 
     peft_type: ClassVar[str] = "RANDLORA"
     bases: ClassVar[tuple[str, str]] = (A, B)
+    sized: ClassVar[tuple[tuple[int, ...], ...]] = ((2,), (0, 1))
     vectors: ClassVar[tuple[str, str]] = (LAMBDA, GAMMA)
 
     def shared(

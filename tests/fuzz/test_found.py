@@ -128,6 +128,13 @@ def test_the_pair_of_vera(what: str, base: Base, tmp_path: Path) -> None:
     assert settle(lambda: base.ours(tmp_path / "adapter")).message
 
 
+def test_more_ranks_in_a_shared_matrix_than_in_the_config(base: Base, tmp_path: Path) -> None:
+    """Only the layers' sizes may be larger there: `peft` refuses it too."""
+    Adapter("vera", tensors=(Spoil("larger", 8),)).write(base.twins, tmp_path / "adapter")
+    message = settle(lambda: base.ours(tmp_path / "adapter")).message
+    assert "vera_A: [6, 24] in the file, [3, 24] in this model" in message
+
+
 @pytest.mark.parametrize("what", ["scalar", "flat"])
 def test_an_embedding_that_is_no_table(what: str, base: Base, tmp_path: Path) -> None:
     Adapter("embedding", tensors=(Spoil(what, 0),)).write(base.twins, tmp_path / "adapter")

@@ -21,7 +21,7 @@ def test_every_stage_trains_the_adapter_of_one_process(tmp_path: Path) -> None:
         assert "ONNX Runtime = torch" in found[3]["report"]
         assert "ZeRO-3" in found[3]["merge"]
         assert "merged" in found[3]["merge"]
-        assert "ahead of deepspeed.initialize" in found[3]["again"]
+        assert "ahead of `deepspeed.initialize`" in found[3]["again"]
         parted = found[3]
         assert parted["parted"] == 0
         assert abs(parted["prefix"]) < 1e-5

@@ -294,12 +294,15 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
 
     HF PEFT's shared tensors may be larger: they are for all targeted modules, whether or not they run.
     """
-    own = adapter.shared(0)
-    keys = method.shared_keys(adapter.placed[0].sites)
-    wanted = {key: shared_key(0, name) for name, key in keys.items() if name in own}
-    for key, kept in wanted.items():
+    own, sized, wanted = adapter.shared(0), method.sized_by_layers(), {}
+    for name, key in method.shared_keys(adapter.placed[0].sites).items():
+        if name not in own:
+            continue
+        wanted[key] = kept = shared_key(0, name)
         shape, value = weights.shapes.get(key, ()), adapter.get(kept)
-        if len(shape) == value.ndim and all(a >= b for a, b in zip(shape, value.shape, strict=True)):
+        longer = {i for i, (a, b) in enumerate(zip(shape, value.shape)) if a > b}
+        shorter = any(a < b for a, b in zip(shape, value.shape))
+        if len(shape) == value.ndim and longer and not shorter and longer <= set(sized.get(name, ())):
             adapter.put(kept, value.new_empty(shape), trained=isinstance(value, nn.Parameter))
     return wanted
 

@@ -40,6 +40,8 @@ class RandomBasesMethod(WeightMethod):
 
     bases: ClassVar[tuple[str, str]]
     """The names of the two matrices, here and in files."""
+    sized: ClassVar[tuple[tuple[int, ...], ...]] = ((1,), (0,))
+    """The dimensions of the two matrices that are as long as the largest layer asks for."""
     vectors: ClassVar[tuple[str, str]]
     """The names of the tensors that each place trains."""
     # Fused projections are adapted whole: HF PEFT's files have no parts, and so no bases for the rows of one part.
@@ -59,6 +61,9 @@ class RandomBasesMethod(WeightMethod):
 
     def shared_keys(self, sites: Sequence[Site]) -> dict[str, str]:
         return {name: f"base_model.{name}" for name in self.bases} if self.save_projection else {}
+
+    def sized_by_layers(self) -> Mapping[str, tuple[int, ...]]:
+        return dict(zip(self.bases, self.sized, strict=True))
 
     def keys(self, site: Site) -> dict[str, str]:
         return {name: name for name in self.vectors}
