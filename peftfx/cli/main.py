@@ -83,5 +83,5 @@ def main() -> None:
         sys.exit(PeftfxError.exit_code)
     except Terminated as end:
         word = "interrupted" if end.signal == signal.SIGINT else "terminated"
-        print(f"peftfx: {word}; no output was written", file=sys.stderr)
+        print(f"peftfx: {word}; no unfinished output is left", file=sys.stderr)
         sys.exit(128 + end.signal)
