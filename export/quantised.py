@@ -44,7 +44,6 @@ from peftfx.model.adapted import AdaptedModel
 from peftfx.quantisation.rounding import Rounded
 from peftfx.serving.onnx_model import OnnxModel
 from peftfx.sites.sites import Sites
-from peftfx.views.prompt_inputs import WithPromptInputs
 from peftfx.views.row_adapters import WithRowAdapters
 
 
@@ -186,8 +185,10 @@ def agreement_of(
     text = asked.calibration
     ids = None if text is None else compared_text(Path(text), source, asked.schemes)
     view, reference = part.seen, oracle.reference
-    if isinstance(part.view, WithPromptInputs):  # optional prompt inputs are left out of a call
-        reference = named_in(part.graph, EagerReference(adapted, view))
+    if asked.places is not None:  # a call on a text leaves the slots empty
+        takes = {spec.name for spec in part.graph.inputs}
+        filled, empty = reference, named_in(part.graph, EagerReference(adapted, view))
+        reference = lambda feed: (filled if takes <= feed.keys() else empty)(feed)  # noqa: E731
     elif isinstance(part.view, WithRowAdapters):
         if text is not None:
             hint = "leave --calibration out, or export each adapter merged"

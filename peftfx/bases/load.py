@@ -147,7 +147,7 @@ def weight_files(directory: Path) -> list[Path]:
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
         if pickles:
             what = f"the weights are pickled ({', '.join(pickles)}), and pickle is never loaded"
-            hint = "convert them with `save_pretrained(..., safe_serialization=True)`"
+            hint = "load the model once with transformers and save it again: save_pretrained writes safetensors"
             raise PeftfxError(what, str(directory), hint)
         raise PeftfxError("the directory has no weights", str(directory), f"peftfx looks for {_WEIGHTS[0]}")
     for file in files:

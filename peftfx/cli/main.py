@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -65,6 +66,7 @@ def main() -> None:
     SIGINT (Ctrl+C), SIGTERM and SIGHUP end the command like an error: half-written files are removed, and the exit code
     is 128 plus the signal's number.
     """
+    _take_any_text()
     VOICE.as_json = VOICE.quiet = VOICE.verbose = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -83,5 +85,19 @@ def main() -> None:
         sys.exit(PeftfxError.exit_code)
     except Terminated as end:
         word = "interrupted" if end.signal == signal.SIGINT else "terminated"
-        print(f"peftfx: {word}; no output was written", file=sys.stderr)
+        print(f"peftfx: {word}; no unfinished output is left", file=sys.stderr)
         sys.exit(128 + end.signal)
+
+
+def _take_any_text() -> None:
+    """Let stdout and stderr take any text, so that saying what was done never fails.
+
+    A closed one is put on the null device: a file that is written would get its number otherwise. A letter that is not
+    in the encoding of one is written as its escape.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

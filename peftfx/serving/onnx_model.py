@@ -185,6 +185,8 @@ def _why_closed(error: str) -> str:
         return "the CPU has no kernel for a dtype of the model (bfloat16, float64): export in float32"
     if "External data path" in error or "External initializer" in error:
         return "a file of weights beside the graph is missing or cut: copy all files of the export again"
+    if "INVALID_PROTOBUF" in error:
+        return "the file is cut or damaged: copy all files of the export again"
     return ""
 
 

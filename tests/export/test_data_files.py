@@ -56,6 +56,10 @@ def test_weights_of_another_export_are_refused(name: str, tmp_path: Path) -> Non
     with pytest.raises(PeftfxError, match="cannot open the model") as error:
         OnnxModel(graphs[0])
     assert error.value.hint.startswith("a file of weights beside the graph is missing or cut")
+    graphs[0].write_bytes(graphs[0].read_bytes()[:5000])
+    with pytest.raises(PeftfxError, match="cannot open the model") as error:
+        OnnxModel(graphs[0])
+    assert error.value.hint.startswith("the file is cut or damaged")
 
 
 @pytest.mark.further

@@ -139,7 +139,7 @@ def test_a_signal_ends_in_order_and_leaves_nothing(
 ) -> None:
     done = inputs.server.run(*inputs.words(tmp_path / "out"), setup=signal, option=stage)
     assert done.code == code, done.err
-    assert done.err.endswith(f"peftfx: {word}; no output was written\n")
+    assert done.err.endswith(f"peftfx: {word}; no unfinished output is left\n")
     assert names(tmp_path) == []
 
 

@@ -69,15 +69,17 @@ def test_an_adapter_crosses_in_both_directions(name: str, option: str, tmp_path:
     assert_crosses(base, tmp_path, inputs, first(theirs, inputs))
 
 
-@pytest.mark.parametrize(("name", "embedding"), [("gpt2", "wte"), ("llama", "embed_tokens"), ("gemma", "embed_tokens")])
+@pytest.mark.parametrize(
+    ("name", "embedding", "start"),
+    [("gpt2", "wte", True), ("llama", "embed_tokens", "olora"), ("gemma", "embed_tokens", "pissa")],
+)
 @pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_adapted_embedding_crosses_with_its_scale_and_leaves_a_tied_head_alone(
-    name: str, embedding: str, dora: bool, tmp_path: Path
+    name: str, embedding: str, start: bool | str, dora: bool, tmp_path: Path
 ) -> None:
     base = ZOO[name].build()
-    theirs = peft.get_peft_model(
-        copy.deepcopy(base), peft.LoraConfig(target_modules=[embedding], r=4, use_dora=dora, task_type="CAUSAL_LM")
-    )
+    options = {"r": 4, "use_dora": dora, "init_lora_weights": start, "task_type": "CAUSAL_LM"}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=[embedding], **options))
     randomise(theirs)
     theirs.eval().save_pretrained(str(tmp_path / "theirs"))
     inputs = ZOO[name].inputs(2, 6, 1, model=base)

@@ -24,6 +24,7 @@ from peftfx import (
 )
 from peftfx.errors import PeftfxWarning
 from peftfx.export.slots import adapter_export
+from peftfx.export.slots.swappable import Slots
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.slots import Manifest
 
@@ -100,3 +101,13 @@ def test_a_right_adapter_under_which_the_base_loses_more_is_written(tmp_path: Pa
                 p.mul_(1e3)
     export_adapter(adapted, bounded, tmp_path / "strong")
     assert Manifest.read(bounded).rtol == 0.5
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("llama", False), pytest.param("whisper", True, marks=pytest.mark.slow)])
+def test_empty_slots_agree_with_the_model_as_no_slots_do(name: str, prefix: bool, tmp_path: Path) -> None:
+    model = ZOO[name].build()
+    agreements = []
+    for slots in (None, Slots("attention.query", prefix=prefix)):
+        report = export_onnx(model, tmp_path / str(slots is None), view="decode", quantize="int8", slots=slots)
+        agreements += [one.top1 for one in report.agreement.values()]
+    assert agreements[1] == pytest.approx(agreements[0], abs=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -35,6 +36,36 @@ def test_an_error_made_of_a_signal_is_the_signal(number: int) -> None:
     with pytest.raises(Terminated) as raised, orderly_end():
         as_an_error_of_its_own(number)
     assert raised.value.signal == number
+
+
+class Lost:
+    """Something that is collected when a signal comes, as torch's references to storages."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_that_python_ignores_is_raised_again(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    ends, cleaned = time.monotonic() + 10, False
+
+    def run() -> None:
+        nonlocal cleaned
+        Lost(number)
+        try:
+            while time.monotonic() < ends:
+                time.sleep(0.01)
+        finally:
+            time.sleep(0.5)  # the clean-up is not interrupted
+            cleaned = True
+
+    with pytest.raises(Terminated), orderly_end():
+        run()
+    assert cleaned
+    assert time.monotonic() < ends
+    assert capsys.readouterr().err == ""
 
 
 def test_an_error_without_a_signal_is_itself(number: int) -> None:

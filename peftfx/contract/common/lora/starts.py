@@ -96,7 +96,7 @@ def begin(
         fill_experts(how, len(p[A]) // len(weight), p[A], p[B], rng)
     elif site.kind == "embedding" and bare:  # an embedding stores [in, out], so HF PEFT's A is this B
         fill_factors(how, dataclasses.replace(site, kind="linear"), p[B].mT, p[A].mT, rng)
-    elif starts_from_weight(how):
+    elif starts_from_weight(how) and (site.kind != "embedding" or is_random(how)):  # there HF PEFT starts as by True
         a, b = factors_of(how, site, weight.float(), len(p[A]), scaling)
         p[A], p[B] = a.to(p[A].dtype), b.to(p[B].dtype)
         p[A0], p[B0] = p[A].clone(), p[B].clone()
@@ -148,7 +148,7 @@ def factors_of(how: Start, site: Site, weight: Tensor, r: int, scaling: float) -
     """Return A and B: `s B A` (PiSSA) is the best, `B A` (OLoRA) the orthogonal low-rank part of `weight`."""
     if site.kind != "linear":
         hint = "leave convs and embeddings out of this rule"
-        raise PeftfxError(f"{how} starts from a linear weight, not from a {site.kind}", site.path, hint)
+        raise PeftfxError(f"{how} starts from a linear weight, not from one of kind {site.kind}", site.path, hint)
     if how == "olora":
         q, upper = torch.linalg.qr(weight)
         return upper[:r].contiguous(), q[:, :r].contiguous()
