@@ -15,7 +15,7 @@ from types import FrameType
 #: group.
 _NAMES = ("SIGTERM", "SIGHUP", "SIGBREAK", "SIGINT")
 _PAUSE = 1.0  #: seconds
-_AGAIN = 0.2  #: seconds between two looks at whether the exception was lost
+_AGAIN = 0.2  #: seconds after which a dropped exception is raised again: not in the code that tells of it
 
 
 class Terminated(BaseException):
@@ -36,8 +36,8 @@ def orderly_end() -> Iterator[None]:
 
     A signal within a second of another is ignored: it would interrupt the clean-up. A later one is raised again: where
     the first was raised, other code may have caught it. If that code raises an error of its own, as torch's C++ code
-    does, the context still ends by Terminated. If no code deals with the exception, it was lost, as in a `__del__`, in
-    which Python raises nothing: it is raised again. After the context no such signal is heard: the program ends.
+    does, the context still ends by Terminated. Where Python drops an exception, as in a `__del__`, it tells so, and the
+    exception is raised again. After the context no such signal is heard: the program ends.
 
     Python calls handlers only in the main thread. In another thread, this context changes nothing.
     """
@@ -47,34 +47,27 @@ def orderly_end() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         ours = []
     heard: list[tuple[int, float]] = []
-    looks = over = False
-    outer: BaseException | None = None  # what the interrupted code was dealing with
+    lost = over = False
 
     def end(number: int, _: FrameType | None) -> None:
-        nonlocal looks, outer
-        look, looks = looks, False
-        now, dealt = time.monotonic(), sys.exc_info()[1]
-        if look and dealt is not None and dealt is not outer:
-            return  # the clean-up
-        if look or not heard or now - heard[-1][1] > _PAUSE:
-            if not heard:
-                _thread.start_new_thread(keep_looking, (number,))  # threading's locks may be held here
+        nonlocal lost
+        now, again, lost = time.monotonic(), lost, False
+        if again or not heard or now - heard[-1][1] > _PAUSE:
             heard.append((number, now))
-            outer = dealt
             raise Terminated(number)
 
-    def keep_looking(number: int) -> None:
-        nonlocal looks
-        while True:
-            time.sleep(_AGAIN)
-            if over:
-                return
-            looks = True
+    def again_soon(number: int) -> None:
+        nonlocal lost
+        time.sleep(_AGAIN)
+        if not over:
+            lost = True
             _thread.interrupt_main(signal.Signals(number))
 
-    def unraisable(lost: sys.UnraisableHookArgs) -> None:
-        if not isinstance(lost.exc_value, Terminated):
-            told(lost)
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, Terminated):
+            _thread.start_new_thread(again_soon, (dropped.exc_value.signal,))  # threading's locks may be held here
+        else:
+            told(dropped)
 
     told, sys.unraisablehook = sys.unraisablehook, unraisable
     for number in ours:
