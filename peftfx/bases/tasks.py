@@ -153,7 +153,7 @@ def task_of_class(name: str) -> str | None:
     If the end does not tell, the tables of the `Auto` classes do; but not those of models without a head, which list
     classes of all kinds. They come before an end that says only that it is a model (`MarianMTModel`).
     """
-    ends = {task: max((len(s) for s in t.suffixes if name.endswith(s)), default=0) for task, t in TASKS.items()}
+    ends = {task: max([0, *(len(s) for s in t.suffixes if name.endswith(s))]) for task, t in TASKS.items()}
     longest = max(ends.values())
     tasks = [task for task, length in ends.items() if length == longest]
     told = tasks[0] if longest and len(tasks) == 1 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from collections.abc import Sequence
 from types import MethodType
 from typing import Any
 
@@ -20,7 +21,7 @@ from peftfx.errors import PeftfxError
 from peftfx.hosting.by_row import run_by_row
 from peftfx.hosting.call import CURRENT, acting, reading_once
 from peftfx.hosting.checkpointing import recomputed
-from peftfx.hosting.guests import Attending, Hosted, other_call
+from peftfx.hosting.guests import Attending, AttentionGuest, Hosted, other_call
 from peftfx.hosting.seating import torch_layer_of
 from peftfx.twins.offloaded import OWN_FORWARD
 
@@ -102,9 +103,7 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
             with reading_once():
                 return ran(self, guests, args, kwargs)
         if guests.attentions and (attending := guests.attending(CURRENT.keys or ())):
-            with Attending(self, attending) as mode:
-                output = own.forward(self, *args, **kwargs)
-            return mode.leaving(output)
+            return _attend(own, self, attending, args, kwargs)
         if layer is None:
             return guests.weigh(own.forward, self, args, kwargs)
         CURRENT.inner = False
@@ -127,6 +126,20 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
     made: type[nn.Module] = type(own.__name__, bases, members)
     made.forward.__wrapped__ = own.forward  # type: ignore[attr-defined]
     return made
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend(
+    own: type[nn.Module],
+    module: nn.Module,
+    guests: Sequence[AttentionGuest],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> object:
+    """Run a module in which attention methods act; not compiled, because compiled they may act twice at one value."""
+    with Attending(module, guests) as mode:
+        output = own.forward(module, *args, **kwargs)
+    return mode.leaving(output)
 
 
 def _new(cls: type, *args: Any) -> Any:

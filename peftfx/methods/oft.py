@@ -8,6 +8,7 @@ from its merged weight.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -144,4 +145,5 @@ class OFT(WeightMethod):
 
 def _divisor(size: int, near: int) -> int:
     """Return the divisor of a size that is nearest to a number; of two equally near, the smaller."""
-    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - near), n))
+    steps = itertools.count()  # `min` with a key would end a graph of torch.compile
+    return next(n for far in steps for n in (near - far, near + far) if n > 0 and size % n == 0)

@@ -218,6 +218,27 @@ def test_compiled_it_is_one_graph_without_breaks(adapted: AdaptedModel) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    ("rule", "whole"),
+    [
+        (peftfx.OFT(target="attention", oft_block_size=8), True),
+        (peftfx.PrefixTuning(num_virtual_tokens=3), True),
+        (peftfx.LlamaAdapter(), False),
+    ],
+    ids=["OFT", "PrefixTuning", "LlamaAdapter"],
+)
+def test_compiled_a_method_gives_the_same_loss(rule: object, whole: bool) -> None:
+    """Some ended the graph, where `peft` does not; LLaMA-Adapter raised an error of Python's."""
+    torch._dynamo.reset()
+    model = adapt("llama", rule)
+    want = model(**example(model)).loss
+    if not whole:  # nor must it matter that the attention's own code ends a graph
+        output = model.base.model.layers[0].self_attn.o_proj
+        output.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend="eager", fullgraph=whole)
+    torch.testing.assert_close(compiled(**example(model)).loss, want)
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_acts_by_itself_and_a_copy_of_the_base_is_plain(how: Callable[[nn.Module], nn.Module]) -> None:
     model = adapt("llama", EVERYWHERE)
