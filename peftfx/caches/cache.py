@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 )
 
 from peftfx.caches.held import INDEXER, KEY, VALUE, Held, KeptTensor
-from peftfx.caches.states import StateAndAttentionLayer, StateLayer
+from peftfx.caches.states import StateAndAttentionLayer, StateCache, StateLayer
 from peftfx.caches.windows import WindowLayer
 from peftfx.errors import PeftfxError, first_line
 
@@ -49,7 +49,7 @@ def cache_of(layers: Sequence[Held], tensors: Sequence[Tensor], cache: DynamicCa
         cache: a cache to fill, by default a new one. Its layer objects stay the same, so that references to them stay
             valid.
     """
-    filled = DynamicCache() if cache is None else cache
+    filled = StateCache() if cache is None else cache
     rest = iter(tensors)
     made = [_layer_of({kept.name: next(rest) for kept in layer.kept}, layer.window) for layer in layers]
     if filled.layers:
@@ -146,7 +146,7 @@ def empty_cache(base: nn.Module) -> DynamicCache:
     other = next((layer for layer in own if type(layer) not in _EMPTY), None)
     if other is not None:
         refuse(type(other).__name__)
-    cache = DynamicCache()
+    cache = StateCache()
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in own):
         made = [_EMPTY[type(layer)](getattr(layer, "number_of_states", 1)) for layer in own]
         cache.layers.extend(made)  # type: ignore[arg-type]

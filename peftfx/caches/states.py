@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from peftfx.graph.capturing.loops.recurrences import note_state
 
@@ -102,6 +103,9 @@ class StateLayer(LinearAttentionCacheLayerMixin):
         setattr(self, name, kept)
         return kept
 
+    def increase_count(self, state_idx: int) -> None:
+        """Do nothing: the tokens are counted where there are keys, see `StateCache`."""
+
     def reset(self) -> None:
         """Drop all states."""
         self.__init__(self.number_of_states)  # type: ignore[misc]
@@ -140,6 +144,10 @@ class StateAndAttentionLayer(StateLayer, DynamicLayer):  # type: ignore[misc]
         """Initialise the keys and values."""
         DynamicLayer.lazy_initialization(self, *args, **kwargs)  # type: ignore[arg-type]
 
+    def get_seq_length(self) -> int:
+        """Return the number of tokens whose keys are kept."""
+        return DynamicLayer.get_seq_length(self)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select the rows of these indices."""
         StateLayer.reorder_cache(self, beam_idx)
@@ -154,6 +162,19 @@ class StateAndAttentionLayer(StateLayer, DynamicLayer):  # type: ignore[misc]
         """Select the rows of these indices."""
         StateLayer.batch_select_indices(self, indices)
         DynamicLayer.batch_select_indices(self, indices)
+
+
+class StateCache(DynamicCache):
+    """A cache of which some layers may keep states alone: it has the tokens of its layers with keys."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens of a layer, or of the first one with keys if that layer has states alone."""
+        if layer_idx < len(self.layers) and not isinstance(self.layers[layer_idx], CacheLayerMixin):
+            found = next((i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), None)
+            if found is None:
+                raise RuntimeError("states alone do not tell how many tokens a cache has")
+            layer_idx = found
+        return super().get_seq_length(layer_idx)
 
 
 def _numbered(name: str, index: int) -> str:

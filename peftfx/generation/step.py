@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from peftfx.bases.processors.readers import ENCODED_IMAGES
 from peftfx.caches.cache import cache_of, held, refuse
 from peftfx.caches.held import kept_by
+from peftfx.caches.states import StateCache
 from peftfx.errors import PeftfxError
 from peftfx.generation.invocation import OFFSETS, as_offsets, with_offsets
 from peftfx.views.decode import Decode
@@ -31,7 +32,7 @@ _HARMLESS = frozenset({"return_dict", "use_cache", "tokenizer"})
 LOGITS_KEPT = "logits_to_keep"  #: the argument that says for which tokens a call gives logits
 
 
-class GraphCache(DynamicCache):
+class GraphCache(StateCache):
     """A cache for tensors of a graph. It counts tokens by itself where no layer does.
 
     Attributes:

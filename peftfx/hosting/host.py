@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -61,11 +61,21 @@ def undress(module: nn.Module) -> None:
 
 
 def _reclass(module: nn.Module, wanted: type[nn.Module]) -> None:
-    """Set a module's class, and update hooks around its forward, such as accelerate's, to the new class."""
+    """Set a module's class, and update its forward where that is set on the module, or kept by accelerate's hooks."""
     before, module.__class__ = type(module).forward, wanted
-    inner = vars(module).get(OWN_FORWARD)
-    if isinstance(inner, MethodType) and inner.__func__ is before:
-        setattr(module, OWN_FORWARD, MethodType(wanted.forward, module))
+    vars(module).update(_bound_anew(vars(module), before, wanted, module))
+
+
+def _bound_anew(
+    members: Mapping[str, Any], before: Callable[..., Any], wanted: type[nn.Module], module: nn.Module
+) -> dict[str, MethodType]:
+    """Return those of a module's members that are its forward, as the forward of the wanted class.
+
+    The package `kernels` sets the class's own forward on a module for which it has no kernel.
+    """
+    kept = {name: members.get(name) for name in ("forward", OWN_FORWARD)}
+    ours = (n for n, method in kept.items() if isinstance(method, MethodType) and method.__func__ is before)
+    return {name: MethodType(wanted.forward, module) for name in ours}
 
 
 class _Inner:
@@ -115,7 +125,8 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         make, args, state, *rest = super(made, self).__reduce_ex__(protocol)  # type: ignore[str-unpack]
         if isinstance(state, dict) and "_modules" in state:
-            state = {**state, "_modules": {n: m for n, m in state["_modules"].items() if n != GUESTS}}
+            state = {**state, **_bound_anew(state, made.forward, own, self)}
+            state["_modules"] = {n: m for n, m in state["_modules"].items() if n != GUESTS}
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             make = _new  # pickle requires that `__newobj__` makes the object's own class
         return (make, tuple(own if arg is type(self) else arg for arg in args), state, *rest)

@@ -25,6 +25,7 @@ def test_a_model_is_what_the_page_says(key: Key) -> None:
     assert found.status == KNOWN[key].status, found.note
 
 
+@pytest.mark.skipif(set(KNOWN) != {*keys()}, reason="the results are of another version of transformers")
 def test_the_page_is_of_the_results() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(KNOWN)
 

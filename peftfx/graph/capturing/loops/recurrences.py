@@ -223,8 +223,14 @@ def _takes(method: object, kernel: Callable[..., object]) -> bool:
 
 
 def _kernel_of(function: object) -> str:
-    """Return the name by which transformers asks for the kernel that a function replaces; empty for others."""
-    if not inspect.isfunction(function) or not hasattr(function, "__wrapped__"):
-        return ""
-    name = inspect.getclosurevars(function).nonlocals.get("func_name")
+    """Return the name by which transformers asks for the kernel that a function replaces; empty for others.
+
+    Where the package `kernels` is installed, the function is a module, and the module's class has the name.
+    """
+    if isinstance(function, nn.Module):
+        name = getattr(type(function), "kernel_layer_name", None)
+    elif inspect.isfunction(function) and hasattr(function, "__wrapped__"):
+        name = inspect.getclosurevars(function).nonlocals.get("func_name")
+    else:
+        name = None
     return name if isinstance(name, str) else ""
