@@ -64,7 +64,7 @@ def merge_into(
     writer.part({f.site.path for f in folded.values()} | trained, _run(merged))
     sharing = _names_by_tensor(base)
     sites = [folding.site for folding in folded.values()]
-    _refuse_untying(base, sharing, [d for d in merged.derived.values() if isinstance(d, Derived)])
+    _refuse_untying(base, sharing, [d for d in merged.derived.values() if isinstance(d, Derived)], adapters)
     tied = {site.path for site in sites if len(sharing.get(id(site_tensors(base, site)[0]), ())) > 1}
     refuse_other_readers(merged, sites, tied)
     groups: dict[str, list[Folding]] = {}
@@ -191,18 +191,25 @@ def _refuse_new_biases(base: nn.Module, merged: Graph, *, written: bool) -> None
             )
 
 
-def _refuse_untying(base: nn.Module, sharing: Mapping[int, Sequence[str]], derived: Iterable[Derived]) -> None:
-    """Refuse to untie a tensor that FSDP2 has sharded, because FSDP2 forgets a new parameter at the next call."""
+def _refuse_untying(
+    base: nn.Module, sharing: Mapping[int, Sequence[str]], derived: Iterable[Derived], adapters: Iterable[Adapter]
+) -> None:
+    """Refuse to untie a tensor that FSDP2 has sharded, because FSDP2 forgets a new parameter at the next call.
+
+    A trained copy is for one module. Written into a sharded tensor, it would act in all modules that share the tensor.
+    """
+    written: list[tuple[str, str, Tensor | None]] = []
     for new in derived:
-        site = new.folding.site
-        weight, bias = site_tensors(base, site)
-        tensor = weight if new.output == "weight" else bias
+        weight, bias = site_tensors(base, new.folding.site)
+        written.append((new.folding.site.path, new.output, weight if new.output == "weight" else bias))
+    for override in (o for adapter in adapters for o in adapter.overrides if o.module):
+        holder, leaf = owner_of(base, f"{override.module}.{override.name}")
+        written.append((override.module, override.name, getattr(holder, leaf)))
+    for path, name, tensor in written:
         if tensor is not None and is_part(tensor) and len(sharing.get(id(tensor), ())) > 1:
-            what = (
-                f"its {new.output} is one tensor with {', '.join(sharing[id(tensor)])}, and each process has "
-                "only a part of it"
-            )
-            raise PeftfxError(what, site.path, "export it merged, or save the adapter and merge in one process")
+            named = ", ".join(sharing[id(tensor)])
+            what = f"its {name} is one tensor with {named}, and each process has only a part of it"
+            raise PeftfxError(what, path, "export it merged, or save the adapter and merge in one process")
 
 
 def _run(merged: Graph) -> list[str]:

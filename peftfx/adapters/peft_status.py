@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
+from peftfx.bases.guests import own_modules
 from peftfx.contract.override import SAVED, tied_paths
 from peftfx.errors import PeftfxError
 
@@ -65,7 +66,7 @@ def layer_status(
             kinds.setdefault(path, kind)
     if not found:
         raise PeftfxError("no adapter is in a module", "get_layer_status", "add one with add_adapter or load_adapter")
-    order = {path: i for i, (path, _) in enumerate(base.named_modules())}
+    order = {path: i for i, (path, _) in enumerate(own_modules(base))}
     acting = list(active)
     return [
         LayerStatus(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from peftfx.graph.places import WRAPPED, unwrapped
 from peftfx.sharding import without_fsdp
 
 GUESTS = "peftfx_adapters"  #: the name of the child module that holds the adapters' parameters of a base's module
@@ -46,12 +47,16 @@ def is_guest(name: str) -> bool:
 
 
 def own_modules(base: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Return the base's own modules by their paths, without guests."""
+    """Return the base's own modules by their paths, without guests and without torch's wrappers for checkpointing.
+
+    A wrapper gives out the attributes of the module in it, so a path without the wrapper leads to the module, too.
+    """
     named = base.named_modules(remove_duplicate=remove_duplicate)
-    return ((path, module) for path, module in named if not is_guest(path))
+    shown = ((path, module) for path, module in named if not is_guest(path))
+    return ((unwrapped(path), module) for path, module in shown if WRAPPED not in module._modules)
 
 
 def own_parameters(base: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
     """Return the base's own parameters by their names, without adapters' parameters."""
     named = base.named_parameters(remove_duplicate=remove_duplicate)
-    return ((name, p) for name, p in named if not is_guest(name))
+    return ((unwrapped(name), p) for name, p in named if not is_guest(name))

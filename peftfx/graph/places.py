@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from peftfx.graph.graph import BASE
 
+WRAPPED = "_checkpoint_wrapped_module"  #: the child of torch's `checkpoint_wrapper` that is the module it wraps
 _CUT = re.compile(r"\.slice\((None|-?\d+), (None|-?\d+), (None|-?\d+)\)(?:\.(?P<leaf>[^.]+))?")
 
 
@@ -30,6 +31,11 @@ def places_of(base: nn.Module) -> dict[str, tuple[str, ...]]:
             if child is not None:
                 held.setdefault(first[id(child)], []).append(f"{path}.{leaf}".removeprefix("."))
     return {path: tuple(names) for path, names in held.items() if len(names) > 1}
+
+
+def unwrapped(path: str) -> str:
+    """Return the path that a module or a tensor has without torch's wrappers for checkpointing."""
+    return f"{path}.".replace(f"{WRAPPED}.", "")[:-1]
 
 
 def above(path: str) -> list[str]:
@@ -112,7 +118,7 @@ def _renamed(base: nn.Module) -> dict[str, str]:
     found = {}
     for path in filter(None, modules):
         owner, _, leaf = path.rpartition(".")
-        name = f"{first[id(modules[owner])]}.{leaf}".removeprefix(".")
+        name = unwrapped(f"{first[id(modules[owner])]}.{leaf}".removeprefix("."))
         if name != path:
             found[f"{BASE}.{path}"] = f"{BASE}.{name}"
     return found

@@ -171,8 +171,9 @@ def refused(folder: Path) -> list[str]:
 def tied(folder: Path) -> dict[str, Any]:
     """What two processes export and merge of a base whose head and embedding are one tensor."""
     found: dict[str, Any] = {}
-    for target in ("attention", "head"):
-        model = peftfx.transform(llama(tied=True), peftfx.LoRA(r=2, target=target), seed=0)
+    for target in ("attention", "copy", "head"):
+        copied = {"target": "attention", "modules_to_save": ["lm_head"]} if target == "copy" else {"target": target}
+        model = peftfx.transform(llama(tied=True), peftfx.LoRA(r=2, **copied), seed=0)
         for layer in model.base.model.layers:
             fully_shard(layer, mesh=two())
         fully_shard(model, mesh=two())
