@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from every_model.checks import build
 from support.decoding import GREEDY, Pair, in_pieces, make_pair, text
 from support.few import but_for, few
 from support.zoo import TOKENS, ZOO
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
 import peftfx
@@ -233,6 +235,21 @@ def test_a_model_that_counts_in_its_own_way_needs_its_positions(tmp_path: Path) 
     want = model(**given, position_ids=positions(mask) + 3).logits
     got = served(**given, position_ids=positions(mask) + 3).logits
     torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_does_not_write_token_by_token_is_refused() -> None:
+    """Some write whole pieces of a text by diffusion: their logits are not those of a text's tokens."""
+    model = build("text-generation", "llama")
+    own = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None, **rest: Any) -> Any:
+        output = own(input_ids=input_ids, attention_mask=attention_mask, cache=cache, **rest)
+        output.logits = torch.cat([output.logits] * 4, dim=1)
+        return output
+
+    model.forward = forward  # type: ignore[method-assign]
+    with pytest.raises(peftfx.PeftfxError, match="logits for 12 tokens where a text has 3: it does not write token by"):
+        find_view(model, "decode")
 
 
 @pytest.mark.parametrize("lengths", [(5, 1, 2, 1), (1, 1, 6), (3, 4)])

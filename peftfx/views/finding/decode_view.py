@@ -76,6 +76,9 @@ def decode_view(base: nn.Module, images: Images | None = None) -> Decode:
     if getattr(output, "logits", None) is None:
         what = "the model gives no logits: its class has no head that writes text"
         raise PeftfxError(what, type(base).__name__, f"load it with its head (AutoModelForCausalLM), or {_FORWARD}")
+    if (count := output.logits.shape[1]) > (tokens := text["input_ids"].shape[1]):
+        what = f"the model gives logits for {count} tokens where a text has {tokens}: it does not write token by token"
+        raise PeftfxError(what, type(base).__name__, _FORWARD)
     if not layers:
         what = "the model leaves its key/value cache empty: it has no decode view"
         raise PeftfxError(what, type(base).__name__, _FORWARD)
