@@ -16,7 +16,7 @@ from peftfx.contract.override import Override
 from peftfx.contract.placed import DROPOUTS, SHARED, Placed, Placements, shared_by
 from peftfx.contract.placement import Placement, owner_of
 from peftfx.errors import PeftfxError
-from peftfx.sharding import full, is_part, whole_with_gradient
+from peftfx.sharding.parts import full, is_part, whole_with_gradient
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from peftfx.adapters.deferred import Deferred
 from peftfx.contract.placement import owner_of
 from peftfx.graph.lazy_weights import Stored
 from peftfx.graph.places import has_module, twin
-from peftfx.sharding import is_part, overwrite
+from peftfx.sharding.parts import is_part, overwrite
 
 _NOTHING = object()
 TensorHolder = tuple[nn.Module, str]

@@ -22,7 +22,7 @@ from peftfx.graph.graph import Graph
 from peftfx.graph.lazy_weights import Stored
 from peftfx.graph.places import has_module
 from peftfx.graph.recipe import Get
-from peftfx.sharding import full, is_part
+from peftfx.sharding.parts import full, is_part
 from peftfx.sites.site import Site
 from peftfx.twins.twin import open_quantised
 

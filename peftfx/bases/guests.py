@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from peftfx.graph.places import WRAPPED, unwrapped
-from peftfx.sharding import without_fsdp
+from peftfx.sharding.fsdp import without_fsdp
 
 GUESTS = "peftfx_adapters"  #: the name of the child module that holds the adapters' parameters of a base's module
 OWN_CLASS = "peftfx_own_class"  #: attribute of a class made for a module with guests: the module's own class

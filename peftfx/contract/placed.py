@@ -22,7 +22,7 @@ from peftfx.contract.placement import (
     WeightPlacement,
     whole_tensors,
 )
-from peftfx.sharding import is_part
+from peftfx.sharding.parts import is_part
 from peftfx.sites.blocks import turned
 from peftfx.sites.site import Site
 

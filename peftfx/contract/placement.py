@@ -21,7 +21,7 @@ from peftfx.contract.pattern import PatternMethod
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
-from peftfx.sharding import full
+from peftfx.sharding.parts import full
 from peftfx.sites.blocks import Block, part_site, turned
 from peftfx.sites.site import ATTENTION, SEQUENCE, HeadedSite, Part, PatternSite, SequenceSite, Site, WeightSite
 

@@ -13,7 +13,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError
-from peftfx.sharding import is_part, unhooked, whole_shape
+from peftfx.sharding.models import unhooked
+from peftfx.sharding.parts import is_part, whole_shape
 
 aten = torch.ops.aten
 #: Operators that move no data. They act on the stored tensor, and the cast comes later.

@@ -23,7 +23,7 @@ from peftfx.hosting.guests import AttentionGuest, Hosted, PatternGuest, WeightGu
 from peftfx.hosting.host import dress, guests_of, undress
 from peftfx.hosting.replaced import Copy, FoldedTensor
 from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
-from peftfx.sharding import settle, share_whole
+from peftfx.sharding.fsdp import settle, share_whole
 from peftfx.views.entry import Entry
 from peftfx.views.row_adapters import NO_ADAPTER
 

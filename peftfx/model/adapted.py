@@ -23,7 +23,8 @@ from peftfx.model.own_generation import refuse_names
 from peftfx.model.processes.gathered import gathering, whole_base
 from peftfx.model.trainers.tuner_of_peft import refuse_layers_of_peft
 from peftfx.passes.base import Pass
-from peftfx.sharding import is_sharded, on_first
+from peftfx.sharding.models import is_sharded
+from peftfx.sharding.processes import on_first
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.arguments import named_arguments

@@ -22,7 +22,7 @@ from peftfx.model.refusals import refuse_no_base, refuse_unknown_arguments, refu
 from peftfx.model.taken_over import taken_over
 from peftfx.options import FORWARD
 from peftfx.rules.resolution import as_methods, read_rules
-from peftfx.sharding import refuse_other_wrappings, refuse_trained_by_zero3
+from peftfx.sharding.refusals import refuse_other_wrappings, refuse_trained_by_zero3
 from peftfx.sites.sites import Sites
 from peftfx.twins.twin import Twin
 from peftfx.views.capture import capture

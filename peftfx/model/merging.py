@@ -17,7 +17,8 @@ from peftfx.model.processes.gathered import gathering
 from peftfx.model.saved import SavedAdapters
 from peftfx.passes.adaptation.merge import Merge
 from peftfx.passes.adaptation.pattern_weights import refuse_unfolded
-from peftfx.sharding import is_sharded, refuse_zero3
+from peftfx.sharding.models import is_sharded
+from peftfx.sharding.refusals import refuse_zero3
 
 
 class Merging(SavedAdapters):

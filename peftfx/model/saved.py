@@ -19,7 +19,8 @@ from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.hosted.shared_base import shared
 from peftfx.model.processes.gathered import gathering
 from peftfx.model.processes.handed_out import hold_buffers, send_buffers
-from peftfx.sharding import is_handed_out, rank
+from peftfx.sharding.models import is_handed_out
+from peftfx.sharding.processes import rank
 from peftfx.twins.twin import Twin
 
 _LEFT_OUT = "_left_out"  #: attribute of a model that is loaded: how the names of the base's tensors begin in the state
@@ -128,7 +129,7 @@ class SavedAdapters(AdapterSums):
     def state_dict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the adapters' tensors, as `adapters.<name>.<path>.<parameter>`, without the base's tensors.
 
-        While Accelerate distributes the model to processes (`peftfx.sharding.is_handed_out`), the base's tensors
+        While Accelerate distributes the model to processes (`peftfx.sharding.models.is_handed_out`), the base's tensors
         are included.
         """
         prefix = f"{kwargs.get('prefix', '')}{BASE}."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from peftfx.sharding import full, is_zero3_part
+from peftfx.sharding.parts import full, is_zero3_part
 from peftfx.twins.offloaded import Fetched
 
 

@@ -18,7 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftfx
-from peftfx import sharding
+from peftfx.sharding import processes
+from peftfx.sharding.parts import full
 from peftfx.views import capture
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -36,7 +37,7 @@ def _run(rank: int, work: Callable[..., Any], folder: Path, args: tuple[object, 
     torch.set_num_threads(1)
     store, patience = f"file://{folder / 'store'}", datetime.timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-    sharding.PATIENCE = datetime.timedelta(seconds=20)
+    processes.PATIENCE = datetime.timedelta(seconds=20)
     capture._captured = remembering()
     result = work(folder, *args)
     (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
@@ -92,4 +93,4 @@ def mean_of_all(value: Tensor) -> Tensor:
 
 def whole_state(model: peftfx.AdaptedModel) -> dict[str, Tensor]:
     """The adapters' tensors, gathered."""
-    return {name: sharding.full(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
+    return {name: full(tensor.detach()).clone() for name, tensor in model.state_dict().items()}

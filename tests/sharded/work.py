@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 import peftfx
-from peftfx import sharding
 from peftfx.errors import PeftfxError
+from peftfx.sharding import processes
 
 PROMPT = peftfx.PromptTuning(num_virtual_tokens=3)
 BUDGET = peftfx.AdaLoRA(init_r=4, target_r=2, tinit=0, tfinal=1, total_step=4)
@@ -111,11 +111,11 @@ def everything(folder: Path) -> dict[str, Any]:
     model = adapted(LORA, "adapted")
     found["adapted"] = off(LORA, model, model)
     found["kinds"] = sorted({type(p).__name__ for p in model.parameters()})
-    sharding.PATIENCE /= 20
+    processes.PATIENCE /= 20
     calls = (lambda: model.save_pretrained(folder / "none"), lambda: model.export(folder / "none"))
     found["alone"] = [message(call) for call in calls if dist.get_rank() == 0]
     dist.barrier()
-    sharding.PATIENCE *= 20
+    processes.PATIENCE *= 20
     model.save_pretrained(folder / "adapter")
     report = model.export(folder / "onnx", view="forward")
     found["report"] = report.tensors

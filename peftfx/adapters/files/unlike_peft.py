@@ -22,7 +22,7 @@ from peftfx.errors import listed, warn
 from peftfx.rules.peft_conversion import taken_for_experts
 from peftfx.rules.peft_files import Weights
 from peftfx.rules.trained_copies import is_inside, saved_modules
-from peftfx.sharding import is_part
+from peftfx.sharding.parts import is_part
 
 
 def warn_unlike_peft(base: nn.Module, adapter: Adapter, where: str) -> None:

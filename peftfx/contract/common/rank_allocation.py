@@ -22,7 +22,7 @@ from torch import Tensor
 from peftfx.contract.common.low_rank import A, B
 from peftfx.contract.kept import Kept
 from peftfx.errors import PeftfxError
-from peftfx.sharding import full, is_under_zero, overwrite
+from peftfx.sharding.parts import full, is_under_zero, overwrite
 
 E = "lora_E"
 KEPT = "lora_E_kept"  #: which singular values the allocator kept

@@ -13,7 +13,11 @@ from torch import distributed as dist
 
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
-from peftfx.sharding import full, is_part, is_sharded, rank, refuse_other_wrappings, reshard, together, unhooked
+from peftfx.sharding.fsdp import reshard
+from peftfx.sharding.models import is_sharded, unhooked
+from peftfx.sharding.parts import full, is_part
+from peftfx.sharding.processes import rank, together
+from peftfx.sharding.refusals import refuse_other_wrappings
 from peftfx.twins.twin import copied
 
 

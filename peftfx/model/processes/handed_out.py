@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from peftfx.sharding import is_part
+from peftfx.sharding.parts import is_part
 
 _HELD = "_held_back"  #: the attribute of a model that keeps its saved buffers while its parameters are distributed
 

@@ -17,7 +17,7 @@ from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, warn
 from peftfx.files import is_file, is_folder
 from peftfx.options import AUTO
-from peftfx.sharding import is_part
+from peftfx.sharding.parts import is_part
 
 _LAYER = ".base_layer"
 

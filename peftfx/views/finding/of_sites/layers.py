@@ -23,7 +23,8 @@ from peftfx.analysis.running import LAYERS
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import unchanged
-from peftfx.sharding import is_sharded, reshard
+from peftfx.sharding.fsdp import reshard
+from peftfx.sharding.models import is_sharded
 from peftfx.views.capture import capture
 from peftfx.views.view import Axes, View, WithoutPast, as_captured
 
