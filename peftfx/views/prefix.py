@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from peftfx.bases.example_inputs import example_inputs
+from peftfx.bases.guests import own_modules
 from peftfx.caches.cache import keeps_states
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
+from peftfx.twins.offloaded import fetched
+from peftfx.twins.twin import copied
 from peftfx.views.dry_run import fake_run
 from peftfx.views.entry import POSITIONS, Entry, EntryCall, refuse_packed
 
@@ -113,6 +116,8 @@ def _fields(base: nn.Module) -> object:
 
 
 def _measured(base: nn.Module, decodes: bool) -> tuple[int, int, int]:
+    if offloaded := fetched(own_modules(base)):
+        base = copied(base, offloaded)  # without hooks, which would fetch weights from disk for fake tensors
     example = example_inputs(base)
     text = {name: value for name, value in example.items() if name in _TEXT}
     try:

@@ -20,7 +20,7 @@ from peftfx.model.adapted import AdaptedModel
 IDS = torch.randint(100, (3, 9), generator=torch.Generator().manual_seed(0))
 RULE = peftfx.LoRA(r=4, target_modules=["q_proj", "down_proj"], use_dora=True)
 STARTED = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}
-DORA_AND_ATTENTION = [RULE, peftfx.LlamaAdapter(adapter_len=3, adapter_layers=1)]
+RULES = [RULE, peftfx.LlamaAdapter(adapter_len=3, adapter_layers=1), peftfx.PrefixTuning(num_virtual_tokens=3)]
 
 
 def base() -> LlamaForCausalLM:
@@ -49,7 +49,7 @@ def steps(model: AdaptedModel) -> tuple[list[float], Tensor]:
         return losses, model.eval()(input_ids=IDS).logits
 
 
-@pytest.mark.parametrize("rule", DORA_AND_ATTENTION, ids=["DoRA", "LlamaAdapter"])
+@pytest.mark.parametrize("rule", RULES, ids=["DoRA", "LlamaAdapter", "PrefixTuning"])
 def test_steps_over_a_base_on_disk_are_those_over_a_whole_one(rule: object, tmp_path: Path) -> None:
     model = peftfx.transform(offloaded(tmp_path), rule, seed=0)
     assert model.road == "modules"
