@@ -28,6 +28,7 @@ from peftfx.passes.adaptation.attention import leaving
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.quantisation.coded import Coded
 from peftfx.sites.site import EXPERTS, Site, WeightSite
+from peftfx.twins.offloaded import OWN_FORWARD
 
 _FUSES = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  #: classes that may compute without calling their layers
 
@@ -108,7 +109,7 @@ class _Finder:
             raise Unhostable(f"{path}: {self.obstacles[path]}")
         forward = vars(module).get("forward")  # the package `kernels` may have set the class's own on the module
         is_own = forward is None or getattr(forward, "__func__", None) is type(module).forward
-        if not is_own and not hasattr(module, "_old_forward"):
+        if not is_own and not hasattr(module, OWN_FORWARD):
             raise Unhostable(f"{path}: its forward was set on the module itself")
         return module
 

@@ -13,7 +13,6 @@ from peftfx.errors import PeftfxError
 _T = TypeVar("_T")
 PATIENCE = datetime.timedelta(seconds=60)  #: how long a process waits for the others to make the same call
 _CALLS: dict[str, int] = {}
-_WRITES = "rank 0 alone writes"
 
 
 def rank() -> int:
@@ -38,7 +37,8 @@ def together(what: str) -> None:
         store.delete_key(keys[rank()])
         named = ", ".join(str(number) for number in late)
         said = f"{what}() gathers weights of which each process has a part, and rank {named} has not called it"
-        raise PeftfxError(said, what, f"call it in every process, outside of `if rank == 0`: {_WRITES}") from None
+        hint = "call it in every process, outside of `if rank == 0`: rank 0 alone writes"
+        raise PeftfxError(said, what, hint) from None
     _CALLS[what] = call + 1
 
 
