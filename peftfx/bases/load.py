@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,9 @@ def _load_transformers(
     assert isinstance(model, nn.Module)
     _refuse_random(model, info, given, directory)
     if wanted != on_disk:
-        _present(model, blank(maker, config, wanted), dtype_plan(model, wanted))
+        plan = dtype_plan(model, wanted)
+        _compute_again(model, plan)
+        _present(model, blank(maker, config, wanted), plan)
         model.config.dtype = wanted
     return model
 
@@ -218,6 +221,24 @@ def _present(model: nn.Module, blank: nn.Module, dtype: Callable[[str], torch.dt
                 module._buffers[name] = blank.get_buffer(full)
             elif buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(dtype(full))
+
+
+def _compute_again(model: Any, dtype: Callable[[str], torch.dtype]) -> None:
+    """Compute the parameters that no file has to hold, such as sines of positions, in their wanted dtypes.
+
+    transformers has computed them in the dtype of the files. It marks parameters that it has read, and modules in which
+    nothing is to be computed.
+    """
+    patterns = model._keys_to_ignore_on_load_missing
+    unread = [name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+    for name in (name for name in unread if any(re.search(pattern, name) for pattern in patterns)):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = module._parameters[leaf]
+        made = torch.empty(old.shape, dtype=dtype(name))
+        module._parameters[leaf] = nn.Parameter(made, requires_grad=old.requires_grad)
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 def _refuse_random(model: nn.Module, info: Mapping[str, Any], given: Collection[str], directory: Path) -> None:
