@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from peftfx.cli.commands.train import train
 from peftfx.cli.garbage import rarely_to_the_end
 from peftfx.cli.once import GivenOnce
 from peftfx.cli.signals import Terminated, orderly_end
+from peftfx.cli.streams import take_any_text, written_out
 from peftfx.cli.voice import VOICE, spoken, tell_error
 from peftfx.errors import PeftfxError, out_of_memory
 from peftfx.version import __version__
@@ -66,13 +66,13 @@ def main() -> None:
     SIGINT (Ctrl+C), SIGTERM and SIGHUP end the command like an error: half-written files are removed, and the exit code
     is 128 plus the signal's number.
     """
-    _take_any_text()
+    take_any_text()
     VOICE.as_json = VOICE.quiet = VOICE.verbose = False
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads this when imported: large pages for large tensors
     try:
-        with orderly_end(), rarely_to_the_end():
+        with orderly_end(), rarely_to_the_end(), written_out():
             app()
     except PeftfxError as error:
         tell_error(error)
@@ -87,17 +87,3 @@ def main() -> None:
         word = "interrupted" if end.signal == signal.SIGINT else "terminated"
         print(f"peftfx: {word}; no unfinished output is left", file=sys.stderr)
         sys.exit(128 + end.signal)
-
-
-def _take_any_text() -> None:
-    """Let stdout and stderr take any text, so that saying what was done never fails.
-
-    A closed one is put on the null device: a file that is written would get its number otherwise. A letter that is not
-    in the encoding of one is written as its escape.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
