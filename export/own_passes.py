@@ -43,7 +43,8 @@ def run_own(passes: Sequence[Pass], parts: Sequence[GraphPart]) -> tuple[list[Gr
                 raise
             except Exception as error:  # the user's own code may raise any error
                 what = f"{type(step).__name__} fails: {type(error).__name__}: {first_line(error)}"
-                raise PeftfxError(what, str(step), "see `__cause__` for its own report") from error
+                hint = "see `__cause__` (on the command line: --verbose) for its own report"
+                raise PeftfxError(what, str(step), hint) from error
             graph, changed[str(step)] = result.graph, changed[str(step)] + result.changed
         found.append(replace(part, exported=graph))
     if idle := next((step for step in passes if not changed[str(step)]), None):

@@ -125,7 +125,8 @@ def _untranslated(graph: Graph, said: str) -> PeftfxError:
     base = type(graph.base).__name__
     operator = re.search(r"target=torch\.ops\.\w+\.(\w+)\.", said)
     if operator is None:
-        return PeftfxError(f"no translation to ONNX: {said}", base, "see `__cause__` for the exporter's own report")
+        hint = "see `__cause__` (on the command line: --verbose) for the exporter's own report"
+        return PeftfxError(f"no translation to ONNX: {said}", base, hint)
     name = operator[1].strip("_")
     called = ((n, str(n.target).partition(".")[2].partition(".")[0]) for n in graph.nodes() if n.op == "call_function")
     # The exporter may have split the operator up: linalg_inv is linalg_inv_ex there.

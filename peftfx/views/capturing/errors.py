@@ -21,7 +21,7 @@ from peftfx.views.entry import Entry, EntryCall
 #: torch's text about an output of a class that it does not know. The class is named with its module.
 _UNKNOWN = re.compile(r"Found <class '(?:[^']*\.)?([^.']+)'> in output, which is not a known type")
 
-_REPORT = "see `__cause__` for torch.export's own report"
+_REPORT = "see `__cause__` (on the command line: --verbose) for torch.export's own report"
 
 
 def capture_error(
@@ -45,7 +45,7 @@ def capture_error(
     why, hint, line = first_line(error), _REPORT, line_of(error, model)
     if isinstance(error, TypeError) and "unhashable" in str(error) and "SymInt" in str(error):
         why = "its code has a size, or a number in a tensor, as a key of a dict or in a set"
-        hint = "compute anew what is kept by such a key; `__cause__` is torch.export's own report"
+        hint = f"compute anew what is kept by such a key; {_REPORT}"
     elif "data-dependent" in str(error) or "GuardOnDataDependent" in type(error).__name__:
         why = "its code branches on the values of a tensor"
         hint = _how_to_avoid_the_branch(model, call)
@@ -88,7 +88,7 @@ def _how_to_avoid_the_branch(model: nn.Module, call: EntryCall) -> str:
         return SIZED
     if _is_forward(call) and _lacks_processor(model) and not _has_folder(model):
         return _FOLDER
-    return "pass arguments or a config that avoid the branch; `__cause__` is torch.export's own report"
+    return f"pass arguments or a config that avoid the branch; {_REPORT}"
 
 
 def _what_is_lacking(model: nn.Module, error: BaseException, call: EntryCall, given: Collection[str]) -> str:
