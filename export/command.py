@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from peftfx.bases.gguf import as_directory
+from peftfx.bases.files.gguf import as_directory
 from peftfx.bases.processors.image_size import write_image_size
 from peftfx.bases.sentences.encoder import embeds_sentences
 from peftfx.bases.sentences.modules import ALL, SentenceModules, transformer_folder

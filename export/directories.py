@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from peftfx.adapters.files.base.vocabulary import resize_vocabulary, tell_tokens_without_rows
+from peftfx.bases.files.folder import read_base_config
 from peftfx.bases.labels import name_labels
-from peftfx.bases.load import load_base, read_base_config
+from peftfx.bases.load import load_base
 from peftfx.bases.quantised import QUANTISED, quantise
 from peftfx.bases.sentences.encoder import as_sentence_encoder
 from peftfx.bases.sentences.modules import FILE, SentenceModules

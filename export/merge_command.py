@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.dtypes import dtype_plan
-from peftfx.bases.gguf import as_directory
-from peftfx.bases.load import read_base_config
+from peftfx.bases.files.folder import read_base_config
+from peftfx.bases.files.gguf import as_directory
 from peftfx.bases.quantised import QUANTISED
 from peftfx.bases.sentences.modules import ALL, SentenceModules
 from peftfx.bases.tasks import FEATURES, task_of

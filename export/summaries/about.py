@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftfx.bases.gguf import gguf_config
-from peftfx.bases.load import read_base_config
+from peftfx.bases.files.folder import read_base_config
+from peftfx.bases.files.gguf import gguf_config
 from peftfx.errors import PeftfxError
 from peftfx.export.reports.report_page import changed_files, merged_report, read_report
 from peftfx.files import is_file, is_folder, is_gguf

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
-from peftfx.bases.gguf import as_directory
+from peftfx.bases.files.gguf import as_directory
 from peftfx.bases.load import load_base
 from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.processors.videos import with_videos

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from peftfx.bases.gguf import unpack
+from peftfx.bases.files.gguf import unpack
 from peftfx.bases.load import load_base
 from peftfx.contract.method import Method
 from peftfx.demo.demo import of_demo, quiet_libraries

@@ -10,8 +10,9 @@ from torch import nn
 
 from peftfx.bases.config_fields import length_of
 from peftfx.bases.dtypes import kinds_of
-from peftfx.bases.gguf import stood_for
-from peftfx.bases.load import load_base, weight_files
+from peftfx.bases.files.folder import weight_files
+from peftfx.bases.files.gguf import stood_for
+from peftfx.bases.load import load_base
 from peftfx.bases.tasks import task_of
 from peftfx.errors import PeftfxError, warn
 from peftfx.training.rows import CLASSES, TrainingRows

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from peftfx.bases.gguf import as_directory
+from peftfx.bases.files.folder import read_base_config
+from peftfx.bases.files.gguf import as_directory
 from peftfx.bases.labels import write_labels
-from peftfx.bases.load import read_base_config
 from peftfx.bases.processors.padding import padding_of
 from peftfx.bases.tasks import PEFT_TASKS, task_of
 from peftfx.bases.transformers_config import understanding

@@ -13,7 +13,7 @@ import pytest
 from support.command import Inputs, Result, assert_refused
 
 from peftfx.adapters.single_files.keys import read_single_file
-from peftfx.bases.load import weight_files
+from peftfx.bases.files.folder import weight_files
 from peftfx.errors import PeftfxError
 from peftfx.rules.peft_files import Weights
 

@@ -90,7 +90,7 @@ def test_a_broken_file_and_a_missing_package_are_told(
     assert is_gguf(short)
     with pytest.raises(PeftfxError, match="cannot read this GGUF file"):
         load_base(short)
-    monkeypatch.setattr("peftfx.bases.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("peftfx.bases.files.gguf.find_spec", lambda name: None)
     with pytest.raises(PeftfxError, match="not installed: gguf accelerate"):
         load_base(path)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from peftfx.bases.gguf_tensors import read_tensors
+from peftfx.bases.files.gguf_tensors import read_tensors
 from peftfx.bases.quantised import QUANTISED, blank, filled_model, outline
 from peftfx.bases.tasks import maker_of, resolve_task
 from peftfx.errors import PeftfxError, first_line
