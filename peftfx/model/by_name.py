@@ -22,7 +22,8 @@ from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import fake_mode_of
 from peftfx.model.hosted.hosted_base import HostedBase
 from peftfx.rules.peft_configs import records_of
-from peftfx.rules.resolution import as_items, as_methods, place, where
+from peftfx.rules.placements import where
+from peftfx.rules.resolution import as_items, as_methods, place
 from peftfx.rules.unplaced import is_idle, named_elsewhere
 from peftfx.sites.expression import ALL_LINEAR
 

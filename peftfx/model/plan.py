@@ -15,7 +15,8 @@ from peftfx.bases.guests import own_parameters
 from peftfx.contract.placed import Placed
 from peftfx.errors import listed
 from peftfx.graph.contexts import fake_mode_of
-from peftfx.rules.resolution import place, where
+from peftfx.rules.placements import where
+from peftfx.rules.resolution import place
 from peftfx.rules.text import write_rule
 from peftfx.rules.trained_copies import is_inside, saved_modules
 from peftfx.sites.site import Site

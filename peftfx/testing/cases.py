@@ -22,7 +22,7 @@ from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.sequence import SequenceMethod
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
-from peftfx.rules.resolution import prompt_placement
+from peftfx.rules.placements import prompt_placement
 from peftfx.sites.site import AttentionSite, PatternSite, Site, WeightSite
 from peftfx.testing.models import Spec
 from peftfx.testing.pool import POOL, PROMPTED, captured

@@ -23,7 +23,7 @@ from peftfx.contract.placement import whole_tensors
 from peftfx.errors import listed, warn
 from peftfx.graph.places import has_module
 from peftfx.rules.peft_files import Weights
-from peftfx.rules.resolution import placement_at
+from peftfx.rules.placements import placement_at
 from peftfx.rules.unplaced import never_runs, site_without_calls
 from peftfx.sites.sites import Sites
 

@@ -30,7 +30,7 @@ from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError
 from peftfx.files import is_file
 from peftfx.rules.peft_files import STATE, WEIGHTS, Weights
-from peftfx.rules.resolution import prompt_placement
+from peftfx.rules.placements import prompt_placement
 from peftfx.rules.trained_copies import is_inside, overrides_of, saved_modules
 from peftfx.sites.sites import Sites
 

@@ -33,18 +33,8 @@ from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
 from peftfx.rules.parameters import picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, modules_in, read_adapter_config, rule_folders
-from peftfx.rules.resolution import (
-    acted_at,
-    as_modules,
-    check_reads,
-    chosen_placements,
-    placement_at,
-    placements_of,
-    refuse_crowding,
-    where,
-    without_ties,
-    wrapped_at,
-)
+from peftfx.rules.placements import as_modules, placement_at, placements_of, where, without_ties
+from peftfx.rules.resolution import acted_at, check_reads, chosen_placements, refuse_crowding, wrapped_at
 from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.token_rows import refuse_beside_rows
 from peftfx.rules.torch_attention import wrapper_of

@@ -11,7 +11,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError
 from peftfx.graph.graph import Graph
-from peftfx.rules.resolution import placements_of
+from peftfx.rules.placements import placements_of
 from peftfx.sites.sites import Sites
 
 
