@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +17,8 @@ from peftfx.adapters.files.base.replaced import replaced_weights
 from peftfx.adapters.files.base.vocabulary import other_tokens
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import inner_layers, module_of, name_of, named_modules, override_name
-from peftfx.adapters.files.parameters import exchange_read, parameter_path
+from peftfx.adapters.files.parameters import exchange_read
+from peftfx.adapters.files.places import names_in_file, path_for_config, places_beside, places_in
 from peftfx.adapters.files.prompts import read_prompt, split
 from peftfx.adapters.files.sizes import fit, without_memory
 from peftfx.adapters.files.torch_attention import path_in_file, times_in_use
@@ -31,23 +30,13 @@ from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import Placement
 from peftfx.contract.sequence import PROMPT, SequenceMethod
 from peftfx.errors import PeftfxError, warn
-from peftfx.rules.parameters import picks
 from peftfx.rules.peft_files import CONFIG, Weights, method_from_config, modules_in, read_adapter_config, rule_folders
-from peftfx.rules.placements import as_modules, placement_at, placements_of, where, without_ties
-from peftfx.rules.resolution import acted_at, check_reads, chosen_placements, refuse_crowding, wrapped_at
+from peftfx.rules.resolution import acted_at, check_reads, refuse_crowding, wrapped_at
 from peftfx.rules.tied_copies import TYING, with_tied_names
 from peftfx.rules.token_rows import refuse_beside_rows
 from peftfx.rules.torch_attention import wrapper_of
 from peftfx.rules.trained_copies import is_inside, no_module_to_save, overrides_of, saved_modules
-from peftfx.rules.unplaced import (
-    counted_sites,
-    named_elsewhere,
-    refuse_unasked,
-    refuse_unplaced,
-    tell_elsewhere,
-    why_no_place,
-)
-from peftfx.sites.site import EXPERTS, WEIGHT_KINDS
+from peftfx.rules.unplaced import counted_sites, refuse_unasked, tell_elsewhere, why_no_place
 from peftfx.sites.sites import Sites
 
 
@@ -115,8 +104,8 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     """Return the adapter of a method; its placements are the sites that the file has tensors for."""
     directory = weights.path.parent
     refuse_unasked(base, method)
-    found = _places_in(weights, method, base, sites)
-    placements, left_out = found.placements, {_path(p, base) for p in found.left_out}
+    found = places_in(weights, method, base, sites)
+    placements, left_out = found.placements, {path_for_config(p, base) for p in found.left_out}
     warn_of_bare_keys(weights, method, placements)  # not of prompts: HF PEFT writes these without a prefix
     exchange_read(base, weights, placements)
     saved = saved_modules(base, method)
@@ -124,9 +113,9 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         warn(f"{directory}: {idle_name}")
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     names = set(weights.names)
-    own_names = {name for placement in placements for name in _names(placement, base)}
+    own_names = {name for placement in placements for name in names_in_file(placement, base)}
     overrides += replaced_weights(base, weights, placements, overrides, own_names)
-    beside = _beside(method, placements, saved, base, sites) if method.has_shared else []
+    beside = places_beside(method, placements, saved, base, sites) if method.has_shared else []
     counted = counted_sites([p.view for p in placements], beside, base)
     rule = Placed(method, Placements(placements), tuple(overrides), counted if placements else ())
     adapter = Adapter([rule], config)
@@ -150,7 +139,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         other_tokens=lambda: other_tokens(base, weights),
     )
     if left_out and not placements:
-        first = _path(found.left_out[0], base)
+        first = path_for_config(found.left_out[0], base)
         what = f"the config's target_modules leave out every module of the file, such as {first}"
         raise PeftfxError(what, str(directory / CONFIG), "correct target_modules: HF PEFT does not load it either")
     if not wanted and not idle.by_module:
@@ -169,43 +158,6 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
     adapter.named = named_modules(names - idle.outside, base)
     idle.tell(directory)
     return adapter
-
-
-@dataclass(frozen=True)
-class _Places:
-    """The places of a method that a file has tensors for.
-
-    Attributes:
-        placements: the method's placements there.
-        left_out: those that the config leaves out.
-        targeted: the paths that the config's own targets match.
-        marks: the first words of the names of a placement's tensors; empty if it saves none.
-    """
-
-    placements: list[Placement]
-    left_out: list[Placement]
-    targeted: set[str]
-    marks: set[str]
-
-
-def _places_in(weights: Weights, method: Method, base: nn.Module, sites: Sites) -> _Places:
-    """Return the places of a method that a file has tensors for.
-
-    If the method's placements save no tensors of their own, only the config says which placements there are.
-    """
-    able = (s for s in sites if method.acts_at(s) and (s.kind != EXPERTS or picks(method, s.parameter)))
-    possible = [placement_at(method, base, site) for site in able]
-    marks = {end.partition(".")[0] for p in (*possible, *_other_kinds(possible)) for end in p.file_suffixes().values()}
-    marks |= method.by_size if possible else frozenset()
-    placements = [p for p in possible if any(name in weights.names for name in _names(p, base))]
-    targeted = _targeted(base, method, sites)
-    left_out = _left_out(placements, targeted, method, base)
-    placements = [p for p in placements if p not in left_out]
-    if not marks:
-        saved = saved_modules(base, method)
-        placements = [p for p in chosen_placements(method, base, sites) if not is_inside(p.site.path, saved)]
-        refuse_unplaced(base, method, sites, where(method), {p.site.path for p in placements}, loaded=True)
-    return _Places(as_modules(base, method, without_ties(placements)), left_out, targeted, marks)
 
 
 @_read_as.register
@@ -251,19 +203,6 @@ def _leave_start(adapter: Adapter, base: nn.Module, names: Collection[str]) -> N
                 adapter.get(f"{p.key}.{name}").copy_(value)
 
 
-def _names(placement: Placement, base: nn.Module) -> dict[str, str]:
-    """Return a placement's names in the file, each with the adapter's key for its value."""
-    path = path_in_file(base, placement.method, placement.site.path, placement.known_as)
-    return {name_of(path, suffix): f"{placement.key}.{name}" for name, suffix in placement.file_suffixes().items()}
-
-
-def _other_kinds(possible: Sequence[Placement]) -> Iterator[Placement]:
-    """Yield placements as at sites of other kinds, whose tensors have other names: this call may run none of them."""
-    for first in Placements(possible).weights[:1]:
-        for kind in sorted(first.method.kinds & set(WEIGHT_KINDS)):
-            yield dataclasses.replace(first, site=dataclasses.replace(first.site, kind=kind))
-
-
 def _wanted(
     adapter: Adapter, placements: list[Placement], overrides: list[Override], base: nn.Module, within: set[str]
 ) -> dict[str, str]:
@@ -274,7 +213,7 @@ def _wanted(
     wanted: dict[str, str] = {}
     for placement in placements:
         kept = {f"{placement.key}.{name}": key for name, key in adapter.keys(placement).items()}
-        wanted |= {name: kept.get(key, key) for name, key in _names(placement, base).items()}
+        wanted |= {name: kept.get(key, key) for name, key in names_in_file(placement, base).items()}
     adapted = {p.site.path for p in placements} | within
     return wanted | {override_name(override, adapted): override.key for override in overrides}
 
@@ -297,15 +236,6 @@ def _shared(adapter: Adapter, method: Method, weights: Weights) -> dict[str, str
     return wanted
 
 
-def _beside(
-    method: Method, placements: Sequence[Placement], saved: Sequence[str], base: nn.Module, sites: Sites
-) -> list[str]:
-    """Return the paths of modules that a rule names and does not act in, and that it does not train whole."""
-    done = {path for p in placements for path in (p.site.path, _path(p, base))}
-    done |= {path for path, _ in own_modules(base) if is_inside(path, saved)}
-    return named_elsewhere(base, method, sites, where(method), done)
-
-
 def _refuse_beside(adapter: Adapter, method: Method, beside: Sequence[str], where: Path) -> None:
     """Refuse a file without the tensors that its places share, if they depend on modules that are no plain layers."""
     rule = adapter.placed[0]
@@ -313,27 +243,3 @@ def _refuse_beside(adapter: Adapter, method: Method, beside: Sequence[str], wher
     if unsaved and beside and not rule.counted:
         what = f"{', '.join(sorted(unsaved))} are not in the file, and depend on modules that this call does not run"
         raise PeftfxError(what, f"{where}: {beside[0]}", "train the adapter without these modules (exclude_modules)")
-
-
-def _targeted(base: nn.Module, method: Method, sites: Sites) -> set[str]:
-    """Return the paths of the sites that the config's own targets match; an empty set if none of them runs."""
-    names = method.target_modules or method.target_parameters
-    try:
-        placements = placements_of(method, base, sites) if names else []
-    except PeftfxError:
-        return set()
-    return {_path(p, base) for p in placements}
-
-
-def _path(placement: Placement, base: nn.Module) -> str:
-    """Return the path of a placement's module, as the config's targets see it."""
-    return placement.known_as or parameter_path(base, placement.method, placement.site.path)
-
-
-def _left_out(
-    placements: list[Placement], targeted: Collection[str], method: Method, base: nn.Module
-) -> list[Placement]:
-    """Return the placements that the file has tensors for, but that the config leaves out, as HF PEFT does."""
-    if not (method.target_modules or method.target_parameters):
-        return []
-    return [p for p in placements if _path(p, base) not in targeted]
