@@ -27,7 +27,8 @@ from peftfx.export.rounding.texts import refuse_text
 from peftfx.export.slots.batched import Batched
 from peftfx.export.slots.swappable import Swappable
 from peftfx.export.stages import OnStage, Stages
-from peftfx.export.steps import BFLOAT16, ExportSteps, is_coded, tolerances
+from peftfx.export.steps.steps import BFLOAT16, ExportSteps, is_coded, tolerances
+from peftfx.export.steps.verification import verify_parts
 from peftfx.export.translation.between_casts import is_narrow
 from peftfx.export.translation.scopes import put_rest
 from peftfx.export.writing.atomic_directory import check_output, publish
@@ -145,7 +146,7 @@ def export_onnx(
             put_rest(program)
             program.metadata_props.update(_provenance(adapted, report, coded=work.coded))
         work.write(programs, temporary, written)
-        verified = work.verify(parts, programs, temporary)
+        verified = verify_parts(work, parts, programs, temporary)
         refuse_disagreement(report, asked.bound, asked.calibration, Path(directory))
         report.not_written = way.describe(temporary, adapted, verified, example)
         if asked.merged_decoder:

@@ -15,8 +15,9 @@ from onnx import numpy_helper
 from support.adapted import randomise
 
 import peftfx
-from peftfx.export import merge_command, steps
-from peftfx.export.onnx_directory import ExportSteps
+from peftfx.export import merge_command
+from peftfx.export.steps import verification
+from peftfx.export.steps.steps import ExportSteps
 from peftfx.export.verification.cases import with_trained_tokens
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.model.adapted import AdaptedModel
@@ -59,7 +60,7 @@ def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
             onnx.save(graph, path)
 
     monkeypatch.setattr(ExportSteps, "write", lossy)
-    monkeypatch.setattr(steps, "refuted", lambda *_: ())
+    monkeypatch.setattr(verification, "refuted", lambda *_: ())
 
 
 ROWS = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=list(TOKENS), task_type="CAUSAL_LM")

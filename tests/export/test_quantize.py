@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import peftfx as px
 from peftfx.errors import PeftfxError, PeftfxWarning
-from peftfx.export import steps
 from peftfx.export.coded.rounded import left_out, quantize
 from peftfx.export.coded.schemes import ROUTER_LEFT, scheme_for
 from peftfx.export.metadata import SOURCE
+from peftfx.export.rounding.held_codes import HeldGraph
 from peftfx.export.translation import stamped
 from peftfx.export.verification.agreement import _shown
 from peftfx.export.verification.comparison import VerificationError
@@ -374,6 +374,6 @@ def test_an_error_that_is_larger_than_the_output_is_told(tmp_path: Path, monkeyp
     monkeypatch.setattr(stamped, "prepare", lambda graph: _negated(prepare(graph)))
     with pytest.raises(VerificationError, match="apart from the rounding of its weights"):
         px.export_onnx(ZOO["llama"].build(), tmp_path / "out", view="forward", quantize="int8")
-    monkeypatch.setattr(steps.HeldGraph, "hold", lambda _: "")  # as where rounding alone loses so much
+    monkeypatch.setattr(HeldGraph, "hold", lambda _: "")  # as where rounding alone loses so much
     with pytest.warns(PeftfxWarning, match=r"more than its outputs are large \(logits: 2 times\)"):
         px.export_onnx(ZOO["llama"].build(), tmp_path / "out", view="forward", quantize="int8")

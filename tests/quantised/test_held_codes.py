@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.adapters.recipes import Derived, Own
-from peftfx.export import quantised, steps
+from peftfx.export import quantised
 from peftfx.export.rounding import before_rounding
 from peftfx.export.rounding.before_rounding import hold_merged
+from peftfx.export.steps import verification
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.eager.reference import EagerReference
 from peftfx.graph.graph import Graph
@@ -251,6 +252,6 @@ def test_a_quantised_graph_is_held_to_the_models_code(tmp_path: Path, monkeypatc
 
 
 def test_what_is_not_held_to_its_codes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "runs_exactly", lambda _: False)
+    monkeypatch.setattr(verification, "runs_exactly", lambda _: False)
     report = peftfx.export_onnx(ZOO["bert"].build().half(), tmp_path / "out", quantize=SMALL)
     assert report.reference.endswith("as it computes in half precision, and is too large to run in float64")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peftfx.export import steps
 from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.steps import steps
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import REGION, Rewriter
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxError
-from peftfx.export import steps
 from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.steps import steps
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.export.verification.oracle import measured_of
 from peftfx.export.verification.probes import trials_of

@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 import peftfx
 from peftfx import PeftfxError
 from peftfx.analysis.weight_ops import module_path
-from peftfx.export import steps
 from peftfx.export.deployment.parts import GraphPart
+from peftfx.export.steps import steps
 from peftfx.export.translation import stamped
 from peftfx.export.verification.comparison import VerificationError, reference_of
 from peftfx.export.verification.float32_twin import runnable

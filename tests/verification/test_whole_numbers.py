@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.errors import PeftfxWarning
-from peftfx.export import steps
+from peftfx.export.steps import verification
 from peftfx.export.translation import stamped
 from peftfx.export.verification.comparison import VerificationError
 from peftfx.graph.graph import Graph
@@ -72,7 +72,7 @@ def test_wrong_ones_in_half_precision_are_seen(tmp_path: Path, monkeypatch: pyte
     x = torch.randn(3, 40, 32).half()
     with pytest.raises(VerificationError, match=r"without rounding to half precision(.|\n)*classes"):
         peftfx.export_onnx(Classes().eval().half(), tmp_path / "out", inputs={"x": x})
-    monkeypatch.setattr(steps, "hold_without_rounding", lambda *_, **__: False)
+    monkeypatch.setattr(verification, "hold_without_rounding", lambda *_, **__: False)
     with pytest.raises(VerificationError, match=r"disagrees with the reference(.|\n)*classes"):
         peftfx.export_onnx(Classes().eval().half(), tmp_path / "out", inputs={"x": x})
 

@@ -16,7 +16,7 @@ from verification.spoiled import one_percent_more, spoil_captures
 
 import peftfx
 from peftfx.errors import PeftfxWarning
-from peftfx.export import steps
+from peftfx.export.steps import verification
 from peftfx.export.translation import stamped
 from peftfx.export.verification.captured import refused
 from peftfx.export.verification.comparison import Comparison, VerificationError
@@ -58,7 +58,7 @@ def test_one_percent_at_one_layer_is_seen(
     with pytest.raises(VerificationError, match="without rounding to half precision"):
         lora(kind).export(tmp_path / "out", view="forward", merge=merge)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(steps, "runs_without_rounding", lambda base: False)
+    monkeypatch.setattr(verification, "runs_without_rounding", lambda base: False)
     lora(kind).export(tmp_path / "out", view="forward", merge=merge)  # the measured tolerance alone does not see it
 
 
@@ -149,7 +149,7 @@ def test_what_is_exact_without_rounding_is_not_told_to_say_little(
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftfxWarning)
         lora(torch.float16).export(tmp_path / "out", view="forward")
-    monkeypatch.setattr(steps, "runs_without_rounding", lambda base: False)
+    monkeypatch.setattr(verification, "runs_without_rounding", lambda base: False)
     with pytest.warns(PeftfxWarning, match="says little"):
         lora(torch.float16).export(tmp_path / "other", view="forward")
 

@@ -11,44 +11,28 @@ from pathlib import Path
 import onnx_ir as ir
 from torch import nn
 
-from peftfx.bases.dtypes import is_half
 from peftfx.errors import PeftfxError, warn
 from peftfx.export.coded.place import place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph, Inputs
 from peftfx.export.deployment.image_size import capture_free
 from peftfx.export.deployment.parts import GraphPart, is_forward
-from peftfx.export.own_passes import behind, run_own, shown_of
-from peftfx.export.quantised import agreement_of, round_weights, warn_of_lost
+from peftfx.export.own_passes import behind, run_own
+from peftfx.export.quantised import round_weights
 from peftfx.export.reports import facts
 from peftfx.export.reports.report import Report
-from peftfx.export.rounding.before_rounding import hold_merged
-from peftfx.export.rounding.held_codes import HeldGraph
 from peftfx.export.slots.batched import Batched
 from peftfx.export.stages import Stages
 from peftfx.export.tensor_counts import Destination, count_row_tensors, count_tensors
-from peftfx.export.translation.complex_pairs import pair_tensors
 from peftfx.export.translation.side_checks import checked
 from peftfx.export.translation.to_onnx import to_onnx
-from peftfx.export.verification.comparison import Comparison, VerificationError, but_near_ties
-from peftfx.export.verification.eager.kept_casts import refuse_lost_casts
 from peftfx.export.verification.eager.reference import no_oracle
 from peftfx.export.verification.float32_twin import in_bfloat16
 from peftfx.export.verification.oracle import Oracle
 from peftfx.export.verification.random_numbers import refuse_random
 from peftfx.export.verification.sizes.limits import OneSidedError, Sizes
 from peftfx.export.verification.sizes.search import examples_beyond
-from peftfx.export.verification.tolerances.rounded_numbers import with_rounded_numbers
-from peftfx.export.verification.tolerances.sigmoids import made_by_sigmoids
-from peftfx.export.verification.verify import verify
-from peftfx.export.verification.without_rounding import (
-    graph_of,
-    hold_without_rounding,
-    runs_exactly,
-    runs_without_rounding,
-)
 from peftfx.export.writing.finite import may_be_infinite
-from peftfx.export.writing.read_back import refuted
 from peftfx.export.writing.weights import Written, save_together
 from peftfx.export_options.export import ExportOptions
 from peftfx.export_options.values import ANY_SIZE
@@ -145,14 +129,15 @@ class ExportSteps:
             if self.asked.images == ANY_SIZE:
                 capture_free(self.adapted, self.example)
             captured = self.way.capture(self.adapted, self.asked.view, self.inputs)
-            parts = [replace(part, sizes=self._sizes(part, brief=self.brief)) for part in captured]
+            parts = [replace(part, sizes=self.sizes(part, brief=self.brief)) for part in captured]
         for part in parts:
             refuse_random(part.graph)
             made = (node.meta.get("val") for node in part.graph.nodes())
             refuse_transformed(made, type(self.adapted.base).__name__)
         return parts
 
-    def _sizes(self, part: GraphPart, *, brief: bool = False) -> Sizes:
+    def sizes(self, part: GraphPart, *, brief: bool = False) -> Sizes:
+        """Return the sizes at which a captured graph is right; a brief trial leaves sizes of 1 to the verification."""
         return self.way.sizes(self.adapted, part, self.example, self.asked.allow_fixed, brief=brief)
 
     def count(self, parts: Sequence[GraphPart]) -> None:
@@ -220,9 +205,9 @@ class ExportSteps:
     def round(self, parts: Sequence[GraphPart], programs: Programs, space: Path) -> None:
         """Round the weights, if that is asked for. Files that are needed meanwhile are in `space`."""
         if self.asked.rounds:
-            with self.stages("round"), self._codes_in(space):
+            with self.stages("round"), self.codes_in(space):
                 round_weights(
-                    *(self.asked, self.adapted, parts, programs, self._oracle, self.source, self.report, space),
+                    *(self.asked, self.adapted, parts, programs, self.oracle, self.source, self.report, space),
                     merged=self.way.merges,
                 )
 
@@ -231,100 +216,10 @@ class ExportSteps:
         with self.stages("write"):
             save_together(programs, directory, written=written, infinite=may_be_infinite(self.adapted))
 
-    def verify(self, parts: Sequence[GraphPart], programs: Programs, directory: Path) -> list[GraphPart]:
-        """Run the written models, and compare them with their oracles.
-
-        Raises:
-            VerificationError: ONNX Runtime and torch disagree.
-        """
-        report, verified, idle, unheld = self.report, list[GraphPart](), list[set[str]](), ""
-        with self.stages("verify"), self._codes_in(directory.parent):
-            for part in parts:
-                for wrong in refuted(directory / part.file, programs[part.file], pair_tensors(part.exported).get):
-                    raise VerificationError(wrong, str(directory / part.file), "report this model")
-                oracle = self._oracle(part)
-                found = self._compare(part, oracle, directory)
-                unheld += self._hold_merged(part, oracle, directory / part.file)
-                verified.append(replace(part, found=found))
-                if self.asked.rounds:
-                    warn_of_lost(found, part.file)
-                    path = directory / part.file
-                    why = self._held_graph(part, path, programs[part.file], oracle, found).hold()
-                    unheld += f"; {part.file} is not held to its codes, as {why}" if why else ""
-                    report.agreement |= agreement_of(path, self.adapted, part, oracle, self.source, self.asked)
-                report.reference = f"{oracle.told}{unheld}"
-                idle.append(oracle.idle)
-                prefix = "" if len(parts) == 1 else f"{part.stem}."
-                facts.add_graph(report, part.exported, programs[part.file], found, prefix)
-            report.idle = sorted(set.intersection(*idle))
-        return verified
-
-    def _compare(self, part: GraphPart, oracle: Oracle, directory: Path) -> list[Comparison]:
-        atol, rtol = tolerances(self.asked)
-        measures = atol is None and rtol is None and not self.passes and runs_without_rounding(self.adapted.base)
-        compare = functools.partial(
-            verify,
-            *(directory / part.file, oracle.reference, oracle.cases),
-            measured=oracle.measured,
-            atol=atol,
-            rtol=rtol,
-            graph=part.graph,
-            shown=shown_of(part),
-            empty=oracle.empty,
-        )
-        hold = functools.partial(self._hold_without_rounding, part, oracle, directory) if measures else None
-        try:
-            return but_near_ties(compare, part.graph, rounds=bool(self.asked.rounds), without_rounding=hold)
-        except VerificationError as error:
-            if self.brief:  # the cause may be a branch on a size of 1, which the whole trial names
-                self._sizes(part)
-            if (cause := self.way.cause(self.adapted, part, oracle, self.example)) is not None:
-                raise cause from error
-            raise
-
-    def _hold_merged(self, part: GraphPart, oracle: Oracle, path: Path) -> str:
-        """Compare merged weights before they are rounded, where they are. Return what is told if that cannot be done.
-
-        Raises:
-            VerificationError: the merged graph computes something else.
-        """
-        if self.passes or not (self.way.merges and (self.asked.rounds or is_half(self.adapted.base))):
-            return ""
-        small = runs_exactly(self.adapted.base)
-        held = all(hold_merged(part.graph, part.exported, call, str(path), small=small) for call in oracle.held)
-        return "" if held else f"; {part.file} is not compared before its merged weights are rounded"
-
-    def _held_graph(
-        self, part: GraphPart, path: Path, program: ir.Model, oracle: Oracle, found: Sequence[Comparison]
-    ) -> HeldGraph:
-        small = runs_exactly(self.adapted.base)
-        captured = self.way.captured(self.adapted, part, oracle, self.example)
-        return HeldGraph(path, program, part.exported, captured, oracle.held, shown_of(part), found, small)
-
-    def _hold_without_rounding(
-        self, part: GraphPart, oracle: Oracle, directory: Path, found: Sequence[Comparison]
-    ) -> bool:
-        """Compare a written model where nothing is rounded, and say whether that could be done.
-
-        Raises:
-            VerificationError: the graph, or ONNX Runtime with it, computes something else.
-        """
-        bare = self.way.bare(self.adapted, part, oracle, self.example)
-        if bare is not None:
-            refuse_lost_casts(bare.code, bare.graph, oracle.largest, type(self.adapted.base).__name__)
-        hold = functools.partial(
-            hold_without_rounding,
-            *(directory / part.file, self.way.captured(self.adapted, part, oracle, self.example)),
-            graph_of(with_rounded_numbers(part.exported)),
-            compared_as_is=found,
-            shown=shown_of(part),
-            sigmoids=made_by_sigmoids(part.exported),
-        )
-        return all(hold(call=call) for call in oracle.held)
-
-    def _oracle(self, part: GraphPart) -> Oracle:
+    def oracle(self, part: GraphPart) -> Oracle:
+        """Return what a written graph is compared with, behind the user's own passes."""
         return behind(self.way.oracle(self.adapted, part, self.example), self.passes, part)
 
-    def _codes_in(self, space: Path) -> AbstractContextManager[object]:
+    def codes_in(self, space: Path) -> AbstractContextManager[object]:
         """Return what keeps the decoded weights of a quantised base in files meanwhile."""
         return keeping(space) if self.coded else nullcontext()
