@@ -73,7 +73,11 @@ def _embedding(base: nn.Module) -> str:
 
 
 def _named(base: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Return the tokens by module path, for the modules whose paths end with a given name."""
+    """Return the tokens by module path, in the modules' order, for the modules whose paths end with a given name.
+
+    A file's names are sorted. An optimizer's saved state goes by the order of parameters, so names in another order
+    must not change it.
+    """
     paths = [path for path, module in own_modules(base) if isinstance(getattr(module, "weight", None), nn.Parameter)]
     found: dict[str, tuple[int, ...]] = {}
     for name, rows in given.items():
@@ -82,4 +86,4 @@ def _named(base: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, tup
             hint = nearest(name, paths) or "`peftfx inspect` lists the modules"
             raise PeftfxError("no module with a weight has this name", name, hint)
         found |= dict.fromkeys(matches, tuple(rows))
-    return found
+    return {path: found[path] for path in paths if path in found}

@@ -300,6 +300,18 @@ def test_rows_in_float32_act_in_the_16_bits_of_the_base(tied: bool, dtype: torch
     assert ours.remove().get_input_embeddings().weight.dtype == dtype  # type: ignore[operator]
 
 
+def test_parameters_have_one_order_however_the_tokens_are_named(tmp_path: Path) -> None:
+    """By this order an optimizer's state is resumed; a file has the names sorted."""
+    tokens = {"lm_head": [1, 5], "embed_tokens": [2, 7, 9]}
+    made = peftfx.transform(llama(), beside("q_proj", tokens))
+    made.save_pretrained(tmp_path)
+    given = peftfx.transform(llama(), beside("q_proj", dict(reversed(tokens.items()))))
+    read = peftfx.load(llama(), tmp_path)
+    names = [[name for name, _ in model.adapter("default").named_parameters()] for model in (made, given, read)]
+    assert names[0] == names[1] == names[2]
+    assert [name.split(".")[-2] for name in names[0][-2:]] == ["embed_tokens", "lm_head"]
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_rows_alone_of_a_tied_model_are_exported(merge: bool, tmp_path: Path) -> None:
     """HF PEFT's file names the head, too, whose rows only repeat those of the embedding."""
