@@ -21,11 +21,12 @@ from peftfx.errors import PeftfxError
 from peftfx.export.directories import load_directories
 from peftfx.export.writing.earlier_output import refuse_inputs
 from peftfx.files import folder_of, is_file, write_file, writing
+from peftfx.formats import RULES
 from peftfx.methods.lora import LoRA
 from peftfx.model.adapted import AdaptedModel
 from peftfx.model.api import bare
 from peftfx.options import check_choice
-from peftfx.rules.peft_files import WEIGHTS
+from peftfx.rules.peft_files import CONFIG, WEIGHTS
 
 PEFT = "peft"
 FORMATS = (PEFT, KOHYA, DIFFUSERS)
@@ -73,6 +74,8 @@ def convert_directory(
     if sum(source is not None for source in (adapter, tuned, file)) != 1:
         raise PeftfxError("give one thing to convert: --adapter, --tuned or --file", "adapter", "give exactly one")
     refuse_inputs(target, [Path(source) for source in (base, adapter, tuned, file) if source is not None])
+    if to == PEFT:
+        _refuse_other_folder(target)
     kept, change = 1.0, None
     if adapter is not None:
         adapted = load_directories(Path(base), {_LORA: Path(adapter)})
@@ -124,6 +127,13 @@ def _refuse_target(target: Path, to: str, prefix: str | None, *, force: bool) ->
     if to != PEFT and is_file(target) and not _has_tensors(target):
         what = "the file there is not a safetensors file, so it is not replaced"
         raise PeftfxError(what, str(target), "delete it yourself, or choose another output")
+
+
+def _refuse_other_folder(target: Path) -> None:
+    """Refuse a directory with files but no adapter."""
+    if target.is_dir() and any(target.iterdir()) and not any(is_file(target / name) for name in (CONFIG, RULES)):
+        what = "there is no adapter in the directory, so nothing in it is replaced"
+        raise PeftfxError(what, str(target), "choose another output")
 
 
 def _has_tensors(path: Path) -> bool:

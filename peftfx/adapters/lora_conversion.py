@@ -40,13 +40,14 @@ def lora_of(
 
     Args:
         updates: the update of each site's weight; updates that are all zero get no placement in the LoRA.
-        rank: a whole number is the rank; a float between 0 and 1 is the share of the energy to keep.
+        rank: a whole number is the rank, and weights that have no such rank keep all of theirs; a float between 0 and 1
+            is the share of the energy to keep.
         records: what a config says about the base and the task.
         copies: the trained copies that the LoRA has too (`modules_to_save`); see `copies_beside`.
 
     Raises:
-        PeftfxError: the rank is not valid or larger than a weight's; a site is a conv of several groups; or there is no
-            update, or one that is not finite.
+        PeftfxError: the rank is not valid, or larger than that of each weight; a site is a conv of several groups; or
+            there is no update, or one that is not finite.
     """
     if isinstance(rank, bool) or not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
         raise PeftfxError(
@@ -70,6 +71,10 @@ def lora_of(
             "rank",
             "check that these are the base and the checkpoint that was trained from it",
         )
+    largest = max(p.method.r for p in placements)  # type: ignore[attr-defined]
+    if isinstance(rank, int) and largest < rank:
+        what = f"no weight that is changed has rank {rank}: the largest rank is {largest}"
+        raise PeftfxError(what, "rank", f"rank={largest} or less")
     target = tuple(f"/{re.escape(p.site.path)}/" for p in placements)
     r = rank if isinstance(rank, int) else placements[0].method.r  # type: ignore[attr-defined]
     copies = copies or {}
@@ -95,10 +100,7 @@ def _factors(site: WeightSite, update: Tensor, rank: float) -> tuple[Tensor, Ten
     flat = update.float() if site.kind == EXPERTS else update.float().flatten(1)
     flat = flat.mT if site.kind == "embedding" else flat
     u, s, vh = torch.linalg.svd(flat, full_matrices=False)
-    kept = rank if isinstance(rank, int) else min(_rank_of_share(s**2, rank), s.shape[-1])
-    if kept > s.shape[-1]:
-        what = f"a weight of {list(flat.shape[-2:])} has no rank {kept}"
-        raise PeftfxError(what, site.path, f"rank={s.shape[-1]} or less")
+    kept = min(rank if isinstance(rank, int) else _rank_of_share(s**2, rank), s.shape[-1])
     a, b = vh[..., :kept, :].contiguous(), (u[..., :kept] * s[..., None, :kept]).contiguous()
     if site.kind != "conv":
         return a, b, s

@@ -123,7 +123,11 @@ def test_force_replaces_no_input_and_no_other_file(folder: Path, tmp_path: Path)
             convert_directory(base, output, adapter=lora, rank=1, to=to, force=True)
     with pytest.raises(PeftfxError, match="not a safetensors file"):
         convert_directory(base, notes, adapter=lora, to="kohya", force=True)
+    with pytest.raises(PeftfxError, match="there is no adapter in the directory"):
+        convert_directory(base, tmp_path, adapter=lora, to="peft", force=True)
+    assert [path.name for path in tmp_path.iterdir()] == [notes.name]
     assert notes.read_text() == "years"
     for _ in range(2):
         convert_directory(base, tmp_path / "one.safetensors", adapter=lora, to="kohya", force=True)
+        convert_directory(base, tmp_path / "lora", adapter=lora, to="peft", force=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -41,6 +41,22 @@ def test_any_update_becomes_a_lora_of_its_rank(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_weight_without_the_rank_keeps_all_of_its_own(tmp_path: Path) -> None:
+    """As a router of a few experts among the weights of a text model; `peft` refuses the rank."""
+    layers = nn.Sequential(nn.Linear(12, 12, bias=False), nn.Linear(12, 3, bias=False))
+    base, x = copy.deepcopy(layers), torch.randn(5, 12)
+    ours = peftfx.transform(layers, peftfx.LoHa(r=2, target_modules=["0", "1"]), inputs={"input": x}, seed=0).eval()
+    stir(ours.adapter("default"), 1)
+    want = ours(x)
+    assert ours.convert_to_lora("default", 4) == pytest.approx(1)
+    assert_close(ours(x), want, 1e-5, "the LoRA")
+    ours.save_pretrained(tmp_path, "lora")
+    assert_close(peft.PeftModel.from_pretrained(base, tmp_path).eval()(x), want, 1e-5, "in peft")
+    with pytest.raises(PeftfxError, match="no weight that is changed has rank 13: the largest rank is 12"):
+        ours.convert_to_lora("default", 13, "more")
+
+
+@torch.no_grad()
 def test_trained_copies_of_modules_stay_beside_the_lora(tmp_path: Path) -> None:
     ours = adapted(peftfx.LoHa(r=2, target_modules=["0"], modules_to_save=["1"]))
     want = ours(**INPUTS)

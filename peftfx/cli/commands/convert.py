@@ -35,7 +35,9 @@ def convert(
             help="With --to: what the keys of the file begin with; by default lora_unet for kohya, unet for diffusers."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is at the output.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the adapter at the output; other files there stay.")
+    ] = False,
     download: Download = False,
 ) -> None:
     """Write an adapter, the difference of two checkpoints or a single file as a LoRA. Exit codes: those of `export`."""
