@@ -228,4 +228,5 @@ def refuse_disagreement(report: _Told, limit: MaxError | None, text: str | Path 
     worst = next((a for a in report.agreement.values() if not a.within(limit)), None)
     if worst is not None:
         what = f"quantisation costs more than {limit.kind}={limit.value:g}: {worst}"
-        raise VerificationError(what, str(where), "quantise to int8, or allow more (--max-error)")
+        hint = "quantise fewer weights or with more bits, or allow more (--max-error)"
+        raise VerificationError(what, str(where), hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 import sys
 import types
@@ -63,7 +64,8 @@ def refuse_misfits(values: Mapping[str, object], kind: type, where: str) -> None
 
 
 def _told(name: str, value: object, kind: object) -> str:
-    return f"{name}={shown(value)} ({kind})"
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return f"{name}={shown(value)} ({kind}{'' if finite else '; it must be finite'})"
 
 
 def fits(value: object, kind: Any) -> bool:

@@ -86,7 +86,7 @@ def combine(
         first, classes = given[0][0], {type(w.method) for _, w in given}
         if len(classes) > 1:
             what = f"{' and '.join(sorted(c.__name__ for c in classes))} cannot be summed"
-            raise PeftfxError(what, key, "make both active instead: set_adapter([...])")
+            raise PeftfxError(what, key, "make both active instead: set_adapter([...]), or --adapter without weights")
         (cls,) = classes
         made.setdefault(cls, []).append((first, *cls.combined(first.view, combination, [w for _, w in given])))
     values: dict[str, Params] = {}

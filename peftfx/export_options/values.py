@@ -64,10 +64,14 @@ class MaxError:
             return None
         match = re.fullmatch(r"\s*(?:(error|kl|top1)\s*=)?\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*", str(given).lower())
         try:
-            return MaxError(match[1] or "error", float(match[2]))  # type: ignore[index]
+            bound = MaxError(match[1] or "error", float(match[2]))  # type: ignore[index]
         except (TypeError, ValueError):
             hint = "pass a bound such as kl=0.05, top1=0.9 or 0.1"
             raise PeftfxError(f"this is not a bound on an error: {given!r}", "max_error", hint) from None
+        if bound.kind == "top1" and bound.value > 1:
+            what = f"top1 is a share, and no share is larger than 1: {given!r}"
+            raise PeftfxError(what, "max_error", "pass a share such as top1=0.9")
+        return bound
 
 
 def parse_image_size(given: int | tuple[int, int] | str | None) -> tuple[int, int] | Literal["any"] | None:

@@ -140,7 +140,8 @@ class IA3(WeightMethod):
             )
         if len({isinstance(w.method, IA3) and w.method.feedforward for w in given}) > 1:
             what = "one adapter scales the input here, and another the output"
-            raise PeftfxError(what, site.path, "make both active instead: set_adapter([...])")
+            hint = "make both active instead: set_adapter([...]), or --adapter without weights"
+            raise PeftfxError(what, site.path, hint)
         return first, {L: sum((w.weight * w.params[L] for w in given[1:]), given[0].weight * given[0].params[L])}
 
     @torch.no_grad()

@@ -80,7 +80,7 @@ def summed(
     ranks = [len(a) for a in down]
     if len(set(ranks)) > 1:
         what = f"a {how.combination_type} combination needs equal ranks, not {', '.join(map(str, ranks))}"
-        raise PeftfxError(what, site.path, "combination_type='cat', or 'svd'")
+        raise PeftfxError(what, site.path, "combination_type='cat' (--combination cat), or 'svd'")
     roots = [math.sqrt(abs(s)) for s in both]
     signed = [math.copysign(root, s) for root, s in zip(roots, both, strict=True)]
     return how.merge(signed, down), how.merge(roots, up)
