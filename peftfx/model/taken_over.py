@@ -7,7 +7,8 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -44,13 +45,24 @@ def taken_over(model: nn.Module, adapt: Callable[[], AdaptedModel]) -> AdaptedMo
         taken = save_peft_adapters(model, Path(folder))
         adapted = adapt()
         for name, own in taken.items():
-            _load(adapted, name, own, scales(model, name))
+            with _named(name, own.folder):
+                _load(adapted, name, own, scales(model, name))
     adapted.set_adapter(active)
     for name, own in taken.items():
         if own.frozen:
             _freeze(adapted, name, own.frozen)
     adapted.shares_with(model)
     return adapted
+
+
+@contextmanager
+def _named(name: str, folder: Path) -> Iterator[None]:
+    """Let errors about an adapter name it, and not the folder to which it is written for a moment."""
+    try:
+        yield
+    except PeftfxError as error:
+        told = (text.replace(str(folder), f"adapter {name!r}") for text in (error.what, error.where, error.hint))
+        raise type(error)(*told) from error.__cause__
 
 
 def _load(adapted: AdaptedModel, name: str, own: Taken, layers: Mapping[str, float]) -> None:

@@ -105,6 +105,10 @@ def test_what_cannot_be_taken_over_is_refused() -> None:
     mixed = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=3, target_modules=LINEARS), mixed=True)
     with pytest.raises(PeftfxError, match="several methods"):
         peftfx.transform(mixed)
+    arrow = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    arrow.peft_config["default"].arrow_config = peft.ArrowConfig(top_k=1)
+    with pytest.raises(PeftfxError, match=r"mixes several LoRAs .* \[adapter 'default'/adapter_config\.json\]"):
+        peftfx.transform(arrow)
     with pytest.raises(PeftfxError, match="no adapter is named"):
         peftfx.load(ZOO["llama"].build())
 
