@@ -19,7 +19,7 @@ from peftfx.adapters.single_files.writing import DIFFUSERS, KOHYA, as_single_fil
 from peftfx.bases.load import load_base
 from peftfx.errors import PeftfxError
 from peftfx.export.directories import load_directories
-from peftfx.export.writing.earlier_output import refuse_inputs
+from peftfx.export.writing.earlier_output import is_empty, refuse_inputs
 from peftfx.files import folder_of, is_file, is_folder, write_file, writing
 from peftfx.formats import RULES
 from peftfx.methods.lora import LoRA
@@ -131,7 +131,7 @@ def _refuse_target(target: Path, to: str, prefix: str | None, *, force: bool) ->
 
 def _refuse_other_folder(target: Path) -> None:
     """Refuse a directory with files but no adapter."""
-    if is_folder(target) and any(target.iterdir()) and not any(is_file(target / name) for name in (CONFIG, RULES)):
+    if is_folder(target) and not is_empty(target) and not any(is_file(target / name) for name in (CONFIG, RULES)):
         what = "there is no adapter in the directory, so nothing in it is replaced"
         raise PeftfxError(what, str(target), "choose another output")
 

@@ -58,7 +58,7 @@ def refuse_standing(target: Path, force: bool, made: FilesOf) -> None:
     if not os.path.lexists(target):
         return
     written = made(target) if target.is_dir() else None
-    if written is None and not (target.is_dir() and _is_empty(target)):
+    if written is None and not (target.is_dir() and is_empty(target)):
         hint = "delete it yourself, or choose another output"
         raise PeftfxError("what is there is not an earlier output, so it is not replaced", str(target), hint)
     if added := sorted({*files_in(target)} - {*(written or ())}):
@@ -80,6 +80,7 @@ def refuse_inputs(output: Path, inputs: Iterable[Path]) -> None:
             raise PeftfxError("the output would replace an input", str(output), "choose another output")
 
 
-def _is_empty(directory: Path) -> bool:
+def is_empty(directory: Path) -> bool:
+    """Return whether there is nothing in a directory. One that may not be read is a PeftfxError."""
     with writing(directory):
         return not any(directory.iterdir())

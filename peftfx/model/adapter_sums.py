@@ -76,7 +76,8 @@ class AdapterSums(AdaptersByName):
 
         Args:
             adapter_name: the name of an adapter of any method that acts on weights.
-            rank: a whole number is the rank; a float between 0 and 1 is the share of each update's energy to keep.
+            rank: a whole number is the rank, and weights that have no such rank keep all of theirs; a float between 0
+                and 1 is the share of each update's energy to keep.
             new_name: the name of the LoRA.
 
         Returns:
