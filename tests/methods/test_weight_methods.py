@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftfx
 from peftfx import IA3, PeftfxError
-from peftfx.contract.common.lora import dora, dora_layer
+from peftfx.contract.common.lora import dora, dora_layer, products
 from peftfx.contract.common.lora.dora import gain, updated_norms
 from peftfx.contract.common.lora.dora_layer import is_scaled_at_once, scaled_linear
 from peftfx.export import OnnxModel
@@ -194,9 +194,10 @@ def _count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dora, "_PIECE", {"cpu": 20, "other": 20})
     for bound in ("_LARGE", "_MANY"):
         monkeypatch.setattr(dora_layer, bound, 1)
+    monkeypatch.setattr(products, "_PIECE", 4)
 
 
-@pytest.mark.parametrize("count", [0, 2, 20], ids=lambda count: f"{count} vectors")
+@pytest.mark.parametrize("count", [0, 2, 20, 64], ids=lambda count: f"{count} vectors")
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("large", [False, True], ids=["", "large"])
 @pytest.mark.parametrize(("order", "scaling"), [(1, 0.5), (2, 0.5), (1, 1)])

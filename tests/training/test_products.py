@@ -52,6 +52,27 @@ def test_a_large_product_is_that_of_any_layout(left: str, right: str, rows: int)
     torch.testing.assert_close(found.double(), x.double() @ y.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+def test_a_chained_product_of_pieces_is_that_of_any_layout(
+    monkeypatch: pytest.MonkeyPatch, left: str, right: str
+) -> None:
+    monkeypatch.setattr(products, "_PIECE", 2)
+    torch.manual_seed(0)
+    x, y, z = torch.randn(17, 3).T, LAYOUTS[left](torch.randn(72, 17)).T, LAYOUTS[right](torch.randn(72, 40))
+    found, names = operations(lambda: products.chained_product(x, y, z))
+    assert ("aten::bmm" in names) == (torch.get_num_threads() <= 8)
+    torch.testing.assert_close(found.double(), x.double() @ y.double() @ z.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6, 1022, 1024, 1536])
+def test_pieces_are_equal_and_large_enough(count: int) -> None:
+    pieces = products._pieces(count)
+    assert count % pieces == 0
+    assert pieces == 1 or count // pieces >= products._PIECE
+    assert pieces == {1022: 2, 1024: 4, 1536: 4}.get(count, 1)
+
+
 @pytest.mark.parametrize("why", ["small", "float64", "switched off", "no rows", "counted", "Intel's"])
 def test_other_products_are_torchs_own(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     monkeypatch.setattr(products, "_is_of_intel", lambda: why == "Intel's")

@@ -12,12 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from peftfx.contract.common.lora.dora import fits_cache, gain, updated_norms
-from peftfx.contract.common.lora.products import fast_product
+from peftfx.contract.common.lora.products import chained_product, fast_product
 
 #: From this many values on the output is kept, because a second tensor of its size costs more than to watch it.
 _LARGE = 2**16
 #: From this many values on one kernel that multiplies and sums costs less than two, which write the products.
 _MANY = 2**17
+#: The updated weight is kept for the gradient of `x` where input and output together have this many times its values.
+_MUCH = 4
 #: Magnitudes below it are not divided by.
 _LEAST = 1e-12
 
@@ -55,12 +57,12 @@ def scaled_linear(
         a, b, magnitude: DoRA's parameters A [r, in], B [out, r] and m, of `out` values.
         scaling: `s`.
 
-    For many vectors there is one product with an updated weight, which is computed again for the gradient of `x`. Then
-    this weight is no larger than the input and the output together, or fits into a CPU's cache. For few vectors the
-    update is added to the product with the base's weight. One activation is kept, for the gradient of m: of large
-    outputs the output itself, which most models keep anyway. If the model's code has changed it in place, the product
-    is computed again; changes through `.data` are not seen, as by torch's own operations that keep their output. With a
-    bias, or where a value of m is about zero, `(W + s B A) x` is kept instead.
+    For many vectors there is one product with an updated weight, which is no larger than the input and the output
+    together, or fits into a CPU's cache. It is computed again for the gradient of `x`, or kept where it is small beside
+    them. For few vectors the update is added to the product with the base's weight. One activation is kept, for the
+    gradient of m: of large outputs the output itself, which most models keep anyway. If the model's code has changed it
+    in place, the product is computed again; changes through `.data` are not seen, as by torch's own operations that
+    keep their output. With a bias, or where a value of m is about zero, `(W + s B A) x` is kept instead.
     """
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor = _Scaled.apply(rows, weight, bias, a, b, magnitude, scaling)
@@ -98,12 +100,13 @@ class _Scaled(torch.autograd.Function):
             y = kept if of_output else kept * gains
         if of_output:
             ctx.output, kept = _Watch(y), y.data  # `y` itself would be refused after a change in place
-        ctx.save_for_backward(x, weight, a, b, magnitude, norms, gains, kept)
+        stays = of_output and ctx.updates and ctx.needs_input_grad[0] and values >= _MUCH * size
+        ctx.save_for_backward(x, weight, a, b, magnitude, norms, gains, kept, updated if stays else None)
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, magnitude, norms, gains, kept = ctx.saved_tensors
+        x, weight, a, b, magnitude, norms, gains, kept, updated = ctx.saved_tensors
         s, (for_x, _, _, for_a, for_b, for_m, _) = ctx.scaling, ctx.needs_input_grad
         if torch.is_grad_enabled():  # a gradient of gradients is asked for, and what follows has none
             output = gain(magnitude, norms) * _product(x, weight, a, b, s)
@@ -121,18 +124,22 @@ class _Scaled(torch.autograd.Function):
             scaled = b if s == 1 else s * b
         # What reads the gradient and `x` comes first, while a CPU's cache has them. A product whose result is
         # [r, vectors] takes a third of the time of one whose result is [vectors, r], because its rows are long.
-        if for_x or for_a:
+        if ctx.updates:
+            to_a = chained_product(scaled.T, back.T, x) if for_a else None
+        elif for_x or for_a:
             through = fast_product(scaled.T, scaled_back.T)
             to_a = fast_product(through, x)
         if for_b:  # in B's own layout, or autograd copies it
-            to_b = torch.mul(fast_product(fast_product(a, x.T), scaled_back).T, scales, out=torch.empty_like(b))
+            to_b = torch.mul(chained_product(a, x.T, scaled_back).T, scales, out=torch.empty_like(b))
         if for_m and ctx.output is not None and not ctx.output.is_changed():
             to_m = (_dots(back, kept) / magnitude.flatten()).view_as(magnitude)
         elif for_m:
             inner = kept if ctx.output is None else _product(x, weight, a, b, s)
             to_m = (_dots(back, inner) / norms).view_as(magnitude)
         if for_x and ctx.updates:
-            to_x = fast_product(back, torch.mul(weight, gains[:, None]).addmm_(scaled, a))
+            if updated is None:
+                updated = torch.mul(weight, gains[:, None]).addmm_(scaled, a)
+            to_x = fast_product(back, updated)
         elif for_x:
             to_x = fast_product(scaled_back, weight).addmm_(through.T, a)
         return to_x, None, None, to_a, to_b, to_m, None

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _LARGE = 2**19
 #: For fewer rows, and transposed weights, MKL has a faster kernel.
 _FEW = 4
+#: The fewest vectors of a piece, and the fewest pieces for which a product of pieces takes less time.
+_PIECE, _PIECES = 256, 4
 #: From this many multiplications on, oneDNN takes less time whatever the shapes.
 _MANY = 2**26
 
@@ -32,6 +34,28 @@ def fast_product(x: Tensor, y: Tensor) -> Tensor:
         return x @ y
     found: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, y.T, None, "none", [], "")
     return found
+
+
+def chained_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """Return `(x @ y) @ z`, [r, k], [k, n] and [n, m] of one dtype, with a small `r`, outside of autograd.
+
+    Of a large `n` it is the sum over pieces that fit into a CPU's cache. A thread multiplies its own pieces, which at
+    1,024 columns takes 0.6 to 0.7 of the time of two products that the threads share.
+    """
+    count = _pieces(y.shape[1])
+    if count < max(_PIECES, torch.get_num_threads()):
+        return fast_product(fast_product(x, y), z)
+    ys, zs = y.T.view(count, -1, y.shape[0]), z.view(count, -1, z.shape[1])
+    xs = x.contiguous().expand(count, *x.shape)
+    return torch.bmm(torch.bmm(xs, ys.transpose(1, 2)), zs).sum(0)
+
+
+def _pieces(count: int) -> int:
+    """Return into how many equal pieces of at least `_PIECE` vectors some vectors are divided: a power of two."""
+    pieces = 1
+    while count % (2 * pieces) == 0 and count >= 2 * pieces * _PIECE:
+        pieces *= 2
+    return pieces
 
 
 def _are_both_there() -> bool:
