@@ -106,6 +106,18 @@ def test_codes_of_a_conv1d_are_rows_of_outputs_as_its_weight_is_not(kind: type, 
         torch.testing.assert_close(p + 0, model.base_model.get_parameter(path).detach(), rtol=3e-7, atol=0)
 
 
+def test_floats_in_blocks_ask_for_a_version_that_has_their_operator(tmp_path: Path) -> None:
+    said, pack, operator = FORMATS["fp8-blocks"]
+    model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**{**q.SIZES, "num_hidden_layers": 1}, vocab_size=50))  # no RMS norm
+    q.write(tmp_path / "base", model, said, pack)
+    report = export_directory(tmp_path / "base", tmp_path / "out", view="forward")
+    assert isinstance(report, Report)
+    assert (report.opset, [c.operator for c in report.codes["model"]]) == (23, [operator])
+    report = export_directory(tmp_path / "base", tmp_path / "older", view="forward", opset=20)
+    assert isinstance(report, Report)
+    assert [(c.operator, c.reason) for c in report.codes["model"]] == [("float32", "its operator needs opset 21")]
+
+
 def test_integers_that_are_no_codes_are_the_files_too(tmp_path: Path) -> None:
     config = hf.MraConfig(**q.SIZES, vocab_size=50, max_position_embeddings=32, block_per_row=2)
     torch.manual_seed(0)
