@@ -165,7 +165,11 @@ def _split(file: Path, base: Path, parts: list[str], folder: Path) -> Iterator[t
         if own:
             path = folder / f"{part}.safetensors"
             save_file(own, path, metadata=metadata)
-            config, made = as_peft(path, load_base(base / part, weights=False))
+            try:
+                config, made = as_peft(path, load_base(base / part, weights=False))
+            except PeftfxError as error:
+                where = str(file) if error.where == str(path) else error.where
+                raise type(error)(error.what, where, error.hint) from error
             (folder / part).mkdir()
             write_rule_directory(folder / part, config, {WEIGHTS: made})
             yield part, folder / part

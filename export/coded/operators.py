@@ -193,12 +193,19 @@ def _transposed(values: Tensor) -> Tensor:
     return values.view(torch.uint8).T.contiguous().view(values.dtype)
 
 
+def least_opset(codes: Codes) -> int:
+    """Return the first version of ONNX's operators that can hold these codes; 0 if any can."""
+    if not isinstance(codes, Floats8):
+        return 0
+    return 19 if codes.block >= codes.columns else 21
+
+
 def product_for(codes: Codes, name: str, source: object, opset: int, *, by_row: bool = False) -> Product | str:
     """Make the product that replaces a weight, with rows to pick if `by_row`; or say why no operator can."""
     if isinstance(codes, Tabled):
         return TableProduct(name, source, codes, by_row=by_row)
     if isinstance(codes, Floats8):
-        needed = 19 if codes.block >= codes.columns else 21
+        needed = least_opset(codes)
         return FloatProduct(name, source, codes) if opset >= needed else f"its operator needs opset {needed}"
     assert isinstance(codes, Blocks)
     grid = Grid.of(codes)

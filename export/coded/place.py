@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from peftfx.export.coded.operators import Product, product_for
+from peftfx.export.coded.operators import Product, least_opset, product_for
 from peftfx.export.coded.rows import OPERATOR, REASON, CodedRows, coded_rows, row_nodes
 from peftfx.export.metadata import PERM, SOURCE
 from peftfx.export.translation.layout import name_apart
 from peftfx.export.writing.readers import DOMAIN, Reader, lookups, readers
 from peftfx.graph.graph import BASE, Graph
+from peftfx.passes.optimization.fuse import OPSET
 from peftfx.quantisation.coded import Coded
 
 FLOAT = "float32"
+_USUAL = 20  #: the version that torch's exporter prefers
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ def place_codes(model: ir.Model, graph: Graph) -> list[Choice]:
     if any(choice.operator.startswith("MatMul") for choice in chosen):
         model.graph.opset_imports.setdefault(DOMAIN, 1)
     return list(chosen.values())
+
+
+def opset_for(graph: Graph) -> int | None:
+    """Return the version of ONNX's operators that a graph's codes ask for, or None if the usual one has them all."""
+    names = {str(node.target) for node in graph.nodes() if node.op == "get_attr"}
+    read = (graph.get(name) for name in names if name.startswith(f"{BASE}."))
+    asked = any(isinstance(tensor, Coded) and least_opset(tensor.codes) > _USUAL for tensor in read)
+    return OPSET if asked else None
 
 
 def _coded(weight: ir.Value, graph: Graph) -> Coded | None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from torch import nn
 
 from peftfx.errors import PeftfxError, warn
-from peftfx.export.coded.place import place_codes
+from peftfx.export.coded.place import opset_for, place_codes
 from peftfx.export.coded.rounded import FINITE
 from peftfx.export.deployment.deployment import Deployment, InGraph, Inputs
 from peftfx.export.deployment.image_size import capture_free
@@ -182,7 +182,7 @@ class ExportSteps:
             made = [
                 to_onnx(
                     checked(part.exported, part.sizes.sides),
-                    opset=asked.opset,
+                    opset=asked.opset or opset_for(part.exported),
                     engine=asked.engine,
                     optimize=asked.optimize,
                 )

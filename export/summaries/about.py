@@ -47,7 +47,7 @@ def about(path: Path) -> About:
         PeftfxError: nothing is at the path, or something unknown or damaged.
     """
     if is_file(path) and path.name.endswith(ADAPTER):
-        return _slot_file(path)
+        return _slots(path)
     if is_gguf(path):
         return _gguf(path)
     if is_file(path):
@@ -56,6 +56,8 @@ def about(path: Path) -> About:
     if not is_folder(path):
         hint = "give the directory of an adapter, an export or a base, or an .onnx_adapter or .gguf file"
         raise PeftfxError("there is no such directory", str(path), hint)
+    if path.name.endswith(ADAPTER):
+        return _slots(path)
     if (merged := merged_report(path)) is not None:
         return _merged(path, merged)
     if is_file(path / REPORT):
@@ -114,13 +116,20 @@ def _adapter_line(adapter: Mapping[str, Any]) -> str:
     return f"{adapter['name']}: {'+'.join(adapter['methods'])}, {adapter['parameters']:,} parameters"
 
 
-def _slot_file(path: Path) -> About:
-    from peftfx.serving.adapter_file import read_adapter_file
+def _slots(path: Path) -> About:
+    """Tell of an `.onnx_adapter`, whose names begin with the graph's if it is a directory with a file for each."""
+    from peftfx.serving.adapter_file import adapter_files, read_adapter_file
 
-    number, values = read_adapter_file(path)
-    shapes = {name: "x".join(map(str, value.shape())) for name, value in sorted(values.items())}
-    size = path.stat().st_size
-    return About("slots", {"base": f"{number:08x}", "tensors": len(values), "bytes": size, "shapes": shapes})
+    if not (files := adapter_files(path)):
+        raise PeftfxError("the directory has no file for a graph", str(path), "`peftfx export-adapter` writes them")
+    bases, shapes = set[str](), dict[str, str]()
+    for file in files:
+        number, values = read_adapter_file(file)
+        graph = "" if file == path else f"{file.name.removesuffix(ADAPTER)}."
+        bases.add(f"{number:08x}")
+        shapes |= {f"{graph}{name}": "x".join(map(str, value.shape())) for name, value in sorted(values.items())}
+    size = sum(file.stat().st_size for file in files)
+    return About("slots", {"base": ", ".join(sorted(bases)), "tensors": len(shapes), "bytes": size, "shapes": shapes})
 
 
 def _merged(path: Path, report: Mapping[str, Any]) -> About:
@@ -166,4 +175,6 @@ def _words(value: object) -> str:
         return _first([f"{name} {_words(own)}" for name, own in value.items()], ", ")
     if isinstance(value, (list, tuple)):
         return _first([_words(own) for own in value], "; ")
+    if isinstance(value, bool):
+        return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.2g}" if isinstance(value, float) else str(value)

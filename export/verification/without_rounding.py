@@ -52,6 +52,7 @@ _NEAR = 1e-6  #: of the largest magnitude: two programs in float64
 _ALIKE = 0.9  #: the least share of equal numbers of two programs that round at the same places
 _LOST = 1 / 32  #: of the noise: what numbers in the code may lose, which ONNX holds in half precision
 _TOLD = "without rounding to half precision, ONNX Runtime disagrees with the graph"
+_WIDER = 2  #: how many times as large the weights are in float32, as ONNX Runtime holds those that are not mapped
 
 
 def runs_without_rounding(base: nn.Module) -> bool:
@@ -141,7 +142,8 @@ def hold_without_rounding(
         want, near = (run_in(functools.partial(mode, rounded=True), run, call) for mode in (float64, float32))
         if want is None or near is None:
             return False
-        tolerance, model = Tolerance(None, None, sigmoids=sigmoids), OnnxModel(twin, mapped=is_mapped(path))
+        tolerance = Tolerance(None, None, sigmoids=sigmoids)
+        model = OnnxModel(twin, mapped=is_mapped(path, _WIDER))
         model.put(put or {})
         choose = shown or functools.partial(unpadded, model.axes)
         for c in compared_as_is:
@@ -172,7 +174,7 @@ def _under_its_choices(
     with shown_choices(twin) as shows:
         if shows is None:
             return False
-        model = OnnxModel(shows.path, mapped=is_mapped(twin))
+        model = OnnxModel(shows.path, mapped=is_mapped(twin, _WIDER))
         model.put(put)
         got = model(**wide)
         following = Following(run, shows.taken(got))

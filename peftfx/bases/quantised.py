@@ -50,7 +50,25 @@ def load_quantised(
     if not files:
         return outline(maker, config, wanted), {"missing_keys": (), "mismatched_keys": ()}
     said = said if isinstance(said, dict) else said.to_dict()
-    return filled_model(maker, config, read_checkpoint(files, said, directory, wanted), wanted)
+    tensors = read_checkpoint(files, said, directory, wanted)
+    return filled_model(maker, config, _turned(tensors, maker, config), wanted)
+
+
+def _turned(tensors: dict[str, Tensor], maker: Any, config: object) -> dict[str, Tensor]:
+    """Return the tensors, with the weights of `Conv1D` layers as these layers hold them, [in, out].
+
+    Files have the codes of every layer as those of a linear one, [out, in].
+    """
+    with torch.device("meta"):
+        model = blank(maker, config, torch.float32)
+    turned = [f".{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)]
+    if not turned:
+        return tensors
+
+    def fits(name: str) -> bool:  # a file may leave out the prefix of the model's names, or have one more
+        return any(own.endswith(f".{name}") or f".{name}".endswith(own) for own in turned)
+
+    return {name: t.moved(torch.t) if isinstance(t, Coded) and fits(name) else t for name, t in tensors.items()}
 
 
 def filled_model(maker: Any, config: object, tensors: dict[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Any]:

@@ -46,6 +46,7 @@ class Merging(SavedAdapters):
         seated = {name: self.named[name] for name in self.modules_road.seatings}
         for name in seated:
             self.modules_road.leave(name)
+        self._twin.plain.restore()  # the report tells of the scales that are merged
         try:
             report = merge_into(self.base, merged, self.named.acting())
             for name in self.active:

@@ -58,6 +58,11 @@ def holds_adapter(directory: Path) -> bool:
     return is_folder(directory) and not os.path.islink(directory) and all(map(is_adapter_file, directory.iterdir()))
 
 
+def adapter_files(path: Path) -> list[Path]:
+    """Return the files of an `.onnx_adapter`: itself, or those of a directory, which has one for each graph."""
+    return sorted(path.glob(f"*{SUFFIX}")) if is_folder(path) else [path]
+
+
 def read_for(path: Path, directory: Path, served: Collection[str] = ()) -> dict[str, dict[str, ort.OrtValue]]:
     """Read the tensors of the `.onnx_adapter` at `path` for the graphs in a `directory`, by the graphs' names.
 

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 import transformers as hf
 import typer
 from safetensors.torch import load_file, save_file
 from support.command import Inputs, Result, assert_refused
 
 from peftfx.cli.main import app
+from peftfx.serving.adapter_file import write_adapter_file
 
 Command = Callable[..., Result]
 
@@ -58,6 +60,19 @@ def test_info_of_a_file_tells_what_to_give(inputs: Inputs, peftfx: Command, tmp_
     for name, told in (("model.onnx", "a graph"), ("model.onnx.data", "the weights of a graph"), ("a.txt", "a file")):
         (tmp_path / name).write_bytes(b"x")
         assert_refused(peftfx("info", tmp_path / name), f"this is {told}, and info takes a directory", str(tmp_path))
+
+
+def test_info_of_adapter_files_tells_the_files_of_all_graphs(peftfx: Command, tmp_path: Path) -> None:
+    path = tmp_path / "low.onnx_adapter"
+    path.mkdir()
+    assert_refused(peftfx("info", path), "no file for a graph")
+    for number, graph in enumerate(("encoder_model", "decoder_model"), 1):
+        write_adapter_file({"q.lora_A": torch.ones(number, 4)}, 0xABC, path / f"{graph}.onnx_adapter")
+    told = json.loads(peftfx("info", path, "--json").out)
+    shapes = {"encoder_model.q.lora_A": "1x4", "decoder_model.q.lora_A": "2x4"}
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert told["kind"] == "slots"
+    assert told["facts"] == {"base": "00000abc", "tensors": 2, "bytes": size, "shapes": shapes}
 
 
 def test_a_merged_model_is_a_base_and_not_an_export(inputs: Inputs, peftfx: Command, tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers as hf
 from quantised.formats import FORMATS, IDS, METADATA, on_identity, picked
+from safetensors.torch import save_file
 from support import quantised as q
 from support.few import but_further
+from transformers.pytorch_utils import Conv1D
 
 import peftfx
 from peftfx.bases.load import load_base
@@ -28,6 +31,7 @@ def adapt(model: torch.nn.Module, directory: Path) -> peft.PeftModel:
     return adapted
 
 
+FILE = "model.safetensors"
 WHOLE = ("nf4", "nf4-double", "bnb-int8", "gptq-zeros", "gptq-act", "awq", "fp8-blocks")
 
 
@@ -78,6 +82,40 @@ def test_a_base_is_exported_as_it_is(name: str, tmp_path: Path) -> None:
         want = adapted(IDS).logits
     got = served(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * max(1.0, float(want.abs().max())))
+
+
+@pytest.mark.parametrize("kind", [hf.GPT2LMHeadModel, hf.GPT2Model])
+def test_codes_of_a_conv1d_are_rows_of_outputs_as_its_weight_is_not(kind: type, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = kind(hf.GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=100))
+    said, pack, _ = FORMATS["nf4"]
+    random, tensors = np.random.default_rng(0), dict(model.state_dict())
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Conv1D)}
+    for path, module in layers.items():
+        own, weight = pack(random, *module.weight.T.shape)
+        module.weight.data.copy_(weight.T)
+        del tensors[f"{path}.weight"]
+        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
+    model.config.quantization_config = said
+    model.config.save_pretrained(tmp_path)
+    save_file({name: t.contiguous() for name, t in tensors.items() if name != "lm_head.weight"}, tmp_path / FILE)
+    base = load_base(tmp_path, task="text-generation").base_model
+    coded = {path: p for path, p in base.named_parameters() if isinstance(p, Coded)}
+    assert len(coded) == len(layers) == 4
+    for path, p in coded.items():
+        torch.testing.assert_close(p + 0, model.base_model.get_parameter(path).detach(), rtol=3e-7, atol=0)
+
+
+def test_floats_in_blocks_ask_for_a_version_that_has_their_operator(tmp_path: Path) -> None:
+    said, pack, operator = FORMATS["fp8-blocks"]
+    model = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**{**q.SIZES, "num_hidden_layers": 1}, vocab_size=50))  # no RMS norm
+    q.write(tmp_path / "base", model, said, pack)
+    report = export_directory(tmp_path / "base", tmp_path / "out", view="forward")
+    assert isinstance(report, Report)
+    assert (report.opset, [c.operator for c in report.codes["model"]]) == (23, [operator])
+    report = export_directory(tmp_path / "base", tmp_path / "older", view="forward", opset=20)
+    assert isinstance(report, Report)
+    assert [(c.operator, c.reason) for c in report.codes["model"]] == [("float32", "its operator needs opset 21")]
 
 
 def test_integers_that_are_no_codes_are_the_files_too(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_training_and_merges_after_a_call_are_those_before_it(kind: str, double:
     logits(used)
     copied = copy.deepcopy(used)
     for model in (copied, used):
+        logits(model)
         report = model.merge()
         assert ROUNDED not in str(report)
         model.train()

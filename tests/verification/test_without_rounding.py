@@ -18,12 +18,14 @@ import peftfx
 from peftfx.errors import PeftfxWarning
 from peftfx.export.steps import verification
 from peftfx.export.translation import stamped
+from peftfx.export.verification import without_rounding
 from peftfx.export.verification.captured import refused
 from peftfx.export.verification.comparison import Comparison, VerificationError
 from peftfx.export.verification.sizes.trial import BRANCHES, SAME, Trial
 from peftfx.export.verification.tolerances.float64 import float32, float64
 from peftfx.graph.graph import Graph
 from peftfx.graph.lazy_weights import store
+from peftfx.serving.onnx_model import OnnxModel
 from peftfx.views.capture import capture
 
 aten = torch.ops.aten
@@ -161,3 +163,16 @@ def test_a_model_that_runs_in_no_view_is_not_told_to_export_the_forward(view: st
     """As a model whose code mixes dtypes in half precision."""
     seen = dataclasses.make_dataclass("Seen", ["name"])(view)
     assert hint in str(refused(lora(torch.float16), seen, RuntimeError("float != Half")))
+
+
+def test_a_twin_is_mapped_by_the_size_of_its_own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bool] = []
+
+    def seen(twin: Path, *, mapped: bool) -> OnnxModel:
+        opened.append(mapped)
+        return OnnxModel(twin, mapped=mapped)
+
+    monkeypatch.setattr(without_rounding, "OnnxModel", seen)
+    monkeypatch.setattr(without_rounding, "is_mapped", lambda path, times=1: times * 200 > 256)  # of 200 MB
+    lora(torch.float16).export(tmp_path / "out", view="forward")
+    assert opened == [True]

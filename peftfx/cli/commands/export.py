@@ -146,7 +146,8 @@ def export(
     """Export a model, with or without an adapter, to ONNX, and check it in ONNX Runtime.
 
     Writes OUTPUT/model.onnx (and model.onnx.data), the config, tokenizer and processor files, and peftfx_report.json.
-    Exit codes: 0 done; 1 ONNX Runtime and torch disagree, and no output is left; 2 bad input.
+    Exit codes: 0 done; 1 ONNX Runtime and torch disagree, or rounding costs more than --max-error; 2 bad input. After
+    1 and 2 no output is left.
     """
     chosen = {
         "adapter": adapter,

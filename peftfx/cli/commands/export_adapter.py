@@ -48,8 +48,9 @@ def export_adapter(
     with kept_to_the_end():
         from peftfx.cli.progress import Progress
         from peftfx.export.adapter_command import export_adapter_directories
+        from peftfx.serving.adapter_file import adapter_files
 
     with quiet(), Progress() as progress:
         made = export_adapter_directories(adapter, graph, output, asked, progress=progress.stage)
-    size = made.stat().st_size
+    size = sum(file.stat().st_size for file in adapter_files(made))
     tell({"output": str(made), "bytes": size}, f"{made}: {size:,} B")

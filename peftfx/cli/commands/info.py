@@ -13,7 +13,9 @@ from peftfx.cli.words import found_base
 
 
 def info(
-    path: Annotated[Path, typer.Argument(help="An adapter, an export or a base in a directory, or an .onnx_adapter.")],
+    path: Annotated[
+        Path, typer.Argument(help="An adapter, an export or a base in a directory, an .onnx_adapter, or a GGUF file.")
+    ],
 ) -> None:
     """Print what a directory or a file holds: its rules, tensors and files, and what it was made from."""
     from peftfx.export.summaries.about import about

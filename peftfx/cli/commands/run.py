@@ -26,7 +26,8 @@ def run(
         typer.Option(help="Text for the model's task; a model that generates continues it. Repeat it for more."),
     ] = None,
     texts: Annotated[
-        Path | None, typer.Option(help="File of texts for the model's task, one in each line; - is the standard input.")
+        Path | None,
+        typer.Option(help="File of texts, one a line; empty lines are left out; - is the standard input."),
     ] = None,
     query: Annotated[
         str | None, typer.Option(help="Query to compare each text with, or question to answer by each text.")
