@@ -125,7 +125,7 @@ def _gemm(x: ir.Value, weight: ir.Value, rank: int) -> list[ir.Node]:
     leading = ir.node("Shape", [x], {"start": 0, "end": rank - 1})
     width = _constant([int(str(columns))])
     full = ir.node("Concat", [leading.outputs[0], width.outputs[0]], {"axis": 0})
-    unfolded = ir.node("Reshape", [gemm.outputs[0], full.outputs[0]])
+    unfolded = ir.node("Reshape", [gemm.outputs[0], full.outputs[0]], {"allowzero": 1})  # an axis may have size 0
     return [flat, folded, gemm, leading, width, full, unfolded]
 
 

@@ -68,7 +68,8 @@ def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None
     Raises:
         VerificationError: they differ.
     """
-    got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    with state_kept(captured.base):
+        got = captured.run(*(case[spec.name] for spec in captured.inputs))
     tensors = [(name, b) for name, b in zip(captured.outputs, got, strict=True) if isinstance(b, Tensor)]
     for (name, b), a in zip(tensors, tensors_in(want), strict=True):
         hold(name, a, b, close(captured.base))
@@ -90,7 +91,8 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
         raise_if_memory_is_out(error)
         raise refused(adapted, view, error) from error
     try:
-        got = captured.run(*(case[spec.name] for spec in captured.inputs))
+        with state_kept(captured.base):
+            got = captured.run(*(case[spec.name] for spec in captured.inputs))
     except IndexError as error:
         raise refused(adapted, view, error) from error
     for (name, a), b in zip(want.items(), got, strict=True):

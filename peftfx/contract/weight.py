@@ -137,6 +137,10 @@ class WeightMethod(Method):
         """Return why HF PEFT computes something else at this module, for a warning. Empty if it does not."""
         return ""
 
+    def moves_weight_in_peft(self, site: Site) -> bool:
+        """Return whether HF PEFT changes the base's weight itself when it loads the adapter; peftfx never does."""
+        return False
+
     def written(self, p: Params) -> tuple[Self, dict[str, Tensor]]:
         """Return the method and parameters that a checkpoint gets. `p` includes what training remembers here."""
         return self, dict(p)

@@ -9,7 +9,9 @@ adapter with any other placement gets an obstacle, and its calls run a graph.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType
 
 from torch import Tensor, fx, nn
 
@@ -21,6 +23,7 @@ from peftfx.bases.guests import own_modules
 from peftfx.contract.override import Override
 from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Placement, WeightPlacement, owner_of
 from peftfx.errors import PeftfxError
+from peftfx.graph.capturing.described_values import names_in
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.regions import Regions
 from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
@@ -181,7 +184,7 @@ class _Finder:
         call = site.calls[index]
         op = self.nodes[call.op]
         inside = self.regions.around(site.path, op) is not None
-        own = layer is not None and type(module).forward is not layer.forward
+        own = layer is not None and type(module).forward is not layer.forward and _calls_forward(type(module), layer)
         return inside and own and call.y == call.op and self.nodes[call.x] in op.all_input_nodes
 
     def bias(self, module: nn.Module, site: Site) -> str | None:
@@ -259,6 +262,16 @@ class _Finder:
 def torch_layer_of(own: type[nn.Module]) -> type[nn.Module] | None:
     """Return torch's own layer that a class of modules derives from, or None."""
     return next((layer for layer in LAYERS if issubclass(own, layer)), None)
+
+
+def _calls_forward(own: type[nn.Module], layer: type[nn.Module]) -> bool:
+    """Return whether code of a class, or of those between it and torch's layer, may call `super().forward`.
+
+    The forward of a class without such code, as one with `F.linear(x, self.weight)`, passes the layer's own by.
+    """
+    values = [value for owner in own.__mro__[: own.__mro__.index(layer)] for value in vars(owner).values()]
+    functions = [inspect.unwrap(value) for value in values if isinstance(value, FunctionType)]
+    return any({"super", "forward"} <= set(names_in(function.__code__)) for function in functions)
 
 
 def _name_of(module: nn.Module, tensor: Tensor) -> str | None:

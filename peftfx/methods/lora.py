@@ -37,7 +37,7 @@ from peftfx.contract.common.lora.factors import A0, B0, B_BIAS, joined, zero_fac
 from peftfx.contract.common.lora.forms import LoraForms
 from peftfx.contract.common.lora.kasa import DIAG, with_diagonal
 from peftfx.contract.common.lora.refusals import REFUSED, refuse_together
-from peftfx.contract.common.lora.starts import begin, doubt_of, known_start, obstacle_of
+from peftfx.contract.common.lora.starts import begin, doubt_of, known_start, obstacle_of, starts_from_weight
 from peftfx.contract.common.low_rank import A, B, dense, padding_in_peft, product
 from peftfx.contract.common.patterns import refuse_ranks
 from peftfx.contract.method import Base, Op, Params
@@ -329,6 +329,9 @@ class LoRA(LoraForms):
         if self.use_dora and site.groups > 1:
             return "at a grouped conv DoRA divides by the norms of another matrix than the update"
         return padding_in_peft(module)
+
+    def moves_weight_in_peft(self, site: Site) -> bool:
+        return self.kasa_config is not None or (starts_from_weight(self.init_lora_weights) and site.kind != "embedding")
 
 
 def _times(scale: float, value: Tensor) -> Tensor:

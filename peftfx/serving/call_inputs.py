@@ -37,6 +37,8 @@ def taken_apart(inputs: Mapping[str, Any], names: Collection[str]) -> dict[str, 
     """
     found: dict[str, Any] = {}
     for name, value in inputs.items():
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            value = value._asdict()  # a named tuple: the graph's inputs have the names of its fields
         items = dict(enumerate(value)) if isinstance(value, list | tuple) else value
         if name not in names and isinstance(items, Mapping) and any(n.startswith(f"{name}.") for n in names):
             found |= taken_apart({f"{name}.{key}": item for key, item in items.items()}, names)

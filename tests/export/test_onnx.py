@@ -17,9 +17,10 @@ import pytest
 import torch
 from support.few import but_for
 from support.zoo import ZOO, Captured, Entry
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftfx import LoRA, transform
 from peftfx.errors import PeftfxError
 from peftfx.export.metadata import ENGINE
 from peftfx.export.translation.program import onnx_outputs
@@ -336,3 +337,23 @@ def test_what_a_models_code_raises_is_no_error_of_the_disk(raised: Exception, tm
     assert not list(tmp_path.iterdir())
     with pytest.raises(PeftfxError, match="cannot write"), publish(tmp_path / "o\0ut"):
         pass
+
+
+class Shifted(nn.Module):
+    """A layer of all tokens but the last: of no token, if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(self.layer(x[:, :-1]), (0, 0, 1, 0))
+
+
+def test_a_product_of_no_tokens_keeps_its_shape(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4)
+    rule = LoRA(target_modules=["layer"], use_dora=True, init_lora_weights=False)
+    adapted = transform(Shifted().eval(), rule, inputs={"x": x}).eval()
+    adapted.export(tmp_path / "out", merge=False)
+    served = OnnxModel(tmp_path / "out")
+    torch.testing.assert_close(served(x=x[:, :1])["output"], torch.zeros(2, 1, 4))

@@ -63,6 +63,28 @@ def test_a_conv_that_peft_computes_otherwise_is_named_on_reading_and_on_writing(
             torch.testing.assert_close(theirs.merge_and_unload()(x), ours(x), atol=1e-5, rtol=1e-5)
 
 
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(ids)))
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"kasa_config": peft.KasaConfig()}])
+def test_a_start_that_changes_a_tied_weight_is_told(options: dict[str, object], tmp_path: Path) -> None:
+    base, ids = Tied().eval(), torch.randint(12, (2, 5))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["head"], **options)).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    with pytest.warns(PeftfxWarning, match="HF PEFT gives other outputs at head: .* the other layer that shares it"):
+        ours = peftfx.load(base, tmp_path / "theirs", inputs={"ids": ids}).eval()
+    with pytest.warns(PeftfxWarning, match="ours: .* head: .* shares it"):
+        ours.save_pretrained(tmp_path / "ours")
+    assert not torch.allclose(ours(ids), theirs(ids), atol=1e-3), "there is nothing to say"
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
 def test_nothing_is_said_where_peft_computes_the_same(options: dict[str, object], tmp_path: Path) -> None:
     base = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, stride=2), nn.Conv2d(8, 4, 3, padding_mode="circular"))

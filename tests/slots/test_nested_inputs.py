@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,3 +36,24 @@ def test_tables_and_lists_are_taken_apart(tmp_path: Path) -> None:
     by_name = {"batch.views.0": call["batch"]["views"][0], "batch.views.1": call["batch"]["views"][1]}  # type: ignore[index]
     by_name |= {"batch.shift": call["batch"]["shift"], "weight": call["weight"]}  # type: ignore[index]
     torch.testing.assert_close(served(**by_name)["output"], model(**call).detach(), atol=1e-5, rtol=1e-5)
+
+
+class Pair(NamedTuple):
+    one: Tensor
+    other: Tensor
+
+
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, pair: Pair) -> Tensor:
+        return self.layer(pair.one) - self.layer(pair.other)
+
+
+def test_named_tuples_are_taken_apart(tmp_path: Path) -> None:
+    model = OfPairs().eval()
+    peftfx.export_onnx(model, tmp_path / "out", inputs={"pair": Pair(torch.randn(2, 4), torch.randn(2, 4))})
+    served, pair = peftfx.runtime.load(tmp_path / "out"), Pair(torch.randn(3, 4), torch.randn(3, 4))
+    torch.testing.assert_close(served(pair=pair)["output"], model(pair).detach(), atol=1e-5, rtol=1e-5)

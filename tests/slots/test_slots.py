@@ -291,3 +291,25 @@ def test_what_slots_hold_by_themselves_is_compared(
     monkeypatch.setattr(initializers, "neutral_of", lambda slot: torch.zeros(slot.empty))
     with pytest.raises(VerificationError, match="ONNX Runtime disagrees"):
         export_onnx(model, tmp_path / "wrong", **options)
+
+
+class Counting(nn.Module):
+    """A model that counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(self.layer(x))
+
+
+def test_an_export_leaves_buffers_that_the_code_writes_as_they_were(tmp_path: Path) -> None:
+    model, inputs = Counting().eval(), {"x": torch.randn(2, 3, 4)}
+    export_onnx(model, tmp_path / "graph", inputs=inputs, slots="all-linear")
+    assert model.calls == 0
+    adapted = transform(model, LoRA(target_modules=["layer"], init_lora_weights=False), inputs=inputs)
+    export_adapter(adapted, tmp_path / "graph", tmp_path / "low.onnx_adapter")
+    assert model.calls == 0

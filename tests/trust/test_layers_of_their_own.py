@@ -258,6 +258,25 @@ def test_a_layer_whose_code_computes_more_is_told(name: str, tmp_path: Path) -> 
         both(Model(MORE[name]).eval(), peft.LoraConfig(r=2, target_modules=["layer"]), tmp_path)
 
 
+class OwnProduct(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
+class NamedParent(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Linear.forward(self, 1.0 * x)
+
+
+@pytest.mark.parametrize("layer", [OwnProduct, NamedParent])
+def test_a_layer_that_passes_the_forward_of_its_parent_by_runs_in_a_graph(layer: type[nn.Linear]) -> None:
+    base, x = nn.Sequential(layer(SIZE, SIZE), nn.Tanh()), torch.randn(3, SIZE)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    ours = peftfx.transform(theirs, inputs={"input": x})
+    assert ours.road == "graph"
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 def test_an_embedding_that_hf_peft_scales_as_well_is_not_told(scale: float, tmp_path: Path) -> None:
 

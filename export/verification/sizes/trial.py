@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftfx.bases.dtypes import is_half
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
+from peftfx.export.verification.eager.kept_state import state_kept
 from peftfx.export.verification.sizes.declared import has_declared_sizes
 from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float64
 from peftfx.graph.conditions import Condition, completed
@@ -177,7 +178,8 @@ class Trial:
         return 2e-2 if self._is_half else 1e-4
 
     def _run(self, case: Fed) -> Sequence[object]:
-        return self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
+        with state_kept(self.graph.base):
+            return self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
 
     def _has_declared_sizes(self, case: Fed) -> bool:
         """Say whether the tensors inside the graph have the sizes that the graph declares, for these inputs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -30,6 +31,7 @@ def warn_unlike_peft(base: nn.Module, adapter: Adapter, where: str) -> None:
     placements = adapter.placements
     found = {"its layer for trained rows leaves out the bias there, until it is merged": _without_bias(base, adapter)}
     found["its copy is inside a copy of another module, and HF PEFT does not run it"] = _inner_copies(base, adapter)
+    found["it changes the weight as it loads, and so the other layer that shares it"] = _moved_for_two(base, adapter)
     modules = dict(own_modules(base, remove_duplicate=False))
     for placement in placements.weights:
         module = modules.get(placement.site.path)
@@ -68,6 +70,17 @@ def _inner_copies(base: nn.Module, adapter: Adapter) -> list[str]:
         inner = (p for p, _ in own_modules(base) if p.endswith(names) and p not in saved and is_inside(p, saved))
         found += [path for path in inner if _is_changed(base, adapter, path)]
     return found
+
+
+def _moved_for_two(base: nn.Module, adapter: Adapter) -> list[str]:
+    """Return the layers whose weight HF PEFT changes as it starts, and which share that weight with another layer."""
+    moved = [p.site.path for p in adapter.placements.weights if p.method.moves_weight_in_peft(p.site)]
+    if not moved:
+        return []
+    holders = Counter(id(p) for _, module in own_modules(base) for p in module._parameters.values() if p is not None)
+    modules = dict(own_modules(base, remove_duplicate=False))
+    weights = ((path, getattr(modules.get(path), "weight", None)) for path in moved)
+    return [path for path, weight in weights if holders[id(weight)] > 1]
 
 
 def _is_changed(base: nn.Module, adapter: Adapter, path: str) -> bool:
