@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from peftfx.errors import PeftfxError, first_line, raise_if_memory_is_out
 from peftfx.export.verification.comparison import VerificationError
-from peftfx.export.verification.eager.kept_state import state_kept
+from peftfx.export.verification.eager.kept_state import run_kept, state_kept
 from peftfx.graph.graph import Graph, leaf_names
 from peftfx.model.adapted import AdaptedModel
 from peftfx.options import FORWARD
@@ -68,8 +68,7 @@ def hold_call(captured: Graph, case: Mapping[str, Tensor], want: object) -> None
     Raises:
         VerificationError: they differ.
     """
-    with state_kept(captured.base):
-        got = captured.run(*(case[spec.name] for spec in captured.inputs))
+    got = run_kept(captured.run, captured, case)
     tensors = [(name, b) for name, b in zip(captured.outputs, got, strict=True) if isinstance(b, Tensor)]
     for (name, b), a in zip(tensors, tensors_in(want), strict=True):
         hold(name, a, b, close(captured.base))
@@ -91,8 +90,7 @@ def hold_view(adapted: AdaptedModel, view: View, case: dict[str, Tensor]) -> Non
         raise_if_memory_is_out(error)
         raise refused(adapted, view, error) from error
     try:
-        with state_kept(captured.base):
-            got = captured.run(*(case[spec.name] for spec in captured.inputs))
+        got = run_kept(captured.run, captured, case)
     except IndexError as error:
         raise refused(adapted, view, error) from error
     for (name, a), b in zip(want.items(), got, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftfx.errors import PeftfxError, listed, warn
 from peftfx.export.translation.program import onnx_outputs, values_of_outputs
-from peftfx.export.verification.eager.kept_state import state_kept
+from peftfx.export.verification.eager.kept_state import run_kept
 from peftfx.export.verification.tolerances.masked import magnitude_of_masks
 from peftfx.export.verification.tolerances.tolerance import Tensors, Tolerance
 from peftfx.graph.graph import Graph
@@ -219,8 +219,8 @@ def reference_of(graph: Graph, run: Callable[..., Iterable[object]] | None = Non
     """
 
     def answer(feed: Tensors) -> Tensors:
-        with torch.no_grad(), state_kept(graph.base):  # a graph writes into buffers, as the model's own code does
-            flat = (run or graph.run)(*(feed[spec.name] for spec in graph.inputs))
+        with torch.no_grad():
+            flat = run_kept(run or graph.run, graph, feed)
         named = zip(onnx_outputs(graph), flat, strict=True)
         return {name: value for name, value in named if isinstance(value, Tensor)}
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftfx.errors import PeftfxError
 from peftfx.graph.contexts import unchanged
+from peftfx.graph.graph import Graph
 
 _COPIED = 1 << 20  #: the most elements of a buffer that is copied, so that it can be restored
 _PLAIN = (int, float, str, type(None))
+_T = TypeVar("_T")
 
 
 class StateError(PeftfxError):
@@ -122,3 +125,15 @@ def state_kept(base: nn.Module) -> Iterator[KeptState]:
             yield kept
         finally:
             kept.restore_values()
+
+
+def run_kept(run: Callable[..., _T], graph: Graph, case: Mapping[str, Tensor]) -> _T:
+    """Run a graph, and restore the buffers of its base, into which a graph writes as the model's own code does.
+
+    Args:
+        run: runs the graph on its flat inputs, as `graph.run` does.
+        graph: the graph.
+        case: the inputs by name.
+    """
+    with state_kept(graph.base):
+        return run(*(case[spec.name] for spec in graph.inputs))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peftfx.bases.dtypes import is_half
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
-from peftfx.export.verification.eager.kept_state import state_kept
+from peftfx.export.verification.eager.kept_state import run_kept
 from peftfx.export.verification.sizes.declared import has_declared_sizes
 from peftfx.export.verification.tolerances.float64 import MOST_EXACT, float64
 from peftfx.graph.conditions import Condition, completed
@@ -178,8 +178,7 @@ class Trial:
         return 2e-2 if self._is_half else 1e-4
 
     def _run(self, case: Fed) -> Sequence[object]:
-        with state_kept(self.graph.base):
-            return self.graph.run(*(case[spec.name] for spec in self.graph.inputs))
+        return run_kept(self.graph.run, self.graph, case)
 
     def _has_declared_sizes(self, case: Fed) -> bool:
         """Say whether the tensors inside the graph have the sizes that the graph declares, for these inputs.
@@ -188,7 +187,7 @@ class Trial:
         declared sizes, and uses memory again for what is as large.
         """
         with torch.no_grad():
-            return has_declared_sizes(self.graph.module, *(case[spec.name] for spec in self.graph.inputs))
+            return run_kept(functools.partial(has_declared_sizes, self.graph.module), self.graph, case)
 
     def _agree(self, case: Fed, want: Sequence[Tensor], got: Sequence[object], bound: float) -> bool:
         named = [(name, b) for name, b in zip(self.graph.outputs, got, strict=True) if isinstance(b, Tensor)]
