@@ -6,21 +6,25 @@
 Prints a Markdown table. A row's models have the same weights, adapter and batch, and step in turns, so that what else
 runs slows all; a ratio to `peft` is the median over rounds: of seconds on the clock, and of CPU seconds, which other
 work on the machine changes less. A step is forward, backward and AdamW. Memory is the most that torch has allocated
-in a step beyond what it had before. `equal` says whether the loss and every gradient, by its name, are `peft`'s. In the
-row of generation, a step is a `generate` of 16 tokens behind each text, and `equal` says whether the tokens are. The
-floor is a step of `peft` with one LoRA, at the first layer's queries: what the base itself costs, forward and backward.
+in a step beyond what it had before. It is measured behind the timed steps, and each row and length has a process of its
+own: a profiler leaves memory to its process, which takes less time to use than new memory, and so would favour a model
+that takes more. `equal` says whether the loss and every gradient, by its name, are `peft`'s. In the row of generation,
+a step is a `generate` of 16 tokens behind each text, and `equal` says whether the tokens are. The floor is a step of
+`peft` with one LoRA, at the first layer's queries: what the base itself costs, forward and backward.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import random
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -67,7 +71,7 @@ ROWS = (
 class Cost:
     """What the steps of one model cost."""
 
-    memory: int
+    memory: int = 0
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
@@ -142,7 +146,7 @@ def writer(model: nn.Module, batch: Mapping[str, Tensor]) -> Callable[[], Tensor
 
 def measure(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Cost]:
     """What steps of models cost, in turns: in a drawn order, because a model that steps twice in a row is faster."""
-    found = {name: Cost(peak(step)) for name, step in steps.items()}
+    found = {name: Cost() for name in steps}
     draw = random.Random(0)
     for turn in range(WARM_UP + rounds):
         for name in draw.sample(list(steps), len(steps)):
@@ -151,11 +155,15 @@ def measure(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             if turn >= WARM_UP:
                 found[name].wall.append(time.perf_counter() - start)
                 found[name].cpu.append(time.process_time() - worked)
+    for name, step in steps.items():
+        found[name].memory = peak(step)
     return found
 
 
-def lines(row: Row, length: int, rounds: int, *, texts: int, layers: int, width: int) -> list[str]:
+def lines(row: Row, length: int, rounds: int, *, texts: int, layers: int, width: int, threads: int) -> list[str]:
     """The lines of a row at one length, as Markdown; `texts` is the size of the batch."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     model = base(layers, width)
     batch = example_inputs(model, sizes={"batch": texts, "sequence": length}, labels=True)
@@ -190,14 +198,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch's operations")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    sizes = {"texts": args.batch, "layers": args.layers, "width": args.width}
-    warnings.simplefilter("ignore")
+    sizes = {"texts": args.batch, "layers": args.layers, "width": args.width, "threads": args.threads}
     print("| | tokens | road | ms | time to `peft` | CPU to `peft` | MB | memory to `peft` | a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in (row for row in ROWS if args.row in row.name):
-        for length in args.lengths:
-            print(*lines(row, length, args.pairs, **sizes), sep="\n", flush=True)
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as processes:
+        for row in (row for row in ROWS if args.row in row.name):
+            for length in args.lengths:
+                print(*processes.submit(lines, row, length, args.pairs, **sizes).result(), sep="\n", flush=True)
     known = {"threads": args.threads, **versions()}
     print(f"\n{date.today()}; {', '.join(f'{n} {v}' for n, v in known.items())}", file=sys.stderr)
 
