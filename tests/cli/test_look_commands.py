@@ -50,6 +50,8 @@ def test_info_tells_what_there_is(inputs: Inputs, peftfx: Command, tmp_path: Pat
     assert peftfx("info", inputs.lora, "--quiet").out == ""
     assert_refused(peftfx("info", tmp_path / "nothing"), "there is no such directory")
     assert_refused(peftfx("info", tmp_path), "no config.json")
+    shutil.copytree(inputs.lora, tmp_path / "unet")
+    assert_refused(peftfx("info", tmp_path), "no config.json", "adapters below it: unet")
     (tmp_path / "training_args.bin").touch()
     assert_refused(peftfx("info", tmp_path), "this is what Trainer saves", "trainer.model.save_pretrained")
 

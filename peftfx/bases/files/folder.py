@@ -32,7 +32,9 @@ def read_base_config(directory: Path) -> dict[str, object]:
             raise PeftfxError(what, str(directory), "after the training, trainer.model.save_pretrained(DIR) writes one")
         below = (p.parent for depth in ("*", "snapshots/*") for p in directory.glob(f"{depth}/config.json"))
         parts = sorted(p.relative_to(directory).as_posix() for p in below)
-        hint = f"pass one of its folders: {', '.join(parts)}" if parts else "pass the folder of a base model"
+        adapters = sorted(p.parent.name for p in directory.glob(f"*/{_ADAPTER}"))
+        hint = f"adapters below it: {', '.join(adapters)}" if adapters else "pass the folder of a base model"
+        hint = f"pass one of its folders: {', '.join(parts)}" if parts else hint
         raise PeftfxError("the directory has no config.json", str(directory), hint)
     config = read_json(path)
     named = config.get("architectures")
