@@ -20,7 +20,7 @@ from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
 from peftfx.hosting.call_inputs import read_call_inputs
 from peftfx.hosting.replaced import Copy, FoldedTensor, Parameters
-from peftfx.hosting.seats import AttentionSeat, PatternSeat, WeightSeat
+from peftfx.hosting.seats import AttentionSeat, PatternSeat, TextSeat, WeightSeat
 from peftfx.passes.adaptation.attention import anonymous, attended
 from peftfx.passes.adaptation.pattern import unnamed
 from peftfx.twins.layers import WeightReader, is_quantised
@@ -131,6 +131,7 @@ class Hosted(Guests):
         self.weights: dict[str, list[WeightGuest]] = {}
         self.attentions: dict[str, list[AttentionGuest]] = {}
         self.matches: dict[str, list[PatternGuest]] = {}
+        self.texts: dict[str, TextSeat] = {}  #: of virtual tokens: see `bases/embedded_text.py`
         self.copies: dict[str, dict[str, Copy | FoldedTensor]] = {}
         self.kept: dict[str, list[str]] = {}
         self.acted: set[Keys | None] = set()  #: see `recomputed`
@@ -172,7 +173,7 @@ class Hosted(Guests):
         return any(key in table for table in self._tables() for key in keys)
 
     def _tables(self) -> tuple[dict[str, Any], ...]:
-        return (self.weights, self.attentions, self.matches, *self.copies.values())
+        return (self.weights, self.attentions, self.matches, self.texts, *self.copies.values())
 
     def read(self, name: str, own: Tensor) -> Tensor:
         """Return a tensor of the module as the active adapters replace it; `own` is the module's own tensor."""

@@ -1,8 +1,9 @@
 """Host modules: a module gets another class, which also runs adapters, and later its own class back.
 
 The forward of the new class runs the module's own forward and then the adapters that act there in this call. A tensor
-that adapters have copies of becomes a property. Outside of an adapted model's call the module behaves as before. Copies
-and pickles of the module have its own class, and no guests.
+that adapters have copies of becomes a property. A module before whose text virtual tokens come is called in another way
+(`bases/embedded_text.py`). Outside of an adapted model's call the module behaves as before. Copies and pickles of the
+module have its own class, and no guests.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfx.bases.embedded_text import ASKS, call_asking
 from peftfx.bases.guests import GUESTS, OWN_CLASS, own_class
 from peftfx.errors import PeftfxError
 from peftfx.hosting.by_row import run_by_row
@@ -42,10 +44,10 @@ def dress(module: nn.Module, *, inner: bool = False) -> None:
     Raises:
         PeftfxError: other code gave the module another class after it got guests, and that class cannot run them.
     """
-    copied = frozenset(guests_of(module).copies)
+    copied, asks = frozenset(guests_of(module).copies), bool(guests_of(module).texts)
     own, before = own_class(module), type(module)
     inner = inner or issubclass(before, _Inner)
-    wanted = _hosting(own, copied, torch_layer_of(own) if inner else None)  # type: ignore[arg-type]
+    wanted = _hosting(own, copied, torch_layer_of(own) if inner else None, asks)  # type: ignore[arg-type]
     if OWN_CLASS in vars(before) or before is own:
         _reclass(module, wanted)
     elif not (copied <= _copied(before) and inner == issubclass(before, _Inner)):
@@ -89,8 +91,17 @@ def _copied(cls: type) -> frozenset[str]:
 
 
 @functools.cache
-def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module] | None) -> type[nn.Module]:
-    """Return the hosting subclass of a class: `copied` tensors as properties, guests inside the forward of `layer`."""
+def _hosting(
+    own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module] | None, asks: bool
+) -> type[nn.Module]:
+    """Return the hosting subclass of a class.
+
+    Args:
+        own: the class.
+        copied: the tensors that are properties.
+        layer: the class of torch's in whose forward the guests act, if they do not act around the module's forward.
+        asks: whether virtual tokens come before the text that the module embeds.
+    """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
         guests, keys = self._modules.get(GUESTS), CURRENT.keys
@@ -133,6 +144,7 @@ def _hosting(own: type[nn.Module], copied: frozenset[str], layer: type[nn.Module
 
     members = {OWN_CLASS: own, "forward": forward, "__reduce_ex__": reduce, "__module__": own.__module__}
     members |= {"__qualname__": own.__qualname__, "__doc__": own.__doc__, **{name: _Read(name) for name in copied}}
+    members |= {"__call__": call_asking(own), ASKS: True} if asks else {}
     bases = (own,) if layer is None else (own, _within(layer))  # type: ignore[arg-type]
     made: type[nn.Module] = type(own.__name__, bases, members)
     made.forward.__wrapped__ = own.forward  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from peftfx.hosting.checkpointing import bind_checkpoints
 from peftfx.hosting.guests import AttentionGuest, Hosted, PatternGuest, WeightGuest
 from peftfx.hosting.host import dress, guests_of, undress
 from peftfx.hosting.replaced import Copy, FoldedTensor
-from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
+from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, TextSeat, WeightSeat
 from peftfx.sharding.fsdp import settle, share_whole
 from peftfx.views.entry import Entry
 from peftfx.views.row_adapters import NO_ADAPTER
@@ -37,6 +37,7 @@ class ModulesRoad:
     Attributes:
         seatings: the seating of each adapter, by name.
         prompts: the placement of each adapter that is a soft prompt, by name; soft prompts act before the modules.
+        entries: the entry of each soft prompt in compiled calls, by name.
     """
 
     def __init__(self, base: nn.Module, adapters: AdapterSet) -> None:
@@ -44,6 +45,7 @@ class ModulesRoad:
         self.number = next(_NUMBERS)
         self.seatings: dict[str, Seating] = {}
         self.prompts: dict[str, SequencePlacement] = {}
+        self.entries: dict[str, Entry] = {}
 
     def enter(self, name: str, adapter: Adapter, seating: Seating) -> None:
         """Put an adapter into the modules where its seating says that it acts."""
@@ -58,6 +60,7 @@ class ModulesRoad:
         """Take an adapter out of the modules; a module without adapters gets its own class back."""
         seating = self.seatings.pop(name, Seating())
         self.prompts.pop(name, None)
+        self.entries.pop(name, None)
         for path in dict.fromkeys(s.path for s in seating.seats):
             module = self.base.get_submodule(path)
             guests = module._modules.get(GUESTS)
@@ -100,8 +103,13 @@ class ModulesRoad:
 
     def entry(self, names: Sequence[str]) -> Entry | None:
         """Return the entry that a soft prompt of these adapters takes, or None for the base's own forward."""
-        found = (self.prompts[name] for name in names if name in self.prompts)
-        return next((p.method.entry(self.base, p.site) for p in found), None)
+        name = next((name for name in names if name in self.prompts), None)
+        if name is None:
+            return None
+        if torch.compiler.is_compiling():
+            _find_entry(self, name)
+            return self.entries[name]
+        return self.prompts[name].method.entry(self.base, self.prompts[name].site)
 
     def run(
         self,
@@ -179,6 +187,8 @@ class ModulesRoad:
             before = copies.get(key)
             copies[key] = Copy(place, adapter, before if isinstance(before, Copy) else None)
             guests.keep(key, owner_of(adapter, place.override.key)[0])
+        elif isinstance(place, TextSeat):
+            guests.texts[key] = place
         else:
             if isinstance(place, FoldSeat):
                 folded = guests.copies.setdefault(place.name, {}).setdefault(key, FoldedTensor())
@@ -192,3 +202,11 @@ class ModulesRoad:
                 guests.attentions.setdefault(key, []).append(AttentionGuest(place, adapter, self.base))
             guests.keep(key, adapter.get_submodule(place.placement.key))
         dress(module, inner=isinstance(place, WeightSeat) and place.inner)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _find_entry(road: ModulesRoad, name: str) -> None:
+    """Find the entry of a soft prompt for a compiled call, which cannot trace the search in the base and its config."""
+    found = road.prompts[name].method.entry(road.base, road.prompts[name].site)
+    if road.entries.get(name) != found:
+        road.entries[name] = found

@@ -21,17 +21,25 @@ from peftfx.analysis.running import LAYERS
 from peftfx.analysis.weight_ops import module_path
 from peftfx.bases.guests import own_modules
 from peftfx.contract.override import Override
-from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Placement, WeightPlacement, owner_of
+from peftfx.contract.placement import (
+    AttentionPlacement,
+    PatternPlacement,
+    Placement,
+    SequencePlacement,
+    WeightPlacement,
+    owner_of,
+)
 from peftfx.errors import PeftfxError
 from peftfx.graph.capturing.described_values import names_in
 from peftfx.graph.graph import BASE, Graph
 from peftfx.hosting.regions import Regions
-from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, WeightSeat
+from peftfx.hosting.seats import AttentionSeat, CopySeat, FoldSeat, PatternSeat, Seat, Seating, TextSeat, WeightSeat
 from peftfx.passes.adaptation.attention import leaving
 from peftfx.passes.rewriting.site_op import bind
 from peftfx.quantisation.coded import Coded
 from peftfx.sites.site import EXPERTS, Site, WeightSite
 from peftfx.twins.offloaded import OWN_FORWARD
+from peftfx.views.entry import VirtualTokens
 
 _FUSES = (nn.TransformerEncoderLayer, nn.MultiheadAttention)  #: classes that may compute without calling their layers
 
@@ -96,6 +104,11 @@ class _Finder:
     @seats.register
     def _(self, placement: PatternPlacement) -> Sequence[Seat]:
         return [self.pattern(placement)]
+
+    @seats.register
+    def _(self, placement: SequencePlacement) -> Sequence[Seat]:
+        entry = placement.method.entry(self.base, placement.site)
+        return [TextSeat(entry.embedding, placement)] if isinstance(entry, VirtualTokens) else ()
 
     def host(self, path: str) -> nn.Module:
         """Return the module at a path, if it has only this path and its forward runs whenever its weight is used."""

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from peftfx.contract.override import Override
-from peftfx.contract.placement import AttentionPlacement, PatternPlacement, Placement, WeightPlacement
+from peftfx.contract.placement import (
+    AttentionPlacement,
+    PatternPlacement,
+    Placement,
+    SequencePlacement,
+    WeightPlacement,
+)
 from peftfx.passes.rewriting.site_op import Operation
 
 
@@ -87,7 +93,20 @@ class FoldSeat:
     placement: WeightPlacement
 
 
-Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat | FoldSeat
+@dataclass(frozen=True)
+class TextSeat:
+    """The place of virtual tokens: the module that embeds the text.
+
+    Attributes:
+        path: the module's path.
+        placement: the placement.
+    """
+
+    path: str
+    placement: SequencePlacement
+
+
+Seat = WeightSeat | AttentionSeat | PatternSeat | CopySeat | FoldSeat | TextSeat
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,7 @@ class Seating:
     """All the places where an adapter acts in the base's modules, or the obstacle.
 
     Attributes:
-        seats: the seats in the order in which they act; none for a soft prompt, which acts outside of the modules.
+        seats: the seats in the order in which they act; none for a prefix, which comes in a cache.
         obstacle: why the modules cannot host the adapter; empty if they can.
         dearer: why a graph runs the adapter for less memory, although the modules can host it; else empty.
     """

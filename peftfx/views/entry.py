@@ -6,18 +6,16 @@ replaces (`passes/adaptation/insert.py`). Until then the hole is zero. `prompt_i
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils import _pytree as pytree
 
+from peftfx.bases.embedded_text import EmbeddedText
 from peftfx.errors import PeftfxError
 
 EntryCall = Callable[[nn.Module, Mapping[str, object]], object]
@@ -156,64 +154,10 @@ class VirtualTokens(Entry):
         The embedding does not get the first `left_out` ids of each row. So hooks of others at the embedding, such as
         those that add noise, see what they see in HF PEFT: the text alone.
         """
-        thread, text = threading.get_ident(), given.get(self.tokens)
-        first: Tensor | None = None
-        acts = False  #: whether the call of the embedding that runs now embeds the text
-
-        def shorten(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            nonlocal first, acts
-            if threading.get_ident() != thread:
-                return None  # another call of the base: without kwargs, if this hook was removed during it
-            ids = next((leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-            acts = ids is not None and (first is None or _same(ids, first))
-            if not acts or ids is None:
-                return None
-            first = ids
-            if isinstance(left_out, int) and left_out == 0:  # it may be a symbol
-                return None
-            if isinstance(text, Tensor) and _turned(ids, text):
-                what = "the model's code transposes its text before it embeds it, so virtual tokens have no place there"
-                raise PeftfxError(what, self.embedding, "use a method that acts on weights")
-            return pytree.tree_map_only(Tensor, lambda ids: ids[:, left_out:], (args, kwargs))
-
-        def replace(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor | None:
-            return replaced(embedded) if acts and threading.get_ident() == thread else None
-
-        embedding = base.get_submodule(self.embedding)
-        handles = [
-            embedding.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True),
-            embedding.register_forward_hook(replace),
-        ]
-        try:
-            output = call(base, given)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if first is None:
-            what = "the model's code does not call the module that embeds its text"
-            raise PeftfxError(what, self.embedding, "use a method that acts on weights")
-        return output
-
-
-def _same(ids: Tensor, first: Tensor) -> bool:
-    """Return whether ids are those of an earlier call; of ids without values, whether they have the same axes."""
-    if ids.ndim != first.ndim or not all(map(_equal, ids.shape, first.shape)):
-        return False
-    return isinstance(ids, FakeTensor) or torch.compiler.is_compiling() or torch.equal(ids, first)
-
-
-def _equal(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    return statically_known_true(size == other)  # without a guard
-
-
-def _turned(ids: Tensor, text: Tensor) -> bool:
-    """Return whether ids are not those of a text row by row, but [sequence, batch]."""
-    if ids.shape[:1] != text.shape[:1]:
-        return True
-    known = not isinstance(ids, FakeTensor) and not torch.compiler.is_compiling()
-    return known and ids.shape == text.T.shape and torch.equal(ids, text.T) and not torch.equal(ids, text)
+        ids = given.get(self.tokens)
+        text = EmbeddedText(self.embedding, ids if isinstance(ids, Tensor) else None, replaced, left_out)
+        with text.within(base):
+            return call(base, given)
 
 
 def _embedded(hole: Tensor, embeds: Tensor) -> Tensor:

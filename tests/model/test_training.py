@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import peft
 import pytest
@@ -14,12 +16,23 @@ import torch
 import training
 from support.adapted import adapt, both, our_name, randomise, step
 from support.zoo import ZOO
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftfx
 from peftfx.model.adapted import AdaptedModel
 
+PROMPT = peftfx.PromptTuning(num_virtual_tokens=2)
+CPT = peftfx.CPT(cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4])
+WHOLE = [  #: models, methods, and whether a compiled call is one graph
+    ("llama", peftfx.OFT(target="attention", oft_block_size=8), True),
+    ("llama", peftfx.PrefixTuning(num_virtual_tokens=3), True),
+    ("llama", PROMPT, True),
+    pytest.param("t5", PROMPT, True, marks=pytest.mark.further),
+    pytest.param("bert", peftfx.PTuning(num_virtual_tokens=2, encoder_hidden_size=8), True, marks=pytest.mark.further),
+    pytest.param("llama", CPT, True, marks=pytest.mark.further),
+    ("llama", peftfx.LlamaAdapter(), False),
+]
 FIRST, SECOND = peftfx.LoRA(r=4, lora_alpha=6, target="all-linear"), peftfx.IA3(target="attention.key")
 
 
@@ -119,6 +132,66 @@ class TestCompiled:
             adapted.set_adapter(names)
             for sequence in (7, 11):
                 self.is_the_model(adapted, compiled, sequence)
+
+    @pytest.mark.parametrize(
+        ("name", "rule", "whole"), WHOLE, ids=lambda v: v if isinstance(v, str) else type(v).__name__
+    )
+    def test_a_step_of_a_method_is_the_same(self, name: str, rule: object, whole: bool) -> None:
+        """Some ended the graph, where `peft` does not; LLaMA-Adapter raised an error of Python's."""
+        torch._dynamo.reset()
+        model = adapt(name, rule).eval()
+        if not whole:  # nor must it matter that the attention's own code ends a graph
+            output = model.base.model.layers[0].self_attn.o_proj
+            output.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        compiled = torch.compile(model, backend="eager", fullgraph=whole)
+        for sequence in (5, 9):
+            inputs = ZOO[name].inputs(sequence=sequence, model=model.base, labels=rule is not CPT)
+            got, want = (step(model, inputs, learning(call)) for call in (compiled, model))
+            assert len(want) > 1
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+    def test_hooks_of_others_at_the_embedding_see_the_text_alone(self) -> None:
+        torch._dynamo.reset()
+        model, inputs = adapt("llama", PROMPT).eval(), ZOO["llama"].inputs(sequence=5)
+        plain = model(**inputs).logits
+        model.base.model.embed_tokens.register_forward_hook(lambda _, args, y: y * (args[0].shape[1] == 5) * 2)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        want = model(**inputs).logits
+        torch.testing.assert_close(compiled(**inputs).logits, want)
+        torch.testing.assert_close(want[:, :2], plain[:, :2])  # the virtual tokens
+        assert not torch.allclose(want[:, -1], plain[:, -1])
+
+    @pytest.mark.parametrize("same", [False, True])
+    def test_a_second_text_as_long_as_the_first_has_no_virtual_tokens(self, same: bool) -> None:
+        """By its axes alone the second was the first, of 4 tokens and 2 virtual ones."""
+        torch._dynamo.reset()
+        example = {"ids": torch.randint(30, (2, 5)), "other": torch.randint(30, (2, 9))}
+        model = peftfx.transform(Twice(same).eval(), PROMPT, inputs=example, road="modules")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        inputs = {"ids": torch.randint(30, (2, 4)), "other": torch.randint(30, (2, 6))}
+        torch.testing.assert_close(compiled(**inputs), model(**inputs))
+
+
+class Twice(nn.Module):
+    """A model that embeds a text, and then another one, or the same one again."""
+
+    def __init__(self, same: bool) -> None:
+        super().__init__()
+        self.same, self.words, self.out = same, nn.Embedding(30, 8), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, other: Tensor) -> Tensor:
+        first = self.words(ids).mean(1, keepdim=True)
+        return self.out(self.words(ids.clone() if self.same else other) * first) + other.sum()
+
+
+def learning(call: Callable[..., Any]) -> Callable[..., object]:
+    """A call with a loss; CPT takes no labels, and its loss is computed from the logits."""
+
+    def run(**inputs: Tensor) -> object:
+        output = call(**inputs)
+        return output if "labels" in inputs else SimpleNamespace(loss=CPT.loss(output.logits, inputs["input_ids"]))
+
+    return run
 
 
 def test_a_product_that_nobody_reads_is_not_run_and_can_be_restored() -> None:

@@ -313,3 +313,30 @@ def test_an_export_leaves_buffers_that_the_code_writes_as_they_were(tmp_path: Pa
     adapted = transform(model, LoRA(target_modules=["layer"], init_lora_weights=False), inputs=inputs)
     export_adapter(adapted, tmp_path / "graph", tmp_path / "low.onnx_adapter")
     assert model.calls == 0
+
+
+class Measured(nn.Module):
+    """A model whose code returns its text's length, or adds up its tokens in a loop."""
+
+    def __init__(self, *, returns: bool) -> None:
+        super().__init__()
+        self.returns = returns
+        self.words, self.layer, self.head = nn.Embedding(30, 12), nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, input_ids: Tensor) -> object:
+        states = self.head(self.layer(self.words(input_ids)))
+        if self.returns:
+            return states, int(input_ids.shape[1])
+        return torch.stack([states[:, i] for i in range(states.shape[1])]).sum(0)
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_a_text_of_a_fixed_length_has_no_slot_for_a_prompt(returns: bool, tmp_path: Path) -> None:
+    """The export was refused: its graph with virtual tokens was only right with as many as in its example."""
+    model, inputs = Measured(returns=returns).eval(), {"input_ids": torch.randint(30, (2, 6))}
+    export_onnx(model, tmp_path / "graph", inputs=inputs, slots="all-linear | head")
+    served = OnnxModel(tmp_path / "graph")
+    assert "prompt" not in served.slots
+    assert {slot.rpartition(".")[0] for slot in served.slots} >= {"layer", "head"}
+    adapted = transform(model, LoRA(r=2, target="layer | head", init_lora_weights=False), inputs=inputs)
+    export_adapter(adapted, tmp_path / "graph", tmp_path / "low.onnx_adapter")  # held against torch
