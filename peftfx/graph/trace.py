@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard  # type: ignore[attr-defined]
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, ShapeGuard, free_unbacked_symbols  # type: ignore[attr-defined]
 from torch.utils._sympy.functions import Max, Min, Mod, PythonMod
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -32,13 +32,24 @@ def trace(function: Callable[..., object], values: Sequence[object], name: str, 
     """Trace a function of fake tensors. A graph that holds only for some sizes is refused."""
     refuse_transformed(values, where)
     with asked_of_sizes(values) as asked, recurrent_layers():
-        graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*values)
+        graph = make_fx(function, tracing_mode="symbolic", pre_dispatch=True)(*map(_laid_out, values))
     for guard in asked:
         if _binds(guard):
             what = f"{name} branches on a shape: {guard.expr}"
             raise PeftfxError(what, where, "write it without the branch: one trace serves all sizes")
     graph.graph.eliminate_dead_code()
     return graph
+
+
+def _laid_out(value: object) -> object:
+    """Return a value of a trace; a tensor whose strides follow from the values of others is laid out in one piece.
+
+    Such is the last of the rows that a mask chooses. torch 2.15 asks of its strides where a trace begins, and cannot
+    tell. A trace serves tensors of the same sizes, however they lie in memory.
+    """
+    if not isinstance(value, Tensor) or not free_unbacked_symbols([*value.stride(), value.storage_offset()]):
+        return value
+    return value.new_empty(value.shape).requires_grad_(value.requires_grad)
 
 
 def refuse_transformed(values: Iterable[object], where: str) -> None:

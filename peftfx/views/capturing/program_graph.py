@@ -29,6 +29,7 @@ from peftfx.telling import tell_share
 from peftfx.views.capturing.below_zero import longest_filled
 from peftfx.views.capturing.programs.computed_biases import add_computed_biases
 from peftfx.views.capturing.programs.counted_places import write_counted
+from peftfx.views.capturing.programs.equal_counts import view_by_largest_count
 from peftfx.views.capturing.programs.no_grad_regions import inline_no_grad
 from peftfx.views.capturing.programs.strided import choose_by_indices
 from peftfx.views.decode import PRESENT
@@ -74,6 +75,7 @@ def as_graph(
     count_from_start(graph)
     choose_by_indices(graph)
     write_counted(graph)
+    view_by_largest_count(graph)
     squeezes = [_not_one(node, size) for node, size in keep_free_axes(graph)]
     filled_up = longest_filled(graph)
     constants = _move_constants(module, model)

@@ -44,7 +44,7 @@ def write_counted(graph: fx.Graph) -> None:
         if node.target not in _WRITES:
             continue
         x, mask, source = node.args
-        numbers = [counted[places] for form in _forms(mask, if_asked=True) if (places := _places(form)) in counted]
+        numbers = [counted[places] for form in forms(mask, if_asked=True) if (places := places_key(form)) in counted]
         shape, found = x.meta["val"].shape, mask.meta["val"]
         if found.ndim != len(shape) or not isinstance(shape[-1], int) or not _for_rows(mask):
             continue
@@ -69,7 +69,7 @@ def _counted(graph: fx.Graph) -> Iterator[tuple[object, int | torch.SymInt | Non
         mask = taken.args[1][0]
         places = len(taken.args[1]) == 1 and isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool
         if places and all(user.target in _SIZES for user in taken.users):
-            yield from ((_places(form), None) for form in _forms(mask))
+            yield from ((places_key(form), None) for form in forms(mask))
 
 
 def _compared(equal: fx.node.Argument) -> Iterator[tuple[object, int | torch.SymInt]]:
@@ -84,15 +84,15 @@ def _compared(equal: fx.node.Argument) -> Iterator[tuple[object, int | torch.Sym
         return
     (mask,) = count.all_input_nodes
     if isinstance(value, int | torch.SymInt):
-        yield from ((_places(form), value) for form in _forms(mask))
+        yield from ((places_key(form), value) for form in forms(mask))
 
 
-def _places(mask: fx.Node) -> object:
+def places_key(mask: fx.Node) -> object:
     """Return a key that is equal for masks of the same places: code may compare a text with a token again."""
     return (mask.target, mask.args) if mask.target is _aten.eq.Scalar else mask
 
 
-def _forms(mask: fx.Node, *, if_asked: bool = False) -> Iterator[fx.Node]:
+def forms(mask: fx.Node, *, if_asked: bool = False) -> Iterator[fx.Node]:
     """Yield a mask and the masks of the same places that it was made of.
 
     Args:
@@ -112,7 +112,7 @@ def _is_switched(mask: fx.Node) -> bool:
 
 def _for_rows(mask: fx.Node) -> bool:
     """Return whether a mask has the same for all elements of a row."""
-    for form in _forms(mask, if_asked=True):
+    for form in forms(mask, if_asked=True):
         if form.target is _aten.unsqueeze.default:
             return form.args[1] in (-1, form.meta["val"].ndim - 1)
     return False
