@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import sympy
 import torch
 from torch import Tensor, nn
 
@@ -40,14 +41,15 @@ def prompt_places_of(base: nn.Module, sites: Sites) -> Iterator[Place]:
 
 
 def find_forward(
-    base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place]
+    base: nn.Module, inputs: Mapping[str, object], places: Sequence[Place], plain: Graph
 ) -> tuple[Graph, tuple[Place, ...]] | None:
     """Capture a forward with those `places` that the model's code takes. Return the graph and them, or None.
 
     A prefix comes in a cache, and some code computes something else beside a cache, or beside one with tokens: Kosmos-2
     leaves its images out. Other code uses the length of its text as a number. It is then fixed with virtual tokens in
     it, as `prompt + sequence = 9`. In both cases an empty place would not give the base model, and the graph has no
-    such place.
+    such place. Nor has it one with which it holds for fewer texts than `plain`, the forward without places: LED's
+    attention in windows would be fixed to one window.
     """
     taken = tuple(place for place in places if place.what not in inputs and _takes(place, inputs))
     for chosen in dict.fromkeys((taken, taken[:1], taken[1:])):
@@ -55,7 +57,7 @@ def find_forward(
             if chosen:
                 hold_to_none = _held_to_none(base, inputs, chosen)
                 graph = capture_forward(base, inputs, chosen)
-                if _may_be_empty(graph, chosen):
+                if _may_be_empty(graph, chosen) and not _is_fixed_by(graph, chosen, plain):
                     hold_to_none(graph)
                     return graph, chosen
     return None
@@ -64,6 +66,19 @@ def find_forward(
 def _may_be_empty(graph: Graph, places: Sequence[Place]) -> bool:
     empty = {**graph.sizes, **{place.what: 0 for place in places}}
     return not any(condition.code for condition in unmet(graph.conditions, empty, edges=False))
+
+
+def _is_fixed_by(graph: Graph, places: Sequence[Place], plain: Graph) -> bool:
+    """Return whether a graph fixes a number that its places are part of, and that is free without them."""
+    names, known = {place.what for place in places}, {str(condition.holds) for condition in plain.conditions}
+    for condition in graph.conditions:
+        holds = condition.holds
+        if names.isdisjoint(condition.axes) or not isinstance(holds, sympy.Eq) or not holds.args[1].is_Integer:
+            continue
+        without = holds.subs({symbol: 0 for symbol in holds.free_symbols if str(symbol) in names})
+        if without != sympy.true and str(without) not in known:
+            return True
+    return False
 
 
 def _takes(place: Place, inputs: Mapping[str, object]) -> bool:

@@ -213,7 +213,7 @@ def forward_part(adapted: AdaptedModel, inputs: Inputs | None, places: Sequence[
     if part.view is not None:
         return part
     example = adapted.example if inputs is None else inputs
-    found = find_forward(adapted.base, example, places)
+    found = find_forward(adapted.base, example, places, part.graph)
     if found is None:
         return part
     graph, taken = found

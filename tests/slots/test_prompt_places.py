@@ -279,7 +279,7 @@ def test_a_prefix_has_no_place_if_the_code_asks_whether_there_are_tokens_before(
     model = Rolled(hf.LlamaConfig(**TOKENS, **sizes)).eval()
     ids = torch.randint(5, 90, (2, 6))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = find_forward(model, inputs, tuple(prompt_places_of(model, bare(model).sites)))
+    found = find_forward(model, inputs, tuple(prompt_places_of(model, bare(model).sites)), bare(model, inputs).graph())
     assert found is not None
     graph, taken = found
     assert [place.what for place in taken] == ["prompt"]
@@ -295,6 +295,20 @@ def test_virtual_tokens_count_in_the_length_at_which_a_model_branches(tmp_path: 
     report = export_onnx(hf.DogeForCausalLM(config).eval(), tmp_path / "graph", view="forward", slots="all-linear")
     told = [line.partition(" (")[0] for line in report.sizes]
     assert told == ["sequence <= 32", "prefix + prompt + sequence <= 32"]
+
+
+def test_a_prompt_has_no_place_if_it_would_fix_the_number_of_windows(tmp_path: Path) -> None:
+    """LED attends in windows, here of 16 tokens; the export ended in an error of torch's at a text of two windows."""
+    sizes = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    layers = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "attention_window": 16}
+    model = hf.LEDForQuestionAnswering(hf.LEDConfig(**TOKENS, **sizes, **layers)).eval()
+    export_onnx(model, tmp_path / "graph", slots="all-linear")
+    ids = torch.randint(5, 90, (2, 37))
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids[:, :4]}
+    with torch.no_grad():
+        want = model(**given)
+    got = OnnxModel(tmp_path / "graph")(**given)
+    torch.testing.assert_close(got["start_logits"], want.start_logits, atol=1e-5, rtol=1e-4)
 
 
 class Some(hf.LlamaModel):
