@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from peftfx.contract.sequence import prefix, sequence_site, untyped, virtual_tokens
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
 from peftfx.export.verification.captured import hold, hold_call, tensors_in
-from peftfx.graph.conditions import unmet
 from peftfx.graph.graph import Graph
 from peftfx.graph.slots import PREFIX, SLOT_PROMPT
 from peftfx.sites.site import SequenceSite
@@ -46,10 +45,9 @@ def find_forward(
     """Capture a forward with those `places` that the model's code takes. Return the graph and them, or None.
 
     A prefix comes in a cache, and some code computes something else beside a cache, or beside one with tokens: Kosmos-2
-    leaves its images out. Other code uses the length of its text as a number. It is then fixed with virtual tokens in
-    it, as `prompt + sequence = 9`. In both cases an empty place would not give the base model, and the graph has no
-    such place. Nor has it one with which it holds for fewer texts than `plain`, the forward without places: LED's
-    attention in windows would be fixed to one window.
+    leaves its images out. Then an empty place would not give the base model, and the graph has no such place. Nor has
+    it one with which it holds for fewer texts than `plain`, the forward without places. Code that uses the length of
+    its text as a number would be fixed to `prompt + sequence = 9`, and LED's attention in windows to one window.
     """
     taken = tuple(place for place in places if place.what not in inputs and _takes(place, inputs))
     for chosen in dict.fromkeys((taken, taken[:1], taken[1:])):
@@ -57,15 +55,10 @@ def find_forward(
             if chosen:
                 hold_to_none = _held_to_none(base, inputs, chosen)
                 graph = capture_forward(base, inputs, chosen)
-                if _may_be_empty(graph, chosen) and not _is_fixed_by(graph, chosen, plain):
+                if not _is_fixed_by(graph, chosen, plain):
                     hold_to_none(graph)
                     return graph, chosen
     return None
-
-
-def _may_be_empty(graph: Graph, places: Sequence[Place]) -> bool:
-    empty = {**graph.sizes, **{place.what: 0 for place in places}}
-    return not any(condition.code for condition in unmet(graph.conditions, empty, edges=False))
 
 
 def _is_fixed_by(graph: Graph, places: Sequence[Place], plain: Graph) -> bool:
