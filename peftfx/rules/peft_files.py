@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from peftfx.bases.files.folder import adapters_below
 from peftfx.contract.method import Method
 from peftfx.errors import PeftfxError, shown
 from peftfx.files import is_file, is_folder, read_json, require_readable
@@ -51,10 +52,9 @@ def read_adapter_config(directory: Path) -> dict[str, object]:
         raise PeftfxError("there is no such directory", str(directory), hint)
     path = directory / CONFIG
     if not is_file(path):
-        below = [p.parent.name for p in directory.glob(f"*/{CONFIG}")]
         hint = "give the folder that an adapter's save_pretrained wrote"
-        if below:
-            hint = f"adapters below it: {', '.join(sorted(below))}"
+        if below := adapters_below(directory):
+            hint = below
         elif is_file(directory / "config.json"):
             hint = f"this is a model, or an export; {hint}"
         elif single := sorted({*directory.glob("*.safetensors")} - {directory / "model.safetensors"}):

@@ -32,8 +32,7 @@ def read_base_config(directory: Path) -> dict[str, object]:
             raise PeftfxError(what, str(directory), "after the training, trainer.model.save_pretrained(DIR) writes one")
         below = (p.parent for depth in ("*", "snapshots/*") for p in directory.glob(f"{depth}/config.json"))
         parts = sorted(p.relative_to(directory).as_posix() for p in below)
-        adapters = sorted(p.parent.name for p in directory.glob(f"*/{_ADAPTER}"))
-        hint = f"adapters below it: {', '.join(adapters)}" if adapters else "pass the folder of a base model"
+        hint = adapters_below(directory) or "pass the folder of a base model"
         hint = f"pass one of its folders: {', '.join(parts)}" if parts else hint
         raise PeftfxError("the directory has no config.json", str(directory), hint)
     config = read_json(path)
@@ -45,6 +44,12 @@ def read_base_config(directory: Path) -> dict[str, object]:
         if most is not None and isinstance(value, int) and value > most:
             raise PeftfxError(f"{name} is {shown(value)}, which cannot be right", str(path), "download the file again")
     return config
+
+
+def adapters_below(directory: Path) -> str:
+    """Return a hint that names the folders of adapters in a directory; empty if it has none."""
+    found = sorted(p.parent.name for p in directory.glob(f"*/{_ADAPTER}"))
+    return f"adapters below it: {', '.join(found)}" if found else ""
 
 
 def weight_files(directory: Path) -> list[Path]:
