@@ -125,15 +125,9 @@ def _hooked(embedding: nn.Module, text: EmbeddedText) -> Iterator[None]:
     def replace(module: nn.Module, args: Args, embedded: Tensor) -> Tensor | None:
         return text.replaced(embedded) if acts and threading.get_ident() == thread else None
 
-    handles = [
-        embedding.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True),
-        embedding.register_forward_hook(replace),
-    ]
-    try:
+    first = embedding.register_forward_pre_hook(shorten, with_kwargs=True, prepend=True)
+    with first, embedding.register_forward_hook(replace):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _ids_in(args: Args, kwargs: Kwargs) -> Tensor | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -104,12 +104,10 @@ def _watching(base: nn.Module, virtual: Callable[[], Tensor]) -> Iterator[None]:
         if threading.get_ident() == thread and not CURRENT.called:
             raise _PassedBy(virtual())
 
-    handles = [module.register_forward_pre_hook(end, prepend=True) for module in (base, *base.children())]
-    try:
+    with ExitStack() as hooks:
+        for module in (base, *base.children()):
+            hooks.enter_context(module.register_forward_pre_hook(end, prepend=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def refuse_passed_by(road: ModulesRoad, names: Sequence[str], *, entered: bool) -> None:
