@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -36,7 +36,7 @@ import torch
 import transformers as hf
 from measure import versions
 from torch import Tensor, nn
-from training import peak, ratio, stepper
+from training import Cost, peak, ratio, stepper
 
 import peftfx
 from peftfx.bases.example_inputs import example_inputs
@@ -65,15 +65,6 @@ ROWS = (
     Row("DoRA, all linears", {"target_modules": LINEARS, "use_dora": True}),
     Row("LoRA, all linears, generation", {"target_modules": LINEARS}, generates=True),
 )
-
-
-@dataclass
-class Cost:
-    """What the steps of one model cost."""
-
-    memory: int = 0
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
 
 
 def base(layers: int, width: int) -> nn.Module:

@@ -4,7 +4,8 @@
 
 Prints a Markdown table. The two models have the same weights, adapter and batch, and step in turns, so that what else
 runs slows both; a ratio is the median over pairs of steps. A step is forward, backward and AdamW. Memory is the most
-that torch has allocated in a step beyond what it had before: activations, gradients and temporaries.
+that torch has allocated in a step beyond what it had before: activations, gradients and temporaries. It is measured
+behind the timed steps, because a profiler leaves memory to its process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -74,13 +75,13 @@ ROWS: Mapping[str, tuple[Method, tuple[Model, Model]]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cost:
-    """What steps cost: seconds on the clock and seconds of CPU of each, and bytes."""
+    """What the steps of one model cost: seconds on the clock and seconds of CPU of each, and bytes."""
 
-    wall: list[float]
-    cpu: list[float]
-    memory: float
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    memory: int = 0
 
 
 def compare(method: Method, model: Model, pairs: int) -> tuple[Cost, Cost]:
@@ -92,7 +93,7 @@ def compare(method: Method, model: Model, pairs: int) -> tuple[Cost, Cost]:
         ours = same_start(theirs, base, Path(directory))
     batch = example_inputs(base, sizes=BATCH, labels=model.task == "CAUSAL_LM")
     steps = [stepper(ours, batch), stepper(theirs, batch)]
-    found = [Cost([], [], peak(step)) for step in steps]
+    found = [Cost(), Cost()]
     for turn in range(WARM_UP + pairs):
         for which in (0, 1) if turn % 2 else (1, 0):
             wall, cpu = time.perf_counter(), time.process_time()
@@ -100,6 +101,8 @@ def compare(method: Method, model: Model, pairs: int) -> tuple[Cost, Cost]:
             if turn >= WARM_UP:
                 found[which].wall.append(time.perf_counter() - wall)
                 found[which].cpu.append(time.process_time() - cpu)
+    for cost, step in zip(found, steps, strict=True):
+        cost.memory = peak(step)
     return found[0], found[1]
 
 
