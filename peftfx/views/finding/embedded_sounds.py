@@ -84,8 +84,5 @@ def _embedded_by(base: nn.Module) -> Iterator[list[Tensor]]:
     """Yield a list of what the model's embedding of tokens returns inside the context."""
     found: list[Tensor] = []
     hook: Callable[..., None] = lambda module, args, output: found.append(output)  # noqa: E731
-    handle = base.get_input_embeddings().register_forward_hook(hook)  # type: ignore[operator]
-    try:
+    with base.get_input_embeddings().register_forward_hook(hook):  # type: ignore[operator]
         yield found
-    finally:
-        handle.remove()

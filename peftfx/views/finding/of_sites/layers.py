@@ -9,8 +9,8 @@ nothing is served by this view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -164,7 +164,7 @@ def find_lone_layers(base: nn.Module, readable: nn.Module, inputs: Mapping[str, 
     with ExitStack() as stack:
         for path, module in own_modules(base):
             if next(module.parameters(recurse=False), None) is not None and next(module.children(), None) is None:
-                stack.enter_context(_hooked(module, _noting(path, calls)))
+                stack.enter_context(module.register_forward_hook(_noting(path, calls), with_kwargs=True))
         kept = nullcontext() if is_sharded(base) else unchanged(base)  # FSDP2 sets its state up in the first call
         for context in (torch.random.fork_rng(), torch.no_grad(), kept, as_captured(base)):
             stack.enter_context(context)
@@ -229,12 +229,3 @@ def _is_capturable(call: LoneCall, base: nn.Module, known: dict[object, bool]) -
         else:
             known[kind] = True
     return known[kind]
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: _Hook) -> Iterator[None]:
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
