@@ -15,7 +15,7 @@ from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.sentences.encoder import as_sentence_encoder
 from peftfx.bases.sentences.modules import SentenceModules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of_class
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, how_many
 from peftfx.export.deployment.serving_mode import in_eval
 from peftfx.export.slots.adapter_export import export_adapter
 from peftfx.export.slots.served_as import pictured, served_as
@@ -97,7 +97,8 @@ def _counted(adapted: AdaptedModel, directory: Path, manifest: Manifest, names: 
     with pictures_of(picture), adapted.named.acting_as(tuple(names)), in_eval(adapted):
         graphs = [served_as(adapted, directory, name, kind, example)[1] for name, kind in manifest.views.items()]
     counts = count_tensors({name: adapted.adapter(name) for name in names}, graphs, Destination.SLOTS)
-    return f"{sum(counts.values())} tensors in the files: {', '.join(f'{n} {place}' for place, n in counts.items())}"
+    went = ", ".join(f"{count} {place}" for place, count in counts.items())
+    return f"{how_many(sum(counts.values()), 'tensor')} in the files: {went}"
 
 
 def _refuse_head(folder: Path, model: str) -> None:

@@ -17,7 +17,7 @@ from peftfx.adapters.lora_conversion import lora_of
 from peftfx.adapters.single_files.reading import as_peft
 from peftfx.adapters.single_files.writing import DIFFUSERS, KOHYA, as_single_file
 from peftfx.bases.load import load_base
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, how_many
 from peftfx.export.directories import load_directories
 from peftfx.export.writing.earlier_output import is_empty, refuse_inputs
 from peftfx.files import folder_of, is_file, is_folder, write_file, writing
@@ -106,7 +106,8 @@ def convert_directory(
     write(target)
     cut = "" if kept > 1 - _ROUNDING else f"; it keeps {100 * kept:.2f}% of the energy"
     kind = type(made.rules[0]).__name__
-    return f"{target}: a {kind} of {len(made.placements)} modules in the format of {to}, {_ranks(made)}{cut}"
+    modules = how_many(len(made.placements), "module")
+    return f"{target}: a {kind} of {modules} in the format of {to}, {_ranks(made)}{cut}"
 
 
 def _refuse_target(target: Path, to: str, prefix: str | None, *, force: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from peftfx.bases.example_inputs import example_inputs
-from peftfx.errors import PeftfxError, listed, warn
+from peftfx.errors import PeftfxError, how_many, listed, warn
 from peftfx.export.coded.rounded import (
     IN_BFLOAT16,
     Choose,
@@ -122,7 +122,7 @@ def round_weights(
 def _rounds_none(asked: ExportOptions, left: Mapping[str, Mapping[str, str]]) -> PeftfxError:
     """Return the error for an export of which no weight is rounded; `left` says why, by files and weights."""
     reasons = Counter(why for found in left.values() for why in found.values()).most_common(1)
-    why = "".join(f": of {count} weights, {reason}" for reason, count in reasons)
+    why = "".join(f": of {how_many(count, 'weight')}, {reason}" for reason, count in reasons)
     what = f"{', '.join(map(str, asked.schemes)) or 'the budget'} rounds no weight of this model{why}"
     smaller = "choose a smaller block, other roles, or no quantisation"
     return PeftfxError(what, "quantize", "export model.float()" if IN_BFLOAT16 in why else smaller)

@@ -104,6 +104,11 @@ def listed(texts: Sequence[str], most: int = 6, between: str = ", ") -> str:
     return f"{between.join(texts[:most])}{between.strip(', ')} and {len(texts) - most} more"
 
 
+def how_many(number: int, noun: str) -> str:
+    """Return a number with its noun, which is in the plural unless the number is 1: `1 module`, `1,204 modules`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """Return `did you mean 'a', 'b'?` for the valid `names` closest to `name`, or an empty string.
 

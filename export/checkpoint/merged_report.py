@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftfx.adapters.merge_report import MergeReport
 from peftfx.adapters.recipes import Rounding
-from peftfx.errors import listed
+from peftfx.errors import how_many, listed
 from peftfx.export.rounding.calibrated import Fitted
 from peftfx.export.verification.agreement import Agreement
 from peftfx.export.writing.earlier_output import files_in
@@ -100,9 +100,9 @@ class MergedReport:
         """Return this report in words, as pairs of a name and a text. Names without a text are left out."""
         worst = max(self.rounding, key=lambda path: self.rounding[path]["max_rel"], default=None)
         rounded = f", rounded by at most {Rounding(**self.rounding[worst])}" if worst is not None else ""
-        small = "; ".join(f"{len(paths)} weights as {kind}" for kind, paths in self.quantized.items())
+        small = "; ".join(f"{how_many(len(paths), 'weight')} as {kind}" for kind, paths in self.quantized.items())
         most = max(self.lost.values(), default=0.0)
-        calls = len({str(d.shapes) for d in self.differences})
+        calls = how_many(len({str(d.shapes) for d in self.differences}), "call")
         told = [
             ("adapter", ", ".join(self.methods) or "none"),
             ("merged sites", f"{len(self.merged)}{rounded}"),
@@ -116,7 +116,7 @@ class MergedReport:
             ("files", ", ".join(f"{name} {size:,} B" for name, size in self.bytes.items())),
             (
                 "loaded again",
-                f"{self.max_abs:.1e} ({self.max_rel:.1e} of the largest) from base and adapter, {calls} calls",
+                f"{self.max_abs:.1e} ({self.max_rel:.1e} of the largest) from base and adapter, {calls}",
             ),
             ("seconds", ", ".join(f"{name} {taken:.1f}" for name, taken in self.seconds.items())),
             ("memory", memory_line(self.memory) if self.memory else ""),

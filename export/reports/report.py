@@ -11,7 +11,7 @@ from typing import TypedDict
 import torch
 
 from peftfx.adapters.recipes import Rounding
-from peftfx.errors import listed
+from peftfx.errors import how_many, listed
 from peftfx.export.coded.place import Choice
 from peftfx.export.reports.series import in_series
 from peftfx.export.rounding.budget import Share
@@ -163,16 +163,18 @@ class Report:
         adapters = ", ".join(f"{'+'.join(a['methods'])} ({a['parameters']:,} parameters)" for a in self.adapters)
         went = ", ".join(f"{count} {place}" for place, count in self.tensors.items())
         whole = "".join(f", {count} {name}" for name, count in self.fused.items())
-        small = "; ".join(f"{count} weights as {kind}" for by in self.schemes.values() for kind, count in by.items())
+        counts = [(kind, count) for by in self.schemes.values() for kind, count in by.items()]
+        small = "; ".join(f"{how_many(count, 'weight')} as {kind}" for kind, count in counts)
+        idle = f"{how_many(len(self.idle), 'module')} with an adapter: {listed(self.idle, 3)}"
         told = [
             ("adapter", adapters or "none"),
             ("tensors", f"{sum(self.tensors.values())} in the file: {went}" if self.tensors else ""),
             ("merged sites", self._merged_sites()),
-            *((name, f"{count} places") for name, count in self.passes.items()),
+            *((name, how_many(count, "place")) for name, count in self.passes.items()),
             ("inputs", ", ".join(in_series((n, f" [{', '.join(map(str, s))}]") for n, s in self.inputs.items()))),
             ("outputs", ", ".join(in_series((name, "") for name in self.outputs))),
             ("sizes", f"right where {_few(self.sizes)}" if self.sizes else ""),
-            ("slots", f"{self.slots} inputs for adapters that may be left out" if self.slots else ""),
+            ("slots", f"{how_many(self.slots, 'input')} for adapters that may be left out" if self.slots else ""),
             ("files", ", ".join(f"{n} {b:,} B" for n, b in self.bytes.items())),
             *(("not written", f"{name}: {why}") for name, why in self.not_written.items()),
             ("ONNX", f"opset {self.opset}, {self.nodes:,} nodes{whole}, engine {self.engine}"),
@@ -186,7 +188,7 @@ class Report:
             ("runs on", "GPUs: ONNX Runtime's CPU provider has no kernels for bfloat16" if self.in_twin else ""),
             ("compared with", self.reference),
             ("tolerance", f"a constant: float64 failed, {self.unmeasured}" if self.unmeasured else ""),
-            ("never run", f"{len(self.idle)} modules with an adapter: {listed(self.idle, 3)}" if self.idle else ""),
+            ("never run", idle if self.idle else ""),
             ("seconds", ", ".join(f"{n} {s:.1f}" for n, s in self.seconds.items())),
             ("memory", memory_line(self.memory) if self.memory else ""),
         ]
@@ -202,7 +204,7 @@ class Report:
 
     def _verification(self) -> tuple[str, str]:
         """Return how far ONNX Runtime is from the reference; of rounded weights, how much rounding them costs."""
-        shapes = f"at {len(self.probes)} unseen shapes"
+        shapes = f"at {how_many(len(self.probes), 'unseen shape')}"
         if self.quantized:
             most = max(self.comparisons, key=lambda c: c["max_rel"], default=None)
             lost = "not measured: no output is in floating point"
@@ -219,7 +221,7 @@ class Report:
         return TWIN in self.verified
 
     def __repr__(self) -> str:
-        return f"Report({self.model}, {len(self.adapters)} adapters, {sum(self.bytes.values()):,} B)"
+        return f"Report({self.model}, {how_many(len(self.adapters), 'adapter')}, {sum(self.bytes.values()):,} B)"
 
     def __str__(self) -> str:
         return "\n".join([self.model, *(f"  {name}: {text}" for name, text in self.rows())])

@@ -19,7 +19,7 @@ from peftfx.bases.processors.pictures import pictures_of
 from peftfx.bases.processors.videos import with_videos
 from peftfx.bases.sentences.modules import SentenceModules, transformer_folder
 from peftfx.contract.sequence import encodes_and_decodes
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, how_many
 from peftfx.export.assets import assets_of
 from peftfx.export.command import refuse_output
 from peftfx.export.deployment import genai_config
@@ -128,7 +128,7 @@ def _rules(folder: Path) -> str:
     for own in rule_folders(folder):
         method = method_of_file(read_adapter_config(own), str(own / CONFIG))
         weights = Weights(own, method.prefix)
-        rules.append(f"{write_rule(method)}, {len(weights.names)} tensors")
+        rules.append(f"{write_rule(method)}, {how_many(len(weights.names), 'tensor')}")
     return "; ".join(rules)
 
 

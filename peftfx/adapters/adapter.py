@@ -15,7 +15,7 @@ from peftfx.contract.method import Method
 from peftfx.contract.override import Override
 from peftfx.contract.placed import DROPOUTS, SHARED, Placed, Placements, shared_by
 from peftfx.contract.placement import Placement, owner_of
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, how_many
 from peftfx.sharding.parts import full, is_part, whole_with_gradient
 
 
@@ -135,7 +135,7 @@ class Adapter(Holder):
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(type(rule).__name__ for rule in self.rules)) or "no rules"
         count = sum(p.numel() for p in self.parameters())
-        return f"Adapter({kinds}: {len(self.placements)} places, {count:,} parameters)"
+        return f"Adapter({kinds}: {how_many(len(self.placements), 'place')}, {how_many(count, 'parameter')})"
 
     @property
     def rules(self) -> tuple[Method, ...]:

@@ -16,7 +16,7 @@ from peftfx.contract.method import PLACING, Method, Params
 from peftfx.contract.placed import Placed, Placements
 from peftfx.contract.placement import WeightPlacement
 from peftfx.contract.weight import Weighted, WeightMethod
-from peftfx.errors import PeftfxError, listed, shown, warn
+from peftfx.errors import PeftfxError, how_many, listed, shown, warn
 from peftfx.field_types import fits
 
 TOKEN_ROWS = "trainable_token_indices"  #: the option of a method that trains rows of embeddings beside its own tensors
@@ -69,7 +69,7 @@ def combine(
     if not fits(weights, Sequence[float]):
         raise PeftfxError(f"weights are numbers, not {shown(weights)}", "weights", "give one for each adapter")
     if not adapters or len(adapters) != len(weights):
-        what = f"{len(adapters)} adapters and {len(weights)} weights"
+        what = f"{how_many(len(adapters), 'adapter')} and {how_many(len(weights), 'weight')}"
         raise PeftfxError(what, "weights", "give a weight for each adapter")
     ranks = [getattr(m, "r", 0) for a in adapters.values() for m in (*a.rules, *(p.method for p in a.placements))]
     asked = how if isinstance(how, Combination) else Combination(combination_type=how)

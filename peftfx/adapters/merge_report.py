@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.recipes import Rounding
 from peftfx.contract.placed import Placements
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, how_many
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class MergeReport:
         return max(self.roundings.items(), key=lambda item: item[1].max_rel, default=("", Rounding()))
 
     def __repr__(self) -> str:
-        return f"MergeReport({len(self.sites)} sites, {self.bytes:,} B)"
+        return f"MergeReport({how_many(len(self.sites), 'site')}, {self.bytes:,} B)"
 
     def __str__(self) -> str:
-        path, worst = self.worst
+        sites, (path, worst) = how_many(len(self.sites), "site"), self.worst
         lines = [
-            f"merged {len(self.sites)} sites: {self.bytes:,} bytes written, {self.adapter_bytes:,} of adapters folded",
+            f"merged {sites}: {self.bytes:,} bytes written, {self.adapter_bytes:,} of adapters folded",
             f"rounding: at most {worst}, at {path}" if worst.max_abs else "rounding: none, the weights are fp32's",
         ]
         lines += [f"untied: {', '.join(self.untied)}"] if self.untied else []
         if self.dequantised:
             formats = ", ".join(sorted(set(self.dequantised.values())))
-            lines.append(f"no longer quantised ({formats}): {len(self.dequantised)} layers")
+            lines.append(f"no longer quantised ({formats}): {how_many(len(self.dequantised), 'layer')}")
         return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import networkx as nx
 
+from peftfx.errors import how_many
 from peftfx.pages.drawing import Adapted, Box, Card, Column, draw
 from peftfx.pages.page import Page
 from peftfx.sites.dataflow import keys_of
@@ -28,7 +29,7 @@ def picture(sites: Sequence[Site], network: nx.DiGraph, title: str, marks: Marks
         lead: a line below the title.
     """
     drawn = _Picture(sites, network, marks or {})
-    count = f"{len(sites)} sites"
+    count = how_many(len(sites), "site")
     return draw(title, f"{count}; {lead}" if lead else count, drawn.columns())
 
 

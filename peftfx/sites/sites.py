@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, how_many, nearest
 from peftfx.sites.dataflow import Dataflow
 from peftfx.sites.expression import Target
 from peftfx.sites.site import (
@@ -245,7 +245,7 @@ class Sites(Sequence[Site]):
         rows = [_cells(site) for site in self.items]
         widths = [max((len(row[i]) for row in rows), default=0) for i in range(6)]
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
-        return "\n".join([f"{len(self)} sites: {counts}", *(line.rstrip() for line in lines)])
+        return "\n".join([f"{how_many(len(self), 'site')}: {counts}", *(line.rstrip() for line in lines)])
 
 
 def _renamed(calls: Iterable[Call], now: Callable[[str, str], str]) -> Iterator[Call]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx.errors import warn
+from peftfx.errors import how_many, warn
 
 #: What reports say, behind the format, of scales that were rounded.
 ROUNDED = "with scales that bitsandbytes rounded to bfloat16"
@@ -98,9 +98,9 @@ def unpack_all(modules: Mapping[str, nn.Module]) -> None:
         _put(modules[path], *_plain(modules[path]))
     if found:
         warn(
-            f"{len(found)} layers of 4 bits ({found[0]} first) have run in eval mode before, and bitsandbytes has "
-            "rounded their scales to bfloat16: merges and exports have these scales, with which they compute now; to "
-            "have the scales of the files, load the base again and adapt it before it runs"
+            f"bitsandbytes has rounded the scales of {how_many(len(found), 'layer')} of 4 bits ({found[0]} first) to "
+            "bfloat16, because the model has run in eval mode before: merges and exports have these scales, with which "
+            "they compute now; to have the scales of the files, load the base again and adapt it before it runs"
         )
 
 

@@ -133,9 +133,11 @@ def test_what_is_no_whole_adapter_is_refused(tmp_path: Path) -> None:
         with pytest.raises(PeftfxError, match=match):
             as_peft(file, Layers())
 
-    refused("1 modules are not this model's, or have more or less", {k: t for k, t in whole.items() if "w2_a" not in k})
-    refused("1 modules are not this model's", whole | {"lora_unet_low.dora_scale": torch.ones(18, 1)})
-    refused("1 modules are not this model's", whole | {"lora_unet_low.scalar": torch.ones(1)})
+    refused(
+        "modules of it are not this model's, or have more or less", {k: t for k, t in whole.items() if "w2_a" not in k}
+    )
+    refused("modules of it are not this model's", whole | {"lora_unet_low.dora_scale": torch.ones(18, 1)})
+    refused("modules of it are not this model's", whole | {"lora_unet_low.scalar": torch.ones(1)})
     lora = {"lora_unet_high.lora_down.weight": torch.ones(2, 18), "lora_unet_high.lora_up.weight": torch.ones(8, 2)}
     refused("an adapter of HF PEFT is of one kind", whole | lora)
     loha = {f"lora_unet_high.hada_w{n}_{h}": torch.ones(*s) for n in "12" for h, s in (("a", (8, 2)), ("b", (2, 18)))}

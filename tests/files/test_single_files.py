@@ -209,7 +209,7 @@ def test_a_file_of_two_models_keeps_each_ones_scale(tmp_path: Path) -> None:
     both = {f"unet.{name}": t for name, t in tensors.items()}
     both |= {f"text_encoder.encoder.layers.0.q.lora_{end}.weight": torch.ones(3, 3) for end in "AB"}
     save_file(both, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
-    with pytest.warns(PeftfxWarning, match="1 modules are of other models"):
+    with pytest.warns(PeftfxWarning, match="modules of other models are left out"):
         config, _ = as_peft(tmp_path / "lora.safetensors", _unet())
     assert config["lora_alpha"] == 12
 
@@ -227,7 +227,7 @@ def test_the_adapter_of_another_model_is_not_taken_by_chance(tmp_path: Path) -> 
     more = {name.replace("te1", "te2").replace("_0_", "_1_"): 2 * t for name, t in one.items()}
     save_file(both | more, tmp_path / "deeper.safetensors")
     for model, value in ((base, 1.0), (wider, 2.0)):
-        with pytest.warns(PeftfxWarning, match="modules are of other models"):
+        with pytest.warns(PeftfxWarning, match="modules of other models are left out"):
             _, found = as_peft(tmp_path / "deeper.safetensors", model)
         assert {float(t.max()) for t in found.values()} == {value}
 

@@ -211,7 +211,7 @@ def test_what_has_no_sum_is_refused(model: AdaptedModel) -> None:
     ):
         with pytest.raises(PeftfxError, match=message):
             model.add_weighted_adapter(names, [1.0] * len(names), "sum", how)
-    with pytest.raises(PeftfxError, match="2 adapters and 1 weights"):
+    with pytest.raises(PeftfxError, match="2 adapters and 1 weight"):
         model.add_weighted_adapter(["a", "b"], [1.0], "sum")
     assert model.active == before
     assert "sum" not in model.names()

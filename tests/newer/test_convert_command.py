@@ -52,7 +52,7 @@ def test_single_files_are_written_and_read(to: str, prefix: str, folder: Path, t
     key = "lora_te1_model_layers_0_self_attn_q_proj.lora_down.weight"
     assert (key if to == "kohya" else "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight") in tensors
     save_file({**tensors, "lora_unet_mid.lora_down.weight": torch.ones(1, 1)}, file)
-    with pytest.warns(PeftfxWarning, match="1 modules are of other models"):
+    with pytest.warns(PeftfxWarning, match="modules of other models are left out"):
         convert_directory(base, tmp_path / "back", file=file)
     torch.testing.assert_close(said(folder, tmp_path / "back"), want, atol=1e-5, rtol=1e-5)
 
@@ -101,7 +101,7 @@ def test_an_adapter_of_another_method_needs_a_rank(folder: Path, tmp_path: Path)
 def test_what_is_not_to_be_converted_is_refused(folder: Path, tmp_path: Path) -> None:
     base, other = folder / "base", tmp_path / "other.safetensors"
     save_file({"lora_te1_model_layers_0_self_attn_q_proj.lokr_w1": torch.ones(2, 2)}, other)
-    with pytest.raises(PeftfxError, match="1 modules are not this model's, or have more or less"):
+    with pytest.raises(PeftfxError, match="modules of it are not this model's, or have more or less"):
         convert_directory(base, tmp_path / "x", file=other)
     with pytest.raises(PeftfxError, match="needs a rank"):
         convert_directory(base, tmp_path / "x", tuned=folder / "tuned")

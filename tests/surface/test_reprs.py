@@ -16,9 +16,9 @@ def test_public_objects_are_shown_in_a_line() -> None:
     first = adapted.sites.by_path("0")
     assert repr(first) == "WeightSite('0', linear, 6x8)"
     assert repr(adapted.sites) == "Sites(linear 2)"
-    assert repr(adapted.adapter("default")) == "Adapter(LoRA: 1 places, 28 parameters)"
+    assert repr(adapted.adapter("default")) == "Adapter(LoRA: 1 place, 28 parameters)"
     assert repr(plan) == "Plan(lora(r=2)@linear: 28 parameters)"
-    told = "AdaptedSequential(default: Adapter(LoRA: 1 places, 28 parameters); active: default; road: modules)"
+    told = "AdaptedSequential(default: Adapter(LoRA: 1 place, 28 parameters); active: default; road: modules)"
     assert repr(adapted) == told
     assert repr(adapted.graph()).startswith("Graph(input [")
-    assert repr(adapted.merge()).startswith("MergeReport(1 sites, ")
+    assert repr(adapted.merge()).startswith("MergeReport(1 site, ")

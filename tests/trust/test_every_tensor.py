@@ -311,7 +311,7 @@ def test_what_a_graph_runs_and_uses_nothing_of_is_told_and_saved_again(tmp_path:
     ours.export(tmp_path / "out")
     ours.save_pretrained(tmp_path / "ours")
     assert_same_files(tmp_path)
-    with pytest.raises(PeftfxError, match=r"this call uses the outputs of 1 modules.*pooler"):
+    with pytest.raises(PeftfxError, match=r"this call uses the outputs of 1 module.*pooler"):
         ours(x=x, pooled=True)
 
 

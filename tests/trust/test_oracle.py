@@ -296,7 +296,7 @@ def test_a_module_that_never_runs_is_named_in_the_report(tmp_path: Path) -> None
         adapted = peftfx.load(Idle(), tmp_path / "adapter", inputs={"x": torch.randn(3, 6)})
     report = adapted.export(tmp_path / "out")
     assert report.idle == ["spare"]
-    assert "never run: 1 modules with an adapter: spare" in str(report)
+    assert "never run: 1 module with an adapter: spare" in str(report)
 
 
 class Counts(nn.Module):

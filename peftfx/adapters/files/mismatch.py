@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from peftfx.errors import PeftfxError, nearest
+from peftfx.errors import PeftfxError, how_many, nearest
 from peftfx.graph.places import above
 from peftfx.rules.peft_files import Weights
 
@@ -56,7 +56,7 @@ def refuse_mismatch(
         "unexpected": unexpected,
         "of another shape": misshapen,
         "of modules that cannot be adapted here": [
-            f"{path} ({count} tensors): {reasons[path]}" for path, count in sorted(homeless.items())
+            f"{path} ({how_many(count, 'tensor')}): {reasons[path]}" for path, count in sorted(homeless.items())
         ],
     }
     if not any(lists.values()):

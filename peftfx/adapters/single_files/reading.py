@@ -35,7 +35,7 @@ from peftfx.adapters.single_files.kronecker import is_kronecker, kronecker_confi
 from peftfx.bases.guests import own_modules
 from peftfx.contract.common.lora.dora import MAGNITUDE
 from peftfx.contract.common.patterns import path_pattern
-from peftfx.errors import PeftfxError, warn
+from peftfx.errors import PeftfxError, listed, warn
 
 _CONFIG_KEY = "lora_adapter_metadata"
 #: Fields of a config that say where its LoRA acts. The names of the tensors say it.
@@ -66,12 +66,11 @@ def as_peft(path: Path, base: nn.Module) -> tuple[dict[str, object], dict[str, T
         hint = "give the directory of the model that it is of: a U-Net, a transformer or a text encoder"
         raise PeftfxError("no key of it names a module of this model", str(path), hint)
     if found.wrong:
-        what = f"{len(found.wrong)} modules are not this model's, or have more or less than a LoRA, DoRA, LoHa or LoKr"
+        what = "modules of it are not this model's, or have more or less than a LoRA, DoRA, LoHa or LoKr"
         hint = "was it trained on this model, by these names? peftfx reads no other kind in one file"
-        raise PeftfxError(f"{what}: {', '.join(found.wrong[:3])}", str(path), hint)
+        raise PeftfxError(f"{what}: {listed(found.wrong, 3)}", str(path), hint)
     if found.others:
-        left = f"{len(found.others)} modules are of other models, and left out: {', '.join(found.others[:3])}"
-        warn(f"{path}: {left}")
+        warn(f"{path}: modules of other models are left out: {listed(found.others, 3)}")
     config = _config(found.own, modules, path) | _told(metadata, found.prefix, path)
     return config, {
         f"base_model.model.{place}.{name}": _fitted(modules[place], name, tensor, f"{path}: {place}")

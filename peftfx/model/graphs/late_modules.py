@@ -9,7 +9,7 @@ from peftfx.analysis.running import region_reads
 from peftfx.analysis.unreached import is_unreached
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method
-from peftfx.errors import PeftfxError
+from peftfx.errors import PeftfxError, how_many
 from peftfx.graph.graph import Graph
 from peftfx.rules.placements import placements_of
 from peftfx.sites.sites import Sites
@@ -27,9 +27,9 @@ def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
         PeftfxError: there are such modules.
     """
     if read := sorted(adapter.unread & {*sites.reads, *(site.path for site in sites)}):
+        modules = how_many(len(read), "module")
         what = (
-            f"this call uses the outputs of {len(read)} modules whose tensors were left out of the adapter, because no "
-            "call had used these outputs"
+            f"this call uses the outputs of {modules} left out of the adapter, because no call had used these outputs"
         )
         hint = "load the adapter with inputs= of a call that uses them"
         raise PeftfxError(what, ", ".join(read[:4]), hint)
@@ -38,7 +38,9 @@ def refuse_late(base: nn.Module, adapter: Adapter, sites: Sites) -> None:
         return
     named = sorted({path for rule in adapter.rules for path in _picked(base, rule, sites)} & late)
     if named:
-        what = f"this call runs {len(named)} modules that a rule picks, and that the model was not adapted at"
+        what = (
+            f"this call runs {how_many(len(named), 'module')} that a rule picks, and that the model was not adapted at"
+        )
         hint = "give transform() inputs= of a call that runs them, or narrow the rule's target"
         raise PeftfxError(what, ", ".join(named[:4]), hint)
 
