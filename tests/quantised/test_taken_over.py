@@ -44,7 +44,7 @@ def logits(model: nn.Module, ids: Tensor = IDS) -> Tensor:
 
 @pytest.mark.parametrize("ran", [False, True], ids=["new", "ran"])
 @pytest.mark.parametrize("kind", but_further({"fp4"}, KINDS))
-@pytest.mark.filterwarnings("ignore:.*rounded their scales")
+@pytest.mark.filterwarnings("ignore:.*rounded the scales of")
 def test_both_models_compute_what_they_did_whichever_is_called_first(kind: str, ran: bool) -> None:
     for ours_first in (False, True):
         model = theirs(kind)
