@@ -34,6 +34,9 @@ PACKAGES = {
     "torchao int8": ("torchao", lambda model: made.torchao(model, "int8")),
     "torchao int4": ("torchao", lambda model: made.torchao(model, "int4")),
     "torchao fp8": ("torchao", lambda model: made.torchao(model, "fp8")),
+    "quanto int8": ("optimum.quanto", lambda model: made.quanto(model, "qint8")),
+    "quanto int4": ("optimum.quanto", lambda model: made.quanto(model, "qint4")),
+    "own class": ("torch", made.self_dequantised),
 }
 
 
@@ -103,6 +106,27 @@ def test_a_layer_that_is_quantised_in_an_unknown_way_is_refused() -> None:
     )
     with pytest.raises(PeftfxError, match=r"quantised in this way: a PackedLinear with weight"):
         peftfx.transform(base, "lora")
+
+
+@pytest.mark.parametrize("kind", ["Embedding4bit", "Embedding8bit"])
+def test_a_quantised_embedding_in_memory_is_refused(kind: str) -> None:
+    """bitsandbytes' own refuse to say what they hold: that was the error."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = q.tiny(num_hidden_layers=1)
+    own = base.model.embed_tokens
+    base.model.embed_tokens = getattr(bnb.nn, kind)(own.num_embeddings, own.embedding_dim)
+    base.model.embed_tokens.load_state_dict(own.state_dict())
+    base.model.embed_tokens.to("cpu")
+    with pytest.raises(PeftfxError, match=rf"quantised in this way: a {kind} with weight"):
+        peftfx.inspect(base)
+
+
+def test_a_conv_of_a_packages_own_class_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 2))
+    weight = made.SelfDequantised(torch.ones(3, 2, 1, 1, dtype=torch.int8), torch.ones(3, 1, 1, 1))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(PeftfxError, match="quantised in this way: a Conv2d with weight"):
+        peftfx.inspect(model, inputs={"input": torch.randn(1, 2, 2, 2)})
 
 
 def test_a_layer_that_computes_something_else_than_its_codes_is_refused() -> None:
