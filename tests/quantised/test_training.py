@@ -161,6 +161,21 @@ def test_a_layer_without_a_gradient_keeps_to_the_graph_and_says_so() -> None:
     torch.testing.assert_close(gradients, others)
 
 
+def test_the_gradient_of_a_bias_is_not_taken_for_one_of_the_layers_product() -> None:
+    """Its output has a gradient, and its input has none: layers before it were not trained through it."""
+    base, plain = made.packed(*LAYERS["gptq"][:1], **LAYERS["gptq"][1])
+    for model in (base, plain):
+        for layer in model.model.layers:
+            for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
+                module.bias = nn.Parameter(torch.ones(64))
+                if model is base:
+                    module.register_forward_pre_hook(lambda module, args: args[0].detach())
+    with pytest.warns(PeftfxWarning, match="over dequantised weights.*has no gradient"):
+        model = adapted(base)
+    (_, gradients), (_, others) = step(model), step(adapted(plain))
+    torch.testing.assert_close(gradients, others)
+
+
 @pytest.mark.parametrize("kind", but_further({"fp4"}, PACKAGES))
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
 def test_loss_and_gradients_are_those_of_peft_on_the_same_base(
