@@ -207,7 +207,8 @@ def product_for(codes: Codes, name: str, source: object, opset: int, *, by_row: 
     if isinstance(codes, Floats8):
         needed = least_opset(codes)
         return FloatProduct(name, source, codes) if opset >= needed else f"its operator needs opset {needed}"
-    assert isinstance(codes, Blocks)
+    if not isinstance(codes, Blocks):
+        return "no operator has codes of this kind"
     grid = Grid.of(codes)
     if grid is None:
         return f"no operator has blocks of {codes.block}"

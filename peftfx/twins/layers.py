@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from peftfx.quantisation import awq, bitsandbytes4, bitsandbytes8, compressed, f
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
 from peftfx.quantisation.packed import Packed
-from peftfx.twins import torchao
+from peftfx.twins import quantisers
 from peftfx.twins.repacked import ROUNDED, has_rounded_scales, is_repacked, plain_tensors
 
 _WHERE = "the model in memory"
@@ -46,23 +46,33 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
     if not quantised:
         return None
     weight = module._parameters.get("weight")
+    if isinstance(module, nn.Embedding):
+        raise _unread(module, path, quantised)
+    if quantised == ["weight"] and quantisers.is_of_quantiser(weight):
+        assert weight is not None
+        if weight.ndim != 2:
+            raise _unread(module, path, quantised)
+        return quantisers.read(weight)
     own: dict[str, Tensor] = {}
     if is_repacked(module):
         own = plain_tensors(module)
-    elif not torchao.is_torchao(weight):
+    else:
         module._save_to_state_dict(own, "", False)
     found = next((form for mark, form in _BY_NAME if mark in own), None)
-    if isinstance(module, nn.Embedding) or not (found or (quantised == ["weight"] and torchao.is_torchao(weight))):
-        kind, names = type(module).__name__, ", ".join(own or quantised)
-        what = f"peftfx cannot read a layer that is quantised in this way: a {kind} with {names}"
-        raise PeftfxError(what, path, "use the unquantised model, or bitsandbytes, torchao, GPTQ, AWQ or fp8 linears")
     if found is None:
-        return torchao.read(weight)  # type: ignore[arg-type]
+        raise _unread(module, path, own or quantised)
     said = {**config, **{name: value for name, value in vars(module).items() if isinstance(value, int | str)}}
     codes: Codes = found.read(Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, _WHERE))
     if has_rounded_scales(module):
         return dataclasses.replace(codes, format=f"{codes.format} {ROUNDED}")
     return codes
+
+
+def _unread(module: nn.Module, path: str, names: Iterable[str]) -> PeftfxError:
+    what = (
+        f"peftfx cannot read a layer that is quantised in this way: a {type(module).__name__} with {', '.join(names)}"
+    )
+    return PeftfxError(what, path, "use the unquantised model, or bitsandbytes, torchao, GPTQ, AWQ or fp8 linears")
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -77,7 +87,8 @@ def _quantised(module: nn.Module) -> list[str]:
 
 
 def _is_coded(tensor: Tensor) -> bool:
-    return tensor.dtype in _NARROW or torchao.is_torchao(tensor) or getattr(tensor, "quant_state", None) is not None
+    stated = getattr(tensor, "quant_state", None) is not None
+    return stated or tensor.dtype in _NARROW or quantisers.is_of_quantiser(tensor)
 
 
 class WeightReader:

@@ -206,6 +206,7 @@ def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: 
     try:
         with torch.enable_grad():
             y = own(x)
+            trained = y.requires_grad and torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
     except Exception as error:
         return f"a {type(own).__name__}, which does not run here: {first_line(error)}"
     finally:
@@ -220,7 +221,7 @@ def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: 
             "quantise (bitsandbytes: llm_int8_skip_modules), or use the unquantised model"
         )
         raise PeftfxError(what, path, hint)
-    return "" if y.requires_grad else f"a {type(own).__name__} whose own product has no gradient"
+    return "" if trained else f"a {type(own).__name__} whose own product has no gradient"
 
 
 def copied(

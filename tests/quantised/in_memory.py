@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from support import quantised as q
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class PackedLinear(nn.Module):
@@ -89,3 +91,54 @@ def torchao(model: nn.Module, kind: str) -> nn.Module:
     }
     ao.quantize_(model, made[kind](), filter_fn=lambda m, path: isinstance(m, nn.Linear) and path != "lm_head")
     return model
+
+
+def quanto(model: nn.Module, kind: str) -> nn.Module:
+    """By quanto's `quantize` and `freeze`."""
+    from optimum import quanto as own
+
+    own.quantize(model, weights=getattr(own, kind), exclude=["lm_head"])
+    own.freeze(model)
+    return model
+
+
+class SelfDequantised(Tensor):
+    """A weight of bytes and scales that every operator dequantises, as a package's own class may be."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: Tensor) -> SelfDequantised:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)  # type: ignore[return-value]
+
+    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+        self.held, self.step = codes, scale
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        return f"SelfDequantised({list(self.shape)})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held", "step"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: object) -> SelfDequantised:
+        return SelfDequantised(inner["held"], inner["step"])
+
+    def dequantize(self) -> Tensor:
+        return self.held * self.step
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return SelfDequantised(args[0].held, args[0].step)
+        return op(*pytree.tree_map_only(SelfDequantised, SelfDequantised.dequantize, args), **(kwargs or {}))
+
+
+def self_dequantised(model: nn.Module) -> nn.Module:
+    """With such weights in torch's own layers."""
+
+    def make(own: nn.Linear) -> nn.Module:
+        scale = own.weight.detach().abs().amax(1, keepdim=True) / 127
+        codes = (own.weight.detach() / scale).round().to(torch.int8)
+        own.weight = nn.Parameter(SelfDequantised(codes, scale), requires_grad=False)
+        return own
+
+    return replaced(model, make)

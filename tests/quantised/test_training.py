@@ -34,6 +34,9 @@ PACKAGES = {
     "torchao int8": ("torchao", lambda model: made.torchao(model, "int8")),
     "torchao int4": ("torchao", lambda model: made.torchao(model, "int4")),
     "torchao fp8": ("torchao", lambda model: made.torchao(model, "fp8")),
+    "quanto int8": ("optimum.quanto", lambda model: made.quanto(model, "qint8")),
+    "quanto int4": ("optimum.quanto", lambda model: made.quanto(model, "qint4")),
+    "own class": ("torch", made.self_dequantised),
 }
 
 
@@ -105,6 +108,27 @@ def test_a_layer_that_is_quantised_in_an_unknown_way_is_refused() -> None:
         peftfx.transform(base, "lora")
 
 
+@pytest.mark.parametrize("kind", ["Embedding4bit", "Embedding8bit"])
+def test_a_quantised_embedding_in_memory_is_refused(kind: str) -> None:
+    """bitsandbytes' own refuse to say what they hold: that was the error."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = q.tiny(num_hidden_layers=1)
+    own = base.model.embed_tokens
+    base.model.embed_tokens = getattr(bnb.nn, kind)(own.num_embeddings, own.embedding_dim)
+    base.model.embed_tokens.load_state_dict(own.state_dict())
+    base.model.embed_tokens.to("cpu")
+    with pytest.raises(PeftfxError, match=rf"quantised in this way: a {kind} with weight"):
+        peftfx.inspect(base)
+
+
+def test_a_conv_of_a_packages_own_class_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.Flatten(), nn.Linear(12, 2))
+    weight = made.SelfDequantised(torch.ones(3, 2, 1, 1, dtype=torch.int8), torch.ones(3, 1, 1, 1))
+    model[0].weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(PeftfxError, match="quantised in this way: a Conv2d with weight"):
+        peftfx.inspect(model, inputs={"input": torch.randn(1, 2, 2, 2)})
+
+
 def test_a_layer_that_computes_something_else_than_its_codes_is_refused() -> None:
     base, _ = made.packed(*LAYERS["gptq"][:1], **LAYERS["gptq"][1])
     for module in base.modules():
@@ -134,6 +158,21 @@ def test_a_layer_without_a_gradient_keeps_to_the_graph_and_says_so() -> None:
     assert model.road == "graph"
     (loss, gradients), (other, others) = step(model), step(adapted(plain))
     torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(gradients, others)
+
+
+def test_the_gradient_of_a_bias_is_not_taken_for_one_of_the_layers_product() -> None:
+    """Its output has a gradient, and its input has none: layers before it were not trained through it."""
+    base, plain = made.packed(*LAYERS["gptq"][:1], **LAYERS["gptq"][1])
+    for model in (base, plain):
+        for layer in model.model.layers:
+            for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
+                module.bias = nn.Parameter(torch.ones(64))
+                if model is base:
+                    module.register_forward_pre_hook(lambda module, args: args[0].detach())
+    with pytest.warns(PeftfxWarning, match="over dequantised weights.*has no gradient"):
+        model = adapted(base)
+    (_, gradients), (_, others) = step(model), step(adapted(plain))
     torch.testing.assert_close(gradients, others)
 
 
