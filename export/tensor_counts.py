@@ -58,7 +58,7 @@ def _acting(adapter: Adapter, runs: Collection[str]) -> Iterator[str]:
         if placement.site.path in runs:
             yield from adapter.keys(placement).values()
     for override in adapter.overrides:
-        if override.key.removeprefix(f"{SAVED}.").rpartition(".")[0] in runs:
+        if any(o.key.removeprefix(f"{SAVED}.").rpartition(".")[0] in runs for o in override.by_each_name()):
             yield override.key
 
 

@@ -54,13 +54,14 @@ class BaseWriter:
         self.base, self.ledger = base, ledger
         self._holders: dict[int, list[TensorHolder]] | None = None
 
-    def assign(self, name: str, value: Tensor, *, untie: bool) -> int:
+    def assign(self, name: str, value: Tensor, *, untie: bool, others: Sequence[str] = ()) -> int:
         """Write a parameter or a buffer of the base, and return its size in bytes.
 
         Args:
             name: the dotted name of the parameter or buffer.
             value: the new value; it may be the present tensor itself.
             untie: whether this module gets a tensor of its own if other modules share the present tensor.
+            others: further names of the present tensor, which are tied with `name` in any case.
         """
         module, leaf = owner_of(self.base, name)
         old = getattr(module, leaf, None)
@@ -74,11 +75,12 @@ class BaseWriter:
         if leaf not in module._buffers:
             new = nn.Parameter(new, requires_grad=bool(isinstance(old, Tensor) and old.requires_grad))
         held = self._holders_by_id()
-        holders = [(module, leaf)] if untie or old is None else held.pop(id(old))
+        tied = [(module, leaf), *(owner_of(self.base, other) for other in others)]
+        holders = tied if untie or old is None else held.pop(id(old))
         for holder, own in holders:
             self.put(holder._buffers if own in holder._buffers else holder._parameters, own, new)
         if untie and old is not None:
-            held[id(old)] = [other for other in held.get(id(old), ()) if other != (module, leaf)]
+            held[id(old)] = [other for other in held.get(id(old), ()) if other not in tied]
         held[id(new)] = holders
         return value.numel() * value.element_size()
 

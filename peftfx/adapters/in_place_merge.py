@@ -156,7 +156,8 @@ def _put(writer: BaseWriter, name: str, override: Override, value: Tensor, round
     Rows are rounded to the base's dtype, and their rounding is added to `roundings`.
     """
     if not override.rows:
-        return writer.assign(name, value, untie=bool(override.module))
+        others = [f"{override.module}.{other}" for other in override.others]
+        return writer.assign(name, value, untie=bool(override.module), others=others)
     holder, leaf = owner_of(writer.base, name)
     whole = full(getattr(holder, leaf))
     indices, exact = torch.tensor(override.rows, device=whole.device), value

@@ -37,6 +37,7 @@ class Override:
         rows: the rows of the base's tensor that the adapter's tensor replaces; empty for all rows.
         trained: whether the adapter trains its tensor. A tensor that was only read from a file is not trained.
         tied: whether it is a copy of a module's weight that acts at all modules which share the weight.
+        others: further names of the same tensor within the module: as in HF PEFT, one copy stands for all of them.
     """
 
     key: str
@@ -45,6 +46,12 @@ class Override:
     rows: tuple[int, ...] = ()
     trained: bool = True
     tied: bool = False
+    others: tuple[str, ...] = ()
+
+    def by_each_name(self) -> tuple[Override, ...]:
+        """Return the override by each of the tensor's names within the module, as a file has it."""
+        others = (f"{SAVED}.{self.module}.{name}" for name in self.others)
+        return self, *(Override(key, self.module, name) for key, name in zip(others, self.others, strict=True))
 
     @property
     def stands(self) -> bool:

@@ -49,8 +49,10 @@ def overrides_of(base: nn.Module, method: Method, saved: Collection[str], sites:
         if path in places and any(base.get_submodule(path).children()):
             what = f"the base holds this module under other names too: {', '.join(places[path][1:4])}"
             raise PeftfxError(what, path, "name the layers in it, or leave it out of modules_to_save")
-        names = list(base.get_submodule(path).state_dict(keep_vars=True))
-        found += [Override(f"{SAVED}.{path}.{name}", path, name) for name in names]
+        tensors: dict[int, list[str]] = {}
+        for name, tensor in base.get_submodule(path).state_dict(keep_vars=True).items():
+            tensors.setdefault(id(tensor), []).append(name)
+        found += [Override(f"{SAVED}.{path}.{n}", path, n, others=tuple(more)) for n, *more in tensors.values()]
     if method.bias == "all":
         # A tensor that a saved module has too is trained there alone, as in HF PEFT.
         apart = {id(p) for n, p in own_parameters(base, remove_duplicate=False) if is_inside(n, saved)}

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.adapted import randomise, trained
 from support.zoo import ZOO
 from torch import Tensor, nn
@@ -213,3 +213,85 @@ def test_trained_rows_of_a_tied_embedding_are_in_a_file_twice(beside: bool, tmp_
     assert sum(name.endswith("trainable_tokens_delta") for name in names) == 2
     found = px.load(_base(), tmp_path)
     torch.testing.assert_close(_logits(found), _logits(trained), rtol=1e-5, atol=1e-5)
+
+
+class _Head(nn.Module):
+    """A head in which two layers have one weight, and read it one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(8, n, bias=n == 3) for n in (8, 8, 3))
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.second(torch.tanh(self.first(x))))
+        return found
+
+
+def _headed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), _Head()).eval()
+
+
+X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+HEADS: dict[str, tuple[Callable[[], nn.Module], list[str], str, dict[str, Tensor]]] = {
+    "layers": (_headed, ["0"], "1", {"input": X}),
+    "bias": (_masked, ["query"], "cls", {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}),
+}
+
+
+def _loss(model: nn.Module, call: dict[str, Tensor]) -> Tensor:
+    found = model(**call)
+    return (found if isinstance(found, Tensor) else found.logits).square().mean()
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_copied_module_in_which_a_tensor_has_two_names_has_one_copy_of_it(
+    name: str, road: str, tmp_path: Path
+) -> None:
+    """It had a copy for each name, of which one was trained: a merged model, or one road's file, had the other."""
+    built, targets, head, call = HEADS[name]
+    config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=[head])
+    theirs = peft.get_peft_model(built(), copy.deepcopy(config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = px.load(built(), tmp_path / "theirs", road=road, inputs=call)
+    made = px.transform(built(), config, inputs=call, road=road)
+    counts = theirs.get_nb_trainable_parameters()
+    assert (ours.road, ours.get_nb_trainable_parameters(), made.get_nb_trainable_parameters()) == (road, counts, counts)
+    plain = theirs.base_model if name == "layers" else theirs
+    seen = [trained(m, lambda m=m: _loss(m, call), rate=0.05) for m in (plain, ours)]  # type: ignore[misc]
+    assert seen[1] == pytest.approx(seen[0], rel=1e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    files = [load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("ours", "theirs")]
+    torch.testing.assert_close(*files, rtol=1e-3, atol=1e-4)
+    want = _loss(plain, call)
+    torch.testing.assert_close(_loss(px.load(built(), tmp_path / "theirs", inputs=call), call), want)
+    first = next(n for n in files[1] if n.endswith(("first.weight", "predictions.bias")))
+    save_file(files[1] | {first: files[1][first] + 1}, tmp_path / "theirs" / "adapter_model.safetensors")
+    torch.testing.assert_close(_loss(px.load(built(), tmp_path / "theirs", inputs=call), call), want)  # as torch loads
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(_loss(merged, call), want, rtol=1e-4, atol=1e-5)
+    if name == "layers":
+        assert merged[1].first.weight is merged[1].second.weight
+    else:
+        assert merged.cls.predictions.bias is merged.cls.predictions.decoder.bias
+        merged.save_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(_loss(hf.BertForMaskedLM.from_pretrained(tmp_path / "merged").eval(), call), want)
+
+
+def test_a_bias_of_two_names_in_a_copied_head_beside_all_biases_and_under_a_prompt(tmp_path: Path) -> None:
+    lora = peft.LoraConfig(r=2, target_modules=["query"], bias="all", modules_to_save=["cls"])
+    prompt = peft.PromptTuningConfig(num_virtual_tokens=3, modules_to_save=["cls"], task_type="FEATURE_EXTRACTION")
+    for config in (lora, prompt):
+        theirs = peft.get_peft_model(_masked(), config).eval()
+        randomise(theirs)
+        theirs.save_pretrained(tmp_path)
+        ours = px.load(_masked(), tmp_path)
+        call = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+        torch.testing.assert_close(_loss(ours, call), _loss(theirs, call))
+        randomise(ours, 3)
+        ours.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(_masked(), tmp_path).eval()
+        torch.testing.assert_close(_loss(again, call), _loss(ours, call))

@@ -128,7 +128,7 @@ def _refuse_lost(adapters: Sequence[Adapter], seen: set[str]) -> None:
     """Refuse an adapter whose file names a module that runs, if no rule of the adapter acts there."""
     for adapter in adapters:
         acts = [p.key for p in adapter.placements] + [p.site.path for p in adapter.placements]
-        acts += [override.key.removeprefix(f"{SAVED}.") for override in adapter.overrides]
+        acts += [o.key.removeprefix(f"{SAVED}.") for own in adapter.overrides for o in own.by_each_name()]
         acting = {*acts, *(path for at in acts for path in above(at) if path)}
         repeats = [name for account in adapter.accounts.values() for name in account.repeats]  # of a tied head, say
         lost = sorted(

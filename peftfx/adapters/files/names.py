@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftfx.bases.guests import own_modules
 from peftfx.contract.override import SAVED, Override
@@ -78,3 +78,11 @@ def name_of_base(base: nn.Module) -> str | None:
     """Return the name or the path that a base was loaded by, if its config says it."""
     name = getattr(getattr(base, "config", None), "_name_or_path", None)
     return str(name) if name else None  # diffusers keeps a Path
+
+
+def own_memory(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by name as a file needs them: a tensor that has several names is copied for each further one."""
+    seen: set[int] = set()
+    for key, value in named.items():
+        yield key, value.detach().clone() if id(value) in seen else value.detach().contiguous()
+        seen.add(id(value))

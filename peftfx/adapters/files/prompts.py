@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.adapters.adapter import Adapter
-from peftfx.adapters.files.base.replaced import replaced_weights
-from peftfx.adapters.files.names import name_of_base
+from peftfx.adapters.files.base.replaced import replaced_weights, take_one_name
+from peftfx.adapters.files.names import name_of_base, own_memory
 from peftfx.adapters.files.sizes import without_memory
 from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS, PEFT_TASKS, task_of
@@ -50,6 +50,7 @@ def read_prompt(
     placement = prompt_placement(method, base, sites)
     saved = saved_modules(base, method)
     overrides = overrides_of(base, method, (*saved, *_other_heads(base, weights, saved, config.get("task_type"))), ())
+    take_one_name(weights, overrides)
     overrides += replaced_weights(base, weights, (), overrides)
     adapter = Adapter([Placed(method, Placements([placement]), tuple(overrides))], config)
     adapter.copy_overridden(base)
@@ -135,14 +136,15 @@ def written_prompt(base: nn.Module, adapter: Adapter, rule: Placed) -> Contents:
     config = _config(base, adapter, method)
     tensors = method.written(params)
     for path in _heads(base, config["task_type"]):
-        head = base.get_submodule(path).state_dict()
+        head = base.get_submodule(path).state_dict(keep_vars=True)
         tensors |= {f"{method.prefix}{path}.{name}": tensor for name, tensor in head.items()}
-    trained = {f"{method.prefix}{_override_name(o)}": o for o in adapter.overrides}  # another rule may train the head
+    named = ((name, o) for o in adapter.overrides for name in o.by_each_name())  # another rule may train the head
+    trained = {f"{method.prefix}{_override_name(name)}": o for name, o in named}
     tensors |= {n: adapter.get(o.key) for n, o in trained.items() if n in tensors or o in rule.overrides}
     files = {WEIGHTS: tensors}
     if PROMPT not in params and not method.splits:
         files[STATE] = dict(params)
-    plain = {file: {n: t.detach().cpu().contiguous() for n, t in own.items()} for file, own in files.items()}
+    plain = {file: {n: t.cpu() for n, t in own_memory(tensors)} for file, tensors in files.items()}
     return config, plain
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from peftfx.adapters.adapter import Account, Adapter, shared_key
 from peftfx.adapters.converted import make_room, take_over
 from peftfx.adapters.files.accounts import Idle, repeats
-from peftfx.adapters.files.base.replaced import replaced_weights
+from peftfx.adapters.files.base.replaced import replaced_weights, take_one_name
 from peftfx.adapters.files.base.vocabulary import other_tokens
 from peftfx.adapters.files.mismatch import refuse_mismatch
 from peftfx.adapters.files.names import inner_layers, module_of, name_of, named_modules, override_name
@@ -113,6 +113,7 @@ def _read_as(method: Method, weights: Weights, base: nn.Module, sites: Sites, co
         warn(f"{directory}: {idle_name}")
     overrides = overrides_of(base, method, saved, [p.site for p in placements])
     names = set(weights.names)
+    take_one_name(weights, overrides)
     own_names = {name for placement in placements for name in names_in_file(placement, base)}
     overrides += replaced_weights(base, weights, placements, overrides, own_names)
     beside = places_beside(method, placements, saved, base, sites) if method.has_shared else []

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import UNKNOWN, Account, Adapter, shared_key
 from peftfx.adapters.files.base.embeddings import embeddings_beside
 from peftfx.adapters.files.model_card import write_card
-from peftfx.adapters.files.names import inner_layers, name_of, name_of_base, named_modules, override_name, row_layers
+from peftfx.adapters.files.names import (
+    inner_layers,
+    name_of,
+    name_of_base,
+    named_modules,
+    override_name,
+    own_memory,
+    row_layers,
+)
 from peftfx.adapters.files.parameters import as_parameters, exchanged, is_exchanged, naming_parameters
 from peftfx.adapters.files.prompts import Contents, written_prompt
 from peftfx.adapters.files.torch_attention import by_wrapper, other_projections, path_in_file, times_in_use
@@ -68,7 +76,7 @@ def save_adapters(
             warn(f"{target}: peft cannot load {kind}: it acts at a pattern, which peftfx alone finds")
         _, files = next(iter(rules.values()))
         if beside := _embeddings(base, adapters[name], embeddings, str(target)):
-            files[WEIGHTS] = dict(_apart({**beside, **files[WEIGHTS]}))
+            files[WEIGHTS] = dict(own_memory({**beside, **files[WEIGHTS]}))
         with writing(target), folder_of(target), _folder(target):
             _write(target, rules)
             write_card(target, base, adapters[name])
@@ -202,7 +210,8 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     tensors |= other_projections(base, methods, tensors.values())
     account = adapter.accounts.get(number)
     adapted = {*methods, *row_layers(rule.overrides), *inner_layers(account.taken if account else ())}
-    tensors |= {override_name(override, adapted): adapter.get(override.key) for override in rule.overrides}
+    for override in rule.overrides:
+        tensors |= {override_name(o, adapted): adapter.get(override.key) for o in override.by_each_name()}
     for override in (override for override in rule.overrides if override.tied):
         names = (name_of(path, "weight") for path in tied_paths(base, override.name.rpartition(".")[0]))
         tensors |= {name: adapter.get(override.key) for name in names}
@@ -215,7 +224,7 @@ def _rule_contents(base: nn.Module, adapter: Adapter, number: int) -> Contents:
     named = {f"{prefix}{name}": t for name, t in tensors.items()}
     named |= {f"{prefix}{name}": t for name, t in (account.unused if account else {}).items()}
     named |= {key: adapter.get(shared_key(number, name)) for name, key in rule.method.shared_keys(rule.sites).items()}
-    return config, {WEIGHTS: dict(_apart(named))}
+    return config, {WEIGHTS: dict(own_memory(named))}
 
 
 def _idle_methods(base: nn.Module, method: Method, account: Account | None) -> dict[str, Method]:
@@ -223,14 +232,6 @@ def _idle_methods(base: nn.Module, method: Method, account: Account | None) -> d
     paths = named_modules(account.unused, base) if account else ()
     sites = (WeightSite(path, "linear", "linear", None, "", None, (), False, (), ()) for path in sorted(paths))
     return {site.path: method.at(site) for site in sites}
-
-
-def _apart(named: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors by name, with a copy for each further name of a tensor that placements share."""
-    seen: set[int] = set()
-    for key, value in named.items():
-        yield key, value.detach().clone() if id(value) in seen else value.detach().contiguous()
-        seen.add(id(value))
 
 
 def _by_site(placements: Iterable[Placement]) -> dict[str, list[Placement]]:

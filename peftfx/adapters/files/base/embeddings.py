@@ -56,7 +56,8 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
         )
         return {}
     whole = [override for override in adapter.overrides if not override.rows]
-    parts = {f"{o.module}.{o.name}": f"{o.module}.original_module.{o.name}" for o in whole if o.module}
+    named = [o for override in whole if override.module for o in override.by_each_name()]
+    parts = {f"{o.module}.{o.name}": f"{o.module}.original_module.{o.name}" for o in named}
     copied = {id(_parameter(base, override.name)) for override in whole if not override.module}
     layers = _layers(base, adapter)
     found = {}

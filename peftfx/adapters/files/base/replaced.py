@@ -63,6 +63,30 @@ def replaced_weights(
     return [override for _, made in found.values() for override in made]
 
 
+def take_one_name(weights: Weights, overrides: Iterable[Override]) -> None:
+    """Leave one of a file's names of each copied tensor that has several names within its module.
+
+    If the file has several values of it, the last one counts, as where torch loads the file into the module.
+    """
+    for override in overrides:
+        first, *others = (own.key.removeprefix(f"{SAVED}.") for own in override.by_each_name())
+        there = [name for name in (first, *others) if name in weights.names]
+        if not others or not there:
+            continue
+        weights.names[first], weights.shapes[first] = weights.names[there[-1]], weights.shapes[there[-1]]
+        for name in others:
+            weights.names.pop(name, None)
+            for again in _around(weights, override.module, name.removeprefix(f"{override.module}.")):
+                if ORIGINAL in again or torch.equal(weights[again], weights[first]):
+                    weights.names.pop(again)
+
+
+def _around(weights: Weights, module: str, name: str) -> list[str]:
+    """Return a file's further names of a copied module's tensor. With `bias="all"`, HF PEFT repeats it under them."""
+    begins = (f"{module}{ORIGINAL}", f"{module}.modules_to_save.")
+    return [key for key in weights.names if key.startswith(begins) and key.endswith(f".{name}")]
+
+
 class _Tensors:
     """The base's tensors by their names, of which a tied tensor has several, and what an adapter's copies replace.
 
@@ -79,7 +103,7 @@ class _Tensors:
         layers = {p.site.path for p in placements}
         adapted = {id(self.own[name]) for path in layers if (name := f"{path}.weight") in self.own}
         self.adapted = layers | {n.removesuffix(".weight") for n, tensor in self.own.items() if id(tensor) in adapted}
-        self._names = {override.key.removeprefix(f"{SAVED}.") for override in overrides}
+        self._names = {o.key.removeprefix(f"{SAVED}.") for override in overrides for o in override.by_each_name()}
         self.trained = {id(self.own[name]) for name in self._names if name in self.own}
         whole = [o.name for o in overrides if not o.module and not o.rows]
         self.trained_everywhere = {id(self.own[name]) for name in whole if name in self.own}
