@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peftfx.analysis.dataflow import draws
 from peftfx.graph.graph import Graph
 from peftfx.graph.rewriter import Rewriter
 from peftfx.passes.base import Pass, PassResult
@@ -34,9 +33,7 @@ def sweep(rewriter: Rewriter, *, random: bool = False) -> int:
     """
     dropped = 0
     for node in reversed(list(rewriter.graph.nodes)):
-        if node.users or node.op not in ("call_function", "get_attr") or node.is_impure(impure_random=False):
-            continue
-        if random or not draws(node):
+        if not node.users and node.op in ("call_function", "get_attr") and not node.is_impure(impure_random=not random):
             rewriter.erase(node)
             dropped += 1
     return dropped

@@ -87,10 +87,6 @@ class Layers:
         self.rewriter = rewriter
         self.nodes = {node.name: node for node in rewriter.graph.nodes}
 
-    def has(self, call: Call) -> bool:
-        """Say whether a call is in the graph. Calls that change no output may have been dropped from it."""
-        return call.y in self.nodes
-
     def act(self, site: Site, call: Call, key: object, function: Callable[..., Tensor], *given: fx.Node) -> None:
         """Replace a layer's call by a function of (x, weight, bias, *given), traced once for each key and signature."""
         op, x, y = (self.nodes[name] for name in (call.op, call.x, call.y))

@@ -48,15 +48,14 @@ class Open(Pass):
 
     def __call__(self, graph: Graph) -> PassResult:
         opening = _Opening(graph.clone())
-        sweep(opening.rewriter)  # a call that changes no output would have inputs that nothing reads
         layers = Layers(opening.rewriter)
         with isolated(graph.base):
             here = {site.path: site for site in graph.sites.attentions}
             for site in self.beside:  # attentions first: their outputs are found by the readers of their last layer
-                if site.path in here and any(map(layers.has, here[site.path].calls)):
+                if site.path in here:
                     opening.stand_beside(layers, dataclasses.replace(site, calls=here[site.path].calls))
             for layer in graph.sites.weights:
-                if layer.path in self.updated:
+                if layer.path in self.updated and layers.has_one_dtype(layer):
                     opening.update(layers, layer, scaled=layer.path in self.scaled)
         sweep(opening.rewriter)
         opening.rewriter.close(opening.graph)
@@ -105,10 +104,7 @@ class _Opening:
         self.free: dict[str, torch.SymInt] = {}
 
     def update(self, layers: Layers, site: Site, *, scaled: bool) -> None:
-        """Open slots for a low-rank sum and scales at each call of a site that changes an output."""
-        site = dataclasses.replace(site, calls=tuple(filter(layers.has, site.calls)))
-        if not site.calls or not layers.has_one_dtype(site):
-            return
+        """Open slots for a low-rank sum and scales at each call of a site."""
         like = layers.nodes[site.calls[0].op].meta["val"]
         words = (SLOT_A, SLOT_B, OUTER, INNER) if scaled else (SLOT_A, SLOT_B, OUTER)
         made = [self.slot(f"{site.path}.{what}", shapes(site)[what], like) for what in words]
@@ -116,15 +112,15 @@ class _Opening:
             layers.act(site, call, ("slots", scaled), slotted(site, layers.nodes[call.op]), *made)
 
     def stand_beside(self, layers: Layers, site: HeadedSite) -> None:
-        """Open slots for keys and values beside each call of an attention that changes an output."""
-        heads, here = site.heads, [index for index, call in enumerate(site.calls) if layers.has(call)]
-        like = layers.nodes[site.calls[here[0]].y].meta["val"]
+        """Open slots for keys and values beside each call of an attention."""
+        heads = site.heads
+        like = layers.nodes[site.calls[0].y].meta["val"]
         widths = [sum(end - start for start, end in rows) // heads.kept for rows in (heads.key_rows, heads.value_rows)]
         keys, values = (
             self.slot(f"{site.path}.{what}", (heads.kept, SLOT_TOKENS, width), like)
             for what, width in zip((KEYS, VALUES), widths, strict=True)
         )
-        for index in here:
+        for index in range(len(site.calls)):
             join_beside(self.graph, layers, site, index, keys, values)
 
     def slot(self, name: str, shape: tuple[int | str, ...], like: Tensor) -> fx.Node:

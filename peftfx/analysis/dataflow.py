@@ -89,8 +89,6 @@ class Flow:
 NOTHING = Flow()
 
 
-#: Arguments that turn an operator's draws off, with the values that do.
-_OFF = {"train": False, "training": False, "dropout_p": 0.0, "dropout": 0.0, "p": 0.0}
 #: Ops that take the larger or the smaller of two tensors, but are named as reductions are.
 _OF_TWO: Mapping[object, str] = {torch.ops.aten.max.other: "maximum", torch.ops.aten.min.other: "minimum"}
 
@@ -100,15 +98,6 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
     wanted = node.target._schema.arguments  # type: ignore[union-attr]
     given = {**dict(zip((argument.name for argument in wanted), node.args, strict=False)), **node.kwargs}
     return {argument.name: given.get(argument.name, argument.default_value) for argument in wanted}
-
-
-def draws(node: fx.Node) -> bool:
-    """Return whether an operator draws random numbers. A dropout that is off, as in eval mode, draws none."""
-    op = node.target
-    if not isinstance(op, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
-        return False
-    given = arguments_of(node)
-    return not any(name in given and given[name] == off for name, off in _OFF.items())
 
 
 def op_name(node: fx.Node) -> str:

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
-import onnx
 import peft
 import pytest
 import torch
@@ -341,21 +340,3 @@ def test_a_text_of_a_fixed_length_has_no_slot_for_a_prompt(returns: bool, tmp_pa
     assert {slot.rpartition(".")[0] for slot in served.slots} >= {"layer", "head"}
     adapted = transform(model, LoRA(r=2, target="layer | head", init_lora_weights=False), inputs=inputs)
     export_adapter(adapted, tmp_path / "graph", tmp_path / "low.onnx_adapter")  # held against torch
-
-
-@pytest.mark.further
-def test_each_input_of_an_encoders_and_a_decoders_graph_is_read(tmp_path: Path) -> None:
-    """T5's encoder runs beside layers of the decoder that change no output, and that end in a dropout that is off."""
-    model = ZOO["t5"].build()
-    export_onnx(model, tmp_path / "graph", view="decode", slots="all-linear")
-    for file in (tmp_path / "graph").glob("*.onnx"):
-        graph = onnx.load(file, load_external_data=False).graph
-        assert {given.name for given in graph.input} <= _read_in(graph), file.name
-    adapted = transform(model, LoRA(r=2, target="all-linear", init_lora_weights=False), "x")
-    export_adapter(adapted, tmp_path / "graph", tmp_path / "low.onnx_adapter")  # held against torch
-
-
-def _read_in(graph: onnx.GraphProto) -> set[str]:
-    """Return the names of values that a graph's nodes read, also in the graphs inside of them."""
-    inside = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return {name for node in graph.node for name in node.input}.union(*map(_read_in, inside))
