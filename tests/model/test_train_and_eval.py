@@ -60,6 +60,20 @@ class TestTraining:
         adapted.base.drop.eval()
         torch.testing.assert_close(adapted(**inputs), quiet, rtol=0, atol=1e-6)  # training has products of its own
 
+    @pytest.mark.parametrize("road", ["modules", "graph"])
+    @pytest.mark.parametrize("training", [False, True])
+    def test_a_new_and_a_loaded_adapter_keep_the_mode_of_the_base(
+        self, training: bool, road: str, tmp_path: Path
+    ) -> None:
+        made = peftfx.transform(ZOO["bert"].build().train(training), LoRA(lora_dropout=0.5), road=road)
+        randomise(made)
+        made.save_pretrained(tmp_path)
+        loaded = peftfx.load(ZOO["bert"].build().train(training), tmp_path, road=road)
+        inputs = ZOO["bert"].inputs(model=made.base)
+        for model in (made, loaded):
+            assert model.training is training
+            assert torch.equal(model(**inputs).logits, model(**inputs).logits) is not training
+
     @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
     def test_only_adapter_parameters_are_trained(self, bias: str, bare_bert: AdaptedModel) -> None:
         bare_bert.add_adapter("default", LoRA(bias=bias, modules_to_save=["classifier"]))
