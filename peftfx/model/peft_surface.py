@@ -48,8 +48,11 @@ class PeftSurface(Merging):
 
         As in HF PEFT, it has `update_and_allocate` if that changes an adapter, as of AdaLoRA.
         """
+        inner: nn.Module = getattr(self.base, "base_model", self.base)  # type: ignore[assignment]
+        if torch.compiler.is_compiling():  # a forward only calls it, and dynamo cannot read a `TunerOfPeft`
+            return inner
         allocates = any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules)
-        return TunerOfPeft(getattr(self.base, "base_model", self.base), self, allocates=allocates)  # type: ignore[return-value]
+        return TunerOfPeft(inner, self, allocates=allocates)  # type: ignore[return-value]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
