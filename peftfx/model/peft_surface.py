@@ -19,7 +19,7 @@ from peftfx.model.merging import Merging
 from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, refuse_function_of_peft, wrapped
 from peftfx.model.trainers.hub import upload
 from peftfx.model.trainers.reference import ReferenceModel
-from peftfx.model.trainers.refused import refuse_options
+from peftfx.model.trainers.refused import refuse_options, warn_of_second_base
 from peftfx.model.trainers.tuner_of_peft import TunerOfPeft
 
 
@@ -206,7 +206,9 @@ class PeftSurface(Merging):
         Raises:
             PeftfxError: a trainer that has options which do not work with this model.
         """
-        refuse_options(self, sys._getframe(1).f_locals.get("args"))
+        making = sys._getframe(1).f_locals
+        refuse_options(self, making.get("args"))
+        warn_of_second_base(making)
         self.base.add_model_tags(tags)  # type: ignore[operator]
 
     def reference(self, names: str | Sequence[str] = ()) -> ReferenceModel:
