@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import peft
 import pytest
@@ -65,3 +66,23 @@ def test_a_layer_of_4_bits_computes_in_the_dtype_of_its_own_first_input(bias: bo
         module.compute_dtype for module in theirs.modules() if hasattr(module, "compute_type_is_set")
     }
     torch.testing.assert_close(*seen, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["vera", "waveft"])
+def test_constants_beside_tensors_that_trl_has_cast(name: str, tmp_path: Path) -> None:
+    """TRL casts what is trained over a quantised base; calls ended in torch's error about two dtypes."""
+    options = {"vera": {"r": 8, "save_projection": True}, "waveft": {"n_frequency": 40}}[name]
+    config = {"vera": peft.VeraConfig, "waveft": peft.WaveFTConfig}[name](target_modules=["q_proj"], **options)
+    theirs = peft.get_peft_model(made.bitsandbytes4(q.tiny()), config)
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = peftfx.load(made.bitsandbytes4(q.tiny()), tmp_path)
+    for one in (model, theirs):
+        for p in one.parameters():
+            p.data = p.data.bfloat16() if p.requires_grad else p.data
+    loss = model.train()(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.adapters.parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=name == "vera"):  # without it peft's ends in that error, too
+        want = theirs.train()(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(loss, want, rtol=0, atol=1e-3)
