@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from peftfx.contract.completeness import asking, refuse_forward_output, refuse_forward_shape
-from peftfx.contract.method import Base, Op, Params
+from peftfx.contract.method import Base, Method, Op, Params
 from peftfx.contract.placement import WeightPlacement, part_of
 from peftfx.contract.weight import WeightMethod
 from peftfx.errors import PeftfxError
@@ -68,6 +70,7 @@ def adapted(
         training: whether dropout is on.
     """
     base, block = acting.base(*stored), acting.block
+    p = _alike(acting.method, p, x)
 
     def again(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if weight is not base.weight:  # the methods under this one do not act on that weight
@@ -91,6 +94,20 @@ def adapted(
     elif acting.site.kind == "linear":  # the output's shape of other layers is unknown unless the output is computed
         refuse_forward_shape(acting.method, where, rows, (*x.shape[:-1], base.weight.shape[0]))
     return rows if y is None or block is None else block.put(y, rows, row_dim(acting.site))
+
+
+def _alike(method: Method, p: Params, x: Tensor) -> Params:
+    """Return parameters in one dtype, the widest, if other code has cast the trained ones and not the constants.
+
+    TRL does so. Torch multiplies numbers of two dtypes in the wider one, and refuses matrices, but for autocast.
+    """
+    if len({t.dtype for t in p.values()}) == 1 or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
+        return p
+    floating = {name: t.dtype for name, t in p.items() if t.is_floating_point()}
+    if len(set(floating.values())) < 2 or not any(method.is_constant(name, p[name]) for name in floating):
+        return p
+    widest = functools.reduce(torch.promote_types, floating.values())
+    return {name: t.to(widest) if name in floating else t for name, t in p.items()}
 
 
 def overlap(one: WeightPlacement, other: WeightPlacement) -> bool:

@@ -19,7 +19,7 @@ from peftfx.model.merging import Merging
 from peftfx.model.trainers.config_of_peft import NoPeftConfig, PeftConfig, PeftConfigs, refuse_function_of_peft, wrapped
 from peftfx.model.trainers.hub import upload
 from peftfx.model.trainers.reference import ReferenceModel
-from peftfx.model.trainers.refused import refuse_options
+from peftfx.model.trainers.refused import refuse_options, warn_of_second_base
 from peftfx.model.trainers.tuner_of_peft import TunerOfPeft
 
 
@@ -48,8 +48,11 @@ class PeftSurface(Merging):
 
         As in HF PEFT, it has `update_and_allocate` if that changes an adapter, as of AdaLoRA.
         """
+        inner: nn.Module = getattr(self.base, "base_model", self.base)  # type: ignore[assignment]
+        if torch.compiler.is_compiling():  # a forward only calls it, and dynamo cannot read a `TunerOfPeft`
+            return inner
         allocates = any(rule.adjusts for name in self.names() for rule in self.adapter(name).rules)
-        return TunerOfPeft(getattr(self.base, "base_model", self.base), self, allocates=allocates)  # type: ignore[return-value]
+        return TunerOfPeft(inner, self, allocates=allocates)  # type: ignore[return-value]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -203,7 +206,9 @@ class PeftSurface(Merging):
         Raises:
             PeftfxError: a trainer that has options which do not work with this model.
         """
-        refuse_options(self, sys._getframe(1).f_locals.get("args"))
+        making = sys._getframe(1).f_locals
+        refuse_options(self, making.get("args"))
+        warn_of_second_base(making)
         self.base.add_model_tags(tags)  # type: ignore[operator]
 
     def reference(self, names: str | Sequence[str] = ()) -> ReferenceModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from peftfx.model.graphs.graph_cache import Graphs
 from peftfx.model.hosted.shared_base import shared
 from peftfx.model.processes.gathered import gathering
 from peftfx.model.processes.handed_out import hold_buffers, send_buffers
+from peftfx.model.trainers.hashed import hash_of, is_hashed
 from peftfx.sharding.models import is_handed_out
 from peftfx.sharding.processes import rank
 from peftfx.twins.twin import Twin
@@ -130,8 +132,11 @@ class SavedAdapters(AdapterSums):
         """Return the adapters' tensors, as `adapters.<name>.<path>.<parameter>`, without the base's tensors.
 
         While Accelerate distributes the model to processes (`peftfx.sharding.models.is_handed_out`), the base's tensors
-        are included.
+        are included. Where TRL hashes a model, to keep a reference's results in files, the base and the adapters that
+        act are one tensor, a hash.
         """
+        if is_hashed(sys._getframe(1)):
+            return {"hash": hash_of(self)}
         prefix = f"{kwargs.get('prefix', '')}{BASE}."
         own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
         if is_handed_out(self):

@@ -9,7 +9,8 @@ as over a base in floating point, but without a copy of the base. Training runs 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType, MethodType
 from typing import Any
 
@@ -27,6 +28,7 @@ from peftfx.twins.partitioned import partitioned
 from peftfx.twins.repacked import PlainForms, keep_plain, unpack_all
 
 _HELD = ("_parameters", "_buffers", "_modules")
+_PLAIN = (bool, int, float, str, torch.dtype)
 _TRIED = 0.1  #: how far a layer's output may be from its codes', as a share of the largest: int8 differs by 0.04
 
 
@@ -164,6 +166,20 @@ class _Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
 
+@contextmanager
+def _unchanged(own: nn.Module) -> Iterator[None]:
+    """Let a layer be run without a trace: bitsandbytes takes the dtype of its first input to compute in, for good."""
+    values = {name: value for name, value in vars(own).items() if value is None or isinstance(value, _PLAIN)}
+    tensors = [(p, p.data) for p in own._parameters.values() if p is not None]
+    try:
+        yield
+    finally:
+        vars(own).update(values)
+        for p, data in tensors:
+            if p.dtype != data.dtype:  # a bias is cast
+                p.data = data
+
+
 def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """Replace each quantised layer at these `paths` by torch's own layer, still without a weight.
 
@@ -202,15 +218,13 @@ def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: 
     """
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(4, layer.in_features, generator=rng).to(_device_of(own), dtype).requires_grad_()
-    mode, own.training = own.training, True  # in eval mode bitsandbytes may pack its codes differently
     try:
-        with torch.enable_grad():
+        with _unchanged(own), torch.enable_grad():
+            own.training = True  # in eval mode bitsandbytes may pack its codes differently
             y = own(x)
             trained = y.requires_grad and torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
     except Exception as error:
         return f"a {type(own).__name__}, which does not run here: {first_line(error)}"
-    finally:
-        own.training = mode
     want = layer(x.detach())
     far = float((y.detach() - want).abs().max() / want.abs().max().clamp(min=1e-12))
     if not far < _TRIED:

@@ -119,6 +119,47 @@ def test_reflections_of_a_convs_patches_are_pefts(dtype: torch.dtype, tmp_path: 
     assert not torch.allclose(got, plain, atol=0.05)
 
 
+MIXED = {
+    "vera": (peft.VeraConfig, {"r": 8, "save_projection": True}),
+    "waveft": (peft.WaveFTConfig, {"n_frequency": 40}),
+    "delora": (peft.DeloraConfig, {"r": 4}),
+    "frod": (peft.FrodConfig, {}),
+    "osf": (peft.OSFConfig, {"effective_rank": 4}),
+    "tinylora": (peft.TinyLoraConfig, {}),
+    "adamss": (peft.AdamssConfig, {}),
+    "mica": (peft.LoraConfig, {"r": 4, "init_lora_weights": "mica"}),
+}
+ENDS_IN_PEFT = {"vera", "delora", "tinylora", "mica"}  #: in torch's error about two dtypes
+
+
+@pytest.mark.parametrize("road", ["modules", "graph"])
+@pytest.mark.parametrize("name", MIXED)
+def test_constants_beside_cast_tensors_are_multiplied_in_their_dtype(name: str, road: str, tmp_path: Path) -> None:
+    """As numbers are; calls ended in torch's error about two dtypes of matrices."""
+    config, options = MIXED[name]
+    theirs = peft.get_peft_model(ZOO["llama"].build(), config(target_modules=["q_proj", "v_proj"], **options))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = peftfx.load(ZOO["llama"].build(), tmp_path, road=road)
+    wide, inputs = copy.deepcopy(model), ZOO["llama"].inputs(model=model.base, labels=True)
+    cast(model)
+    own = dict(model.adapters.named_parameters())
+    for key, p in wide.adapters.named_parameters():
+        p.data = own[key].data.float()
+    loss, want = (one.train()(**inputs).loss for one in (model, wide))
+    torch.testing.assert_close(loss, want, rtol=0, atol=0)
+    loss.backward()
+    want.backward()
+    for key, p in wide.adapters.named_parameters():
+        torch.testing.assert_close(own[key].grad, p.grad.to(own[key].dtype), rtol=0, atol=0)
+    cast(theirs)
+    if name in ENDS_IN_PEFT:
+        with pytest.raises(RuntimeError, match="dtype"):
+            theirs.train()(**inputs)
+    else:
+        torch.testing.assert_close(theirs.train()(**inputs).loss, loss, rtol=0, atol=1e-3)
+
+
 EXACT = {
     "oft": (peft.OFTConfig, {"oft_block_size": 4, "use_cayley_neumann": False, "init_weights": False}),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4, "init_weights": False}),

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from peftfx.errors import warn
 from peftfx.model.by_name import AdaptersByName
+from peftfx.model.trainers.hashed import hash_of
 
 
 class ReferenceModel(nn.Module):
@@ -38,6 +40,24 @@ class ReferenceModel(nn.Module):
             if "forward" not in vars(self):
                 return super().__call__(*args, **kwargs)
             return model.run_other(super().__call__, args, kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        """Return a hash of what the reference computes: all that `state_dict` has.
+
+        TRL's `precompute_ref_log_probs` keeps results in files, under a hash of the state: without tensors, the states
+        of all references would be equal.
+        """
+        with self._held[0].named.acting_as(self._names):
+            return hash_of(self._held[0])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Warn if a state is that of another reference: no tensor is loaded.
+
+        Args:
+            state: what `get_extra_state` returned.
+        """
+        if not torch.equal(state.cpu(), self.get_extra_state()):
+            warn("the loaded state is that of a reference with another base, or with other adapters: nothing is loaded")
 
     def __getattr__(self, name: str) -> object:  # type: ignore[override]
         """Return an attribute of the adapted model (`config`, `device`, ...); methods run with its own adapters."""

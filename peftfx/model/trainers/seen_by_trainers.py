@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from peftfx.bases.guests import is_guest, own_class
 from peftfx.errors import PeftfxError
+from peftfx.graph.graph import BASE
 
 _T = TypeVar("_T")
+_PREPARER = "prepare_model_for_kbit_training"  #: of `peft`, and of TRL, whose trainers call it on adapted models, too
 _MIXER = "_sync_target_model"  #: of TRL's `SyncRefModelCallback`
 
 
@@ -56,14 +58,18 @@ class SeenByTrainers(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters by name. The adapters' have no second name for their places in the base's modules.
 
-        Otherwise `torch.func.functional_call` takes them for tied parameters, and exchanges one tensor twice.
+        Otherwise `torch.func.functional_call` takes them for tied parameters, and exchanges one tensor twice. Code that
+        prepares a quantised base for training gets the base's parameters alone: it freezes all that it gets.
 
         Args:
             prefix: what comes before each name.
             recurse: whether to yield the parameters of modules inside, too.
             remove_duplicate: whether to yield a parameter that has several names once.
         """
-        return _once(super().named_parameters(prefix, recurse, remove_duplicate))
+        found = _once(super().named_parameters(prefix, recurse, remove_duplicate))
+        if sys._getframe(1).f_code.co_name == _PREPARER:
+            return ((name, p) for name, p in found if name.startswith(f"{BASE}."))
+        return found
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
