@@ -53,13 +53,16 @@ class Twin:
         """The twin's module, with the modes and attributes that the base's modules have now.
 
         Raises:
-            PeftfxError: a layer is quantised in a way that peftfx cannot read, or does not compute what its codes say.
+            PeftfxError: a layer is quantised in a way that peftfx cannot read, or does not compute what its codes say;
+                or the base has other modules than it had.
         """
         if self._module is None:
             self._module = self._make()
         if self._module is not self.base:
-            for _, own in own_modules(self.base):
-                made = self._made[id(own)]
+            for path, own in own_modules(self.base):
+                made = self._made.get(id(own))
+                if made is None:
+                    raise _unknown(path, own)
                 vars(made).update({"training": own.training} if isinstance(made, _Linear) else _attributes(own, made))
         return self._module
 
@@ -125,6 +128,13 @@ class Twin:
             if kinds[kind]:
                 self.obstacles[path] = kinds[kind]
         return copied(self.base, elsewhere, self._made)
+
+
+def _unknown(path: str, module: nn.Module) -> PeftfxError:
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    what = f"other code has put a module of its own into the base since the base was adapted: a {kind}"
+    hint = "take it out again (peft: unload() of the model that it made), or give peft a copy of the base"
+    return PeftfxError(what, path, hint)
 
 
 def _dtype_of(base: nn.Module) -> torch.dtype:

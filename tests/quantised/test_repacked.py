@@ -212,7 +212,8 @@ def test_a_state_is_read_and_loaded_without_asking_the_base(double: bool) -> Non
     assert is_repacked(model.base.model.layers[0].self_attn.q_proj)
     for whole in (model, nn.ModuleDict({"within": model})):
         state = whole.state_dict()
-        assert state and not any(".base." in f".{name}" for name in state)
+        assert state
+        assert not any(".base." in f".{name}" for name in state)
         assert torch.equal(logits(model), first)
         whole.load_state_dict(state)
         assert torch.equal(logits(model), first)
