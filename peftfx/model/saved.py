@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,11 @@ class SavedAdapters(AdapterSums):
         """
         if is_hashed(sys._getframe(1)):
             return {"hash": hash_of(self)}
-        prefix = f"{kwargs.get('prefix', '')}{BASE}."
+        if not is_handed_out(self):
+            with self._apart_from_base():
+                return super().state_dict(*args, **kwargs)  # type: ignore[call-overload,no-any-return]
         own: dict[str, Tensor] = super().state_dict(*args, **kwargs)  # type: ignore[call-overload]
-        if is_handed_out(self):
-            hold_buffers(self, own)
-        else:
-            for key in [k for k in own if k.startswith(prefix)]:
-                del own[key]
+        hold_buffers(self, own)
         return own
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> object:
@@ -155,9 +154,20 @@ class SavedAdapters(AdapterSums):
             assign: whether these tensors themselves become the parameters; otherwise their values are copied.
         """
         state_dict = send_buffers(self, state_dict)
-        own: dict[str, Tensor] = super().state_dict()
+        has_base = any(str(name).startswith(f"{BASE}.") for name in state_dict)
+        own: dict[str, Tensor] = super().state_dict() if has_base else self.state_dict()
         refuse_other_state(own, state_dict, {name: self.adapter(name) for name in self.names()}, strict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    @contextmanager
+    def _apart_from_base(self) -> Iterator[None]:
+        """Let the model's state be read without asking the base's layers: bitsandbytes' may round their scales then."""
+        modules = self._modules
+        self.__dict__["_modules"] = {name: module for name, module in modules.items() if name != BASE}
+        try:
+            yield
+        finally:
+            self.__dict__["_modules"] = modules
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Prepare for a state of the adapters alone, of this model or of a module around it."""

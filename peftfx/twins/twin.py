@@ -9,8 +9,7 @@ as over a base in floating point, but without a copy of the base. Training runs 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType, MethodType
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.guests import GUESTS, own_class, own_modules
-from peftfx.errors import PeftfxError, first_line
+from peftfx.errors import PeftfxError
 from peftfx.graph.lazy_weights import store
 from peftfx.quantisation.coded import Coded
 from peftfx.quantisation.codes import Codes
@@ -26,10 +25,9 @@ from peftfx.twins.layers import codes_in, is_quantised
 from peftfx.twins.offloaded import HOOK, OWN_FORWARD, fetched, is_hooked
 from peftfx.twins.partitioned import partitioned
 from peftfx.twins.repacked import PlainForms, keep_plain, unpack_all
+from peftfx.twins.trial import device_of, own_tensors, try_layer
 
 _HELD = ("_parameters", "_buffers", "_modules")
-_PLAIN = (bool, int, float, str, torch.dtype)
-_TRIED = 0.1  #: how far a layer's output may be from its codes', as a share of the largest: int8 differs by 0.04
 
 
 class Twin:
@@ -55,13 +53,16 @@ class Twin:
         """The twin's module, with the modes and attributes that the base's modules have now.
 
         Raises:
-            PeftfxError: a layer is quantised in a way that peftfx cannot read, or does not compute what its codes say.
+            PeftfxError: a layer is quantised in a way that peftfx cannot read, or does not compute what its codes say;
+                or the base has other modules than it had.
         """
         if self._module is None:
             self._module = self._make()
         if self._module is not self.base:
-            for _, own in own_modules(self.base):
-                made = self._made[id(own)]
+            for path, own in own_modules(self.base):
+                made = self._made.get(id(own))
+                if made is None:
+                    raise _unknown(path, own)
                 vars(made).update({"training": own.training} if isinstance(made, _Linear) else _attributes(own, made))
         return self._module
 
@@ -101,12 +102,12 @@ class Twin:
         for path, module in modules.items():
             if not is_quantised(module):
                 continue
-            if any(id(t) in offloaded for t in _tensors(module)):
+            if any(id(t) in offloaded for t in own_tensors(module)):
                 hint = (
                     "keep the layer on its device: give from_pretrained a device_map without cpu and disk for the layer"
                 )
                 raise PeftfxError("the codes of this quantised layer are offloaded", path, hint)
-            if any(id(t) in parts for t in _tensors(module)):
+            if any(id(t) in parts for t in own_tensors(module)):
                 what = "DeepSpeed's ZeRO-3 has partitioned the codes of this quantised layer"
                 raise PeftfxError(what, path, "use ZeRO-2, or the unquantised model")
         unpack_all(modules)
@@ -123,10 +124,17 @@ class Twin:
             self._made[id(own)] = layer = _linear(own, codes, flowing)
             kind = type(own), codes.format, codes.shape  # kernels may do some sizes alone
             if kind not in kinds:
-                kinds[kind] = _obstacle(path, own, layer, codes, flowing)
+                kinds[kind] = try_layer(path, own, layer, codes, flowing)
             if kinds[kind]:
                 self.obstacles[path] = kinds[kind]
         return copied(self.base, elsewhere, self._made)
+
+
+def _unknown(path: str, module: nn.Module) -> PeftfxError:
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    what = f"other code has put a module of its own into the base since the base was adapted: a {kind}"
+    hint = "take it out again (peft: unload() of the model that it made), or give peft a copy of the base"
+    return PeftfxError(what, path, hint)
 
 
 def _dtype_of(base: nn.Module) -> torch.dtype:
@@ -140,7 +148,7 @@ def _linear(own: nn.Module, codes: Codes, dtype: torch.dtype) -> nn.Linear:
     made = _Linear.__new__(_Linear)
     nn.Module.__init__(made)
     made.out_features, made.in_features = codes.shape
-    device = _device_of(own)
+    device = device_of(own)
     made.register_parameter("weight", nn.Parameter(Coded(codes, dtype, device=device), requires_grad=False))
     bias = own._parameters.get("bias", own._buffers.get("bias"))
     made.register_parameter(
@@ -150,34 +158,12 @@ def _linear(own: nn.Module, codes: Codes, dtype: torch.dtype) -> nn.Linear:
     return made
 
 
-def _device_of(own: nn.Module) -> torch.device:
-    return next(t.device for t in _tensors(own))
-
-
-def _tensors(own: nn.Module) -> list[Tensor]:
-    return [t for t in (*own._parameters.values(), *own._buffers.values()) if t is not None]
-
-
 class _Linear(nn.Linear):
     """A torch linear layer that computes in its input's dtype, as quantised layers do."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
-
-
-@contextmanager
-def _unchanged(own: nn.Module) -> Iterator[None]:
-    """Let a layer be run without a trace: bitsandbytes takes the dtype of its first input to compute in, for good."""
-    values = {name: value for name, value in vars(own).items() if value is None or isinstance(value, _PLAIN)}
-    tensors = [(p, p.data) for p in own._parameters.values() if p is not None]
-    try:
-        yield
-    finally:
-        vars(own).update(values)
-        for p, data in tensors:
-            if p.dtype != data.dtype:  # a bias is cast
-                p.data = data
 
 
 def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
@@ -193,7 +179,7 @@ def open_quantised(base: nn.Module, paths: Iterable[str]) -> dict[str, str]:
         if codes is None:
             continue
         made = nn.Linear(codes.columns, codes.rows, bias=False, device="meta")
-        made.weight = nn.Parameter(torch.empty(0, device=_device_of(own)), requires_grad=False)
+        made.weight = nn.Parameter(torch.empty(0, device=device_of(own)), requires_grad=False)
         made.register_parameter("bias", own._parameters.get("bias"))
         made._forward_hooks, made._forward_pre_hooks = own._forward_hooks, own._forward_pre_hooks
         made.training = own.training
@@ -208,34 +194,6 @@ def _config_of(base: nn.Module) -> Mapping[str, object]:
     if isinstance(said, Mapping):
         return said
     return said.to_dict() if said is not None and hasattr(said, "to_dict") else {}
-
-
-def _obstacle(path: str, own: nn.Module, layer: nn.Linear, codes: Codes, dtype: torch.dtype) -> str:
-    """Return why nothing can be trained through a layer, found by running it; empty if training works.
-
-    Raises:
-        PeftfxError: the layer does not compute what its codes say.
-    """
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(4, layer.in_features, generator=rng).to(_device_of(own), dtype).requires_grad_()
-    try:
-        with _unchanged(own), torch.enable_grad():
-            own.training = True  # in eval mode bitsandbytes may pack its codes differently
-            y = own(x)
-            trained = y.requires_grad and torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is not None
-    except Exception as error:
-        return f"a {type(own).__name__}, which does not run here: {first_line(error)}"
-    want = layer(x.detach())
-    far = float((y.detach() - want).abs().max() / want.abs().max().clamp(min=1e-12))
-    if not far < _TRIED:
-        kind = f"{type(own).__name__} of {list(codes.shape)}"
-        what = f"this {kind} does not compute what its codes, read as {codes.format}, say: {far:.1%} off"
-        hint = (
-            "its package may be broken on this device, or for this size: leave such layers as they are when you "
-            "quantise (bitsandbytes: llm_int8_skip_modules), or use the unquantised model"
-        )
-        raise PeftfxError(what, path, hint)
-    return "" if trained else f"a {type(own).__name__} whose own product has no gradient"
 
 
 def copied(

@@ -200,3 +200,20 @@ def test_a_prefix_is_measured_on_layers_that_stay_as_they_are(training: bool, tm
     assert not is_repacked(layer)
     losses = [m.train(training)(input_ids=IDS, labels=IDS).loss for m in (theirs, model)]
     torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=0)
+
+
+@packing
+@pytest.mark.parametrize("double", [False, True])
+def test_a_state_is_read_and_loaded_without_asking_the_base(double: bool) -> None:
+    """The state of a repacked layer makes bitsandbytes put it back, with scales that it rounds once more."""
+    model = peftfx.transform(base(double=double), peftfx.LoRA(**RULE), seed=0)
+    randomise(model)
+    first = logits(model)
+    assert is_repacked(model.base.model.layers[0].self_attn.q_proj)
+    for whole in (model, nn.ModuleDict({"within": model})):
+        state = whole.state_dict()
+        assert state
+        assert not any(".base." in f".{name}" for name in state)
+        assert torch.equal(logits(model), first)
+        whole.load_state_dict(state)
+        assert torch.equal(logits(model), first)

@@ -1,8 +1,10 @@
-"""Late modules: modules that a call runs but that the call from which an adapter was placed did not run."""
+"""Late changes: modules that a call runs and that the call from which an adapter was placed did not run, and modules
+that other code has put into others since then."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from peftfx.adapters.adapter import Adapter
 from peftfx.analysis.running import region_reads
@@ -60,9 +62,42 @@ def refuse_missed(adapter: Adapter, graph: Graph) -> None:
     reads = graph.sites.reads  # a parametrisation reads in a module of its own, inside
     missed = {path: reads[p] for path in sorted(paths - found) for p in reads if f"{p}.".startswith(f"{path}.")}
     missed |= {path: why for path, why in region_reads(graph).items() if path in paths}
+    refuse_wrapped(graph.base, adapter)
     for path in sorted(missed):
         what = f"the adapter would not act at each call of this module: {missed[path]}"
         raise PeftfxError(what, path, "use road='modules'; or leave the module out of the adapter")
+
+
+def refuse_wrapped(base: nn.Module, adapter: Adapter) -> None:
+    """Refuse an adapter some of whose layers are inside other modules now, which have the layers' paths.
+
+    Args:
+        base: the base of the adapter, or its twin.
+        adapter: the adapter.
+
+    Raises:
+        PeftfxError: there are such layers, as after `peft.inject_adapter_in_model`.
+    """
+    modules = dict(own_modules(base, remove_duplicate=False))
+    sites = (placement.site for placement in adapter.placements.weights)
+    owners = ((modules.get(site.parameter.rpartition(".")[0]), site.path) for site in sites)
+    found = {path: type(module) for module, path in owners if module is not None and _only_wraps(module)}
+    if found:
+        first, kind = next(iter(found.items()))
+        what = (
+            f"since the base was adapted, other code has put {how_many(len(found), 'layer')} of the adapter into a "
+            f"module of its own ({kind.__module__}.{kind.__qualname__}): the adapter would not act there"
+        )
+        hint = (
+            "take these modules out again (peft: unload() of the model that it made), or give peft a copy of the base"
+        )
+        raise PeftfxError(what, first, hint)
+
+
+def _only_wraps(module: nn.Module) -> bool:
+    """Return whether a module has no tensor of its own, but modules that have some, and is not parametrised."""
+    own = next(iter((*module._parameters.values(), *module._buffers.values())), None)
+    return own is None and next(module.parameters(), None) is not None and not is_parametrized(module)
 
 
 def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:

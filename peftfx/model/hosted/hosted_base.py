@@ -20,7 +20,7 @@ from peftfx.hosting.road import GRAPH_ASKED, ModulesRoad
 from peftfx.hosting.seating import seat
 from peftfx.hosting.seats import Seating
 from peftfx.model.graphs.graph_cache import Graphs
-from peftfx.model.graphs.late_modules import may_run_late
+from peftfx.model.graphs.late_modules import may_run_late, refuse_wrapped
 from peftfx.model.graphs.runs import Checkpoints
 from peftfx.model.hosted.shared_base import shared
 from peftfx.model.trainers.seen_by_trainers import SeenByTrainers
@@ -205,6 +205,7 @@ class HostedBase(SeenByTrainers):
         Raises:
             PeftfxError: no module can host the adapter, and the modules road was asked for.
         """
+        refuse_wrapped(self.base, adapter)
         if self.wanted == "graph":
             return Seating(obstacle=self.obstacle)
         with evaluating(self.base):
