@@ -30,6 +30,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, 
 _WHOLE = (ModuleType, Tensor)  #: objects whose attributes say nothing
 _WEAK = (weakref.WeakKeyDictionary, weakref.WeakSet)
 _DATA = (bool, int, float, complex, str, list, tuple, dict, set, *_WEAK)  #: what code reads by name, and may change
+_OF_NO_MODULE = vars(nn.Module())  #: the attributes of a module without any of its own
 _LIBRARIES = frozenset({"torch", "transformers", "numpy", *sys.stdlib_module_names})  #: whose own names stay
 _FEWEST = 3  #: the fewest entries of a list that has one for each layer
 _DEPTH = 3  #: of objects in attributes of objects
@@ -83,6 +84,10 @@ class DescribedValues:
             return functools.partial, *(self.describe(v, depth) for v in (value.func, value.args, value.keywords))
         if isinstance(value, (tuple, list, deque, set, frozenset, dict)):
             return self._collection(value, depth)
+        if isinstance(value, nn.Module) and id(value) not in self.own and _is_only_code(value):
+            self.kept.append(value)
+            self.containers.append(vars(value))
+            return "code", type(value), value.training, *self.class_of(value)
         self._object(value, depth)
         return "object", id(value), self.own.get(id(value))
 
@@ -165,6 +170,12 @@ class _Slots(Mapping[str, object]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def _is_only_code(module: nn.Module) -> bool:
+    """Return whether a module has nothing but its class: transformers keeps one for each function of a kernel."""
+    own = vars(module)
+    return own.keys() == _OF_NO_MODULE.keys() and all(own[k] == v for k, v in _OF_NO_MODULE.items() if k != "training")
 
 
 def _is_of_library(kind: type) -> bool:
