@@ -79,9 +79,11 @@ def refuse_wrapped(base: nn.Module, adapter: Adapter) -> None:
         PeftfxError: there are such layers, as after `peft.inject_adapter_in_model`.
     """
     modules = dict(own_modules(base, remove_duplicate=False))
-    sites = (placement.site for placement in adapter.placements.weights)
-    owners = ((modules.get(site.parameter.rpartition(".")[0]), site.path) for site in sites)
-    found = {path: type(module) for module, path in owners if module is not None and _only_wraps(module)}
+    found: dict[str, type[nn.Module]] = {}
+    for site in (placement.site for placement in adapter.placements.weights):
+        owner, _, weight = site.parameter.rpartition(".")
+        if (module := modules.get(owner)) is not None and _only_wraps(module, weight):
+            found[site.path] = type(module)
     if found:
         first, kind = next(iter(found.items()))
         what = (
@@ -94,10 +96,11 @@ def refuse_wrapped(base: nn.Module, adapter: Adapter) -> None:
         raise PeftfxError(what, first, hint)
 
 
-def _only_wraps(module: nn.Module) -> bool:
-    """Return whether a module has no tensor of its own, but modules that have some, and is not parametrised."""
-    own = next(iter((*module._parameters.values(), *module._buffers.values())), None)
-    return own is None and next(module.parameters(), None) is not None and not is_parametrized(module)
+def _only_wraps(module: nn.Module, weight: str) -> bool:
+    """Return whether a module has no tensor of its own, but a module in it that has a weight of this name."""
+    if is_parametrized(module) or any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
+        return False
+    return any(weight in inner._parameters for inner in module.modules())
 
 
 def may_run_late(base: nn.Module, adapter: Adapter, sites: Sites) -> str:
