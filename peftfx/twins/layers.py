@@ -18,6 +18,7 @@ from peftfx.twins import quantisers
 from peftfx.twins.repacked import ROUNDED, has_rounded_scales, is_repacked, plain_tensors
 
 _WHERE = "the model in memory"
+_ROUNDS = "has_fp16_weights"  #: attribute of a weight in floating point that bitsandbytes rounds to 8 bits in a call
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, fp8.E4M3, torch.float8_e5m2)
 #: The format of a layer that has a tensor of this name; the first entry that fits counts.
 _BY_NAME = (
@@ -56,6 +57,8 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
     own: dict[str, Tensor] = {}
     if is_repacked(module):
         own = plain_tensors(module)
+    elif _is_rounded_late(weight):
+        own = _rounded(weight)  # type: ignore[arg-type]
     else:
         module._save_to_state_dict(own, "", False)
     found = next((form for mark, form in _BY_NAME if mark in own), None)
@@ -87,8 +90,20 @@ def _quantised(module: nn.Module) -> list[str]:
 
 
 def _is_coded(tensor: Tensor) -> bool:
-    stated = getattr(tensor, "quant_state", None) is not None
+    stated = getattr(tensor, "quant_state", None) is not None or _is_rounded_late(tensor)
     return stated or tensor.dtype in _NARROW or quantisers.is_of_quantiser(tensor)
+
+
+def _is_rounded_late(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and bool(getattr(tensor, _ROUNDS, False)) and tensor.is_floating_point()
+
+
+def _rounded(weight: Tensor) -> dict[str, Tensor]:
+    """Return what bitsandbytes rounds a weight to before it multiplies."""
+    from bitsandbytes import functional
+
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.detach().to(torch.float16))
+    return {"weight": codes, bitsandbytes8.MARKS[0]: scales}
 
 
 class WeightReader:

@@ -64,14 +64,14 @@ def bitsandbytes4(model: nn.Module, kind: str = "nf4", *, double: bool = True) -
     return replaced(model, make)
 
 
-def bitsandbytes8(model: nn.Module) -> nn.Module:
-    """In int8, as `load_in_8bit` does it."""
+def bitsandbytes8(model: nn.Module, *, late: bool = False) -> nn.Module:
+    """In int8, as `load_in_8bit` does it; if `late`, with `llm_int8_has_fp16_weight`, by which calls round weights."""
     import bitsandbytes as bnb
 
     def make(own: nn.Linear) -> nn.Module:
-        made = bnb.nn.Linear8bitLt(own.in_features, own.out_features, own.bias is not None, has_fp16_weights=False)
+        made = bnb.nn.Linear8bitLt(own.in_features, own.out_features, own.bias is not None, has_fp16_weights=late)
         made.weight, made.bias = (
-            bnb.nn.Int8Params(own.weight.data, requires_grad=False, has_fp16_weights=False),
+            bnb.nn.Int8Params(own.weight.data, requires_grad=False, has_fp16_weights=late),
             own.bias,
         )
         return made.to("cpu").train(own.training)

@@ -31,6 +31,7 @@ PACKAGES = {
     "nf4": ("bitsandbytes", made.bitsandbytes4),
     "fp4": ("bitsandbytes", lambda model: made.bitsandbytes4(model, "fp4", double=False)),
     "int8": ("bitsandbytes", made.bitsandbytes8),
+    "int8 in calls": ("bitsandbytes", lambda model: made.bitsandbytes8(model, late=True)),
     "torchao int8": ("torchao", lambda model: made.torchao(model, "int8")),
     "torchao int4": ("torchao", lambda model: made.torchao(model, "int4")),
     "torchao fp8": ("torchao", lambda model: made.torchao(model, "fp8")),
@@ -183,6 +184,8 @@ def test_loss_and_gradients_are_those_of_peft_on_the_same_base(
 ) -> None:
     package, quantise = PACKAGES[kind]
     pytest.importorskip(package)
+    if options and kind == "int8 in calls":
+        pytest.skip("peft does not find the scales of such weights")
     model = adapted(quantise(q.tiny()), peftfx.LoRA(**RULE, **options))
     assert model.road == "modules"
     model.save_pretrained(tmp_path)
