@@ -118,3 +118,21 @@ def test_a_state_of_another_reference_is_told_of() -> None:
     reference.load_state_dict(reference.state_dict())
     with pytest.warns(PeftfxWarning, match="another base, or with other adapters"):
         reference.load_state_dict(ours.reference("default").state_dict())
+
+
+def test_a_reference_that_trl_does_not_copy(tmp_path: Path) -> None:
+    """TRL copies tensors by a part of their names that IA3's have at the end: its reference is a new adapter."""
+    config = peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(ZOO["llama"].build(), config)
+    randomise(theirs)
+    theirs.save_pretrained(str(tmp_path / "adapter"))
+    want, _ = run("dpo", peft_model(tmp_path / "adapter"), None, tmp_path)
+    found = []
+    for names in ((), "ref"):
+        ours = peftfx.load(ZOO["llama"].build(), tmp_path / "adapter")
+        ours.load_adapter(tmp_path / "adapter", "ref")
+        ours.set_adapter("default")
+        found.append(run("dpo", ours, ours.reference(names), tmp_path)[0])
+    assert found[0] == pytest.approx(want, abs=1e-5)
+    assert found[1][0] == pytest.approx(0.693147, abs=1e-5)
+    assert want[0] != pytest.approx(found[1][0], abs=1e-4)
