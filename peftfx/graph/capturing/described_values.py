@@ -87,7 +87,7 @@ class DescribedValues:
         if isinstance(value, nn.Module) and id(value) not in self.own and _is_only_code(value):
             self.kept.append(value)
             self.containers.append(vars(value))
-            return "code", type(value), value.training, *self.class_of(value)
+            return "code", type(value), value.training, self.class_of(value)
         self._object(value, depth)
         return "object", id(value), self.own.get(id(value))
 
