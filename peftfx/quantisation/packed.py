@@ -19,13 +19,15 @@ class Packed:
         path: the path of the layer's module.
         tensors: the layer's tensors, by the part of their names after the path.
         config: the base's `quantization_config`.
-        where: the base's directory.
+        where: the base's directory, or the layer's class in memory.
+        hint: what to do about a layer that cannot be read.
     """
 
     path: str
     tensors: Mapping[str, Tensor] = field(repr=False)
     config: Mapping[str, object]
     where: str
+    hint: str = "download the base again, or export from its unquantised original"
 
     def get(self, name: str, *dtypes: torch.dtype) -> Tensor:
         """Return the layer's tensor `name`.
@@ -76,8 +78,7 @@ class Packed:
 
     def wrong(self, what: str) -> PeftfxError:
         """Return an error about this layer."""
-        hint = "download the base again, or export from its unquantised original"
-        return PeftfxError(f"a quantised layer cannot be read: {what}", f"{self.where}: {self.path}", hint)
+        return PeftfxError(f"a quantised layer cannot be read: {what}", f"{self.where}: {self.path}", self.hint)
 
 
 def nibbles(words: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,7 @@ from peftfx.quantisation.packed import Packed
 from peftfx.twins import quantisers
 from peftfx.twins.repacked import ROUNDED, has_rounded_scales, is_repacked, plain_tensors
 
-_WHERE = "the model in memory"
+_HINT = "use the unquantised model, or bitsandbytes, torchao, GPTQ, AWQ or fp8 linears"
 _ROUNDS = "has_fp16_weights"  #: attribute of a weight in floating point that bitsandbytes rounds to 8 bits in a call
 _NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32, fp8.E4M3, torch.float8_e5m2)
 #: The format of a layer that has a tensor of this name; the first entry that fits counts.
@@ -65,7 +65,8 @@ def codes_in(module: nn.Module, path: str, config: Mapping[str, object]) -> Code
     if found is None:
         raise _unread(module, path, own or quantised)
     said = {**config, **{name: value for name, value in vars(module).items() if isinstance(value, int | str)}}
-    codes: Codes = found.read(Packed(path, {k: t.cpu() for k, t in own.items() if k in found.NAMES}, said, _WHERE))
+    tensors = {name: tensor.cpu() for name, tensor in own.items() if name in found.NAMES}
+    codes: Codes = found.read(Packed(path, tensors, said, f"a {type(module).__name__} in memory", _HINT))
     if has_rounded_scales(module):
         return dataclasses.replace(codes, format=f"{codes.format} {ROUNDED}")
     return codes
@@ -75,7 +76,7 @@ def _unread(module: nn.Module, path: str, names: Iterable[str]) -> PeftfxError:
     what = (
         f"peftfx cannot read a layer that is quantised in this way: a {type(module).__name__} with {', '.join(names)}"
     )
-    return PeftfxError(what, path, "use the unquantised model, or bitsandbytes, torchao, GPTQ, AWQ or fp8 linears")
+    return PeftfxError(what, path, _HINT)
 
 
 def is_quantised(module: nn.Module) -> bool:

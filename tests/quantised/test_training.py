@@ -59,6 +59,24 @@ def step(model: AdaptedModel) -> tuple[Tensor, dict[str, Tensor]]:
     return loss.detach(), peftfx.get_peft_model_state_dict(model)
 
 
+def test_a_method_that_reads_a_weight_reads_what_the_codes_stand_for(tmp_path: Path) -> None:
+    """The oracle is `peft` over the dequantised weights: over the codes, it leaves their scales out."""
+    pytest.importorskip("bitsandbytes")
+    base, plain = made.bitsandbytes8(q.tiny(num_hidden_layers=1)), q.tiny(num_hidden_layers=1)
+    for path, layer in base.named_modules():
+        if isinstance(layer, nn.Linear) and path != "lm_head":
+            plain.get_submodule(path).weight.data = layer.weight.data * layer.weight.SCB.reshape(-1, 1) / 127
+    theirs = peft.get_peft_model(plain, peft.HRAConfig(r=4, target_modules=RULE["target_modules"]))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    loss, gradients = step(peftfx.load(base, tmp_path).train())
+    want = theirs.train()(input_ids=IDS, labels=IDS).loss
+    want.backward()
+    torch.testing.assert_close(loss, want.detach())
+    others = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(gradients, {name.replace(".default", ""): others[name] for name in others})
+
+
 @pytest.mark.parametrize("kind", ["gptq", pytest.param("awq", marks=pytest.mark.slow), "fp8"])
 def test_a_quantised_layer_is_trained_through_as_the_weight_that_it_stands_for(kind: str, tmp_path: Path) -> None:
     pack, said = LAYERS[kind]
@@ -106,6 +124,17 @@ def test_a_layer_that_is_quantised_in_an_unknown_way_is_refused() -> None:
         lambda own: made.PackedLinear({"weight": own.weight.to(torch.int8)}, own.weight, None),
     )
     with pytest.raises(PeftfxError, match=r"quantised in this way: a PackedLinear with weight"):
+        peftfx.transform(base, "lora")
+
+
+def test_a_layer_of_an_unknown_class_whose_tensors_have_known_names_is_refused_by_its_class() -> None:
+    base = made.replaced(
+        q.tiny(num_hidden_layers=1),
+        lambda own: made.PackedLinear(
+            {"weight": own.weight.to(torch.uint8), "weight_scale": torch.ones(1)}, own.weight, None
+        ),
+    )
+    with pytest.raises(PeftfxError, match=r"dtype uint8 \[a PackedLinear in memory: .*\n  hint: use the unquantised"):
         peftfx.transform(base, "lora")
 
 
