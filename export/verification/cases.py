@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 from peftfx.bases.config_fields import first_of, special_tokens
+from peftfx.bases.embeddings import input_embeddings
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.processors.image_tokens import most_in_a_text
-from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError
 from peftfx.graph.conditions import Condition, completed
 from peftfx.graph.graph import Graph, TensorSpec

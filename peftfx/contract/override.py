@@ -14,9 +14,9 @@ from typing import ClassVar
 
 from torch import nn
 
+from peftfx.bases.embeddings import embedding_path
 from peftfx.bases.guests import own_modules
 from peftfx.contract.method import Method, has_parameter
-from peftfx.contract.sequence import embedding_path
 from peftfx.errors import PeftfxError
 from peftfx.graph.places import has_module
 from peftfx.sites.site import NORM, WEIGHT_KINDS, Site

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.bases.config_fields import special_tokens
-from peftfx.bases.guests import own_modules
+from peftfx.bases.embeddings import input_embeddings
 from peftfx.bases.peft_models.text_table import text_table
 from peftfx.bases.processors.token_types import plain_type, types_of_masks
 from peftfx.bases.tasks import task_of
@@ -258,17 +258,3 @@ def plain_token(base: nn.Module, vocabulary: int) -> int:
     padding = {getattr(module, "padding_idx", None) for module in base.modules()}
     special = {*special_tokens(getattr(base, "config", None)), *padding}
     return next((i for i in range(vocabulary) if i not in special), 0)
-
-
-def embedding_path(base: nn.Module) -> str | None:
-    """Return the path of the module that embeds the model's text, or None if the model does not say."""
-    wanted = input_embeddings(base)
-    return None if wanted is None else next((path for path, m in own_modules(base) if m is wanted), None)
-
-
-def input_embeddings(base: nn.Module) -> nn.Module | None:
-    """Return the module that transformers calls the model's input embeddings, or None."""
-    try:
-        return base.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None

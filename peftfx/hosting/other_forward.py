@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from peftfx.bases.embeddings import output_embeddings
 from peftfx.bases.guests import GUESTS
 from peftfx.errors import PeftfxError
 from peftfx.hosting.call import CURRENT, Keys
@@ -139,7 +140,6 @@ _OTHER_ROAD = 'take the other road: peftfx.transform(..., road="modules")'
 
 
 def _acts_at_head(road: ModulesRoad, names: Sequence[str]) -> bool:
-    find = getattr(road.base, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    guests = head._modules.get(GUESTS) if isinstance(head, nn.Module) else None
+    head = output_embeddings(road.base)
+    guests = None if head is None else head._modules.get(GUESTS)
     return isinstance(guests, Hosted) and any(key in guests.weights for key in road.keys(names))

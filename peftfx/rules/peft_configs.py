@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from peftfx.bases.embeddings import output_embeddings
 from peftfx.bases.guests import own_modules
 from peftfx.bases.tasks import PEFT_HEADS
 from peftfx.contract.method import Method
@@ -70,7 +71,7 @@ def _tables(kind: str) -> dict[str, Mapping[str, object]]:
 
 def _every_linear(base: nn.Module) -> list[str]:
     """Return the paths of the modules that HF PEFT's `all-linear` stands for."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    head = output_embeddings(base)
     return [path for path, module in own_modules(base) if path and _is_linear(module) and module is not head]
 
 

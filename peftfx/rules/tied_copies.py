@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
+from peftfx.bases.embeddings import embedding_path
 from peftfx.contract.method import Method
 from peftfx.contract.override import tied_paths
-from peftfx.contract.sequence import embedding_path
 from peftfx.errors import PeftfxError, warn
 from peftfx.rules.peft_files import method_from_config
 from peftfx.sites.expression import ends_with_any

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from peftfx.bases.embeddings import embedding_path
 from peftfx.bases.guests import own_modules
 from peftfx.contract.override import Override, rows_are_trained, rows_of, ties_embeddings
 from peftfx.contract.placed import Placed
 from peftfx.contract.placement import owner_of, site_tensors
-from peftfx.contract.sequence import embedding_path
 from peftfx.errors import PeftfxError, nearest
 from peftfx.sites.expression import ends_with
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from peftfx.bases.embeddings import output_embeddings
 from peftfx.bases.example_inputs import example_inputs
 from peftfx.bases.guests import own_modules
 from peftfx.errors import PeftfxError, raise_if_memory_is_out
@@ -118,7 +119,7 @@ def capture(
     graph = with_whole_blocks(on_general_sides(captured, wrapper, tensors))
     lone: frozenset[str] = getattr(call, "lone", frozenset())
     if lone:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = output_embeddings(model)
         heads = [path for path, module in own_modules(model) if module is head]
         graph.sites = without_roles(graph.sites, lone, heads)
     fixed = tuple(fixed_sides(graph, getattr(call, "fixed", ())))

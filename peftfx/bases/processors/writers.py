@@ -7,6 +7,8 @@ import inspect
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftfx.bases.embeddings import input_embeddings
+
 
 def writer_of(base: nn.Module) -> nn.Module:
     """Return the part of a model that writes text: the model itself, if its forward takes a cache.
@@ -23,8 +25,6 @@ def _writes(module: nn.Module, base: nn.Module) -> bool:
     """Return whether a part of a model generates from the tokens that the model embeds."""
     if not isinstance(module, PreTrainedModel) or not isinstance(base, PreTrainedModel) or not module.can_generate():
         return False
-    try:
-        embeds = module.get_input_embeddings() is base.get_input_embeddings()
-    except NotImplementedError:  # the model embeds no tokens
-        return False
-    return embeds and "cache" in inspect.signature(module.forward).parameters
+    embeds = input_embeddings(module)
+    reads = embeds is not None and embeds is input_embeddings(base)
+    return reads and "cache" in inspect.signature(module.forward).parameters

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peftfx.adapters.adapter import Adapter
 from peftfx.adapters.files.names import name_of_base
 from peftfx.bases.config_fields import vocabulary_of
+from peftfx.bases.embeddings import input_embeddings, output_embeddings
 from peftfx.bases.guests import own_modules, own_parameters
-from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, warn
 from peftfx.files import is_file, is_folder
 from peftfx.options import AUTO
@@ -75,8 +75,7 @@ def embeddings_beside(base: nn.Module, adapter: Adapter, asked: str | bool, wher
 
 
 def _tables(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    output = getattr(base, "get_output_embeddings", lambda: None)()
-    modules = [module for module in (input_embeddings(base), output) if module is not None]
+    modules = [module for module in (input_embeddings(base), output_embeddings(base)) if module is not None]
     for path, module in own_modules(base):
         if any(module is other for other in modules):
             yield from ((f"{path}.{name}", p) for name, p in module._parameters.items() if p is not None)

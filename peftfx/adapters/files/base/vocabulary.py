@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from peftfx.adapters.files.names import WRAPPERS
+from peftfx.bases.embeddings import input_embeddings, output_embeddings
 from peftfx.bases.guests import own_modules
-from peftfx.contract.sequence import input_embeddings
 from peftfx.errors import PeftfxError, shown, warn
 from peftfx.graph.lazy_weights import Stored
 from peftfx.rules.peft_files import Weights
@@ -66,7 +66,7 @@ def other_tokens(base: nn.Module, weights: Weights) -> str:
 
 def _table_paths(base: nn.Module) -> list[str]:
     """Return the paths of the modules that hold the base's embeddings of the input and of the output."""
-    tables = (input_embeddings(base), getattr(base, "get_output_embeddings", lambda: None)())
+    tables = (input_embeddings(base), output_embeddings(base))
     return [path for path, module in own_modules(base) if module in tables]
 
 
