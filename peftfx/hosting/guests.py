@@ -70,7 +70,8 @@ class WeightGuest:
         for tensor in p.values():
             if tensor.is_meta and not x.is_meta:
                 raise _without_values(self.seat.path)
-        if not self.adds or y is None or y.element_size() > 2 or torch.is_autocast_enabled():
+        on_cuda = torch.is_autocast_enabled("cuda")  # HF PEFT asks for CUDA's autocast, on the CPU too
+        if not self.adds or y is None or y.element_size() > 2 or on_cuda:
             return adapted(self.acting, p, operation, x, y, stored, rerun, training=module.training)  # type: ignore[arg-type]
         nothing = y.new_zeros(()).expand_as(y)
         return y + adapted(self.acting, p, operation, x, nothing, stored, rerun, training=module.training)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from peftfx.bases.guests import GUESTS, is_guest, own_class, own_modules, own_parameters
+from peftfx.graph.capturing.described_values import is_only_code
 from peftfx.graph.capturing.sides import Sides
 from peftfx.graph.graph import BASE, Graph
 from peftfx.graph.lazy_weights import Stored
@@ -107,8 +108,16 @@ def _module_key(module: nn.Module) -> object:
     config = own.get("config")
     if isinstance(config, PreTrainedConfig):
         own["config"] = {name: value for name, value in vars(config).items() if name not in _UNREAD}
+    own = {name: _kinds(value) for name, value in own.items()}
     kind = own_class(module)
     return kind, kind.forward, tuple(name for name in vars(module)["_modules"] if name != GUESTS), value_key(own)
+
+
+def _kinds(value: object) -> object:
+    """Return the classes of modules that are only code, which transformers keeps by name; any other value itself."""
+    if isinstance(value, dict) and all(isinstance(item, nn.Module) and is_only_code(item) for item in value.values()):
+        return {name: type(item) for name, item in value.items()}
+    return value
 
 
 def _tensors_key(model: nn.Module) -> object:

@@ -84,7 +84,7 @@ class DescribedValues:
             return functools.partial, *(self.describe(v, depth) for v in (value.func, value.args, value.keywords))
         if isinstance(value, (tuple, list, deque, set, frozenset, dict)):
             return self._collection(value, depth)
-        if isinstance(value, nn.Module) and id(value) not in self.own and _is_only_code(value):
+        if isinstance(value, nn.Module) and id(value) not in self.own and is_only_code(value):
             self.kept.append(value)
             self.containers.append(vars(value))
             return "code", type(value), value.training, self.class_of(value)
@@ -172,7 +172,7 @@ class _Slots(Mapping[str, object]):
         return sum(1 for _ in self)
 
 
-def _is_only_code(module: nn.Module) -> bool:
+def is_only_code(module: nn.Module) -> bool:
     """Return whether a module has nothing but its class: transformers keeps one for each function of a kernel."""
     own = vars(module)
     return own.keys() == _OF_NO_MODULE.keys() and all(own[k] == v for k, v in _OF_NO_MODULE.items() if k != "training")
