@@ -16,6 +16,7 @@ from peftfx.export.writing.file_lock import locked
 from peftfx.files import already_there, folder_of, writing
 
 _NEW, _OLD = "new", "old"
+_OF_FILES = (".onnx", ".safetensors")  #: what a path to a file ends in: a habit of exporters that write one file
 _RESERVE = 16 << 20  #: bytes of address space that are reserved for the clean-up
 
 
@@ -60,7 +61,8 @@ def check_output(directory: str | Path, force: bool, made: FilesOf = of_export) 
 
     Raises:
         PeftfxError: the directory exists, and `force` is not set, or no export made it (see `made`), or it has files
-            that were added since; or it is a link; or it is, or holds, the working directory or the user's home.
+            that were added since; or it is a link; or it is, or holds, the working directory or the user's home; or its
+            name is one of a file, as in out.onnx.
     """
     refuse_standing(_safe(directory), force, made)
 
@@ -76,6 +78,9 @@ def _safe(directory: str | Path) -> Path:
     above = next(path for path in target.parents if os.path.lexists(path))
     if not above.is_dir():
         raise PeftfxError("the output would be in a file, which is no directory", str(above), "choose another output")
+    if target.suffix in _OF_FILES and not target.is_dir():
+        hint = f"name a directory, as in {target.stem or 'out'}: the files are written in it"
+        raise PeftfxError(f"the output is a directory, but its name ends in {target.suffix}", str(target), hint)
     if os.path.islink(target):
         raise PeftfxError("the output is a link", str(target), "pass the directory that it leads to, or remove it")
     return target

@@ -75,6 +75,17 @@ class TestForceReplacesAnExportAlone:
         assert model(elsewhere) == "theirs"
         assert what != "files" or (output / "thesis.txt").read_text() == "years"
 
+    @pytest.mark.parametrize("name", ["m.onnx", "model.safetensors"])
+    def test_not_by_the_name_of_a_file(self, name: str, tmp_path: Path) -> None:
+        """A runtime that is given such a path reads a file there."""
+        with pytest.raises(PeftfxError, match="is a directory, but its name ends in"), publish(tmp_path / name):
+            pytest.fail("it began")
+        assert names(tmp_path) == []
+        an_export(tmp_path / name, "old")  # one that stands there under this name is replaced all the same
+        with publish(tmp_path / name, force=True) as place:
+            into(place, "new")
+        assert model(tmp_path / name) == "new"
+
     def test_not_what_somebody_has_added_to_it(self, tmp_path: Path) -> None:
         output = an_export(tmp_path / "out", "old")
         (output / REPORT).write_text(json.dumps({"files": ["model.onnx", REPORT]}))
