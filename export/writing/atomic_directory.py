@@ -16,7 +16,7 @@ from peftfx.export.writing.file_lock import locked
 from peftfx.files import already_there, folder_of, writing
 
 _NEW, _OLD = "new", "old"
-_OF_FILES = (".onnx", ".safetensors")  #: what a path to a file ends in: a habit of exporters that write one file
+_OF_FILES = (".onnx", ".safetensors")  #: ends of names of files; exporters that write one file take such paths
 _RESERVE = 16 << 20  #: bytes of address space that are reserved for the clean-up
 
 
@@ -61,8 +61,8 @@ def check_output(directory: str | Path, force: bool, made: FilesOf = of_export) 
 
     Raises:
         PeftfxError: the directory exists, and `force` is not set, or no export made it (see `made`), or it has files
-            that were added since; or it is a link; or it is, or holds, the working directory or the user's home; or its
-            name is one of a file, as in out.onnx.
+            that were added since; or it is a link; or it is, or holds, the working directory or the user's home; or it
+            is new, and its name is a file's, as in out.onnx.
     """
     refuse_standing(_safe(directory), force, made)
 
@@ -79,7 +79,7 @@ def _safe(directory: str | Path) -> Path:
     if not above.is_dir():
         raise PeftfxError("the output would be in a file, which is no directory", str(above), "choose another output")
     if target.suffix in _OF_FILES and not target.is_dir():
-        hint = f"name a directory, as in {target.stem or 'out'}: the files are written in it"
+        hint = f"name a directory, as in {target.stem}: the files are written in it"
         raise PeftfxError(f"the output is a directory, but its name ends in {target.suffix}", str(target), hint)
     if os.path.islink(target):
         raise PeftfxError("the output is a link", str(target), "pass the directory that it leads to, or remove it")
